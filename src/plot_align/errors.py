@@ -1,0 +1,21 @@
+"""What goes wrong, in one sentence a user can act on.
+
+Every message says which argument, what came, what was expected and what to do. The command line prints it
+without a traceback (``--debug`` shows one).
+"""
+
+
+class PlotAlignError(Exception):
+    """Base class of every error this package raises on purpose; ``exit_code`` is what the command returns."""
+
+    exit_code = 1
+
+
+class InputError(PlotAlignError, ValueError):
+    """The input is wrong: an argument, a file, a data set, a version (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(PlotAlignError, RuntimeError):
+    """The input was right and the run failed all the same, e.g. NaN logits (exit code 1)."""
