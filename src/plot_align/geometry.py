@@ -1,0 +1,232 @@
+"""Token embeddings → one coordinate per token, so that optimal transport becomes a sorted one-dimensional problem.
+
+Every coordinate here is 1-Lipschitz under the cost it stands for, ``|x_i - x_j| <= C_ij``; by duality the transport
+cost on the line never exceeds the exact cost on the embeddings. Equations: ``docs/mathematics.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plot_align.errors import InputError
+
+KINDS = ("norm", "principal")
+
+_CHUNK_ELEMENTS = 1 << 22  # embeddings upcast at a time: 32 MiB in float64, whatever V and H are
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """A line with one point per token (row of the head).
+
+    Attributes:
+        coordinates: (V,) float64, detached, finite; already divided by ``unit``.
+        kind: ``"norm"`` or ``"principal"`` when made by :func:`line`; any name for coordinates of your own.
+        norm_order: the l of the cost ``||e_i - e_j||_l`` under which ``unit * coordinates`` is 1-Lipschitz, or None
+            where there is no such cost.
+        unit: what the raw coordinates were divided by, in the embeddings' own unit (1.0 when they were not scaled).
+            ``unit * W1`` is the lower bound of the exact cost.
+        valid: how many leading rows are tokenizer ids; the rest is padding of the head. None: all V.
+
+    Raises:
+        InputError: the coordinates are not a finite floating-point vector, or ``unit`` is not positive.
+    """
+
+    coordinates: Tensor
+    kind: str
+    norm_order: float | None = None
+    unit: float = 1.0
+    valid: int | None = None
+
+    def __post_init__(self) -> None:
+        x = self.coordinates
+        if not isinstance(x, Tensor) or x.ndim != 1 or not x.is_floating_point():
+            raise InputError(
+                f"coordinates is {_describe(x)}, but a floating-point tensor of shape (V,) is needed: "
+                "pass one number per row of the head."
+            )
+        x = x.detach().to(_float64_device(x.device), torch.float64)  # (V,)
+        if not torch.isfinite(x).all():
+            raise InputError(
+                f"coordinates has a NaN or infinite entry at row {_first_bad(x)}, but every token needs a "
+                "finite coordinate: check the embeddings they come from."
+            )
+        if not (math.isfinite(self.unit) and self.unit > 0):
+            raise InputError(f"unit is {self.unit}, but a positive finite number is needed: pass 1.0 for raw.")
+        valid = _check_valid(self.valid, x.numel())
+        object.__setattr__(self, "coordinates", x)
+        object.__setattr__(self, "valid", valid)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the head (padding included)."""
+        return self.coordinates.numel()
+
+
+def line(
+    embeddings: Tensor,
+    kind: str = "norm",
+    *,
+    norm_order: float = 2.0,
+    scaled: bool = True,
+    valid: int | None = None,
+) -> Geometry:
+    """Puts every token on a line: ``x_i = ||e_i||_l`` or ``x_i = <e_i - mean, u>``, u the first principal axis.
+
+    ``norm`` is a lower bound under ``C_ij = ||e_i - e_j||_l`` by the reverse triangle inequality; ``principal`` is one
+    under the Euclidean cost because u is a unit vector (Cauchy-Schwarz).
+
+    Scale: the coordinates are divided by Gini's mean difference, the mean of ``|x_i - x_j|`` over all pairs of
+    different tokenizer ids. Moving all mass from one random token to another then costs 1 on average on every model,
+    so one value of alpha means the same everywhere. ``scaled=False`` keeps the embeddings' own unit.
+
+    Padding: rows from ``valid`` on keep the coordinate of their own embedding (so the lower bound stays true), but
+    take part neither in the scale nor in the axis.
+
+    Args:
+        embeddings: (V, H), any floating dtype and device, finite; never modified, no gradient is kept. They are
+            upcast to float64 in chunks of 32 MiB.
+        kind: ``"norm"`` or ``"principal"``.
+        norm_order: l of the norm and of the cost, 1 <= l <= inf. Only 2 with ``principal``.
+        scaled: divide by Gini's mean difference.
+        valid: number of tokenizer ids, from 2 to V; None means V.
+
+    Returns:
+        Geometry: coordinates (V,) float64 on the embeddings' device (on the CPU for devices without float64).
+
+    Raises:
+        InputError: wrong shape or dtype; NaN or infinite embeddings; l < 1; l != 2 with ``principal``; ``valid`` out
+            of range; an unknown kind; all coordinates equal (then W1 is zero for every pair of distributions).
+
+    The axis is the eigenvector of the (H, H) covariance with the largest eigenvalue, with the sign that makes its
+    entry of largest magnitude positive. Where the largest eigenvalue is repeated the axis is one of many equally good
+    ones, and may differ between machines.
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise InputError(
+            f"embeddings is {_describe(embeddings)}, but a floating-point tensor of shape (V, H) is needed: "
+            "pass the weight of the model's input embedding."
+        )
+    if kind not in KINDS:
+        raise InputError(f'kind is {kind!r}, but "norm" or "principal" is needed: choose one of the two.')
+    norm_order = check_norm_order(norm_order)
+    if kind == "principal" and norm_order != 2:
+        raise InputError(
+            f'norm_order is {norm_order:g} with kind "principal", but a principal axis bounds only the Euclidean '
+            'cost: leave norm_order at 2 or use kind "norm".'
+        )
+    valid = _check_valid(valid, embeddings.shape[0])
+
+    embeddings = embeddings.detach()  # (V, H)
+    if kind == "norm":
+        raw = torch.cat([_row_norms(chunk, norm_order) for chunk in _chunks(embeddings)])  # (V,)
+        magnitude = float(raw[:valid].max())
+    else:
+        raw, magnitude = _principal_coordinates(embeddings, valid)  # (V,)
+
+    if not torch.isfinite(raw).all():  # a NaN or inf embedding always reaches its own coordinate
+        raise InputError(
+            f"embeddings has a NaN or infinite entry in row {_first_bad(raw)}, but every row must be finite: "
+            "check that the checkpoint was loaded completely."
+        )
+    mean_difference = gini_mean_difference(raw[:valid])
+    # Rows equal up to the rounding of their own dtype (unit-normalised embeddings) have no geometry, only noise.
+    rounding = max(torch.finfo(embeddings.dtype).eps / math.sqrt(embeddings.shape[1]), 32 * torch.finfo(raw.dtype).eps)
+    if mean_difference <= rounding * magnitude:
+        raise InputError(
+            f'embeddings give all {valid} tokens the same "{kind}" coordinate, but at least two different ones are '
+            f'needed for a distance: use kind "{"principal" if kind == "norm" else "norm"}" or the embeddings of '
+            "another layer."
+        )
+    unit = mean_difference if scaled else 1.0
+    return Geometry(coordinates=raw / unit, kind=kind, norm_order=norm_order, unit=unit, valid=valid)
+
+
+def gini_mean_difference(values: Tensor) -> float:
+    """Mean of ``|x_i - x_j|`` over all pairs i != j, from the sorted values in O(n log n).
+
+    ``2 / (n (n - 1)) * sum_k k (n - k) (x_(k+1) - x_(k))``: the k-th gap lies between k (n - k) of the pairs. All
+    terms are non-negative, so nothing cancels. Source: C. Gini, "Variabilità e mutabilità" (1912).
+
+    Args:
+        values: (n,) float64 with n >= 2.
+    """
+    n = values.numel()
+    gaps = values.sort().values.diff()  # (n - 1,)
+    k = torch.arange(1, n, dtype=values.dtype, device=values.device)  # (n - 1,)
+    return float((k * (n - k) * gaps).sum() * (2.0 / (n * (n - 1.0))))
+
+
+def _row_norms(rows: Tensor, order: float) -> Tensor:
+    """(n, H) → (n,). Divided by the largest entry first: with l = 200, 0.001**l would underflow to a norm of zero."""
+    largest = rows.abs().amax(dim=1)  # (n,)
+    safe = torch.where(largest > 0, largest, 1.0)  # (n,)
+    return largest * torch.linalg.vector_norm(rows / safe[:, None], ord=order, dim=1)  # (n,)
+
+
+def _principal_coordinates(embeddings: Tensor, valid: int) -> tuple[Tensor, float]:
+    """Coordinates (V,) along the first principal axis of the first ``valid`` rows, and those rows' largest norm."""
+    width = embeddings.shape[1]
+    total, magnitude = torch.zeros(()), 0.0
+    for rows in _chunks(embeddings[:valid]):
+        total = total.to(rows) + rows.sum(dim=0)  # (H,)
+        magnitude = max(magnitude, float(_row_norms(rows, 2.0).max()))
+    mean = total / valid  # (H,)
+
+    covariance = mean.new_zeros(width, width)  # (H, H)
+    for rows in _chunks(embeddings[:valid]):
+        rows = rows - mean  # (n, H); centred before squaring, because a large mean would cancel badly afterwards
+        covariance.addmm_(rows.T, rows)
+    if not torch.isfinite(covariance).all():  # eigh would stop with a message about its own internals
+        axis = torch.full_like(mean, math.nan)  # (H,)
+        finite = torch.cat([rows.isfinite().all(dim=1) for rows in _chunks(embeddings)])  # (V,)
+        return torch.where(finite, 0.0, math.nan).to(mean), magnitude
+    axis = torch.linalg.eigh(covariance).eigenvectors[:, -1]  # (H,)
+    axis = axis * torch.sign(axis[axis.abs().argmax()])
+    return torch.cat([(rows - mean) @ axis for rows in _chunks(embeddings)]), magnitude
+
+
+def _chunks(embeddings: Tensor) -> Iterator[Tensor]:
+    """(V, H) in any dtype → (n, H) blocks in float64."""
+    device = _float64_device(embeddings.device)
+    for rows in embeddings.split(max(1, _CHUNK_ELEMENTS // max(1, embeddings.shape[1]))):
+        yield rows.to(device).to(torch.float64)
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+
+
+def check_norm_order(order: float) -> float:
+    if not isinstance(order, (int, float)) or isinstance(order, bool) or not order >= 1:  # `not >=` catches NaN
+        raise InputError(
+            f"norm_order is {order!r}, but a number l with 1 <= l <= inf is needed (below 1 it is no norm): "
+            "the usual choice is 2."
+        )
+    return float(order)
+
+
+def _check_valid(valid: int | None, rows: int) -> int:
+    if valid is None:
+        valid = rows
+    if not isinstance(valid, int) or isinstance(valid, bool) or not 2 <= valid <= rows:
+        raise InputError(
+            f"valid is {valid!r} for {rows} rows, but an integer from 2 to the number of rows is needed: "
+            "pass the number of tokenizer ids, len(tokenizer)."
+        )
+    return valid
+
+
+def _first_bad(values: Tensor) -> int:
+    return int((~torch.isfinite(values)).nonzero()[0, 0])
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,137 @@
+"""What every divergence shares: one primitive without a graph, and its differentiable value."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plot_align.errors import InputError
+
+SUM_TOLERANCE = 1e-6  # a float32 target is off by 6e-8 at most; a bfloat16 one by far more, and is refused
+
+
+class Divergence(nn.Module, ABC):
+    """A distance of distributions over V tokens to one fixed target P.
+
+    Subclasses implement :meth:`value_and_potential`; nothing else.
+
+    All arithmetic is done in p's dtype when that is float32 or float64, in float32 for anything narrower. The
+    constants are kept in float64 (float32 on devices without it) whatever ``.to(dtype)`` or ``.half()`` ask for: a
+    target rounded to bfloat16 would be another target. They are buffers, so ``.to(device)`` moves them, but not part
+    of ``state_dict``: a checkpoint must not depend on the term it was trained with.
+
+    Args:
+        target: (V,) P, non-negative, finite, sum 1 within 1e-6; zero entries are allowed. Any float dtype and device.
+
+    Raises:
+        InputError: the target is not a distribution.
+    """
+
+    target: Tensor  # (V,)
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._constant("target", check_target(target))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of rows of the head that the target covers."""
+        return self.target.numel()
+
+    @abstractmethod
+    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """D(p, P) and its derivative in p, sharing the work, without a graph.
+
+        Args:
+            p: (..., V), never modified.
+
+        Returns:
+            value (...) and potential (..., V), both in the dtype of the arithmetic. The potential is the derivative
+            of the value's formula in each p_j, as if p were free (not tied to sum 1); on the simplex any additive
+            constant is equivalent, and ``p_t * (s - <p_t, s>)`` does not depend on it.
+
+        Raises:
+            InputError: the last dimension of p is not V.
+        """
+
+    def value(self, p: Tensor) -> Tensor:
+        """D(p, P): (..., V) → (...), differentiable once in p. Infinite values come back as inf."""
+        return _Value.apply(p, self)
+
+    def potential(self, p: Tensor) -> Tensor:
+        """dD/dp: (..., V) → (..., V), no graph."""
+        return self.value_and_potential(p)[1]
+
+    def forward(self, p: Tensor) -> Tensor:
+        """Same as :meth:`value`."""
+        return self.value(p)
+
+    def _prepare(self, p: Tensor) -> Tensor:
+        """(..., V) → (..., V), detached, in the dtype the arithmetic uses."""
+        if p.ndim == 0 or p.shape[-1] != self.vocab_size:
+            raise InputError(
+                f"p has shape {tuple(p.shape)}, but its last dimension must be the target's {self.vocab_size} tokens: "
+                "build the target with size = the number of rows of the head."
+            )
+        return p.detach().to(torch.promote_types(p.dtype, torch.float32))
+
+    def _constant(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Divergence:
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # where to, without the requested dtype
+            dtype = widest_dtype(device) if buffer.is_floating_point() else buffer.dtype
+            self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device, dtype)
+        return self
+
+
+class _Value(torch.autograd.Function):
+    """value(p) with the potential as its gradient; the potential is computed only where it is needed."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, divergence: Divergence) -> Tensor:
+        value, potential = divergence.value_and_potential(p)  # (...), (..., V)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(potential)
+            ctx.input_dtype = p.dtype
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (potential,) = ctx.saved_tensors  # (..., V)
+        return (grad.unsqueeze(-1) * potential).to(ctx.input_dtype), None
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, except on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_target(target: Tensor) -> Tensor:
+    """(V,) → (V,) in float64 (float32 on MPS), its own copy; refuses what is no distribution.
+
+    Raises:
+        InputError: not a floating-point vector, or with NaN, infinite or negative entries, or a sum that is not 1.
+    """
+    if not isinstance(target, Tensor) or target.ndim != 1 or not target.is_floating_point():
+        got = f"a {target.dtype} tensor of shape {tuple(target.shape)}" if isinstance(target, Tensor) else type(target)
+        raise InputError(
+            f"target is {got}, but a floating-point tensor of shape (V,) is needed: "
+            "pass PreferenceDistribution.target()."
+        )
+    target = target.detach().to(widest_dtype(target.device), copy=True)  # (V,)
+    total = float(target.sum())
+    if not torch.isfinite(target).all() or bool((target < 0).any()) or abs(total - 1.0) > SUM_TOLERANCE:
+        smallest = float(target.min())
+        raise InputError(
+            f"target sums to {total:.9g} with smallest entry {smallest:.3g}, but a distribution is needed (finite, "
+            "non-negative, sum 1 within 1e-6): divide the non-negative weights by their sum, in float64."
+        )
+    return target
