@@ -1,0 +1,110 @@
+"""``plot-align``: which subcommand runs, and what a user sees when it goes wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from plot_align._version import __version__
+from plot_align.commands.common import did_you_mean, first_line
+from plot_align.errors import InputError, PlotAlignError
+
+_COMMANDS = ("estimate", "inspect", "dpo", "sft", "demo")
+
+_HELP = """\
+usage: plot-align [--version] [--debug] COMMAND [options]
+
+Preference fine-tuning with the PLOT term: L = L_vanilla + alpha * L_PLOT.
+
+commands:
+  estimate   count preferred and rejected tokens of a data set of pairs
+  inspect    show what such a count prefers and rejects, with a figure
+  dpo        `trl dpo` with the PLOT term: the same YAML files and flags
+  sft        `trl sft` with the PLOT term: the same YAML files and flags
+  demo       DPO with and without PLOT on a small offline world, judged
+
+options:
+  -h, --help  this text; `plot-align COMMAND --help` for each command
+  --version   version of plot-align
+  --debug     show the traceback of an error
+
+example:
+  plot-align estimate pairs.jsonl --tokenizer Qwen/Qwen3-0.6B
+  plot-align dpo --config dpo.yaml --alpha 0.1
+
+exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code; ``arguments`` defaults to those of the process."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as leave:  # argparse after --help
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except KeyboardInterrupt:
+        return _report("interrupted; files already written are complete", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head` does
+        return 1
+    except PlotAlignError as error:
+        return _report(str(error), error.exit_code, debug)
+    except Exception as error:
+        hint = "" if debug else " (--debug shows where)"
+        return _report(f"{type(error).__name__}: {first_line(error)}{hint}", 1, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    while arguments and arguments[0] == "--debug":
+        del arguments[0]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        print(f"plot-align {__version__}")
+        return 0
+    if command.startswith("-"):
+        advice = did_you_mean(command, ("--version", "--debug", "--help"), "see 'plot-align --help'")
+        raise InputError(f"unknown option {command!r} before the command; {advice}")
+
+    # Each module is imported only when its command runs: --help must not wait for torch.
+    match command:
+        case "dpo" | "sft":
+            from plot_align.commands import train
+
+            return train.run(command, rest)
+        case "estimate":
+            from plot_align.commands import estimate
+
+            return estimate.run(_without_debug(rest))
+        case "inspect":
+            from plot_align.commands import inspect
+
+            return inspect.run(_without_debug(rest))
+        case "demo":
+            from plot_align.commands import demo
+
+            return demo.run(_without_debug(rest))
+    raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
+
+
+def _without_debug(arguments: list[str]) -> list[str]:
+    return [argument for argument in arguments if argument != "--debug"]
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    sys.stdout.flush()
+    if debug:
+        traceback.print_exc()
+    print(f"plot-align: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The subcommands of ``plot-align``, one module each: ``run(arguments) -> exit code``."""

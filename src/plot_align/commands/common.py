@@ -1,0 +1,71 @@
+"""What every subcommand shares: a parser that raises instead of exiting, and the nearest right spelling."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from plot_align.errors import InputError
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown ``name``: the nearest of ``known``, else the advice in ``otherwise``."""
+    plain = {entry.lstrip("-").replace("-", "_"): entry for entry in sorted(known)}
+    wanted = name.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(wanted, plain, n=1) or [entry for entry in plain if entry.startswith(wanted)]
+    return f"did you mean {plain[near[0]]!r}?" if wanted and near else otherwise
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are :class:`InputError`, with the nearest right option named."""
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"plot-align {command}",
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
+            allow_abbrev=False,
+        )
+
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Parse all of ``arguments``.
+
+        Raises:
+            InputError: an unknown option (the nearest known one is named), a missing or a malformed value.
+        """
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise InputError(f"unexpected argument {name!r}; see '{self.prog} --help'")
+            advice = did_you_mean(name, self._option_string_actions, f"see '{self.prog} --help'")
+            raise InputError(f"unknown option {name!r}; {advice}")
+        return namespace
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a foreign exception, shortened to one line for the user."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".;") if lines else type(error).__name__
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer of a hub id or a folder.
+
+    Raises:
+        InputError: there is none, or it needs code of its own that was not allowed.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"no tokenizer could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder holding one"
+        ) from error

@@ -1,0 +1,309 @@
+"""One JSON file for everything that was measured: what ran, on what, from which versions, and the results.
+
+Reports read these files and nothing else. The file is strict JSON (RFC 8259). JSON has no NaN and no infinity, and a
+divergence that is infinite must stay infinite in the report, so a float that is not finite is written as the object
+``{"$float": "NaN"}`` (or ``"Infinity"``, ``"-Infinity"``) and read back as that float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from plot_align._version import __version__
+from plot_align.errors import InputError
+
+FORMAT = "plot-align record"
+SCHEMA = 1
+
+_PACKAGES = (
+    "torch",
+    "trl",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "safetensors",
+)
+_FLOAT = "$float"
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def measure(
+    value: float,
+    n: int,
+    *,
+    interval: tuple[float, float] | None = None,
+    spread: tuple[float, float] | None = None,
+    unit: str | None = None,
+) -> dict[str, Any]:
+    """One measured number as it stands in a record.
+
+    Args:
+        value: the number itself, in ``unit``.
+        n: how many observations it rests on.
+        interval: 95 % confidence interval (low, high).
+        spread: smallest and largest single observation, where an interval would pretend too much (three seeds).
+        unit: e.g. ``"s"``, ``"MiB"``; None for a plain number or a share.
+
+    Raises:
+        InputError: ``n`` is negative.
+    """
+    if n < 0:
+        raise InputError(f"measure: n is {n}, expected the number of observations, 0 or more; count them again")
+    entry: dict[str, Any] = {"value": value, "n": n}
+    if interval is not None:
+        entry["interval"] = list(interval)
+    if spread is not None:
+        entry["spread"] = list(spread)
+    if unit is not None:
+        entry["unit"] = unit
+    return entry
+
+
+def mean_of(values: Sequence[float], *, unit: str | None = None) -> dict[str, Any]:
+    """Mean of repeated runs with their spread (smallest, largest): no interval, because runs are few."""
+    if not values:
+        return measure(math.nan, 0, unit=unit)
+    return measure(statistics.fmean(values), len(values), spread=(min(values), max(values)), unit=unit)
+
+
+def share_of(hits: int, n: int) -> dict[str, Any]:
+    """Share ``hits / n`` with its 95 % Wilson score interval.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+
+    Raises:
+        InputError: ``hits`` is not between 0 and ``n``.
+    """
+    if not 0 <= hits <= n:
+        raise InputError(f"share_of: hits is {hits}, expected 0 to n = {n}; count hits among the n cases only")
+    if n == 0:
+        return measure(math.nan, 0, interval=(0.0, 1.0))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share = hits / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    low = 0.0 if hits == 0 else middle - half
+    high = 1.0 if hits == n else middle + half
+    return measure(share, n, interval=(low, high))
+
+
+def write_record(
+    path: str | os.PathLike[str],
+    kind: str,
+    results: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    seed: int | None = None,
+) -> Path:
+    """Write one record; the file is complete or it is not there.
+
+    Args:
+        path: the JSON file; its folder is made where it is missing.
+        kind: which command measured, e.g. ``"estimate"``.
+        results: name to number, string, list, nested mapping, or an entry made by :func:`measure`.
+        config: what was run: every option that decides the result. Paths, dataclasses, tuples, zero-dimensional
+            arrays and tensors are converted.
+        seed: the seed the run used, None where nothing was random.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: a value that JSON cannot hold (named by its place), or a folder that cannot be written.
+    """
+    path = Path(path)
+    record = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "kind": kind,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": _encode(config, "config"),
+        "seed": seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "commit": commit(),
+        "results": _encode(results, "results"),
+    }
+    write_text_atomically(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
+    """Read a record written by :func:`write_record`, non-finite floats restored.
+
+    Args:
+        path: the JSON file.
+        kind: the kind expected; None takes any.
+
+    Raises:
+        InputError: the file is missing, truncated, not a record, of a newer schema, or of another kind.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a plot-align record: it is not text; name the .json file of a run") from None
+    except OSError as error:
+        raise InputError(f"record {path} cannot be read ({error.strerror}); check the path") from None
+    try:
+        record = json.loads(text, parse_constant=_refuse_constant, object_hook=_decode)
+    except ValueError:
+        raise InputError(
+            f"{path} is not complete JSON, so it is damaged or was cut off; run the command that wrote it again"
+        ) from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("schema"), int):
+        raise InputError(f"{path} is not a plot-align record; name the .json file that a plot-align command wrote")
+    if record["schema"] > SCHEMA:
+        raise InputError(
+            f"{path} has record schema {record['schema']}, and this version reads up to {SCHEMA}; upgrade plot-align"
+        )
+    missing = {"kind", "config", "seed", "versions", "hardware", "commit", "results"} - record.keys()
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}; run the command that wrote it again")
+    if kind is not None and record["kind"] != kind:
+        raise InputError(f"{path} is a record of {record['kind']!r}, expected {kind!r}; name the record of that run")
+    return record
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result; None where one is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "plot-align": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, accelerators and memory; whatever the system does not tell is None. Memory in bytes."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    gpus: list[dict[str, Any]] = []
+    torch = sys.modules.get("torch")  # nothing that ran without torch ran on a GPU
+    if torch is not None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpus.append({"name": properties.name, "memory": properties.total_memory})
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "memory": _memory(),
+        "gpus": gpus,
+    }
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the git repository around the working directory, and whether it has uncommitted changes."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write ``text`` beside ``path``, then rename it there: an interrupted run leaves the old file or none."""
+    handle = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
+    finally:
+        if handle is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL
+    ).stdout.strip()
+
+
+def _cpu_model() -> str | None:
+    try:
+        for row in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if row.startswith("model name"):
+                return row.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine() or None
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _encode(value: Any, place: str) -> Any:
+    """``value`` as strict JSON; ``place`` names it in the error."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return {_FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or key == _FLOAT:
+                raise InputError(f"record: {place} has the key {key!r}, expected a string other than {_FLOAT!r}")
+        return {key: _encode(entry, f"{place}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(entry, f"{place}[{index}]") for index, entry in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _encode(dataclasses.asdict(value), place)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # NumPy scalar, zero-dimensional tensor
+        return _encode(value.item(), place)
+    raise InputError(
+        f"record: {place} is a {type(value).__name__}, expected numbers, strings, lists and mappings; convert it first"
+    )
+
+
+def _decode(mapping: dict[str, Any]) -> Any:
+    """Called by the JSON reader on every object, innermost first."""
+    if mapping.keys() != {_FLOAT}:
+        return mapping
+    if mapping[_FLOAT] not in _SPECIAL:
+        raise ValueError(f"unknown float {mapping[_FLOAT]!r}")
+    return _SPECIAL[mapping[_FLOAT]]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
