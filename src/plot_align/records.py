@@ -15,7 +15,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -128,6 +127,8 @@ def write_record(
     Raises:
         InputError: a value that JSON cannot hold (named by its place), or a folder that cannot be written.
     """
+    from plot_align.preference import complete_or_absent  # brings in torch, which reading a record does without
+
     path = Path(path)
     record = {
         "format": FORMAT,
@@ -141,7 +142,8 @@ def write_record(
         "commit": commit(),
         "results": _encode(results, "results"),
     }
-    write_text_atomically(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -218,31 +220,6 @@ def commit() -> dict[str, Any] | None:
         return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path``, then rename it there: an interrupted run leaves the old file or none."""
-    handle = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
-    finally:
-        if handle is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _git(*arguments: str) -> str:

@@ -27,26 +27,26 @@ usage: plot-align {command} [--config FILE.yaml] [options]
 `trl {command}` with the PLOT term: every option of `trl {command}`, as a flag or as a
 key of the YAML file, plus those marked *. --help-all lists all of them.
 
-  --config FILE               options as YAML; flags win over the file
-  --model_name_or_path MODEL  hub id or folder
-  --dataset_name DATA         hub id, or a .jsonl/.json/.csv/.parquet file
-  --output_dir DIR            where checkpoints and the model go
-  --alpha A                 * weight of the PLOT term; 0 is TRL to the bit
-  --preference FILE         * artefact of `plot-align estimate`; {default}
-  --preference_dataset DATA * estimate it from these pairs instead
-  --target T                * relu, shift, softmax, anchored
-  --divergence D            * w1, kl, js, tv
-  --granularity G           * batch, sequence, token
-  --learning_rate LR          --num_train_epochs N     --max_steps N
-  --per_device_train_batch_size N                      --seed N
-  --gradient_accumulation_steps N                      --max_length N
-  --use_peft                  LoRA, with --lora_r, --lora_alpha
-  --num_processes N           processes, by `accelerate launch`
-  --resume_from_checkpoint X  continue from a checkpoint folder
+  --config FILE                  options as YAML; flags win over the file
+  --model_name_or_path MODEL     hub id or folder
+  --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file
+  --output_dir DIR               where checkpoints and the model go
+* --alpha A                      weight of the PLOT term; 0 is TRL to the bit
+* --preference FILE              from `plot-align estimate`{default}
+* --preference_dataset DATA      estimate it from these pairs instead
+* --target T                     relu, shift, softmax, anchored
+* --divergence D                 w1, kl, js, tv
+* --granularity G                batch, sequence, token
+  --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
+  --per_device_train_batch_size N, --gradient_accumulation_steps N
+  --max_length N                 longer rows are truncated
+  --use_peft                     LoRA, with --lora_r, --lora_alpha
+  --num_processes N              how many, started by `accelerate launch`
+  --resume_from_checkpoint DIR   continue an interrupted run
 
 example:
-  plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \\
-    --dataset_name {data} --alpha 0.1{extra} --output_dir tuned
+  plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name {data} --alpha 0.1{extra}
 """
 
 
@@ -101,7 +101,7 @@ def help_text(command: str) -> str:
     dpo = command == "dpo"
     return _HELP.format(
         command=command,
-        default="else the training pairs" if dpo else "or",
+        default=" (default: the pairs)" if dpo else "",
         data="pairs.jsonl" if dpo else "good.jsonl",
         extra="" if dpo else " --preference p.safetensors",
     )
@@ -333,3 +333,69 @@ def _launch(command: str, launch_arguments: list[str], script_arguments: list[st
     finally:
         del os.environ[_LAUNCHED]
     return 0
+
+
+def _train(
+    command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
+) -> None:
+    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
+    from trl import get_peft_config, get_quantization_config
+
+    from plot_align.records import write_record
+    from plot_align.training import PlotDPOTrainer, PlotSFTTrainer
+
+    if model_args.model_name_or_path is None:
+        raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
+    preference = _preference(command, training_args, model_args, plot, preference_args)
+    train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer_class: Any = PlotDPOTrainer if command == "dpo" else PlotSFTTrainer
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        plot=plot,
+        preference=preference,
+    )
+    if script_args.ignore_bias_buffers:
+        import torch
+
+        # As TRL's script: DDP cannot broadcast boolean buffers.
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        path = write_record(
+            Path(training_args.output_dir) / "plot_align_record.json",
+            command,
+            {"steps": trainer.state.global_step, "metrics": result.metrics, "last_log": _last_log(trainer)},
+            config={
+                "script": vars(script_args),
+                "training": training_args.to_dict(),  # secrets are masked there
+                "model": vars(model_args),
+                "mixture": mixture,
+                "plot": plot.to_dict(),
+                "preference": preference_args,
+            },
+            seed=training_args.seed,
+        )
+        print(f"model saved to {training_args.output_dir}, record in {path}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def _last_log(trainer: Any) -> dict[str, Any]:
+    """The training log's last entry, which holds the vanilla and the PLOT loss."""
+    return next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})

@@ -1,0 +1,39 @@
+# make demo          the whole pipeline on the offline world (QUICK=1: one seed)
+# make test          all tests
+# make check         lint, format, types
+# make clean         remove the environment and caches; results under runs/ stay
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUICK ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: demo test check install clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	$(BIN)/plot-align demo $(if $(filter-out 0,$(QUICK)),--quick)
+
+test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: where pip is configured with an index of CPU builds, that index decides.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10; run make PYTHON=/path/to/a/newer/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info build dist
+	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
