@@ -50,10 +50,10 @@ class Geometry:
                 f"coordinates is {_describe(x)}, but a floating-point tensor of shape (V,) is needed: "
                 "pass one number per row of the head."
             )
-        x = x.detach().to(_float64_device(x.device), torch.float64)  # (V,)
+        x = x.detach().to(_float64_device(x.device)).to(torch.float64)  # (V,)
         if not torch.isfinite(x).all():
             raise InputError(
-                f"coordinates has a NaN or infinite entry at row {_first_bad(x)}, but every token needs a "
+                f"coordinates has a NaN or infinite entry at row {_first(~x.isfinite())}, but every token needs a "
                 "finite coordinate: check the embeddings they come from."
             )
         if not (math.isfinite(self.unit) and self.unit > 0):
@@ -107,7 +107,8 @@ def line(
     entry of largest magnitude positive. Where the largest eigenvalue is repeated the axis is one of many equally good
     ones, and may differ between machines.
     """
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2 or not embeddings.is_floating_point():
+    is_table = isinstance(embeddings, Tensor) and embeddings.ndim == 2 and embeddings.shape[1] > 0
+    if not is_table or not embeddings.is_floating_point():
         raise InputError(
             f"embeddings is {_describe(embeddings)}, but a floating-point tensor of shape (V, H) is needed: "
             "pass the weight of the model's input embedding."
@@ -123,17 +124,18 @@ def line(
     valid = _check_valid(valid, embeddings.shape[0])
 
     embeddings = embeddings.detach()  # (V, H)
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in embeddings.split(_rows_per_chunk(embeddings))])  # (V,)
+    if not finite.all():
+        raise InputError(
+            f"embeddings has a NaN or infinite entry in row {_first(~finite)}, but every row must be finite: "
+            "check that the checkpoint was loaded completely."
+        )
     if kind == "norm":
         raw = torch.cat([_row_norms(chunk, norm_order) for chunk in _chunks(embeddings)])  # (V,)
         magnitude = float(raw[:valid].max())
     else:
         raw, magnitude = _principal_coordinates(embeddings, valid)  # (V,)
 
-    if not torch.isfinite(raw).all():  # a NaN or inf embedding always reaches its own coordinate
-        raise InputError(
-            f"embeddings has a NaN or infinite entry in row {_first_bad(raw)}, but every row must be finite: "
-            "check that the checkpoint was loaded completely."
-        )
     mean_difference = gini_mean_difference(raw[:valid])
     # Rows equal up to the rounding of their own dtype (unit-normalised embeddings) have no geometry, only noise.
     rounding = max(torch.finfo(embeddings.dtype).eps / math.sqrt(embeddings.shape[1]), 32 * torch.finfo(raw.dtype).eps)
@@ -182,10 +184,6 @@ def _principal_coordinates(embeddings: Tensor, valid: int) -> tuple[Tensor, floa
     for rows in _chunks(embeddings[:valid]):
         rows = rows - mean  # (n, H); centred before squaring, because a large mean would cancel badly afterwards
         covariance.addmm_(rows.T, rows)
-    if not torch.isfinite(covariance).all():  # eigh would stop with a message about its own internals
-        axis = torch.full_like(mean, math.nan)  # (H,)
-        finite = torch.cat([rows.isfinite().all(dim=1) for rows in _chunks(embeddings)])  # (V,)
-        return torch.where(finite, 0.0, math.nan).to(mean), magnitude
     axis = torch.linalg.eigh(covariance).eigenvectors[:, -1]  # (H,)
     axis = axis * torch.sign(axis[axis.abs().argmax()])
     return torch.cat([(rows - mean) @ axis for rows in _chunks(embeddings)]), magnitude
@@ -194,8 +192,12 @@ def _principal_coordinates(embeddings: Tensor, valid: int) -> tuple[Tensor, floa
 def _chunks(embeddings: Tensor) -> Iterator[Tensor]:
     """(V, H) in any dtype → (n, H) blocks in float64."""
     device = _float64_device(embeddings.device)
-    for rows in embeddings.split(max(1, _CHUNK_ELEMENTS // max(1, embeddings.shape[1]))):
+    for rows in embeddings.split(_rows_per_chunk(embeddings)):
         yield rows.to(device).to(torch.float64)
+
+
+def _rows_per_chunk(embeddings: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // embeddings.shape[1])
 
 
 def _float64_device(device: torch.device) -> torch.device:
@@ -222,8 +224,8 @@ def _check_valid(valid: int | None, rows: int) -> int:
     return valid
 
 
-def _first_bad(values: Tensor) -> int:
-    return int((~torch.isfinite(values)).nonzero()[0, 0])
+def _first(flags: Tensor) -> int:
+    return int(flags.nonzero()[0, 0])
 
 
 def _describe(value: object) -> str:

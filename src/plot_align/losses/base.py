@@ -87,12 +87,13 @@ class Divergence(nn.Module, ABC):
                 continue
             device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # where to, without the requested dtype
             dtype = widest_dtype(device) if buffer.is_floating_point() else buffer.dtype
-            self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device, dtype)
+            # the narrower side converts: neither leaving nor reaching MPS may pass through float64 on it
+            self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device).to(dtype)
         return self
 
 
 class _Value(torch.autograd.Function):
-    """value(p) with the potential as its gradient; the potential is computed only where it is needed."""
+    """value(p) with the potential as its gradient."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, divergence: Divergence) -> Tensor:
@@ -103,8 +104,12 @@ class _Value(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # the saved potential has no graph: second derivatives would silently be zero
+            raise InputError(
+                "create_graph is True, but a divergence can be differentiated only once: leave create_graph off, or "
+                "use an optimiser that needs no second derivatives."
+            )
         (potential,) = ctx.saved_tensors  # (..., V)
         return (grad.unsqueeze(-1) * potential).to(ctx.input_dtype), None
 

@@ -75,7 +75,7 @@ class PlotLoss(nn.Module):
         self._check(logits, mask)
         if self.divergence.target.device != logits.device:
             self.divergence.to(logits.device)
-        weights = mask.detach().to(torch.promote_types(logits.dtype, torch.float32))  # (B, T)
+        weights = mask.detach().to(logits.device, torch.promote_types(logits.dtype, torch.float32))  # (B, T)
         if not bool(((weights >= 0) & (weights < torch.inf)).all()):  # NaN compares false
             raise InputError(
                 "mask has a negative, NaN or infinite weight, but weights are shares of a distribution: "
