@@ -161,7 +161,7 @@ class _Sweep:
         self.stat = torch.promote_types(dtype, torch.float32)
         self.hidden = hidden
         self.weight = weight
-        self.bias = None if bias is None else bias.to(dtype)
+        self.bias = None if bias is None else bias.to(self.stat)  # (V,)
         cast = weight.dtype != dtype or (dtype.itemsize < 4 and weight.device.type != "cuda")
         self.columns = _CAST_ROWS if cast else weight.size(0)
         rows, vocab = hidden.size(0), weight.size(0)
@@ -180,14 +180,12 @@ class _Sweep:
             yield columns, self.weight[columns].to(self.dtype)
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields the block's first row, its hidden states (T, H) and the raw products h W^T + b (T, V)."""
+        """Yields the block's first row, its hidden states (T, H) and the raw products h W^T (T, V)."""
         for start in range(0, self.hidden.size(0), self.block or 1):
             hidden = self.hidden[start : start + self.block].to(self.dtype)  # (T, H)
             tile = self.tile[: hidden.size(0)]  # (T, V)
             for columns, weight in self.head():
                 torch.mm(hidden, weight.T, out=tile[:, columns])
-            if self.bias is not None:
-                tile.add_(self.bias)
             yield start, hidden, tile
 
     def slices(self, tile: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -196,9 +194,11 @@ class _Sweep:
             yield start, tile[start : start + self.slice]
 
     def logits(self, raw: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """(R, V) final logits in the statistics' dtype, overwriting ``raw`` unless ``keep``; and 1 − tanh² if capped."""
+        """(R, V) final logits in the statistics' dtype, over ``raw`` unless ``keep``; and 1 − tanh² where capped."""
         spec = self.spec
         z = raw.to(self.stat, copy=keep)
+        if self.bias is not None:
+            z = z.add_(self.bias)  # here and not in the compute dtype, where it would be rounded a second time
         if spec.logit_scale != 1.0:
             z = z.mul_(spec.logit_scale)
         slope = None
@@ -281,7 +281,7 @@ class _FusedHead(torch.autograd.Function):
                             values[everywhere] = divergence.value(p).to(values.dtype)
 
         log_probs = target_logit - log_z
-        ctx.save_for_backward(hidden, weight, bias, targets, weights, segments, log_z, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, weights, log_z, entropy)
         ctx.spec, ctx.dtype, ctx.runs, ctx.divergence = spec, dtype, runs, divergence
         fixed = [sum_sq, mean, top1] + ([marginals] if divergence is not None else [])
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
@@ -290,7 +290,7 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         g_log_prob, g_entropy, _, _, _, potential, g_value = grads
-        hidden, weight, bias, targets, weights, segments, log_z, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, weights, log_z, entropy = ctx.saved_tensors
         spec, runs, divergence = ctx.spec, ctx.runs, ctx.divergence
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if potential is None and g_value is None:

@@ -1,0 +1,51 @@
+"""What a tuned model carries: the PLOT configuration, the preference distribution, and a model card that says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .._version import __version__
+from ..preference import PreferenceDistribution, complete_or_absent
+from .config import PlotConfig
+
+CONFIG_NAME = "plot_align.json"
+PREFERENCE_NAME = "preference.safetensors"
+_HEADING = "## PLOT"
+
+
+def save(folder: Path, config: PlotConfig, preference: PreferenceDistribution, *, step: int) -> None:
+    """Writes ``plot_align.json`` and ``preference.safetensors`` beside the weights."""
+    content = {
+        "schema_version": 1,
+        "plot_align": __version__,
+        "config": config.to_dict(),
+        "global_step": step,
+        "preference": {"file": PREFERENCE_NAME, "provenance": preference.provenance},
+    }
+    with complete_or_absent(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    preference.save(folder / PREFERENCE_NAME)
+
+
+def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDistribution, kind: str) -> None:
+    """Appends how the model was tuned to the card that TRL wrote; replaces the section of an earlier save."""
+    if not path.exists():
+        return
+    card = path.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n")
+    options = "\n".join(f"| `{name}` | `{value}` |" for name, value in config.to_dict().items())
+    chosen, rejected = int(preference.chosen_counts.sum()), int(preference.rejected_counts.sum())
+    section = f"""
+{_HEADING}
+
+This model was tuned with `L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837)), with
+α = {config.alpha:g} on TRL's {kind}, by plot-align {__version__}. Its preference distribution was counted over
+{chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
+which data.
+
+| option | value |
+|---|---|
+{options}
+"""
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(card + "\n" + section, encoding="utf-8")

@@ -1,0 +1,311 @@
+"""``attach``: add the PLOT term to a TRL trainer that is already built."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, RunError
+from ..geometry import Geometry, line
+from ..losses import make_divergence
+from ..preference import PreferenceDistribution
+from . import artifacts
+from .batches import PolicyBatch, policy_batch, trainer_kind
+from .config import PlotConfig
+from .head import Captured, FusedBackend, HeadBackend, SeparateBackend
+from .marginal import reference_distribution
+from .term import PlotTerm
+
+
+def attach(
+    trainer: Any,
+    preference: PreferenceDistribution | str | os.PathLike[str] | None = None,
+    config: PlotConfig | None = None,
+    *,
+    reference: Tensor | None = None,
+) -> PlotHandle:
+    """Adds ``α·L_PLOT`` to the loss of a TRL trainer; call it after building the trainer and before ``train()``.
+
+        trainer = DPOTrainer(model=…, args=…, train_dataset=…)
+        handle = attach(trainer, "preference.safetensors", PlotConfig(alpha=0.1))
+        trainer.train()
+
+    Args:
+        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, or a subclass of one.
+        preference: token counts of what people prefer and reject, or the file of one. ``None`` counts them in the
+            trainer's own training set, which must hold both sides (DPO, KTO).
+        config: the options; ``None`` takes the defaults.
+        reference: ``(V,)`` the reference model's mean output distribution, for ``target="anchored"``; ``None``
+            estimates it from the first ``reference_rows`` rows of the training set.
+
+    Returns:
+        A handle; ``handle.detach()`` gives back the trainer as it was.
+
+    Raises:
+        InputError: an unsupported trainer or TRL version, a preference of another tokenizer, no target (d = 0).
+    """
+    config = config or PlotConfig()
+    kind = trainer_kind(trainer)
+    if getattr(trainer, "_plot_handle", None) is not None:
+        raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
+    if kind == "SFTTrainer" and config.positions == "rejected":
+        raise InputError(
+            "positions is 'rejected' and the trainer is an SFTTrainer, which sees no rejected completion; expected "
+            "'chosen' or 'all'."
+        )
+    tokenizer = _tokenizer(trainer)
+    if preference is None:
+        preference = _estimate(trainer, kind, tokenizer)
+    elif not isinstance(preference, PreferenceDistribution):
+        preference = PreferenceDistribution.load(preference)
+    preference.check_tokenizer(tokenizer)
+
+    model = causal_lm(trainer.model)
+    rows = _head_rows(model)
+    preference.check_head(rows)
+    if config.target == "anchored" and reference is None:
+        reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
+    term = build_term(config, preference, embeddings=_embeddings(model), rows=rows, reference=reference)
+    backend: HeadBackend
+    match config.plot_backend:
+        case "fused":
+            backend = FusedBackend(model, term)
+        case "separate":
+            backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
+    return PlotHandle(trainer, kind, config, preference, term, backend)
+
+
+def build_term(
+    config: PlotConfig,
+    preference: PreferenceDistribution,
+    *,
+    embeddings: Tensor,  # (V, H)
+    rows: int,
+    reference: Tensor | None = None,  # (V,)
+) -> PlotTerm:
+    """The term without a trainer: target, geometry and divergence for a head of ``rows`` rows."""
+    target = preference.target(
+        config.target,
+        temperature=config.target_temperature,
+        strength=config.target_strength,
+        reference=reference,
+        size=rows,
+    )
+    geometry: Geometry | None = None
+    if config.divergence == "w1":
+        geometry = line(
+            embeddings,
+            config.geometry,
+            norm_order=config.norm_order,
+            scaled=config.scaled,
+            valid=min(preference.vocab_size, embeddings.size(0)),
+        )
+    divergence = make_divergence(config.divergence, target, geometry)
+    difference = torch.zeros(rows, dtype=torch.float64)
+    difference[: preference.vocab_size] = preference.difference().cpu()
+    return PlotTerm(config, divergence, difference > 0, difference < 0)
+
+
+class PlotHandle:
+    """The PLOT term on one trainer: its configuration, its preference distribution, and the way back.
+
+    While attached, every logging step carries ``plot/vanilla_loss``, ``plot/loss``, ``plot/alpha``,
+    ``plot/preferred_mass`` and ``plot/rejected_mass`` (what the mean output distribution puts on tokens with d > 0 and
+    d < 0), and every ``grad_ratio_steps`` steps ``plot/grad_ratio``: ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        kind: str,
+        config: PlotConfig,
+        preference: PreferenceDistribution,
+        term: PlotTerm,
+        backend: HeadBackend,
+    ) -> None:
+        self.trainer = trainer
+        self.config = config
+        self.preference = preference
+        self.term = term
+        self._kind = kind
+        self._backend = backend
+        # Instance attributes shadow the class's methods; deleting them is the way back.
+        self._patched: dict[str, Callable[..., Any]] = {
+            "compute_loss": self._compute_loss,
+            "_save": self._save,
+            "create_model_card": self._create_model_card,
+        }
+        self._originals = {name: getattr(trainer, name) for name in self._patched}
+        self._shadowed = {name: vars(trainer)[name] for name in self._patched if name in vars(trainer)}
+        for name, replacement in self._patched.items():
+            setattr(trainer, name, replacement)
+        trainer._plot_handle = self
+
+    def detach(self) -> None:
+        """Takes the term off: the trainer computes its own loss again, to the bit. Detaching twice does nothing."""
+        if getattr(self.trainer, "_plot_handle", None) is not self:
+            return
+        for name in self._patched:
+            delattr(self.trainer, name)
+            if name in self._shadowed:
+                setattr(self.trainer, name, self._shadowed[name])
+        self._backend.remove()
+        self.trainer._plot_handle = None
+
+    def _compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        original = self._originals["compute_loss"]
+        alpha = self.config.alpha
+        if alpha == 0:
+            return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        batch = policy_batch(self._kind, inputs)
+        if self._kind == "SFTTrainer" and self.config.granularity == "sequence":
+            self._refuse_hidden_packing(inputs)
+        with self._backend.capture(batch):
+            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        captured = self._backend.take()
+        if captured is None:
+            raise RunError(
+                "the policy's forward never reached the LM head that PLOT watches, so this step would train without "
+                "the term; something replaced the model's forward or the loss after attach() (Liger's fused loss, a "
+                "custom compute_loss_func, label smoothing): turn it off, or detach() the term."
+            )
+        vanilla = result[0] if return_outputs else result
+        loss = self.term.loss(captured.head, captured.shares).to(vanilla)
+        # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
+        training = self.trainer.model.training
+        steps = self.trainer.current_gradient_accumulation_steps if training else 1
+        divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
+        total = vanilla + (alpha / divisor) * loss
+        self._log(vanilla, loss, alpha, divisor, captured, batch)
+        return (total, *result[1:]) if return_outputs else total
+
+    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether ``compute_loss`` already divides by the accumulation steps: what ``Trainer.training_step`` asks."""
+        declared = self.trainer.loss_is_scaled_for_ga
+        if declared is not None:
+            return bool(declared)
+        by_items = self.trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_items or self.trainer.compute_loss_func is not None)
+
+    def _refuse_hidden_packing(self, inputs: Mapping[str, Any]) -> None:
+        args = self.trainer.args
+        packed = args.packing or getattr(args, "padding_free", False)
+        if packed and "position_ids" not in inputs:
+            raise InputError(
+                "granularity is 'sequence' and the batch is packed without position_ids, so sequences cannot be told "
+                "apart; expected position_ids: use granularity='batch' or turn packing off."
+            )
+
+    def _log(
+        self, vanilla: Tensor, loss: Tensor, alpha: float, divisor: int, captured: Captured, batch: PolicyBatch
+    ) -> None:
+        trainer = self.trainer
+        training = trainer.model.training
+        masses = self.term.masses(captured.head, captured.shares).to(vanilla)  # (2,)
+        values = torch.stack([vanilla.detach() * divisor, loss.detach(), *masses])  # (4,)
+        every = self.config.grad_ratio_steps
+        wants_ratio = training and every > 0 and trainer.state.global_step % every == 0
+        if wants_ratio:
+            values = torch.cat([values, self._gradient_ratio(vanilla * divisor, alpha * loss, captured).unsqueeze(0)])
+        local = values.tolist()
+        if not math.isfinite(local[1]):
+            self._explain_non_finite(captured, batch)
+        if trainer.accelerator.num_processes > 1:
+            gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4 or 5)
+            local = gathered.nanmean(0).tolist()  # a rank with nothing selected has no masses
+        names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass", "grad_ratio"]
+        metrics = trainer._metrics["train" if training else "eval"]
+        for name, value in zip(names, local, strict=False):
+            if not math.isnan(value):
+                metrics[f"plot/{name}"].append(value)
+        metrics["plot/alpha"].append(alpha)
+
+    def _gradient_ratio(self, vanilla: Tensor, plot: Tensor, captured: Captured) -> Tensor:
+        """‖∂(α·L_PLOT)/∂h‖ / ‖∂L_vanilla/∂h‖ at the head's input h: no backward through the model."""
+        norms = []
+        for loss in (plot, vanilla):
+            (gradient,) = torch.autograd.grad(loss, captured.hidden, retain_graph=True, allow_unused=True)
+            norms.append(gradient.float().norm() if gradient is not None else vanilla.new_zeros(()))
+        return (norms[0] / norms[1]).to(vanilla)
+
+    def _explain_non_finite(self, captured: Captured, batch: PolicyBatch) -> None:
+        step = self.trainer.state.global_step
+        bad = ~torch.isfinite(captured.head.log_probs.detach())
+        if bad.any():
+            row = int(captured.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
+            raise RunError(
+                f"the model's logits are NaN or infinite at step {step}, row {row} of the micro-batch; nothing of "
+                "this step was applied: lower the learning rate, check that row of the data, or use a wider dtype."
+            )
+        raise RunError(
+            f"the PLOT loss is infinite at step {step}: {self.config.divergence} from the output distribution to a "
+            f"target that gives some tokens no mass (target={self.config.target!r}); nothing of this step was "
+            "applied: use divergence='w1', 'js' or 'tv', or a target with full support (softmax)."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._originals["_save"](output_dir, state_dict=state_dict)
+        if not self.trainer.args.should_save:
+            return
+        folder = Path(output_dir or self.trainer.args.output_dir)
+        artifacts.save(folder, self.config, self.preference, step=self.trainer.state.global_step)
+        if folder == Path(self.trainer.args.output_dir) and not (folder / "README.md").exists():
+            self.trainer.create_model_card()
+
+    def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        self._originals["create_model_card"](*args, **kwargs)
+        if self.trainer.is_world_process_zero():
+            artifacts.extend_model_card(
+                Path(self.trainer.args.output_dir) / "README.md", self.config, self.preference, self._kind
+            )
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model itself, out of a PEFT wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _tokenizer(trainer: Any) -> Any:
+    processing = trainer.processing_class
+    return getattr(processing, "tokenizer", processing)
+
+
+def _head_rows(model: Any) -> int:
+    weight = model.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def _embeddings(model: Any) -> Tensor:
+    """``(V, H)`` input embeddings of the policy as it starts, which is the reference; whole where they are sharded."""
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    weight = model.get_input_embeddings().weight
+    with maybe_gather_lm_head_ctx(weight):
+        full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return full.detach().clone()
+
+
+def _estimate(trainer: Any, kind: str, tokenizer: Any) -> PreferenceDistribution:
+    """Counts what the trainer tokenised already, truncated as its collator truncates."""
+    if kind not in ("DPOTrainer", "KTOTrainer"):
+        raise InputError(
+            f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "
+            "count; pass one: preference=plot_align.estimate(pairs, tokenizer), or the file it was saved to."
+        )
+    from ..estimate import estimate_tokenized
+
+    return estimate_tokenized(
+        trainer.train_dataset,
+        tokenizer,
+        max_length=trainer.args.max_length,
+        truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+        progress=not trainer.args.disable_tqdm,
+    )

@@ -1,0 +1,92 @@
+"""The options of the PLOT term, as a dataclass that the command line and YAML files share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..errors import InputError
+
+
+@dataclass
+class PlotConfig:
+    """``L = L_vanilla + α·L_PLOT``: how the term is built, and how much it weighs.
+
+    Raises:
+        InputError: an option outside its range; the message names it.
+    """
+
+    alpha: float = field(
+        default=0.1, metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it."}
+    )
+    target: Literal["relu", "shift", "softmax", "anchored"] = field(
+        default="relu",
+        metadata={"help": "How token preferences become a target distribution (relu: our reading of the paper)."},
+    )
+    target_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of target=softmax, in standard deviations of the preferences."}
+    )
+    target_strength: float = field(
+        default=1.0, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
+    )
+    reference_rows: int = field(
+        default=512, metadata={"help": "Training rows from which target=anchored estimates the reference."}
+    )
+    divergence: Literal["w1", "kl", "js", "tv"] = field(
+        default="w1", metadata={"help": "w1: optimal transport. kl, js, tv ignore the embeddings (ablations)."}
+    )
+    geometry: Literal["norm", "principal"] = field(
+        default="norm", metadata={"help": "Token coordinate: norm of its embedding, or first principal axis."}
+    )
+    norm_order: float = field(default=2.0, metadata={"help": "The l of geometry=norm, 1 or more; .inf is allowed."})
+    scaled: bool = field(
+        default=True, metadata={"help": "Scale coordinates so that two random tokens are at distance 1 on average."}
+    )
+    granularity: Literal["batch", "sequence", "token"] = field(
+        default="batch", metadata={"help": "What is compared with the target: the mean output of a micro-batch, of a "
+                                           "sequence, or each position."}
+    )  # fmt: skip
+    positions: Literal["chosen", "rejected", "all"] = field(
+        default="chosen", metadata={"help": "Completions whose positions count."}
+    )
+    pool: bool = field(
+        default=False, metadata={"help": "Average the output distribution over all ranks before comparing it."}
+    )
+    grad_ratio_steps: int = field(
+        default=50, metadata={"help": "Log the ratio of PLOT's to the vanilla gradient every so many steps; 0: never."}
+    )
+    plot_backend: Literal["fused", "separate"] = field(
+        default="fused",
+        metadata={"help": "fused: inside TRL's head, free. separate: a head pass of its own, for other TRL versions."},
+    )
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, value in asdict(self).items():
+            choices = get_args(hints[name])
+            if choices and value not in choices:
+                raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        self._require("alpha", self.alpha >= 0 and math.isfinite(self.alpha), "a finite number, 0 or more")
+        self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
+        for name in ("target_temperature", "target_strength"):
+            value = getattr(self, name)
+            self._require(name, value > 0 and math.isfinite(value), "a positive number")
+        self._require("reference_rows", self.reference_rows >= 1, "a positive number of rows")
+        self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
+        if self.pool and self.granularity != "batch":
+            raise InputError(
+                f"pool is on with granularity={self.granularity!r}; only granularity='batch' has one distribution "
+                "to average over the ranks: set granularity='batch' or leave pool off."
+            )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; an infinite ``norm_order`` becomes the string ``"inf"``."""
+        options = asdict(self)
+        if math.isinf(self.norm_order):
+            options["norm_order"] = "inf"
+        return options

@@ -1,0 +1,117 @@
+"""The mean output distribution of a model over a data set: the anchor of a target, and the distance to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..fused import fused_head
+from .batches import PolicyBatch, policy_batch
+from .head import head_spec
+
+
+@torch.no_grad()
+def mean_output_distribution(
+    model: Any, batches: Iterable[tuple[dict[str, Tensor], PolicyBatch]], positions: str = "chosen"
+) -> Tensor:
+    """``p̄ = mean_t softmax(z_t)`` over the selected positions of all batches, each position weighing the same.
+
+    Args:
+        model: a causal language model (or a PEFT wrapper of one); left in the mode it was in.
+        batches: ``(inputs of the model, PolicyBatch)`` pairs; tensors are moved to the model's device.
+        positions: ``chosen``, ``rejected`` or ``all``.
+
+    Returns:
+        ``(V,)`` float64 on the CPU, one entry a row of the head, sums to 1.
+
+    Raises:
+        InputError: no position is selected in any batch.
+    """
+    from .attach import causal_lm
+
+    base = causal_lm(model)
+    head = base.get_output_embeddings()
+    device = head.weight.device
+    total = torch.zeros(head.weight.size(0), dtype=torch.float64)
+    tokens = 0
+    training = model.training
+    model.eval()
+    try:
+        for inputs, batch in batches:
+            mask = batch.selected(positions).to(device)  # (B, T-1)
+            count = int(mask.sum())
+            if count == 0:
+                continue
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1][mask]  # (N, H)
+            swept = fused_head(
+                hidden,
+                head.weight,
+                head.bias,
+                torch.zeros(count, dtype=torch.long, device=device),
+                head_spec(base),
+                weights=torch.ones(count, device=device),
+            )
+            if swept.marginals is not None:
+                total += swept.marginals[0].double().cpu()
+            tokens += count
+    finally:
+        model.train(training)
+    if tokens == 0:
+        raise InputError(f"no batch has a position with positions={positions!r}; expected completions of that role.")
+    return total / total.sum()
+
+
+def collated(
+    trainer: Any, kind: str, rows: int | None = None, dataset: Any = None
+) -> Iterator[tuple[dict[str, Tensor], PolicyBatch]]:
+    """The first ``rows`` rows of a tokenised data set in order, through the trainer's collator."""
+    dataset = trainer.train_dataset if dataset is None else dataset
+    columns = trainer._signature_columns
+    if columns is None:
+        trainer._set_signature_columns_if_needed()
+        columns = trainer._signature_columns
+    chunk: list[dict[str, Any]] = []
+    for index, row in enumerate(dataset):
+        if rows is not None and index >= rows:
+            break
+        chunk.append({name: value for name, value in row.items() if name in columns})
+        if len(chunk) == trainer.args.per_device_eval_batch_size:
+            yield _model_inputs(trainer.data_collator(chunk), kind)
+            chunk = []
+    if chunk:
+        yield _model_inputs(trainer.data_collator(chunk), kind)
+
+
+def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -> Tensor:
+    """p_ref ``(V,)`` float64: the reference model's p̄ over the first ``rows`` rows of the training set.
+
+    The policy as it starts is the reference unless the trainer was given one of its own.
+
+    Raises:
+        InputError: the trainer's data hold no completions (GRPO, RLOO), or images.
+    """
+    if kind in ("GRPOTrainer", "RLOOTrainer") or getattr(trainer, "_is_vision_dataset", False):
+        raise InputError(
+            f"target is 'anchored' and the training set of this {kind} has no text completions from which to estimate "
+            "the reference distribution; pass reference=, a (V,) distribution, to attach()."
+        )
+    model = getattr(trainer, "ref_model", None) or trainer.model
+    device = trainer.accelerator.device
+    if next(causal_parameters(model)).device != device:
+        model.to(device)
+    return mean_output_distribution(model, collated(trainer, kind, rows), positions)
+
+
+def causal_parameters(model: Any) -> Iterator[Tensor]:
+    """Parameters of a model, typed."""
+    yield from model.parameters()
+
+
+def _model_inputs(batch: dict[str, Any], kind: str) -> tuple[dict[str, Tensor], PolicyBatch]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch}, policy_batch(kind, batch)

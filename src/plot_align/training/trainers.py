@@ -1,0 +1,56 @@
+"""Drop-in trainers: TRL's, with the PLOT term attached."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from trl import DPOTrainer, SFTTrainer
+
+from ..preference import PreferenceDistribution
+from .attach import PlotHandle, attach
+from .config import PlotConfig
+
+PreferenceSource = PreferenceDistribution | str | os.PathLike[str] | None
+
+
+class PlotDPOTrainer(DPOTrainer):
+    """:class:`trl.DPOTrainer` with ``α·L_PLOT`` added to whichever ``loss_type`` it is configured with.
+
+    Args:
+        *args, **kwargs: those of :class:`trl.DPOTrainer`.
+        preference: token preferences or the file of them; ``None`` counts them in ``train_dataset``.
+        plot: options of the term; ``None`` takes the defaults.
+
+    Raises:
+        InputError: see :func:`plot_align.attach`.
+    """
+
+    plot_handle: PlotHandle
+
+    def __init__(
+        self, *args: Any, preference: PreferenceSource = None, plot: PlotConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.plot_handle = attach(self, preference, plot)
+
+
+class PlotSFTTrainer(SFTTrainer):
+    """:class:`trl.SFTTrainer` with ``α·L_PLOT`` added; its data hold one side only, so ``preference`` is needed.
+
+    Args:
+        *args, **kwargs: those of :class:`trl.SFTTrainer`.
+        preference: token preferences or the file of them (``plot-align estimate``).
+        plot: options of the term; ``None`` takes the defaults.
+
+    Raises:
+        InputError: see :func:`plot_align.attach`.
+    """
+
+    plot_handle: PlotHandle
+
+    def __init__(
+        self, *args: Any, preference: PreferenceSource = None, plot: PlotConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.plot_handle = attach(self, preference, plot)
