@@ -16,7 +16,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 _CACHE = tempfile.TemporaryDirectory(prefix="plot-align-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
-import pytest
+import pytest  # noqa: E402 (the libraries that plugins import read the variables above)
 
 ROOT = Path(__file__).resolve().parent.parent
 
