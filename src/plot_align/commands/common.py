@@ -36,14 +36,14 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: an unknown option (the nearest known one is named), a missing or a malformed value.
         """
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            if not name.startswith("-"):
-                raise InputError(f"unexpected argument {name!r}; see '{self.prog} --help'")
-            advice = did_you_mean(name, self._option_string_actions, f"see '{self.prog} --help'")
-            raise InputError(f"unknown option {name!r}; {advice}")
-        return namespace
+        for argument in arguments:  # before argparse, which would first miss the option that was misspelt
+            name = argument.partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and name not in self._option_string_actions:
+                advice = did_you_mean(name, self._option_string_actions, f"see '{self.prog} --help'")
+                raise InputError(f"unknown option {name!r}; {advice}")
+        return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see '{self.prog} --help'")

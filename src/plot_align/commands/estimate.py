@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _length(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} came, expected a whole number or none") from None
 
 
 def _results(preference: Any) -> dict[str, Any]:
