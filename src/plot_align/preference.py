@@ -27,7 +27,7 @@ FORMAT = "plot-align preference"
 TRANSFORMS = ("relu", "shift", "softmax", "anchored")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PreferenceDistribution:
     """Counts of completion tokens in chosen and in rejected answers, over one tokenizer's vocabulary of V ids.
 
@@ -66,6 +66,12 @@ class PreferenceDistribution:
             and torch.equal(self.chosen_counts, other.chosen_counts)
             and torch.equal(self.rejected_counts, other.rejected_counts)
             and self.provenance == other.provenance
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"PreferenceDistribution({self.vocab_size} ids, {int(self.chosen_counts.sum())} chosen and "
+            f"{int(self.rejected_counts.sum())} rejected tokens of {self.rows} rows)"
         )
 
     @property

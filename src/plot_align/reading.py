@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
+from plot_align.preference import complete_or_absent
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -64,13 +66,15 @@ def load_pairs(
             )
         if split != "train":
             raise InputError(f"split is {split!r}, but the single file {path.name} has no splits; leave it out")
+        digest = _digest(path)
         try:
-            data = datasets.load_dataset(_READERS[kind], data_files=str(path), split="train", streaming=streaming)
+            readable = _unpacked(path, digest) if kind == ".parquet" and suffixes[-1] == ".gz" else path
+            data = datasets.load_dataset(_READERS[kind], data_files=str(readable), split="train", streaming=streaming)
         except StopIteration:
             raise InputError(f"data file {path} is empty, expected preference pairs; check the file") from None
         except Exception as error:
             raise InputError(_diagnose(path, kind, error)) from None
-        return _with_origin(data, path.name, {"sha256": _digest(path)})
+        return _with_origin(data, path.name, {"sha256": digest})
     if kind in _READERS or kind == ".gz" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
         raise InputError(f"data file {source} does not exist; check the path (a Hub data set is written owner/name)")
     data = _load(str(source), name=name, split=split, streaming=streaming, revision=revision, data_dir=data_dir)
@@ -121,6 +125,17 @@ def _commit(source: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(source, revision=revision, timeout=10).sha
     except Exception:  # offline, from the cache: the data set is there all the same
         return revision
+
+
+def _unpacked(path: Path, digest: str) -> Path:
+    """The Parquet file inside a ``.gz``, which no reader opens as it is, in the cache of ``datasets``."""
+    import datasets
+
+    unpacked = Path(datasets.config.HF_DATASETS_CACHE) / "plot-align" / f"{digest}.parquet"
+    if not unpacked.is_file():
+        with complete_or_absent(unpacked) as temporary, gzip.open(path) as packed, temporary.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    return unpacked
 
 
 def _digest(path: Path) -> str:
