@@ -30,7 +30,13 @@ def real_data() -> Path:
     return folder
 
 
-PAIRS = [
+@pytest.fixture(scope="session")
+def pair_rows() -> list[dict[str, str]]:
+    """24 preference pairs in standard format with an explicit prompt."""
+    return _PAIRS
+
+
+_PAIRS = [
     {
         "prompt": f"what is {left} plus {right} ?",
         "chosen": f" the sum is {left + right} , gladly .",
@@ -56,7 +62,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for row in PAIRS for text in row.values()), trainer)
+    tokenizer.train_from_iterator((text for row in _PAIRS for text in row.values()), trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=512
@@ -93,9 +99,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 preference pairs as .jsonl: standard format, explicit prompt."""
+    """The pairs as .jsonl, alone in a folder."""
     import json
 
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in _PAIRS), encoding="utf-8")
     return path

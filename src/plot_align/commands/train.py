@@ -44,7 +44,7 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
   --resume_from_checkpoint DIR   continue an interrupted run
 
 example:
-  plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \
+  plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \\
     --dataset_name {data} --alpha 0.1{extra}
 """
 
@@ -100,7 +100,13 @@ def _train(
 
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
-    preference = _preference(command, training_args, model_args, plot, preference_args)
+    resume = training_args.resume_from_checkpoint
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise InputError(
+            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write 'true' in the YAML "
+            "file for the newest in output_dir"
+        )
+    preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -110,16 +116,22 @@ def _train(
         **(training_args.model_init_kwargs or {}),
     }
     trainer_class: Any = PlotDPOTrainer if command == "dpo" else PlotSFTTrainer
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        plot=plot,
-        preference=preference,
-    )
+    try:
+        trainer = trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            plot=plot,
+            preference=preference,
+        )
+    except OSError as error:
+        raise InputError(
+            f"no model could be loaded from {model_args.model_name_or_path!r} ({first_line(error)}); name a hub id or "
+            "a checkpoint folder"
+        ) from error
     if script_args.ignore_bias_buffers:
         import torch
 
@@ -127,7 +139,7 @@ def _train(
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         path = write_record(
@@ -155,7 +167,7 @@ def _last_log(trainer: Any) -> dict[str, Any]:
     return next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
 
 
-def _preference(command: str, training_args: Any, model_args: Any, plot: Any, where: PlotArguments) -> Any:
+def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
     """The preference distribution asked for; None: the DPO trainer counts its own training pairs."""
     if where.preference is not None and where.preference_dataset is not None:
         raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
@@ -165,7 +177,7 @@ def _preference(command: str, training_args: Any, model_args: Any, plot: Any, wh
         return PreferenceDistribution.load(where.preference)
     if where.preference_dataset is not None:
         return _estimated(training_args, model_args, where.preference_dataset, where.preference_split)
-    if command == "sft" and plot.alpha > 0:
+    if command == "sft":
         raise InputError(
             "--preference is missing: SFT data has no rejected answers to learn a preference from; name an artefact "
             "of `plot-align estimate`, or pairs with --preference_dataset"
@@ -203,7 +215,8 @@ def _datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[Any, 
 
     A mixture comes from TRL; a single data set is opened by :func:`plot_align.load_pairs`, which also takes files.
     """
-    evaluates = training_args.eval_strategy != "no"
+    strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)  # an Enum, mostly
+    evaluates = strategy != "no"
     train, test = script_args.dataset_train_split, script_args.dataset_test_split
     if mixture.datasets:
         from trl import get_dataset
@@ -232,7 +245,7 @@ def _datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[Any, 
     options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
     if evaluates and os.path.isfile(source):
         raise InputError(
-            f"--eval_strategy is {str(training_args.eval_strategy)!r}, but the file {source} has no test split; "
+            f"--eval_strategy is {strategy!r}, but the file {source} has no test split; "
             "set it to no, or list the file under 'datasets' in the YAML file with test_split_size"
         )
     return (
