@@ -326,6 +326,20 @@ def test_concatenation_counts_as_the_merge(tokenizer: Any) -> None:
 
 
 TEXT = st.text(st.sampled_from("ab \n$é日<eos>"), min_size=1, max_size=12)
+SHARED = st.one_of(st.just(""), st.integers(60, 200).map(lambda length: ("the sky is blue " * 13)[:length]))
+
+
+@given(shared=SHARED, chosen=TEXT, rejected=TEXT)
+@settings(max_examples=300, deadline=None)
+def test_extraction_is_trls(shared: str, chosen: str, rejected: str) -> None:
+    """Skipping ahead in a long common prompt changes nothing, for strings and for messages."""
+    from trl.data_utils import extract_prompt
+
+    from plot_align.estimate import _extract
+
+    for one, other in ((shared + chosen, shared + rejected), (list(shared + chosen), list(shared + rejected))):
+        expected = extract_prompt({"chosen": one, "rejected": other})
+        assert _extract(one, other) == (expected["prompt"], expected["chosen"], expected["rejected"])
 
 
 @given(rows=st.lists(st.fixed_dictionaries({"chosen": TEXT, "rejected": TEXT}), min_size=1, max_size=5))
@@ -478,6 +492,7 @@ GOOD = {"chosen": "a b", "rejected": "a c"}
         ("bad.csv", 'chosen,rejected\n"a,b\n', "no valid csv"),
         ("bad.parquet", "no parquet", "no valid parquet"),
         ("bad.jsonl.gz", "no gzip", "bad.jsonl.gz"),
+        ("bad.parquet.gz", "no gzip", "no valid parquet"),
         ("pairs.txt", "x", r"ends in '\.txt'"),
     ],
 )

@@ -422,6 +422,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno is None:
+            raise  # not the file system: gzip and others raise OSError for damaged input
         raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
     finally:
         if temporary is not None:
