@@ -279,7 +279,8 @@ def test_a_yaml_file_is_read_as_trl_reads_it(command: str, trl_yaml: Path) -> No
     found, launcher = _parsed(command, config, *flags)
     assert [type(part) for part in found[:4]] == [type(part) for part in expected]
     for ours, theirs in zip(found, expected, strict=False):
-        assert {**vars(ours), "logging_dir": None} == {**vars(theirs), "logging_dir": None}
+        ignored = {"distributed_state": None}  # an object of accelerate's, made anew each time
+        assert {**vars(ours), **ignored} == {**vars(theirs), **ignored}
     assert found[1].learning_rate == 5e-3
     assert launcher.arguments() == []
 
@@ -355,7 +356,7 @@ def test_several_processes_without_accelerators_are_not_silently_one(run: Run, t
 
 
 def test_a_launched_process_refuses_to_launch(run: Run, trl_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` does
     code, _, err = run("dpo", "--config", trl_yaml, "--num_processes", 2)
     assert code == 2
     assert "--num_processes came to a process that is already launched" in err.splitlines()[-1]
@@ -525,8 +526,5 @@ def test_demo_forwards_its_options(run: Run, monkeypatch: pytest.MonkeyPatch, tm
     module = type(sys)("plot_align.sandbox.demo")
     module.main = lambda **options: calls.append(options)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "plot_align.sandbox.demo", module)
-    import plot_align.sandbox
-
-    monkeypatch.setattr(plot_align.sandbox, "demo", module, raising=False)
     assert run("demo", "--quick", "--output", tmp_path, "--seeds", 2)[0] == 0
     assert calls == [{"quick": True, "output": tmp_path, "seeds": 2}]

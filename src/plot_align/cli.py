@@ -76,21 +76,21 @@ def _dispatch(arguments: list[str]) -> int:
     # Each module is imported only when its command runs: --help must not wait for torch.
     match command:
         case "dpo" | "sft":
-            from plot_align.commands import train
+            from plot_align.commands.train import run
 
-            return train.run(command, rest)
+            return run(command, rest)
         case "estimate":
-            from plot_align.commands import estimate
+            from plot_align.commands.estimate import run
 
-            return estimate.run(_without_debug(rest))
+            return run(_without_debug(rest))
         case "inspect":
-            from plot_align.commands import inspect
+            from plot_align.commands.inspect import run
 
-            return inspect.run(_without_debug(rest))
+            return run(_without_debug(rest))
         case "demo":
-            from plot_align.commands import demo
+            from plot_align.commands.demo import run
 
-            return demo.run(_without_debug(rest))
+            return run(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 

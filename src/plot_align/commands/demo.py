@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     if options.seeds is not None and options.seeds < 1:
         raise InputError(f"--seeds is {options.seeds}, expected 1 or more; leave it out for the default")
 
-    from plot_align.sandbox import demo
+    from plot_align.sandbox.demo import main
 
-    demo.main(quick=options.quick, output=options.output, seeds=options.seeds)
+    main(quick=options.quick, output=options.output, seeds=options.seeds)
     return 0

@@ -103,7 +103,7 @@ def _train(
     resume = training_args.resume_from_checkpoint
     if isinstance(resume, str) and not os.path.isdir(resume):
         raise InputError(
-            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write 'true' in the YAML "
+            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true in the YAML "
             "file for the newest in output_dir"
         )
     preference = _preference(command, training_args, model_args, preference_args)
