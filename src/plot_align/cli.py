@@ -76,21 +76,21 @@ def _dispatch(arguments: list[str]) -> int:
     # Each module is imported only when its command runs: --help must not wait for torch.
     match command:
         case "dpo" | "sft":
-            from plot_align.commands.train import run
+            from plot_align.commands.train import run as train
 
-            return run(command, rest)
+            return train(command, rest)
         case "estimate":
-            from plot_align.commands.estimate import run
+            from plot_align.commands.estimate import run as estimate
 
-            return run(_without_debug(rest))
+            return estimate(_without_debug(rest))
         case "inspect":
-            from plot_align.commands.inspect import run
+            from plot_align.commands.inspect import run as inspect
 
-            return run(_without_debug(rest))
+            return inspect(_without_debug(rest))
         case "demo":
-            from plot_align.commands.demo import run
+            from plot_align.commands.demo import run as demo
 
-            return run(_without_debug(rest))
+            return demo(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 
