@@ -26,8 +26,8 @@ from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored
 from plot_align.preference import PreferenceDistribution
 
 CHATML = (
-    "{% if tools %}tools {{ tools | length }}\n{% endif %}"
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if style %}{{ style }}: {% endif %}"
+    "{% if tools %}{{ tools | length }} tools: {% endif %}{{ message['content'] }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% if style %}{{ style }}: {% endif %}{% endif %}"
 )
 # The prompt alone ends with an empty thought that the whole conversation drops: the boundary moves back.
@@ -247,13 +247,13 @@ def test_scored_range_is_the_collators(mode: str, prompt: int, answer: int, max_
         "chosen_ids": list(range(101, 101 + answer)),
         "rejected_ids": [7, 8],
     }
+    start, stop = scored_range(np.array([prompt]), np.array([answer]), max_length, mode)
+    assert 0 <= start[0] <= stop[0] <= answer
     if prompt + answer == 0:
-        return
+        return  # the collator cannot pad an empty sequence
     batch = DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)([example])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[0, 1:]
-    start, stop = scored_range(np.array([prompt]), np.array([answer]), max_length, mode)
     assert example["chosen_ids"][start[0] : stop[0]] == labels[labels != -100].tolist()
-    assert start[0] <= stop[0]
 
 
 def test_kto_rows(tokenizer: Any, tiny_llama: Path, tmp_path: Path) -> None:
@@ -623,8 +623,9 @@ def test_refused_tokenized_rows(tokenizer: Any) -> None:
     refuse({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}, "no rejected token")
     refuse({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "max_length is 0", max_length=0)
     holes = Dataset.from_dict({"prompt_ids": [[1], [1]], "chosen_ids": [[2], None], "rejected_ids": [[2], [2]]})
-    with pytest.raises(InputError, match="row 1: 'chosen_ids' is missing"):
-        estimate_tokenized(holes, tokenizer, max_length=9, progress=False)
+    for batch_size in (1, 2):
+        with pytest.raises(InputError, match="row 1: 'chosen_ids' is missing"):
+            estimate_tokenized(holes, tokenizer, max_length=9, progress=False, batch_size=batch_size)
     with pytest.raises(InputError, match="empty"):
         estimate_tokenized(holes.select([]), tokenizer, max_length=9, progress=False)
 
@@ -636,13 +637,17 @@ def test_a_worker_that_dies(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> 
         estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False, num_proc=2, batch_size=2)
 
 
-def test_progress_goes_to_standard_error(tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_standard_error(
+    tokenizer: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer.chat_template = None
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")  # the workers set it for their time
     environment = dict(os.environ)
     estimate(Dataset.from_list([GOOD] * 8), tokenizer, num_proc=2, batch_size=2)
     shown = capfd.readouterr()
     assert shown.out == ""
     assert "8/8 rows" in shown.err
+    assert "huggingface/tokenizers" not in shown.err  # its warning about forks
     assert os.environ == environment
     estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False)
     assert capfd.readouterr().err == ""
