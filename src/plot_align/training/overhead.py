@@ -1,0 +1,116 @@
+"""What the term costs: steps with PLOT and without it on the same kernel, interleaved, in time and peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..fused import HeadOutput, HeadSpec, fused_head
+from .attach import causal_lm
+from .batches import policy_batch, trainer_kind
+from .head import FusedBackend
+
+
+class _WithoutPlot(FusedBackend):
+    """Our kernel in TRL's place with nothing to sweep up: what PLOT is compared with."""
+
+    def _pass(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
+    ) -> HeadOutput:
+        self._pending = None  # once a step, as with PLOT
+        return fused_head(hidden, weight, bias, targets, spec)
+
+
+@contextmanager
+def without_plot(trainer: Any) -> Iterator[None]:
+    """While open, the policy's head pass of a trainer without PLOT runs on our kernel."""
+    kind = trainer_kind(trainer)
+    backend = _WithoutPlot(causal_lm(trainer.model), torch.nn.Module())  # type: ignore[arg-type]
+    original = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with backend.capture(policy_batch(kind, inputs)):
+            return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    try:
+        yield
+    finally:
+        del trainer.compute_loss
+        backend.remove()
+
+
+@dataclass
+class Samples:
+    """Measurements of one arm, round by round: seconds, and bytes that a step held at its peak."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
+
+
+Arm = Callable[[], AbstractContextManager[Callable[[], Any]]]
+
+
+def interleaved(arms: Mapping[str, Arm], *, repeats: int, device: torch.device) -> dict[str, Samples]:
+    """Runs every arm once a round, the order rotating, so that a machine that slows down slows all of them.
+
+    An arm is a context that yields its step; only the step is measured, not what the context sets up. The first
+    round warms up and is dropped. Peak memory is the allocator's on CUDA, the process's resident set
+    elsewhere on Linux, and not measured on other systems.
+    """
+    names = list(arms)
+    samples = {name: Samples() for name in names}
+    for repeat in range(repeats + 1):
+        for k in range(len(names)):
+            name = names[(k + repeat) % len(names)]
+            with arms[name]() as step:
+                _reset_peak(device)
+                start = time.perf_counter()
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - start
+            if repeat:
+                samples[name].seconds.append(seconds)
+                samples[name].peak.append(_peak(device))
+    return samples
+
+
+def paired_ratio(ours: list[float] | list[int], base: list[float] | list[int]) -> tuple[float, float, float]:
+    """Median of the rounds' ratios and their lower and upper quartile; NaN where the base was not measured."""
+    if not base or min(base) <= 0:
+        return (float("nan"),) * 3
+    ratios = [a / b for a, b in zip(ours, base, strict=True)]
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset the peak resident set
+    except OSError:
+        return
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(row.split()[1]) * 1024 for row in status.splitlines() if row.startswith("VmHWM")), 0)
