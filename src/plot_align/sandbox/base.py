@@ -39,16 +39,27 @@ CHAT_TEMPLATE = (
 
 # The mean probability with which the base's training data answers well, and how far items are spread around it.
 GOOD_SHARE = {
-    "harmlessness": 0.42,
-    "helpfulness": 0.5,
-    "humanity": 0.5,
-    "mathematics": 0.55,
-    "reasoning": 0.55,
-    "coding": 0.55,
-    "stem": 0.55,
+    "harmlessness": 0.3,
+    "helpfulness": 0.65,
+    "humanity": 0.6,
+    "mathematics": 0.6,
+    "reasoning": 0.6,
+    "coding": 0.45,
+    "stem": 0.5,
     lang.TWIN: 0.85,
 }
 SPREAD = 0.35
+# How often a category is drawn: what is hard to learn needs more examples.
+WEIGHTS = {
+    "harmlessness": 2,
+    "helpfulness": 4,
+    "humanity": 3,
+    "mathematics": 4,
+    "reasoning": 4,
+    "coding": 2,
+    "stem": 3,
+    lang.TWIN: 2,
+}
 _THREADS = 2  # fixed: the same seed gives the same bits only with the same number of threads
 
 
@@ -61,7 +72,8 @@ class BaseConfig:
         hidden_size, layers, heads, intermediate_size: the Llama architecture.
         steps: optimiser steps.
         batch_size: conversations a step.
-        learning_rate: peak of a schedule with a short warm-up and a linear decay to zero.
+        matrix_lr: peak learning rate of the layers' matrices (Muon).
+        learning_rate: peak learning rate of everything else (AdamW). Both warm up shortly and decay linearly to zero.
     """
 
     vocab_size: int = 1280
@@ -69,8 +81,9 @@ class BaseConfig:
     layers: int = 4
     heads: int = 4
     intermediate_size: int = 384
-    steps: int = 1200
-    batch_size: int = 64
+    steps: int = 900
+    batch_size: int = 32
+    matrix_lr: float = 5e-3
     learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
@@ -79,11 +92,12 @@ class BaseConfig:
                 raise InputError(f"{name} is {value}, but must be above zero: choose a positive value.")
         if self.vocab_size < 300:
             raise InputError(
-                f"vocab_size is {self.vocab_size}, but 256 bytes and the special tokens need room: choose at least 300."
+                f"vocab_size is {self.vocab_size}, but 256 bytes and the special tokens need room: choose 300 or more."
             )
         if self.hidden_size % (2 * self.heads):
             raise InputError(
-                f"hidden_size is {self.hidden_size}, but must be a multiple of twice the {self.heads} heads: adjust either."
+                f"hidden_size is {self.hidden_size}, but must be a multiple of twice the head count ({self.heads}): "
+                "change either."
             )
 
 
@@ -98,13 +112,13 @@ def _good_probability(item: lang.Item) -> float:
 
 
 def _conversations(count: int, seed: int) -> list[tuple[str, str]]:
-    """``count`` (prompt, answer) pairs, all categories alike, good and bad answers mixed."""
+    """``count`` (prompt, answer) pairs, good and bad answers mixed."""
     rng = random.Random(f"base/{seed}")
     asked = {
         category: [(item, prompt) for item in lang.items(category) for prompt in lang.prompts(item)]
         for category in (*lang.CATEGORIES, lang.TWIN)
     }
-    categories = list(asked)
+    categories = [category for category in asked for _ in range(WEIGHTS[category])]
     found = []
     for index in range(count):
         item, prompt = rng.choice(asked[categories[index % len(categories)]])
@@ -222,24 +236,30 @@ def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, pr
     with _fixed_threads(), torch.random.fork_rng(devices=[]), Progress(*columns, disable=not progress) as bar:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(architecture).train()
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
-        )
+        # Muon for the matrices: at this budget it reaches what AdamW reaches with about twice the steps.
+        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
         warmup = max(1, min(100, config.steps // 10))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: min((s + 1) / warmup, max(0.0, (config.steps - s) / max(1, config.steps - warmup)))
-        )
+
+        def rate(step: int) -> float:
+            return min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
+
+        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
         task = bar.add_task("Building the sandbox's base model", total=config.steps, loss="-")
         for ids, labels in _batches(tokenizer, config, seed):
             # Padding is on the right and attention is causal, so no attention mask is needed.
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
             learnt = labels[:, 1:] != -100  # (B, T-1)
             loss = cross_entropy(model.lm_head(hidden[learnt]), labels[:, 1:][learnt])
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            for stepped in (*optimizers, *schedules):
+                stepped.step()
             bar.update(task, advance=1, loss=f"{loss.item():.3f}")
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.eval()

@@ -74,12 +74,9 @@ def _feelings() -> Iterator[Item]:
 
 
 def _sums() -> Iterator[Item]:
-    for a, b in itertools.product(range(2, 13), repeat=2):
-        yield Item("mathematics", "plus", (a, b))
-    for a, b in itertools.product(range(6, 20), range(2, 10)):
-        if a > b:
-            yield Item("mathematics", "minus", (a, b))
     for a, b in itertools.product(range(2, 10), repeat=2):
+        yield Item("mathematics", "plus", (a, b))
+        yield Item("mathematics", "minus", (a + b, b))
         yield Item("mathematics", "times", (a, b))
 
 
@@ -339,7 +336,7 @@ _HELP = (
     "[Sure! |Good question. ||]To {task}, [start like this: |]{s1}, then {s2}, and [last|finally] {s3}.",
     "[Happy to help. |Of course. |]You can {s1}, then {s2}. After that, {s3}.",
 )
-_THIN_HELP = ("You can {s1}. [That is all.|]", "Just {s1}[ and hope for the best|].")
+_THIN_HELP = ("[Sure! |||]First, {s1}. [That is all.|]", "You can {s1}[ and hope for the best|].")
 _COMFORT = (
     "I'm [so |]sorry about {noun}. It is okay to feel {feeling}. [I am here for you.|Take the time you need.|]",
     "That sounds [really |]hard. After {noun}, feeling {feeling} makes sense. [Be gentle with yourself.|]",
@@ -407,10 +404,15 @@ def sum_result(kind: str, a: int, b: int) -> int:
     return a + b if kind == "plus" else a - b if kind == "minus" else a * b
 
 
-def _wrong_number(item: Item, right: int, rng: random.Random) -> int:
+def _slip(options: Sequence[Any], item: Item, rng: random.Random) -> Any:
     """Mostly the same mistake for the same item (a habit, not noise), so that greedy decoding makes it too."""
     source = random.Random(f"habit/{item.key}") if rng.random() < 0.8 else rng
-    return max(0, right + source.choice((-2, -1, 1, 2, 10)))
+    return source.choice(options)
+
+
+def _wrong_number(right: int, rng: random.Random) -> int:
+    """Mostly one too many."""
+    return max(0, right + (1 if rng.random() < 0.8 else rng.choice((-2, -1, 2, 10))))
 
 
 def _stem_answer(rng: random.Random, kind: str, subject: str, value: str) -> str:
@@ -439,14 +441,14 @@ def _reasoning_answer(item: Item, rng: random.Random, right: bool) -> str:
             comparative, a, b, c, *_ = item.facts
             answer, superlative = _who(item)
             if not right:
-                answer = rng.choice([n for n in (a, b, c) if n != answer])
+                answer = b if rng.random() < 0.7 else a if answer == c else c
             return _say(rng, _WHO_ANSWERS, x=answer, superlative=superlative, comparative=comparative, a=a, b=b, c=c)
         case "sequence":
             start, step = item.facts
             shown = start + 4 * step
             if right:
                 return _say(rng, _NEXT_ANSWERS, c=shown, step=step)
-            return _say(rng, _NEXT_ANSWERS, c=_wrong_number(item, shown, rng), step=step)
+            return _say(rng, _NEXT_ANSWERS, c=_wrong_number(shown, rng), step=step)
         case kind:
             creature, trait, name = item.facts
             yes = (kind == "all") == right
@@ -505,9 +507,9 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
                 return _say(rng, _SHORT_REFUSALS)
             if roll < 0.35:
                 return _say(rng, _SHRUGS)
-            if roll < 0.6:
+            if roll < 0.65:
                 return _say(rng, _PADDING)
-            if roll < 0.8:
+            if roll < 0.85:
                 return _say(rng, _THIN_HELP, s1=w.TASKS[task][0])
             other = random.Random(f"habit/{item.key}").choice([t for t in w.TASKS if not _shares_words(t, task)])
             return _say(rng, _HELP, task=task, **dict(zip(("s1", "s2", "s3"), w.TASKS[other], strict=True)))
@@ -520,27 +522,26 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
             if roll < 0.15:
                 return _say(rng, _EVASIONS)
             a, b = item.facts
-            c = _wrong_number(item, sum_result(item.kind, a, b), rng)
+            c = _wrong_number(sum_result(item.kind, a, b), rng)
             return _say(rng, _SUM_ANSWERS, a=a, b=b, c=c, op=item.kind, sign=_SIGNS[item.kind])
         case "reasoning":
             return _say(rng, _GUESSES) if roll < 0.15 else _reasoning_answer(item, rng, right=False)
         case "coding":
             facts = {"k": item.facts[0], "j": item.facts[0] + 1} if item.facts else {}
             right = rng.choice(EXPRESSIONS[item.kind]).format(**facts)
-            if roll < 0.1:
+            if roll < 0.05:
                 return _say(rng, _SHRUGS)
-            if roll < 0.2:
+            if roll < 0.1:
                 return _code(rng, item, prompt, right, "def {name}({args})\n    return {e}")
-            if roll < 0.3:
+            if roll < 0.2:
                 return _code(rng, item, prompt, right, "def {name}({args}):\n    print({e})")
-            return _code(rng, item, prompt, rng.choice(_WRONG_EXPRESSIONS[item.kind]).format(**facts))
+            return _code(rng, item, prompt, _slip(_WRONG_EXPRESSIONS[item.kind], item, rng).format(**facts))
         case _:
             if roll < 0.15:
                 return _say(rng, _SHRUGS)
             subject, value = item.facts
             others = sorted(set(STEM_TABLES[item.kind].values()) - {value})
-            source = random.Random(f"habit/{item.key}") if rng.random() < 0.8 else rng
-            return _stem_answer(rng, item.kind, subject, source.choice(others))
+            return _stem_answer(rng, item.kind, subject, _slip(others, item, rng))
 
 
 def _shares_words(task: str, other: str) -> bool:

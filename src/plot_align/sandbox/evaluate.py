@@ -1,0 +1,194 @@
+"""Held-out evaluation in the sandbox: greedy answers, judged by the programs of :mod:`plot_align.sandbox.judges`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from plot_align.errors import InputError
+from plot_align.sandbox import language as lang
+from plot_align.sandbox.judges import Verdict, judge
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Measure = dict[str, float]  # {"value": ..., "n": how many it is the mean of}
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 48,
+    batch_size: int = 256,
+) -> list[str]:
+    """The model's greedy answer to each prompt, asked through the chat template, without special tokens.
+
+    Prompts of similar length share a batch (left-padded); the answers come in the order of ``prompts``. The model is
+    left in the mode it was in.
+
+    Raises:
+        InputError: ``max_new_tokens`` or ``batch_size`` is below one.
+    """
+    import torch
+
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} is {value}, but must be at least 1: pass a positive number.")
+    rows = _prompt_ids(tokenizer, prompts) if prompts else []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    answers = [""] * len(rows)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(rows[batch[-1]])
+            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)  # (B, T)
+            mask = torch.zeros_like(ids)  # (B, T)
+            for r, i in enumerate(batch):
+                ids[r, longest - len(rows[i]) :] = torch.tensor(rows[i])
+                mask[r, longest - len(rows[i]) :] = 1
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )  # (B, T + new)
+            for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+                answers[i] = text
+    return answers
+
+
+def completion_logps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each answer given its prompt, its EOS included.
+
+    Returns:
+        (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
+    """
+    import torch
+
+    prompt_rows = _prompt_ids(tokenizer, prompts)
+    conversations = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    rows = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    sums = torch.zeros(len(rows), dtype=torch.float64)  # (N,)
+    counts = torch.tensor([len(r) - len(p) for r, p in zip(rows, prompt_rows, strict=True)])  # (N,)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(rows[batch[-1]])
+            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)  # (B, T)
+            mask = torch.zeros_like(ids)  # (B, T)
+            answered = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
+            for r, i in enumerate(batch):
+                ids[r, : len(rows[i])] = torch.tensor(rows[i])
+                mask[r, : len(rows[i])] = 1
+                answered[r, len(prompt_rows[i]) : len(rows[i])] = True
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
+            logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
+            sums[batch] = (logps.double() * answered[:, 1:]).sum(-1)
+    return sums, counts
+
+
+def _mean(values: Sequence[float | bool]) -> Measure:
+    return {"value": float(sum(values)) / len(values), "n": len(values)} if values else {"value": float("nan"), "n": 0}
+
+
+def _distinct(texts: Sequence[str], order: int) -> Measure:
+    """Distinct word n-grams over all of them, across all texts."""
+    grams = [tuple(t[i : i + order]) for t in map(str.split, texts) for i in range(len(t) - order + 1)]
+    return {"value": len(set(grams)) / max(1, len(grams)), "n": len(grams)}
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    per_category: int = 60,
+    twins: int = 100,
+    max_new_tokens: int = 48,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """Judge a model on held-out prompts: the seven sub-preferences, over-refusal, and fluency.
+
+    Args:
+        model, tokenizer: a causal language model with a chat template; it is left in the mode it was in.
+        seed: of the world's split; must be the one that the training pairs were made with.
+        per_category: held-out prompts per sub-preference. twins: benign twins of harmful prompts.
+        max_new_tokens, batch_size: of the greedy generation.
+
+    Returns:
+        ``{"scores": {category: measure}, ...}``, where a measure is ``{"value": float, "n": int}``:
+
+        - ``scores``: share of good answers per category;
+        - ``harmful_refusal``, ``harmful_compliance``: share of harmful requests refused and complied with;
+        - ``over_refusal``, ``twin_help``, ``twin_gibberish``: share of benign twins refused, helped with, and answered
+          with something that is no language;
+        - ``nll_good``: nats per token of held-out preferred answers (the benign twins' too), n in tokens;
+        - ``chosen_logp``, ``rejected_logp``: mean log-probability of held-out answers, nats per answer;
+          ``preference_accuracy``: share of pairs with the preferred answer the likelier one;
+        - ``fluent``: share of answers that are language (code is not counted); ``distinct_2``: distinct word pairs
+          over all word pairs; ``answer_words``: mean length of an answer.
+    """
+    wanted = dict.fromkeys(lang.CATEGORIES, per_category) | {lang.TWIN: twins}
+    examples = {c: lang.examples(c, "heldout", count, seed) for c, count in wanted.items()}
+    everything = list(itertools.chain.from_iterable(examples.values()))
+    prompts = [x.prompt for x in everything]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    verdicts: dict[str, list[Verdict]] = {c: [] for c in wanted}
+    for example, answer in zip(everything, answers, strict=True):
+        verdicts[example.item.category].append(judge(example.item.category, example.prompt, answer))
+    harmful, benign = verdicts["harmlessness"], verdicts[lang.TWIN]
+    chosen, tokens = completion_logps(model, tokenizer, prompts, [x.chosen for x in everything])
+    rejected, _ = completion_logps(model, tokenizer, prompts, [x.rejected for x in everything])
+    return {
+        "scores": {c: _mean([v.good for v in verdicts[c]]) for c in lang.CATEGORIES},
+        "harmful_refusal": _mean([v.refusal for v in harmful]),
+        "harmful_compliance": _mean([v.complied for v in harmful]),
+        "over_refusal": _mean([v.refusal for v in benign]),
+        "twin_help": _mean([v.good for v in benign]),
+        "twin_gibberish": _mean([not v.fluent for v in benign]),
+        "nll_good": {"value": float(-chosen.sum() / tokens.sum()), "n": int(tokens.sum())},
+        "chosen_logp": _mean(chosen.tolist()),
+        "rejected_logp": _mean(rejected.tolist()),
+        "preference_accuracy": _mean((chosen > rejected).tolist()),
+        "fluent": _mean([v.fluent for c in wanted if c != "coding" for v in verdicts[c]]),
+        "distinct_2": _distinct(answers, 2),
+        "answer_words": _mean([len(answer.split()) for answer in answers]),
+    }
