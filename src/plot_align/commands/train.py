@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,6 @@ def run(command: str, arguments: list[str]) -> int:
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text(command), end="")
         return 0
-    if importlib.util.find_spec("trl") is None:
-        raise InputError(
-            f"'plot-align {command}' needs TRL, which is not installed; on Python 3.11 or newer run pip install trl"
-        )
     config_path, flags = split_config(without_bare_debug(arguments))
     config = read_yaml(config_path) if config_path is not None else {}
     set_environment(config.pop("env", None), config_path)  # before torch is imported, so that CUDA_* still counts
