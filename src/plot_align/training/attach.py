@@ -61,7 +61,7 @@ def attach(
         )
     tokenizer = _tokenizer(trainer)
     if preference is None:
-        preference = _estimate(trainer, kind, tokenizer)
+        preference = estimate_from(trainer)
     elif not isinstance(preference, PreferenceDistribution):
         preference = PreferenceDistribution.load(preference)
     preference.check_tokenizer(tokenizer)
@@ -293,8 +293,13 @@ def _embeddings(model: Any) -> Tensor:
         return full.detach().clone()
 
 
-def _estimate(trainer: Any, kind: str, tokenizer: Any) -> PreferenceDistribution:
-    """Counts what the trainer tokenised already, truncated as its collator truncates."""
+def estimate_from(trainer: Any) -> PreferenceDistribution:
+    """Counts what the trainer tokenised already, truncated as its collator truncates.
+
+    Raises:
+        InputError: its training set does not hold both sides.
+    """
+    kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
     if kind not in ("DPOTrainer", "KTOTrainer"):
         raise InputError(
             f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "

@@ -1,0 +1,225 @@
+"""One tuning run in the sandbox: train an arm, judge it on held-out prompts, and keep the record.
+
+The same trainers, losses and files as for a real model. A run is identified by everything that decides its result;
+its record is the memory of it, so that an interrupted experiment goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..errors import InputError
+from ..records import read_record, write_record
+from ..training import PlotConfig
+
+KIND = "sandbox-run"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms of an experiment share.
+
+    Args:
+        steps: optimiser steps.
+        learning_rate, beta, batch_size: as in TRL's ``DPOConfig``; pairs a step.
+        per_category: training pairs of each sub-preference.
+        flipped: share of the training pairs whose chosen and rejected are swapped (label noise).
+        heldout: held-out prompts of each sub-preference.
+        probe: the term by which the distance to the target is measured, in every arm alike.
+    """
+
+    steps: int = 60
+    learning_rate: float = 3e-4
+    beta: float = 0.1
+    batch_size: int = 16
+    per_category: int = 200
+    flipped: float = 0.0
+    heldout: int = 60
+    probe: PlotConfig = field(default_factory=PlotConfig)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss, with PLOT or without it. ``loss_type`` as in TRL's ``DPOConfig``; no loss type at all is the base."""
+
+    name: str
+    loss_type: tuple[str, ...] = ()
+    plot: PlotConfig | None = None
+
+
+def record_path(folder: Path, arm: Arm, setting: Setting, seed: int) -> Path:
+    """Where the record of a run lies; the name carries a hash of everything that decides the result."""
+    key = json.dumps(_describe(arm, setting), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+    name = "".join(c if c.isalnum() else "-" for c in arm.name.lower()).strip("-")
+    return folder / f"{name}-seed{seed}-{digest}.json"
+
+
+def run_arm(
+    arm: Arm,
+    setting: Setting,
+    seed: int,
+    base: Path,
+    folder: Path,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Trains and judges one arm, or reads the record of an earlier run of exactly the same.
+
+    Args:
+        arm: what to train; ``loss_type=()`` judges the base as it is.
+        setting: steps, data and so on.
+        seed: of the split, the pairs, their order and the training.
+        base: checkpoint folder of the base model.
+        folder: where records are kept.
+        on_step: called with the number of finished optimiser steps.
+
+    Returns:
+        The record, see :mod:`plot_align.records`; its ``results`` are those of
+        :func:`plot_align.sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
+        positions' mean output to the target, and ``train_logs``.
+    """
+    path = record_path(folder, arm, setting, seed)
+    if path.exists():
+        return read_record(path, KIND)
+    results = _train_and_judge(arm, setting, seed, base, on_step)
+    write_record(path, KIND, results, config=_describe(arm, setting), seed=seed)
+    return read_record(path, KIND)
+
+
+def training_pairs(setting: Setting, seed: int) -> Any:
+    """The pairs that an arm trains on, label noise included; the noise is the same for every arm of a seed."""
+    from . import pairs
+
+    data = pairs("train", seed=seed, per_category=setting.per_category)
+    if not setting.flipped:
+        return data
+    import numpy as np
+
+    flipped = np.random.default_rng(seed).random(len(data)) < setting.flipped
+
+    def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {"chosen": row["rejected"], "rejected": row["chosen"]} if flipped[index] else {}
+
+    return data.map(swap, with_indices=True)
+
+
+def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str) -> Any:
+    """The TRL trainer of an arm on the sandbox's data, with PLOT attached where the arm has it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    from ..training import attach
+    from . import pairs
+
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base),
+        args=DPOConfig(
+            output_dir=output,
+            loss_type=list(arm.loss_type or ("sigmoid",)),
+            beta=setting.beta,
+            max_steps=max(1, setting.steps),
+            learning_rate=setting.learning_rate,
+            per_device_train_batch_size=setting.batch_size,
+            per_device_eval_batch_size=64,
+            seed=seed,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=10,
+            disable_tqdm=True,
+        ),
+        train_dataset=training_pairs(setting, seed),
+        eval_dataset=pairs("heldout", seed=seed, per_category=setting.heldout),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    if arm.plot is not None and arm.plot.alpha > 0:
+        attach(trainer, config=arm.plot)
+    return trainer
+
+
+def _train_and_judge(
+    arm: Arm, setting: Setting, seed: int, base: Path, on_step: Callable[[int], None] | None
+) -> dict[str, Any]:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from . import evaluate_model
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if on_step is not None:
+                on_step(state.global_step)
+
+    quiet()
+    with tempfile.TemporaryDirectory() as output:
+        trainer = make_trainer(arm, setting, seed, base, output)
+        probe = Probe(trainer, setting.probe)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Steps())
+        if arm.loss_type:
+            trainer.train()
+        results = evaluate_model(
+            trainer.model, trainer.processing_class, seed=seed, per_category=setting.heldout, twins=setting.heldout
+        )
+        results["distance"] = {"value": probe.distance(), "n": len(trainer.eval_dataset)}
+        results["train_logs"] = [
+            {name: value for name, value in record.items() if name in ("loss", "step") or "plot/" in name}
+            for record in trainer.state.log_history
+        ]
+    return results
+
+
+class Probe:
+    """Distance of a trainer's model to a target that is fixed before training, on the held-out chosen positions."""
+
+    def __init__(self, trainer: Any, config: PlotConfig) -> None:
+        from ..training.attach import build_term, estimate_from
+        from ..training.marginal import reference_distribution
+
+        self.trainer = trainer
+        preference = estimate_from(trainer)
+        reference = None
+        if config.target == "anchored":
+            reference = reference_distribution(trainer, "DPOTrainer", config.reference_rows, config.positions)
+        embeddings = trainer.model.get_input_embeddings().weight.detach().clone()
+        self.term = build_term(config, preference, embeddings=embeddings, rows=len(embeddings), reference=reference)
+
+    def distance(self) -> float:
+        """D(p̄, P) with p̄ the mean output over the held-out chosen positions."""
+        from ..training.marginal import collated, mean_output_distribution
+
+        batches = collated(self.trainer, "DPOTrainer", dataset=self.trainer.eval_dataset)
+        output = mean_output_distribution(self.trainer.model, batches, self.term.config.positions)
+        return float(self.term.divergence.value(output))
+
+
+def quiet() -> None:
+    """Many short runs in one process: the libraries' bars and notices would drown the experiment's own progress."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+def _describe(arm: Arm, setting: Setting) -> dict[str, Any]:
+    if not 0 <= setting.flipped < 1:
+        raise InputError(f"flipped is {setting.flipped}; expected a share of the pairs, 0 to less than 1.")
+    described = {**asdict(setting), "probe": setting.probe.to_dict(), "plot_align": __version__}
+    return {
+        "arm": arm.name,
+        "loss_type": list(arm.loss_type),
+        "plot": None if arm.plot is None else arm.plot.to_dict(),
+        "setting": described,
+    }
