@@ -96,7 +96,7 @@ def test_version(run: Run) -> None:
             1,
             "No module named 'peft'; reinstall plot-align",
         ),
-        (KeyboardInterrupt(), 130, "interrupted; files already written are complete"),
+        (KeyboardInterrupt(), 130, "interrupted before it was done"),
         (SystemExit(5), 5, None),
     ],
 )

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leave:  # argparse after --help
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except KeyboardInterrupt:
-        return _report("interrupted; files already written are complete", 130, debug)
+        return _report("interrupted before it was done", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head` does
         return 1
