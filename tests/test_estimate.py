@@ -492,7 +492,7 @@ GOOD = {"chosen": "a b", "rejected": "a c"}
         ("bad.csv", 'chosen,rejected\n"a,b\n', "no valid csv"),
         ("bad.parquet", "no parquet", "no valid parquet"),
         ("bad.jsonl.gz", "no gzip", "bad.jsonl.gz"),
-        ("bad.parquet.gz", "no gzip", "no valid parquet"),
+        ("bad.parquet.gz", "no gzip", r"no valid parquet \(Not a gzipped file"),
         ("pairs.txt", "x", r"ends in '\.txt'"),
     ],
 )
