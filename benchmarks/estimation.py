@@ -59,10 +59,9 @@ def main() -> None:
     for repeat in range(options.repeats):
         order = [("tokenizer", alone), ("estimate", counted)]
         for name, work in order if repeat % 2 == 0 else reversed(order):
-            seconds[name].append(timed(work))
-    ratios = [
-        counting / encoding for counting, encoding in zip(seconds["estimate"], seconds["tokenizer"], strict=True)
-    ]
+            elapsed, worked = timed(work)
+            seconds[name].append(elapsed)
+            processor[name].append(worked)
     results = {
         "rows": len(data),
         "characters": sum(len(text) for texts in batches for text in texts),

@@ -189,7 +189,7 @@ def render(inspection: Inspection) -> RenderableType:
         return grid
 
     return Group(
-        Text(_summary(inspection)),
+        *map(Text, _summary(inspection)),
         Text(),
         table("most preferred", inspection.preferred, "blue"),
         Text(),
@@ -253,18 +253,19 @@ def write_figure(inspection: Inspection, path: str | os.PathLike[str]) -> Path:
             "d: share of the chosen tokens minus share of the rejected tokens, in percentage points (95 % interval)",
             fontsize=9,
         )
-        title = textwrap.fill(_summary(inspection), width=150)
+        title = "\n".join(textwrap.fill(line, width=150) for line in _summary(inspection))
         figure.suptitle(title, fontsize=9, color="#444444", x=0.01, ha="left")
         with complete_or_absent(path) as temporary:
             figure.savefig(temporary, dpi=160, metadata=_UNDATED[path.suffix.lower()])
     return path
 
 
-def _summary(inspection: Inspection) -> str:
+def _summary(inspection: Inspection) -> list[str]:
+    """What was counted, and how much the two sides differ: two lines."""
     names = ", ".join(str(source.get("id")) for source in inspection.sources) or "unknown data"
-    return (
+    return [
         f"{names}: {inspection.rows:,} rows, {inspection.chosen_tokens:,} chosen and "
-        f"{inspection.rejected_tokens:,} rejected tokens; of {inspection.vocab_size:,} ids "
-        f"{inspection.preferred_ids:,} are preferred and {inspection.rejected_ids:,} rejected; "
-        f"total variation {inspection.distance:.3f}"
-    )
+        f"{inspection.rejected_tokens:,} rejected tokens",
+        f"of {inspection.vocab_size:,} token ids {inspection.preferred_ids:,} are preferred and "
+        f"{inspection.rejected_ids:,} rejected; total variation between the two sides {inspection.distance:.3f}",
+    ]

@@ -163,7 +163,6 @@ def _diagnose(path: Path, kind: str, error: Exception) -> str:
 
 def _bad_json_row(file: Iterable[str]) -> str | None:
     """What is wrong with the first bad line of JSON lines; None for a file of another shape."""
-    kinds: dict[str, str] = {}
     for number, text in enumerate(file, start=1):
         if not text.strip():
             continue
@@ -175,12 +174,6 @@ def _bad_json_row(file: Iterable[str]) -> str | None:
             return f"line {number} is no valid JSON ({error})"
         if not isinstance(row, dict):
             return f"line {number} is {shown(row)}, expected an object with chosen and rejected"
-        for name in ("prompt", "chosen", "rejected"):
-            kind = type(row.get(name)).__name__
-            if row.get(name) is not None and kinds.setdefault(name, kind) != kind:
-                return (
-                    f"line {number}: {name!r} is {shown(row[name])}, expected a {kinds[name]} as in the lines before"
-                )
     return None
 
 
