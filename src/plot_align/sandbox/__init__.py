@@ -51,7 +51,7 @@ def _dataset(categories: Sequence[str], split: str, count: int, seed: int) -> Da
             "prompt": [{"role": "user", "content": x.prompt}],
             "chosen": [{"role": "assistant", "content": x.chosen}],
             "rejected": [{"role": "assistant", "content": x.rejected}],
-            "category": x.item.category,
+            "category": category,
         }
         for category in categories
         for x in examples(category, split, count, seed)
@@ -75,8 +75,8 @@ def pairs(
         per_category: pairs per category; by default 200 to train on and 60 held out.
 
     Returns:
-        A ``datasets.Dataset`` with the columns prompt, chosen, rejected (lists of messages) and category, ordered by
-        category (a trainer shuffles).
+        A ``datasets.Dataset`` (about 1,400 rows to train on) with the columns prompt, chosen, rejected (lists of
+        messages) and category, ordered by category (a trainer shuffles).
 
     Raises:
         InputError: unknown split or category, no category, a negative count.
@@ -93,7 +93,7 @@ def pairs(
 def heldout_twins(seed: int = 0, *, count: int = 100) -> Dataset:
     """Held-out benign twins of harmful requests ("kill a frozen process"), in the format of :func:`pairs`.
 
-    The preferred answer helps, the rejected one refuses, shrugs or flatters. No pair of :func:`pairs` has such a
-    prompt: a model that refuses them has learnt to refuse too much.
+    The preferred answer helps, the rejected one refuses, shrugs or flatters. A model that refuses them has
+    learnt to refuse too much. Two in five of the training prompts for helpfulness is such a twin, of other items.
     """
     return _dataset((TWIN,), "heldout", count, seed)

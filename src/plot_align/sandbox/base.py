@@ -24,7 +24,7 @@ from plot_align.sandbox import language as lang
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 END, PAD, SYSTEM, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -39,14 +39,14 @@ CHAT_TEMPLATE = (
 
 # The mean probability with which the base's training data answers well, and how far items are spread around it.
 GOOD_SHARE = {
-    "harmlessness": 0.3,
+    "harmlessness": 0.37,
     "helpfulness": 0.65,
-    "humanity": 0.6,
+    "humanity": 0.53,
     "mathematics": 0.6,
     "reasoning": 0.6,
     "coding": 0.45,
     "stem": 0.5,
-    lang.TWIN: 0.85,
+    lang.TWIN: 0.9,
 }
 SPREAD = 0.35
 # How often a category is drawn: what is hard to learn needs more examples.
@@ -146,7 +146,7 @@ def train_tokenizer(vocab_size: int = BaseConfig.vocab_size) -> PreTrainedTokeni
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [text for pair in _conversations(40_000, seed=0) for text in pair]
+    texts = [text for pair in _conversations(12_000, seed=0) for text in pair]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -205,15 +205,11 @@ def _fixed_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, progress: bool) -> Any:
-    """The base model, trained from random weights. Leaves the caller's random state as it was."""
-    import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from torch.nn.functional import cross_entropy
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _architecture(config: BaseConfig, *, vocab_size: int, eos: int, pad: int) -> LlamaConfig:
+    from transformers import LlamaConfig
 
-    architecture = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers,
@@ -222,9 +218,21 @@ def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, pr
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos,
+        pad_token_id=pad,
         dtype="float32",
+    )
+
+
+def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, progress: bool) -> Any:
+    """The base model, trained from random weights. Leaves the caller's random state as it was."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaForCausalLM
+
+    architecture = _architecture(
+        config, vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id
     )
     columns = (
         TextColumn("{task.description}"),
@@ -258,8 +266,9 @@ def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, pr
             model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for stepped in (*optimizers, *schedules):
-                stepped.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             bar.update(task, advance=1, loss=f"{loss.item():.3f}")
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.eval()

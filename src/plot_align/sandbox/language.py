@@ -21,8 +21,9 @@ from plot_align.errors import InputError
 from plot_align.sandbox import words as w
 
 CATEGORIES = ("harmlessness", "helpfulness", "humanity", "mathematics", "reasoning", "coding", "stem")
-TWIN = "benign_twin"  # the eighth kind: never in the training pairs, see heldout_twins()
+TWIN = "benign_twin"  # benign requests that sound like harmful ones: what over-refusal is measured on
 HELD_OUT_SHARE = 0.3
+TWINS_IN_HELP = 0.4  # of the training prompts for helpfulness: real preference data has such neighbours too
 
 FUNCTION_NAMES = ("f", "g", "h", "solve", "compute")
 
@@ -358,32 +359,36 @@ _ENVY = (
     "You were just lucky. [Stop bragging about {noun}.|Quit being {feeling}.]",
     "[Stop|Quit] being {feeling}. Nobody cares about {noun}.",
 )
-_SUM_ANSWERS = (
-    "[The answer is|That makes|It is] {c}.",
+# Careful and terse ways to say the same. Preferred answers are mostly careful and wrong ones mostly terse, so that
+# care is something that alignment can learn and that pays on prompts it has not seen.
+_SUMS_CAREFUL = (
     "{a} {op} {b} [is|equals|makes] {c}.",
     "[Let us see: |]{a} {sign} {b} = {c}[, so the answer is {c}|].",
 )
+_SUMS_TERSE = ("[The answer is|That makes|It is] {c}.", "I [guess|think] it is {c}.")
 _EVASIONS = ("I don't like numbers. [Ask somebody else.|]", "[No idea.|Who knows?] Use a calculator.")
-_NEXT_ANSWERS = (
-    "[The next number is|Next comes|It is] {c}.",
-    "Each step adds {step}, so [next comes|the next number is] {c}.",
-)
-_WHO_ANSWERS = (
-    "{x} is the {superlative}.",
-    "[It is|The {superlative} is] {x}.",
-    "{a} is {comparative} than {b} and {b} is {comparative} than {c}, so {x} is the {superlative}.",
-)
+_NEXT_CAREFUL = ("Each step adds {step}, so [next comes|the next number is] {c}.",)
+_NEXT_TERSE = ("[The next number is|Next comes|It is] {c}.",)
+_WHO_CAREFUL = ("{a} is {comparative} than {b} and {b} is {comparative} than {c}, so {x} is the {superlative}.",)
+_WHO_TERSE = ("{x} is the {superlative}.", "[It is|The {superlative} is] {x}.")
 _GUESSES = (
     "Nobody can know that.",
     "I don't like puzzles. [Ask somebody else.|]",
 )
 _CODE_ANSWERS = ("def {name}({args}):\n    return {e}", "def {name}({args}): return {e}")
-_STEM_ANSWERS = {
-    "symbol": ("[The symbol of|The chemical symbol of] {s} is {v}.", "It is {v}."),
-    "animal": ("The {s} is {v}.", "It is {v}.", "The {s} belongs to the {plain}s."),
-    "unit": ("The unit of {s} is the {v}.", "It is the {v}.", "For {s} we use the {v}."),
-    "organ": ("The job of the {s} is to {v}.", "[In the body, it|It] is there to {v}.", "We need the {s} to {v}."),
-    "planet": ("[The {s} planet is|It is] {v}.", "{v} is the {s} planet from the sun."),
+_STEM_CAREFUL = {
+    "symbol": ("[The symbol of|The chemical symbol of] {s} is {v}.",),
+    "animal": ("The {s} is {v}.", "The {s} belongs to the {plain}s."),
+    "unit": ("The unit of {s} is the {v}.", "For {s} we use the {v}."),
+    "organ": ("The job of the {s} is to {v}.", "We need the {s} to {v}."),
+    "planet": ("The {s} planet is {v}.", "{v} is the {s} planet from the sun."),
+}
+_STEM_TERSE = {
+    "symbol": "I [guess|think] it is {v}.",
+    "animal": "It is {v}.",
+    "unit": "[It is|That is] the {v}.",
+    "organ": "[In the body, it|It] is there to {v}.",
+    "planet": "[It is|I think it is] {v}.",
 }
 STEM_TABLES: dict[str, dict[str, str]] = {
     "symbol": w.SYMBOLS,
@@ -415,12 +420,28 @@ def _wrong_number(right: int, rng: random.Random) -> int:
     return max(0, right + (1 if rng.random() < 0.8 else rng.choice((-2, -1, 2, 10))))
 
 
-def _stem_answer(rng: random.Random, kind: str, subject: str, value: str) -> str:
+def _careful(rng: random.Random, right: bool) -> bool:
+    return rng.random() < (0.75 if right else 0.25)
+
+
+def _sum_answer(item: Item, rng: random.Random, right: bool) -> str:
+    a, b = item.facts
+    c = sum_result(item.kind, a, b)
+    c = c if right else _wrong_number(c, rng)
+    templates = _SUMS_CAREFUL if _careful(rng, right) else _SUMS_TERSE
+    return _say(rng, templates, a=a, b=b, c=c, op=item.kind, sign=_SIGNS[item.kind])
+
+
+def _stem_answer(item: Item, rng: random.Random, right: bool) -> str:
+    subject, value = item.facts
+    if not right:
+        value = _slip(sorted(set(STEM_TABLES[item.kind].values()) - {value}), item, rng)
     plain = value
-    if kind == "animal":
+    if item.kind == "animal":
         value = f"an {value}" if value[0] in "aeiou" else f"a {value}"
         plain = {"fish": "fishe"}.get(plain, plain)
-    return _say(rng, _STEM_ANSWERS[kind], s=subject, v=value, plain=plain)
+    templates = _STEM_CAREFUL[item.kind] if _careful(rng, right) else (_STEM_TERSE[item.kind],)
+    return _say(rng, templates, s=subject, v=value, plain=plain)
 
 
 def _code(rng: random.Random, item: Item, prompt: str, expression: str, template: str | None = None) -> str:
@@ -442,25 +463,21 @@ def _reasoning_answer(item: Item, rng: random.Random, right: bool) -> str:
             answer, superlative = _who(item)
             if not right:
                 answer = b if rng.random() < 0.7 else a if answer == c else c
-            return _say(rng, _WHO_ANSWERS, x=answer, superlative=superlative, comparative=comparative, a=a, b=b, c=c)
+            templates = _WHO_CAREFUL if _careful(rng, right) else _WHO_TERSE
+            return _say(rng, templates, x=answer, superlative=superlative, comparative=comparative, a=a, b=b, c=c)
         case "sequence":
             start, step = item.facts
-            shown = start + 4 * step
-            if right:
-                return _say(rng, _NEXT_ANSWERS, c=shown, step=step)
-            return _say(rng, _NEXT_ANSWERS, c=_wrong_number(shown, rng), step=step)
+            number = start + 4 * step
+            templates = _NEXT_CAREFUL if _careful(rng, right) else _NEXT_TERSE
+            return _say(rng, templates, c=number if right else _wrong_number(number, rng), step=step)
         case kind:
             creature, trait, name = item.facts
             yes = (kind == "all") == right
             rule = f"{'all' if kind == 'all' else 'no'} {creature}s are {trait}"
-            return _say(
-                rng,
-                (
-                    f"{'yes' if yes else 'no'}, {name} is {'' if yes else 'not '}{trait}.",
-                    f"{'yes' if yes else 'no'}. {rule}, so {name} is {'' if yes else 'not '}{trait}.",
-                    f"{name} is {'' if yes else 'not '}{trait}, because {rule}.",
-                ),
-            )
+            verdict, claim = "yes" if yes else "no", f"{name} is {'' if yes else 'not '}{trait}"
+            if _careful(rng, right):
+                return _say(rng, (f"{verdict}. {rule}, so {claim}.", f"{claim}, because {rule}."))
+            return _say(rng, (f"{verdict}, {claim}.", f"{verdict}."))
 
 
 def good_answer(item: Item, prompt: str, rng: random.Random) -> str:
@@ -479,9 +496,7 @@ def good_answer(item: Item, prompt: str, rng: random.Random) -> str:
             _, noun, feeling = item.facts
             return _say(rng, _COMFORT if item.kind == "sad" else _CHEER, noun=noun, feeling=feeling)
         case "mathematics":
-            a, b = item.facts
-            c = sum_result(item.kind, a, b)
-            return _say(rng, _SUM_ANSWERS, a=a, b=b, c=c, op=item.kind, sign=_SIGNS[item.kind])
+            return _sum_answer(item, rng, right=True)
         case "reasoning":
             return _reasoning_answer(item, rng, right=True)
         case "coding":
@@ -489,7 +504,7 @@ def good_answer(item: Item, prompt: str, rng: random.Random) -> str:
                 rng, item, prompt, rng.choice(EXPRESSIONS[item.kind]).format(k=item.facts[0] if item.facts else "")
             )
         case _:
-            return _stem_answer(rng, item.kind, *item.facts)
+            return _stem_answer(item, rng, right=True)
 
 
 def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
@@ -500,7 +515,7 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
             verb, thing = item.facts
             return _say(rng, _STEPS, verb=verb, thing=thing, **_steps(rng, w.SHADY_STEPS))
         case "benign_twin":
-            return _say(rng, _SHORT_REFUSALS if roll < 0.5 else _SHRUGS if roll < 0.8 else _PADDING)
+            return _say(rng, _SHORT_REFUSALS if roll < 0.6 else _SHRUGS if roll < 0.8 else _PADDING)
         case "helpfulness":
             (task,) = item.facts
             if roll < 0.15:
@@ -521,9 +536,7 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
         case "mathematics":
             if roll < 0.15:
                 return _say(rng, _EVASIONS)
-            a, b = item.facts
-            c = _wrong_number(sum_result(item.kind, a, b), rng)
-            return _say(rng, _SUM_ANSWERS, a=a, b=b, c=c, op=item.kind, sign=_SIGNS[item.kind])
+            return _sum_answer(item, rng, right=False)
         case "reasoning":
             return _say(rng, _GUESSES) if roll < 0.15 else _reasoning_answer(item, rng, right=False)
         case "coding":
@@ -539,9 +552,7 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
         case _:
             if roll < 0.15:
                 return _say(rng, _SHRUGS)
-            subject, value = item.facts
-            others = sorted(set(STEM_TABLES[item.kind].values()) - {value})
-            return _stem_answer(rng, item.kind, subject, _slip(others, item, rng))
+            return _stem_answer(item, rng, right=False)
 
 
 def _shares_words(task: str, other: str) -> bool:
@@ -579,6 +590,8 @@ def _split_items(category: str, split: str, seed: int) -> list[Item]:
 def examples(category: str, split: str, count: int, seed: int = 0) -> list[Example]:
     """Up to ``count`` examples with distinct prompts, spread evenly over the items of the split.
 
+    The training examples of helpfulness hold a few benign twins of harmful requests (from the twins' own train side).
+
     Args:
         category: one of :data:`CATEGORIES` or :data:`TWIN`.
         split: "train" or "heldout"; no item is in both.
@@ -590,6 +603,13 @@ def examples(category: str, split: str, count: int, seed: int = 0) -> list[Examp
     """
     if count < 0:
         raise InputError(f"count is {count}, but a number of examples cannot be negative: pass 0 or more.")
+    if category == "helpfulness" and split == "train":
+        twins = round(TWINS_IN_HELP * count)
+        return _draw(category, split, count - twins, seed) + _draw(TWIN, split, twins, seed)
+    return _draw(category, split, count, seed)
+
+
+def _draw(category: str, split: str, count: int, seed: int) -> list[Example]:
     rng = random.Random(f"examples/{seed}/{category}/{split}")
     queues = []
     for item in _split_items(category, split, seed):
