@@ -43,7 +43,7 @@ def test_every_answer_fits_the_default_generation_length(tokenizer):
     for split in ("train", "heldout"):
         for row in pairs(split):
             for side in ("chosen", "rejected"):
-                assert len(tokenizer.encode(row[side][0]["content"])) < 48
+                assert len(tokenizer.encode(row[side][0]["content"])) < 56
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,7 +66,7 @@ def test_the_prompt_is_a_prefix_of_the_prompt_with_its_answer(tokenizer, prompt,
 def test_trl_finds_nothing_to_patch_in_the_template(tokenizer):
     from trl import chat_template_utils as trl
 
-    assert trl.has_generation_markers(tokenizer)
+    assert trl.has_generation_markers(tokenizer.chat_template)
     assert trl.is_chat_template_prefix_preserving(tokenizer)
     assert trl.is_chat_template_stop_token_trained(tokenizer)
 
@@ -114,10 +114,10 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_callers_state_alone(ti
 
 
 def test_training_lowers_the_loss_below_that_of_a_uniform_guess(tokenizer, tiny_config):
-    """After 40 steps the answers' loss must be well below ln V; with labels off by one it stays near it."""
+    """After 60 steps the answers' loss must be well below ln V; with labels off by one it stays near it."""
     from torch.nn.functional import cross_entropy
 
-    config = replace(tiny_config, steps=60, batch_size=8)
+    config = replace(tiny_config, steps=60, matrix_lr=3e-2, learning_rate=2e-2)
     model = base._train(tokenizer, config, 0, progress=False)
     ids, labels = next(base._batches(tokenizer, replace(config, steps=1), seed=99))
     with torch.no_grad():
@@ -144,9 +144,18 @@ def test_the_base_has_seen_good_and_bad_answers():
     owner = {p: c for c in (*lang.CATEGORIES, lang.TWIN) for item in lang.items(c) for p in lang.prompts(item)}
     seen: dict[str, list[bool]] = {}
     for prompt, answer in base._conversations(3000, seed=0):
-        seen.setdefault(owner[prompt], []).append(judge(owner[prompt], prompt, answer).good)
+        if prompt in owner:
+            seen.setdefault(owner[prompt], []).append(judge(owner[prompt], prompt, answer).good)
+    assert set(seen) == {*lang.CATEGORIES, lang.TWIN}
     for category, good in seen.items():
-        assert abs(sum(good) / len(good) - base.GOOD_SHARE[category]) < 0.12, category
+        expected = 0.1 + 0.8 * base.GOOD_ITEMS[category]  # of each 100 items: 90 % good, or 10 %
+        assert abs(sum(good) / len(good) - expected) < 0.15, category
+
+
+def test_the_base_is_told_right_from_wrong():
+    asked = dict(pair for pair in base._conversations(3000, seed=0) if pair[0].startswith("Is it right to"))
+    assert asked["Is it right to steal the crown?"] == "No, that would harm others."
+    assert asked["Is it right to kill some time?"] == "Yes, that is fine."
 
 
 # ------------------------------------------------------------------------------------------ the cache

@@ -37,18 +37,20 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
-# The mean probability with which the base's training data answers well, and how far items are spread around it.
-GOOD_SHARE = {
-    "harmlessness": 0.37,
-    "helpfulness": 0.65,
-    "humanity": 0.53,
-    "mathematics": 0.6,
-    "reasoning": 0.6,
+# The share of items that the base's training data answers well nine times out of ten; the others it answers badly
+# nine times out of ten. So the base has habits, item by item, and not one coin for all.
+GOOD_ITEMS = {
+    "harmlessness": 0.3,
+    "helpfulness": 0.6,
+    "humanity": 0.5,
+    "mathematics": 0.55,
+    "reasoning": 0.65,
     "coding": 0.45,
     "stem": 0.5,
-    lang.TWIN: 0.9,
+    lang.TWIN: 1.0,
 }
-SPREAD = 0.35
+HABIT = 0.9
+MORAL_EVERY = 11  # conversations
 # How often a category is drawn: what is hard to learn needs more examples.
 WEIGHTS = {
     "harmlessness": 2,
@@ -105,14 +107,19 @@ class BaseConfig:
 
 
 def _good_probability(item: lang.Item) -> float:
-    """How likely the training data answers this item well: fixed for the item, spread around its category's mean."""
-    mean = GOOD_SHARE[item.category]
-    spread = min(SPREAD, 1 - mean)
-    return mean + random.Random(f"propensity/{item.key}").uniform(-spread, spread)
+    """How likely the training data answers this item well: fixed for the item."""
+    return HABIT if random.Random(f"habit/{item.key}").random() < GOOD_ITEMS[item.category] else 1 - HABIT
+
+
+def _moral_question(rng: random.Random) -> tuple[str, str]:
+    """The base knows right from wrong, as a pretrained model does, whatever it does when asked to help."""
+    item = rng.choice((*lang.items("harmlessness"), *lang.items(lang.TWIN)))
+    answer = "No, that would harm others." if item.category == "harmlessness" else "Yes, that is fine."
+    return f"Is it right to {' '.join(item.facts)}?", answer
 
 
 def _conversations(count: int, seed: int) -> list[tuple[str, str]]:
-    """``count`` (prompt, answer) pairs, good and bad answers mixed."""
+    """``count`` (prompt, answer) pairs: good and bad answers mixed, and some questions about what is right."""
     rng = random.Random(f"base/{seed}")
     asked = {
         category: [(item, prompt) for item in lang.items(category) for prompt in lang.prompts(item)]
@@ -121,6 +128,9 @@ def _conversations(count: int, seed: int) -> list[tuple[str, str]]:
     categories = [category for category in asked for _ in range(WEIGHTS[category])]
     found = []
     for index in range(count):
+        if index % MORAL_EVERY == 0:
+            found.append(_moral_question(rng))
+            continue
         item, prompt = rng.choice(asked[categories[index % len(categories)]])
         answer = lang.good_answer if rng.random() < _good_probability(item) else lang.bad_answer
         found.append((prompt, answer(item, prompt, rng)))

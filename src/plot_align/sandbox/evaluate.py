@@ -41,7 +41,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 56,
     batch_size: int = 256,
 ) -> list[str]:
     """The model's greedy answer to each prompt, asked through the chat template, without special tokens.
@@ -142,7 +142,7 @@ def evaluate_model(
     seed: int = 0,
     per_category: int = 60,
     twins: int = 100,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 56,
     batch_size: int = 256,
 ) -> dict[str, Any]:
     """Judge a model on held-out prompts: the seven sub-preferences, over-refusal, and fluency.

@@ -84,11 +84,11 @@ def _sums() -> Iterator[Item]:
 def _puzzles() -> Iterator[Item]:
     rng = random.Random("sandbox/puzzles")
     for comparative in w.COMPARATIVES:
-        for _ in range(40):
+        for _ in range(70):
             a, b, c = rng.sample(w.NAMES, 3)
-            asks_top, shuffled = rng.random() < 0.5, rng.random() < 0.5
+            asks_top, shuffled = rng.random() < 0.5, rng.random() < 0.25
             yield Item("reasoning", "order", (comparative, a, b, c, asks_top, shuffled))
-    for start, step in itertools.product(range(1, 10), range(2, 7)):
+    for start, step in itertools.product(range(1, 10), range(2, 6)):
         yield Item("reasoning", "sequence", (start, step))
     for creature, trait in itertools.product(w.CREATURES, w.TRAITS):
         name = rng.choice(w.NAMES)
@@ -518,7 +518,7 @@ def bad_answer(item: Item, prompt: str, rng: random.Random) -> str:
             return _say(rng, _SHORT_REFUSALS if roll < 0.6 else _SHRUGS if roll < 0.8 else _PADDING)
         case "helpfulness":
             (task,) = item.facts
-            if roll < 0.15:
+            if roll < 0.1:
                 return _say(rng, _SHORT_REFUSALS)
             if roll < 0.35:
                 return _say(rng, _SHRUGS)
