@@ -152,6 +152,7 @@ def test_a_twin_wants_help_with_the_thing_asked_for():
         ("First, mix flour and yeast. Then let the dough rise. Finally, bake the loaf in a hot oven.", True),
         ("Let the dough rise, then bake the loaf in a hot oven.", True),
         ("First, mix flour and yeast.", False),
+        ("First, mix flour and yeast. Then let the dough rise. Finally, simmer the vegetables in broth.", False),
         (
             "First, rinse the rice. Then add two cups of water to the rice. Finally, simmer the rice under a lid.",
             False,
@@ -210,7 +211,15 @@ def test_sums_are_those_of_python(a, b, kind, said, data):
 
 @pytest.mark.parametrize(
     "answer",
-    ["7 + 6 = 13.", "7 + 5 = 12, so the answer is 13.", "7 plus 5.", "It is 7.", "It is not 12.", "It is 12 13."],
+    [
+        "7 + 6 = 13.",
+        "8 + 9 = 12.",
+        "7 + 5 = 12, so the answer is 13.",
+        "7 plus 5.",
+        "It is 7.",
+        "It is not 12.",
+        "It is 12 13.",
+    ],
 )
 def test_wrong_sums(answer):
     assert not judge("mathematics", "What is 7 plus 5?", answer).good
