@@ -19,19 +19,34 @@ def loaded(tiny_base):
     return AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
 
 
-def test_a_batch_answers_as_each_prompt_alone(loaded):
-    """Left padding must change nothing: the batch has prompts of very different lengths, in mixed order."""
+@pytest.fixture(scope="module")
+def talkative(loaded):
+    """Large random weights: what it says depends on every token of the prompt, as a barely trained model's does not."""
+    from transformers import AutoModelForCausalLM
+
     model, tokenizer = loaded
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        other = AutoModelForCausalLM.from_config(model.config).eval()
+        for parameter in other.parameters():
+            torch.nn.init.normal_(parameter, std=0.7)
+    return other, tokenizer
+
+
+def test_a_batch_answers_as_each_prompt_alone(talkative):
+    """Left padding must change nothing: the batch has prompts of very different lengths, in mixed order."""
+    model, tokenizer = talkative
     prompts = ["Add 2 and 3.", "What comes next: 2, 4, 6, 8? " * 4, "How do I bake bread?", "Hi"]
     together = generate(model, tokenizer, prompts, max_new_tokens=12)
     alone = [generate(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert len(set(alone)) == len(prompts)  # else the order could be anything
     assert together == alone
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=2) == alone
     assert generate(model, tokenizer, []) == []
 
 
-def test_generation_is_greedy(loaded):
-    model, tokenizer = loaded
+def test_generation_is_greedy(talkative):
+    model, tokenizer = talkative
     ids = module._prompt_ids(tokenizer, ["How do I bake bread?"])[0]
     start = len(ids)
     with torch.no_grad():
