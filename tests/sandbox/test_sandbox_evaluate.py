@@ -21,7 +21,7 @@ def loaded(tiny_base):
 
 @pytest.fixture(scope="module")
 def talkative(loaded):
-    """Large random weights: what it says depends on every token of the prompt, as a barely trained model's does not."""
+    """Large random weights: what it says depends on every token of the prompt."""
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = loaded
