@@ -24,6 +24,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from plot_align.errors import InputError, RunError
 from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored_range
 from plot_align.preference import PreferenceDistribution
+from plot_align.sandbox import train_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|{{ message['role'] }}|>{% if style %}{{ style }}: {% endif %}"
@@ -365,9 +366,13 @@ def test_any_implicit_text_counts_as_in_trl(tokenizer: Any, rows: list[dict[str,
     assert_counts(estimate(Dataset.from_list(rows), tokenizer, progress=False), tuple(expected))
 
 
-def test_real_data(real_data: Path, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocabulary", ["of this file", "of the sandbox"])
+def test_real_data(real_data: Path, tiny_llama: Path, tmp_path: Path, vocabulary: str) -> None:
     data = load_pairs(real_data / "hh_rlhf_harmless_2000.jsonl.gz")
-    tokenizer = make_tokenizer(data["chosen"][:500] + data["rejected"][:500], 4000)
+    if vocabulary == "of the sandbox":
+        tokenizer = train_tokenizer()
+    else:
+        tokenizer = make_tokenizer(data["chosen"][:500] + data["rejected"][:500], 4000)
     trainer, expected = trl_counts(data, tokenizer, tiny_llama, tmp_path, max_length=512)
     preference = estimate(data, tokenizer, max_length=512, progress=False)
     assert_counts(preference, expected)
