@@ -16,7 +16,7 @@ from rich.table import Table
 
 from plot_align.records import mean_of
 from plot_align.sandbox import CATEGORIES, build_base
-from plot_align.sandbox.experiment import Arm, Setting, run_arm
+from plot_align.sandbox.experiment import Arm, Setting, run_all
 from plot_align.training import PlotConfig
 
 VARIANTS: dict[str, dict] = {
@@ -54,14 +54,19 @@ def main() -> None:
     base = build_base()
     setting = Setting(steps=args.steps, learning_rate=args.learning_rate)
     chosen = [arm for arm in arms() if args.only in arm.name]
-    found: dict[str, list[dict]] = {arm.name: [] for arm in chosen}
+    jobs = [(arm, seed) for seed in range(args.seeds) for arm in chosen]
     with Progress(console=console) as progress:
-        task = progress.add_task("", total=args.seeds * len(chosen))
-        for seed in range(args.seeds):
-            for arm in chosen:
-                progress.update(task, description=f"seed {seed}: {arm.name}")
-                found[arm.name].append(run_arm(arm, setting, seed, base, args.output)["results"])
-                progress.advance(task)
+        task = progress.add_task("steps", total=len(jobs) * setting.steps)
+        done = [0] * len(jobs)
+
+        def on_progress(job: int, steps: int) -> None:
+            done[job] = steps
+            progress.update(task, completed=sum(done))
+
+        records = run_all(jobs, setting, base, args.output, on_progress)
+    found: dict[str, list[dict]] = {arm.name: [] for arm in chosen}
+    for (arm, _), record in zip(jobs, records, strict=True):
+        found[arm.name].append(record["results"])
     keys = ("over_refusal", "twin_help", "nll_good", "fluent", "distance")
     table = Table("", "mean of seven", "harmlessness", "helpfulness", *keys, "plot/loss", "grad ratio")
     for name, results in found.items():

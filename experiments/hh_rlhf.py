@@ -2,7 +2,7 @@
 
     python experiments/hh_rlhf.py path/to/hh_rlhf_harmless_2000.jsonl.gz --output runs/hh
 
-A byte-level BPE tokenizer and a Llama of a few million parameters are trained on the chosen side of 1,800 pairs; then
+A byte-level BPE tokenizer and a Llama of a million parameters are trained on the chosen side of 1,800 pairs; then
 every arm tunes that same model on the 1,800 pairs, and the other 200 tell held-out preference accuracy, the
 log-probability of chosen and rejected completions and the distance to the target. A model this small says little
 about language models people use; the data, the losses and every line of code are the real ones.
@@ -31,7 +31,7 @@ from plot_align.sandbox.experiment import Arm, Probe, quiet
 from plot_align.training import PlotConfig, attach
 
 HELD_OUT = 200
-MAX_LENGTH = 192
+MAX_LENGTH = 128
 KEYS = ("accuracy", "reward_accuracy", "chosen_logp", "rejected_logp", "chosen_nll", "distance")
 
 
@@ -68,12 +68,12 @@ def build_base(train: Dataset, folder: Path, seed: int, steps: int) -> Path:
 
     if (folder / "config.json").exists():
         return folder
-    tokenizer = train_tokenizer(train["chosen"], 4096)
+    tokenizer = train_tokenizer(train["chosen"], 2048)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, max_position_embeddings=1024, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+            num_attention_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
             pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )
     )  # fmt: skip
@@ -172,10 +172,10 @@ def main() -> None:
     train = everything.select(range(HELD_OUT, len(everything)))
     results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
     with Progress(console=console) as progress:
-        task = progress.add_task("base", total=args.seeds * (len(ARMS) + 2))
+        task = progress.add_task("base", total=args.seeds * (len(ARMS) + 1) + 1)
+        base = build_base(train, args.output / "base", 0, args.base_steps)
+        progress.advance(task)
         for seed in range(args.seeds):
-            base = build_base(train, args.output / f"base-{seed}", seed, args.base_steps)
-            progress.advance(task)
             for arm in (BASE, *ARMS):
                 progress.update(task, description=f"seed {seed}: {arm.name}")
                 results[arm.name].append(run(arm, base, train, heldout, seed, args))

@@ -20,9 +20,9 @@ from safetensors.torch import load, save
 from scipy import special, stats
 
 from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
 from plot_align.preference import (
     PreferenceDistribution,
-    complete_or_absent,
     tokenizer_name,
     vocabulary_fingerprint,
     vocabulary_size,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from plot_align.errors import InputError
-from plot_align.preference import PreferenceDistribution, complete_or_absent, require_preference
+from plot_align.files import complete_or_absent
+from plot_align.preference import PreferenceDistribution, require_preference
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,13 +6,10 @@ counts are integers, so that two estimates merge by addition and a file says exa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
 
 SCHEMA = 1
 FORMAT = "plot-align preference"
@@ -399,35 +397,6 @@ def tokenizer_name(tokenizer: Any) -> str:
     if os.path.isabs(name) or Path(name).exists():
         name = Path(name).name  # a file that is passed on need not tell where its maker keeps things
     return name or type(tokenizer).__name__
-
-
-@contextlib.contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside ``path``, and renames it there once the block has written all of it.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None:
-            raise  # not the file system: gzip and others raise OSError for damaged input
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _canonical(value: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.preference import complete_or_absent
+from plot_align.files import complete_or_absent
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
 
 FORMAT = "plot-align record"
 SCHEMA = 1
@@ -127,7 +128,6 @@ def write_record(
     Raises:
         InputError: a value that JSON cannot hold (named by its place), or a folder that cannot be written.
     """
-    from plot_align.preference import complete_or_absent  # brings in torch, which reading a record does without
 
     path = Path(path)
     record = {

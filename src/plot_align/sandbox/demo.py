@@ -15,14 +15,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..errors import InputError
-from ..preference import complete_or_absent
+from ..files import complete_or_absent
 from ..records import mean_of, measure, write_record
 from ..training import PlotConfig, attach
 from ..training.overhead import interleaved, paired_ratio, without_plot
 from . import CATEGORIES, build_base
-from .experiment import Arm, Setting, make_trainer, quiet, record_path, run_arm
+from .experiment import Arm, Setting, make_trainer, quiet, record_path, run_all
 
-PLOT = PlotConfig()
+# The largest α of the scan in docs/LOG.md that costs none of the rows below much.
+PLOT = PlotConfig(alpha=1.0)
 BASE = Arm("base")
 ARMS = (
     Arm("DPO", ("sigmoid",)),
@@ -87,33 +88,31 @@ def _run_all(
     console: Console, base: Path, setting: Setting, seeds: Sequence[int], output: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every arm, one a seed; seeds outside, so that an interrupted demo has whole comparisons."""
-    runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
-    reused = 0
-    work = len(seeds) * (len(ARMS) * (setting.steps + JUDGING) + JUDGING)
+    jobs = [(arm, seed) for seed in seeds for arm in (BASE, *ARMS)]
+    finished = sum(record_path(output, arm, setting, seed).exists() for arm, seed in jobs)
+    if finished:
+        console.print(f"{finished} runs were finished before and are read from {output}; delete it to run them again")
     with _progress(console) as progress:
-        task = progress.add_task("", total=work)
-        done = 0
-        for seed in seeds:
-            for arm in (BASE, *ARMS):
-                progress.update(task, description=f"seed {seed}: {arm.name}")
-                reused += record_path(output, arm, setting, seed).exists()
+        task = progress.add_task("training and judging", total=len(jobs) * (setting.steps + JUDGING))
+        done = [0] * len(jobs)
 
-                def step(number: int, done: int = done) -> None:
-                    progress.update(task, completed=done + number)
+        def on_progress(job: int, steps: int) -> None:
+            # The last report comes twice: after the last step, and after the judging.
+            done[job] = steps + (JUDGING if done[job] >= setting.steps or steps == 0 else 0)
+            progress.update(task, completed=sum(done))
 
-                record = run_arm(arm, setting, seed, base, output, on_step=step)
-                runs[arm.name].append(record["results"])
-                done += JUDGING + (setting.steps if arm.loss_type else 0)
-                progress.update(task, completed=done)
-    if reused:
-        console.print(f"{reused} of the runs were finished before and read from {output}; delete it to run them again")
+        records = run_all(jobs, setting, base, output, on_progress)
+        progress.update(task, completed=len(jobs) * (setting.steps + JUDGING))
+    runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
+    for (arm, _), record in zip(jobs, records, strict=True):
+        runs[arm.name].append(record["results"])
     return runs
 
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     columns = (
-        SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:

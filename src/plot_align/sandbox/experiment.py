@@ -6,11 +6,15 @@ its record is the memory of it, so that an interrupted experiment goes on where 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import signal
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +98,71 @@ def run_arm(
     return read_record(path, KIND)
 
 
+def run_all(
+    jobs: Sequence[tuple[Arm, int]],
+    setting: Setting,
+    base: Path,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda job, steps: None,
+) -> list[dict[str, Any]]:
+    """:func:`run_arm` for every ``(arm, seed)``, several at once in processes of their own.
+
+    A model this small gains little from a second core, two runs side by side gain a core each. With a GPU the runs
+    take turns. An interrupt stops the workers; what was finished is on disk.
+
+    Args:
+        jobs: what to run; the records come back in this order.
+        setting, base, folder: as in :func:`run_arm`.
+        on_progress: called with the job's index and its finished optimiser steps, and once more when it is done.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, wait
+    from queue import Empty
+
+    import torch
+
+    waiting = [i for i, (arm, seed) in enumerate(jobs) if not record_path(folder, arm, setting, seed).exists()]
+    for i in set(range(len(jobs))) - set(waiting):
+        on_progress(i, setting.steps)
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    workers = max(1, min(cores, len(waiting)))
+    context = multiprocessing.get_context("spawn")  # forked workers would inherit the parent's OpenMP threads
+    if waiting:
+        with context.Manager() as manager:
+            steps = manager.Queue()
+            pool = ProcessPoolExecutor(workers, context, _prepare_worker, (max(1, cores // workers),))
+            try:
+                futures = [pool.submit(_run_job, i, *jobs[i], setting, base, folder, steps) for i in waiting]
+                running = set(futures)
+                while running:
+                    _, running = wait(running, timeout=0.2)
+                    with contextlib.suppress(Empty):
+                        while True:
+                            on_progress(*steps.get_nowait())
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()  # a worker in the middle of a run would finish it first
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+    return [read_record(record_path(folder, arm, setting, seed), KIND) for arm, seed in jobs]
+
+
+def _prepare_worker(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    # Ctrl-C reaches the whole process group; the parent answers for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run_job(index: int, arm: Arm, seed: int, setting: Setting, base: Path, folder: Path, steps: Any) -> None:
+    run_arm(arm, setting, seed, base, folder, on_step=lambda step: steps.put((index, step)))
+    steps.put((index, setting.steps))
+
+
 def training_pairs(setting: Setting, seed: int) -> Any:
     """The pairs that an arm trains on, label noise included; the noise is the same for every arm of a seed."""
     from . import pairs
@@ -134,6 +203,7 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
             gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",
+            dataloader_pin_memory=False,
             logging_steps=10,
             disable_tqdm=True,
         ),
@@ -203,10 +273,12 @@ class Probe:
 
 
 def quiet() -> None:
-    """Many short runs in one process: the libraries' bars and notices would drown the experiment's own progress."""
+    """Many short runs: the libraries' bars, notices and warnings would drown the experiment's own progress."""
     import datasets
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from .._version import __version__
-from ..preference import PreferenceDistribution, complete_or_absent
+from ..files import complete_or_absent
+from ..preference import PreferenceDistribution
 from .config import PlotConfig
 
 CONFIG_NAME = "plot_align.json"

@@ -1,0 +1,40 @@
+"""Files that are complete or absent, never half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from plot_align.errors import InputError
+
+
+@contextlib.contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside ``path``, and renames it there once the block has written all of it.
+
+    Raises:
+        InputError: the folder does not exist or cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise  # not the file system: gzip and others raise OSError for damaged input
+        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
