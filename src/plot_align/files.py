@@ -38,3 +38,17 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Makes ``folder`` and writes to it, so that a long run does not find out at its end that it cannot.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None

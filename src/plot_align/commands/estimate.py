@@ -50,14 +50,17 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--num_proc is {options.num_proc}, expected 1 or more; leave it out for one process")
 
     from plot_align.estimate import estimate, load_pairs
+    from plot_align.files import require_writable
     from plot_align.preference import PreferenceDistribution, require_preference
     from plot_align.records import write_record
 
     others = [PreferenceDistribution.load(path) for path in options.merge]
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
+    pairs = load_pairs(options.data, name=options.name, split=options.split, streaming=options.streaming)
+    require_writable(options.output.parent)  # before the work rather than after it
     start = time.perf_counter()
     preference = estimate(
-        load_pairs(options.data, name=options.name, split=options.split, streaming=options.streaming),
+        pairs,
         tokenizer,
         max_length=options.max_length,
         truncation_mode=options.truncation_mode,

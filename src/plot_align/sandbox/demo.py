@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..errors import InputError
-from ..files import complete_or_absent
+from ..files import complete_or_absent, require_writable
 from ..records import mean_of, measure, write_record
 from ..training import PlotConfig, attach
 from ..training.overhead import interleaved, paired_ratio, without_plot
@@ -53,6 +53,7 @@ def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | 
     """
     if seeds is not None and seeds < 1:
         raise InputError(f"seeds is {seeds}; expected 1 or more.")
+    require_writable(output)
     started = time.monotonic()
     console = Console()
     chosen_seeds = list(range(seeds or (1 if quick else 3)))
