@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=["head", "step"], default=["head", "step"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--output", type=Path, default=Path("runs/overhead.json"))
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -250,7 +250,7 @@ def main() -> None:
         "dtype": args.dtype,
         "repeats": args.repeats,
     }
-    console.print(json.dumps({"record": str(write_record(args.output, "overhead", results, config=config, seed=0))}))
+    print(json.dumps({"record": str(write_record(args.output, "overhead", results, config=config, seed=0))}))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def main() -> None:
         columns = [seven, *([r["scores"][c]["value"] for r in results] for c in ("harmlessness", "helpfulness"))]
         columns += [[r[key]["value"] for r in results] for key in keys]
         for key in ("plot/loss", "plot/grad_ratio"):
-            columns.append([log[key] for r in results for log in r["train_logs"] if key in log][-1:] or [float("nan")])
+            last = [[log[key] for log in r["train_logs"] if key in log][-1:] for r in results]
+            columns.append([value for values in last for value in values])
         entries = [mean_of(values) for values in columns]
         cells = [f"{e['value']:.3f} ({e['spread'][1] - e['spread'][0]:.2f})" for e in entries[:-2]]
         table.add_row(name, *cells, *(f"{e['value']:.3g}" for e in entries[-2:]))

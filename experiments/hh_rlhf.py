@@ -13,6 +13,8 @@ Finished runs under --output are read, not run again. Prints no text of the data
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -99,14 +101,17 @@ def run(arm: Arm, base: Path, train: Dataset, heldout: Dataset, seed: int, args:
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
-    path = args.output / f"{arm.name.lower().replace('+', '-')}-seed{seed}.json"
+    plot = None if arm.plot is None else arm.plot.to_dict()
+    config = {"arm": arm.name, "plot": plot, "base": base.name, **options(args)}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
+    path = args.output / f"{arm.name.lower().replace('+', '-')}-seed{seed}-{digest}.json"
     if path.exists():
         return read_record(path, "hh-run")["results"]
     with tempfile.TemporaryDirectory() as output:
-        config = common(output, seed, args.steps, 16, args.learning_rate)
+        settings = common(output, seed, args.steps, 16, args.learning_rate)
         trainer = DPOTrainer(
             AutoModelForCausalLM.from_pretrained(base),
-            args=DPOConfig(**config, loss_type=list(arm.loss_type or ("sigmoid",)), truncation_mode="keep_end"),
+            args=DPOConfig(**settings, loss_type=list(arm.loss_type or ("sigmoid",)), truncation_mode="keep_end"),
             train_dataset=train,
             eval_dataset=heldout,
             processing_class=AutoTokenizer.from_pretrained(base),
@@ -118,7 +123,7 @@ def run(arm: Arm, base: Path, train: Dataset, heldout: Dataset, seed: int, args:
         if arm.loss_type:
             trainer.train()
         results = {**judge(trainer), "distance": probe.distance()}
-    write_record(path, "hh-run", results, config={"arm": arm, "base": base.name, **vars(args)}, seed=seed)
+    write_record(path, "hh-run", results, config=config, seed=seed)
     return results
 
 
@@ -155,6 +160,12 @@ def log_probs(model: Any, dataset: Dataset) -> tuple[dict[str, list[float]], int
     return sums, tokens
 
 
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides a result, the data by its content."""
+    content = hashlib.sha256(args.data.read_bytes()).hexdigest()[:16]
+    return {"data": args.data.name, "content": content, "steps": args.steps, "learning_rate": args.learning_rate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -173,7 +184,7 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
     with Progress(console=console) as progress:
         task = progress.add_task("base", total=args.seeds * (len(ARMS) + 1) + 1)
-        base = build_base(train, args.output / "base", 0, args.base_steps)
+        base = build_base(train, args.output / f"base-{args.base_steps}-steps", 0, args.base_steps)
         progress.advance(task)
         for seed in range(args.seeds):
             for arm in (BASE, *ARMS):

@@ -169,7 +169,7 @@ def test_estimate_counts_what_the_tokenizer_says(
                 expected[token] += 1
         assert torch.equal(counts, expected)
 
-    record = read_record(artefact.with_suffix(".json"), "estimate")
+    record = read_record(artefact.with_suffix(".record.json"), "estimate")
     assert record["results"]["rows"] == len(pair_rows)
     assert record["results"]["chosen_tokens"] == int(preference.chosen_counts.sum())
     assert record["config"]["tokenizer"] == str(tiny_tokenizer)
@@ -184,7 +184,7 @@ def test_estimate_reports_and_merges(
     )
     assert code == 0
     assert f"preference: {merged}" in out
-    assert f"record:     {merged.with_suffix('.json')}" in out
+    assert f"record:     {merged.with_suffix('.record.json')}" in out
     assert re.search(rf"pairs counted +{3 * len(pair_rows)}\b", out)
     once = PreferenceDistribution.load(artefact)
     assert torch.equal(PreferenceDistribution.load(merged).chosen_counts, 3 * once.chosen_counts)
@@ -534,3 +534,38 @@ def test_demo_forwards_its_options(run: Run, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setitem(sys.modules, "plot_align.sandbox.demo", module)
     assert run("demo", "--quick", "--output", tmp_path, "--seeds", 2)[0] == 0
     assert calls == [{"quick": True, "output": tmp_path, "seeds": 2}]
+
+
+def test_dpo_names_the_row_without_rejected(run: Run, tiny_llama: Path, pair_rows: Any, tmp_path: Path) -> None:
+    """Before the model is loaded, and with nothing written."""
+    rows = [dict(row) for row in pair_rows]
+    del rows[3]["rejected"]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        "dpo",
+        "--model_name_or_path",
+        tiny_llama,
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--output_dir",
+        tmp_path / "o",
+    ]
+    code, _, err = run(*common, "--dataset_name", data)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("plot-align: training row 3: 'rejected' is missing")
+    data.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "rejected"}) + "\n" for row in pair_rows))
+    code, _, err = run(*common, "--dataset_name", data)
+    assert code == 2
+    assert "no column 'rejected'" in err.splitlines()[-1]
+    assert not (tmp_path / "o").exists()
+
+
+def test_estimate_never_overwrites_its_data(run: Run, tiny_llama: Path, pair_rows: Any, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.json"
+    text = json.dumps(pair_rows)
+    data.write_text(text)
+    code, _, err = run("estimate", data, "--tokenizer", tiny_llama, "--output", tmp_path / "pairs.safetensors")
+    assert code == 0, err
+    assert data.read_text() == text

@@ -199,3 +199,10 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     assert records.commit() == {"id": git("rev-parse", "HEAD"), "dirty": True}
     monkeypatch.setenv("PATH", "")
     assert records.commit() is None
+
+
+def test_the_mean_of_equal_values_lies_among_them() -> None:
+    """Rounding takes fmean([6/60] * 3) above 6/60; a figure's whisker would have a negative length."""
+    for hits in range(61):
+        entry = records.mean_of([hits / 60] * 3)
+        assert entry["spread"][0] <= entry["value"] <= entry["spread"][1]

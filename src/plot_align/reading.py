@@ -184,3 +184,36 @@ def shown(value: Any) -> str:
     if isinstance(value, bool | int | float):
         return repr(value)
     return f"a {type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+
+
+def require_pairs(data: Any) -> None:
+    """Refuses, before a model is loaded, what a trainer would fail on with an error of its own.
+
+    Args:
+        data: a ``datasets`` object; of a stream only the columns are looked at, where they are known.
+
+    Raises:
+        InputError: no ``chosen`` or no ``rejected`` column, no rows, or a row where one of them is missing.
+    """
+    import datasets
+    import numpy as np
+
+    columns = data.column_names
+    if columns is None:
+        return
+    for name in ("chosen", "rejected"):
+        if name not in columns:
+            raise InputError(
+                f"the training set has no column {name!r} (columns: {', '.join(columns)}), expected chosen and "
+                "rejected (and prompt, where they do not contain it); rename its columns"
+            )
+        if not isinstance(data, datasets.Dataset):
+            continue
+        if len(data) == 0:
+            raise InputError("the training set is empty, expected preference pairs; name another file or split")
+        column = data.data.column(name)
+        if column.null_count:
+            row = int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise InputError(
+                f"training row {row}: {name!r} is missing, expected an answer; complete or remove the row"
+            )

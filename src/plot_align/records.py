@@ -79,7 +79,9 @@ def mean_of(values: Sequence[float], *, unit: str | None = None) -> dict[str, An
     """Mean of repeated runs with their spread (smallest, largest): no interval, because runs are few."""
     if not values:
         return measure(math.nan, 0, unit=unit)
-    return measure(statistics.fmean(values), len(values), spread=(min(values), max(values)), unit=unit)
+    low, high = min(values), max(values)
+    # Rounding can put the mean of equal values outside them, and a whisker of negative length breaks a figure.
+    return measure(min(max(statistics.fmean(values), low), high), len(values), spread=(low, high), unit=unit)
 
 
 def share_of(hits: int, n: int) -> dict[str, Any]:

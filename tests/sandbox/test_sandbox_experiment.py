@@ -29,7 +29,7 @@ def test_run_all_equals_runs_one_by_one_and_reads_what_is_there(tiny_base: Path,
         first[1]["results"]["chosen_logp"]["value"], rel=1e-5
     )
     # A finished run is read: the mark put into its record comes back, and nothing is trained.
-    path = record_path(tmp_path, DPO, SETTING, 0)
+    path = record_path(tmp_path, DPO, SETTING, 0, tiny_base)
     record = json.loads(path.read_text())
     record["results"]["mark"] = 1
     path.write_text(json.dumps(record))
@@ -38,12 +38,13 @@ def test_run_all_equals_runs_one_by_one_and_reads_what_is_there(tiny_base: Path,
 
 def test_records_of_different_runs_have_different_names(tmp_path: Path) -> None:
     names = {
-        record_path(tmp_path, arm, setting, seed)
+        record_path(tmp_path, arm, setting, seed, base)
         for arm in (DPO, PLOT, Arm("DPO+PLOT", ("sigmoid",), PlotConfig(alpha=2.0)))
         for setting in (SETTING, Setting(steps=3))
         for seed in (0, 1)
+        for base in (Path("one"), Path("other"))
     }
-    assert len(names) == 12
+    assert len(names) == 24
 
 
 def test_flipped_pairs() -> None:
@@ -58,7 +59,7 @@ def test_flipped_pairs() -> None:
             (a["rejected"], a["chosen"]) if flipped else (a["chosen"], a["rejected"])
         )
     with pytest.raises(InputError, match="flipped is 1"):
-        record_path(Path(), DPO, Setting(flipped=1.0), 0)
+        record_path(Path(), DPO, Setting(flipped=1.0), 0, Path())
 
 
 def result(**scores: float) -> dict:

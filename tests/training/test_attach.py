@@ -61,11 +61,11 @@ def test_masses_by_counting(make_trainer, preference):
     assert trainer._metrics["train"]["plot/rejected_mass"][0] == pytest.approx(float(output[d < 0].sum()), rel=1e-5)
 
 
-def test_gradient_ratio_against_the_definition(make_trainer, preference):
+@pytest.mark.parametrize("backend", ["fused", "separate"])
+def test_gradient_ratio_against_the_definition(make_trainer, preference, backend):
     """‖∂(α·plot)/∂h‖ / ‖∂vanilla/∂h‖ with h the materialised head's input, by autograd through full logits."""
     trainer = make_trainer("sft")
-    config = PlotConfig(alpha=2.0)
-    handle = attach(trainer, preference, config)
+    handle = attach(trainer, preference, PlotConfig(alpha=2.0, plot_backend=backend))
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -79,17 +79,22 @@ def test_gradient_ratio_against_the_definition(make_trainer, preference):
     assert trainer._metrics["train"]["plot/grad_ratio"][0] == pytest.approx(norms[0] / norms[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["fused", "separate"])
 @pytest.mark.parametrize("method", ["dpo", "kto", "sft"])
-def test_evaluation_loop(make_trainer, preference, method):
+def test_evaluation_loop(make_trainer, preference, method, backend):
     trainer = make_trainer(method)
     data = trainer.train_dataset.select(range(8))
-    handle = attach(trainer, preference, PlotConfig(alpha=0.5))
+    handle = attach(trainer, preference, PlotConfig(alpha=0.5, plot_backend=backend))
     metrics = trainer.evaluate(data)
     record = trainer.state.log_history[-1]
     assert record["eval_loss"] == pytest.approx(
         record["eval_plot/vanilla_loss"] + 0.5 * record["eval_plot/loss"], abs=1e-4
     )
     handle.detach()
+    other = attach(trainer, preference, PlotConfig(alpha=0.5, plot_backend="fused"))
+    trainer.evaluate(data)
+    assert record["eval_plot/loss"] == pytest.approx(trainer.state.log_history[-1]["eval_plot/loss"], rel=1e-5)
+    other.detach()
     without = trainer.evaluate(data)
     assert without["eval_loss"] == pytest.approx(record["eval_plot/vanilla_loss"], abs=1e-4)
     assert metrics["eval_loss"] > without["eval_loss"]
@@ -140,7 +145,9 @@ def test_saved_model_says_how_it_was_tuned(make_trainer, preference, tmp_path):
     assert PreferenceDistribution.load(folder / "preference.safetensors") == preference
     card = (folder / "README.md").read_text()
     assert "α = 0.25" in card
-    trainer.create_model_card()
+    trainer.plot_handle.config.alpha = 0.75
+    trainer.save_model()  # into the same folder: the card follows
+    assert "α = 0.75" in (folder / "README.md").read_text()
     assert (folder / "README.md").read_text().count("## PLOT") == 1
 
 
@@ -163,8 +170,30 @@ def test_nan_logits_are_named(make_trainer, preference):
     attach(trainer, preference)
     with torch.no_grad():
         trainer.model.lm_head.weight[5, 0] = math.nan
-    with pytest.raises(RunError, match=r"NaN or infinite at step 0, row 0 of the micro-batch"):
+    with pytest.raises(RunError, match=r"NaN or infinite at step 0, the chosen side of pair 0 of the micro-batch"):
         trainer.train()
+
+
+def test_nan_in_a_row_that_plot_does_not_select(make_trainer, preference):
+    """One rejected answer alone is NaN: the term does not see it, and the step must stop all the same, naming it."""
+    trainer = make_trainer("dpo")
+    attach(trainer, preference)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    forward = trainer.model.model.forward
+
+    def spoilt(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if torch.is_grad_enabled():
+            hidden = output.last_hidden_state.clone()
+            hidden[6] = math.nan  # 4 chosen rows above 4 rejected: pair 2
+            output.last_hidden_state = hidden
+        return output
+
+    trainer.model.model.forward = spoilt
+    trainer.current_gradient_accumulation_steps = 1
+    with pytest.raises(RunError, match="at step 0, the rejected side of pair 2 of the micro-batch"):
+        trainer.compute_loss(trainer.model, dict(inputs))
 
 
 def test_infinite_divergence_is_named(make_trainer, preference):
@@ -180,6 +209,8 @@ def test_infinite_divergence_is_named(make_trainer, preference):
         ({"alpha": -1.0}, "alpha is -1.0; expected a finite number, 0 or more"),
         ({"alpha": math.nan}, "alpha is nan; expected"),
         ({"alpha": math.inf}, "alpha is inf; expected"),
+        ({"alpha": "0.1"}, "alpha is '0.1'; expected a number"),
+        ({"alpha": True}, "alpha is True; expected a number"),
         ({"norm_order": 0.5}, "norm_order is 0.5; expected a number of 1 or more"),
         ({"target": "reul"}, "target is 'reul'; expected one of relu, shift, softmax, anchored"),
         ({"granularity": "token", "pool": True}, "pool is on with granularity='token'"),
@@ -307,3 +338,10 @@ def test_packed_sequences_are_told_apart():
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
     batch = policy_batch("SFTTrainer", {"labels": torch.ones(2, 5, dtype=torch.long), "position_ids": positions})
     assert batch.sequence_ids().tolist() == [[0, 0, 1, 1], [2, 3, 3, 3]]
+
+
+def test_wrapped_packing_has_no_sequences(make_trainer, preference):
+    trainer = make_trainer("sft")
+    trainer.args.packing, trainer.args.packing_strategy = True, "wrapped"
+    with pytest.raises(InputError, match="packing_strategy is 'wrapped'"):
+        attach(trainer, preference, PlotConfig(granularity="sequence"))

@@ -65,9 +65,10 @@ def test_positions(make_trainer, preference, positions):
     check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, positions=positions))
 
 
+@pytest.mark.parametrize("positions", ["all", "chosen", "rejected"])
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_online(make_trainer, preference, method):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions="all"))
+def test_online(make_trainer, preference, method, positions):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
 def test_lora(make_trainer, preference):

@@ -6,23 +6,41 @@ from typing import Any
 
 import torch
 
-from plot_align.training.batches import policy_batch
 from plot_align.training.config import PlotConfig
+
+
+def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, attention and the (B, T − 1) bool mask of selected positions, from the batch's raw keys, row by row."""
+    if "completion_ids" in inputs:
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        scored = attention.clone()
+        scored[:, : inputs["prompt_ids"].size(1)] = 0
+    else:
+        ids, attention = inputs["input_ids"], inputs["attention_mask"]
+        scored = inputs["completion_mask"] if "completion_mask" in inputs else (inputs["labels"] != -100).long()
+    mask = torch.zeros(len(ids), ids.size(1) - 1, dtype=torch.bool)
+    for row in range(len(ids)):
+        match kind:
+            case "DPOTrainer":
+                role = "chosen" if row < len(ids) / 2 else "rejected"
+            case "SFTTrainer":
+                role = "chosen"
+            case "KTOTrainer":
+                role = "chosen" if inputs["label"][row] else "rejected"
+            case _:
+                advantage = float(inputs["advantages"][row])
+                role = "chosen" if advantage > 0 else "rejected" if advantage < 0 else "neither"
+        if positions in ("all", role):
+            mask[row] = scored[row, 1:].bool()
+    return ids, attention, mask
 
 
 def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotConfig, preference) -> torch.Tensor:
     """α·L_PLOT from full logits with plain torch: softmax, mean, sort, cumulative sums, target and coordinates too."""
-    batch = policy_batch(kind, inputs)
-    if "input_ids" in inputs:
-        ids, attention = inputs["input_ids"], inputs.get("attention_mask")
-    else:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    ids, attention, mask = selection(kind, inputs, config.positions)
     logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
     p = (logits / getattr(trainer, "temperature", 1.0)).softmax(-1)  # (B, T-1, V)
-    mask = batch.labels[:, 1:] != -100
-    if config.positions != "all":
-        mask &= (batch.roles == (1 if config.positions == "chosen" else -1)).unsqueeze(-1)
 
     chosen, rejected = preference.chosen_counts.double(), preference.rejected_counts.double()
     target = (chosen / chosen.sum() - rejected / rejected.sum()).clamp(min=0)

@@ -42,7 +42,7 @@ def make_parser() -> Parser:
 
 
 def run(arguments: list[str]) -> int:
-    """Parse ``arguments``, estimate, and write ``FILE`` and ``FILE`` with the suffix ``.json``."""
+    """Parse ``arguments``, estimate, and write ``FILE`` and ``FILE`` with the suffix ``.record.json``."""
     options = make_parser().parse(arguments)
     if options.output.suffix != ".safetensors":  # before the work rather than after it
         raise InputError(f"--output is {str(options.output)!r}, expected a name ending in .safetensors; rename it")
@@ -72,7 +72,7 @@ def run(arguments: list[str]) -> int:
     require_preference(preference.difference())  # an artefact without a target would fail every later step
     results = {**_results(preference), "seconds": seconds}
     preference.save(options.output)
-    record = write_record(options.output.with_suffix(".json"), "estimate", results, config=vars(options))
+    record = write_record(options.output.with_suffix(".record.json"), "estimate", results, config=vars(options))
     _print(results, options.output, record)
     return 0
 

@@ -90,6 +90,7 @@ def _train(
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
     from trl import get_peft_config, get_quantization_config
 
+    from plot_align.reading import require_pairs
     from plot_align.records import write_record
     from plot_align.training import PlotDPOTrainer, PlotSFTTrainer
 
@@ -103,6 +104,8 @@ def _train(
         )
     preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
+    if command == "dpo":
+        require_pairs(train_dataset)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,

@@ -90,7 +90,7 @@ def _run_all(
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every arm, one a seed; seeds outside, so that an interrupted demo has whole comparisons."""
     jobs = [(arm, seed) for seed in seeds for arm in (BASE, *ARMS)]
-    finished = sum(record_path(output, arm, setting, seed).exists() for arm, seed in jobs)
+    finished = sum(record_path(output, arm, setting, seed, base).exists() for arm, seed in jobs)
     if finished:
         console.print(f"{finished} runs were finished before and are read from {output}; delete it to run them again")
     with _progress(console) as progress:
@@ -240,8 +240,10 @@ def _print_verdict(console: Console, summary: dict[str, Any]) -> None:
                 (better if (low > 0) == more else worse).append(label)
             else:
                 open_.append(label)
+        seeds = rows[GUARDS[0][0]]["n"]
+        agreeing = "in the one seed that was run" if seeds == 1 else f"in each of the {seeds} seeds"
         console.print(
-            f"{name} against the same without PLOT, in every seed: better in {', '.join(better) or 'nothing'}; "
+            f"{name} against the same without PLOT, {agreeing}: better in {', '.join(better) or 'nothing'}; "
             f"worse in {', '.join(worse) or 'nothing'}; no clear sign in {', '.join(open_) or 'nothing'}."
         )
 

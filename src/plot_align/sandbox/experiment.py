@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -59,9 +60,13 @@ class Arm:
     plot: PlotConfig | None = None
 
 
-def record_path(folder: Path, arm: Arm, setting: Setting, seed: int) -> Path:
-    """Where the record of a run lies; the name carries a hash of everything that decides the result."""
-    key = json.dumps(_describe(arm, setting), sort_keys=True)
+def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path) -> Path:
+    """Where the record of a run lies; the name carries a hash of everything that decides the result.
+
+    Among it the base, whose folder's name is a hash of the language and the libraries it was built with, and the
+    judges' and evaluation's source.
+    """
+    key = json.dumps(_describe(arm, setting, base), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() else "-" for c in arm.name.lower()).strip("-")
     return folder / f"{name}-seed{seed}-{digest}.json"
@@ -90,11 +95,11 @@ def run_arm(
         :func:`plot_align.sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
         positions' mean output to the target, and ``train_logs``.
     """
-    path = record_path(folder, arm, setting, seed)
+    path = record_path(folder, arm, setting, seed, base)
     if path.exists():
         return read_record(path, KIND)
     results = _train_and_judge(arm, setting, seed, base, on_step)
-    write_record(path, KIND, results, config=_describe(arm, setting), seed=seed)
+    write_record(path, KIND, results, config=_describe(arm, setting, base), seed=seed)
     return read_record(path, KIND)
 
 
@@ -121,7 +126,7 @@ def run_all(
 
     import torch
 
-    waiting = [i for i, (arm, seed) in enumerate(jobs) if not record_path(folder, arm, setting, seed).exists()]
+    waiting = [i for i, (arm, seed) in enumerate(jobs) if not record_path(folder, arm, setting, seed, base).exists()]
     for i in set(range(len(jobs))) - set(waiting):
         on_progress(i, setting.steps)
     cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -147,7 +152,7 @@ def run_all(
                 raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-    return [read_record(record_path(folder, arm, setting, seed), KIND) for arm, seed in jobs]
+    return [read_record(record_path(folder, arm, setting, seed, base), KIND) for arm, seed in jobs]
 
 
 def _prepare_worker(threads: int) -> None:
@@ -285,11 +290,15 @@ def quiet() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 
-def _describe(arm: Arm, setting: Setting) -> dict[str, Any]:
+def _describe(arm: Arm, setting: Setting, base: Path) -> dict[str, Any]:
     if not 0 <= setting.flipped < 1:
         raise InputError(f"flipped is {setting.flipped}; expected a share of the pairs, 0 to less than 1.")
-    described = {**asdict(setting), "probe": setting.probe.to_dict(), "plot_align": __version__}
+    described = {**asdict(setting), "probe": setting.probe.to_dict()}
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("evaluate.py", "judges.py")]
     return {
+        "base": base.name,
+        "judges": hashlib.sha256(b"".join(sources)).hexdigest()[:16],
+        "versions": {"plot_align": __version__, "trl": importlib.metadata.version("trl")},
         "arm": arm.name,
         "loss_type": list(arm.loss_type),
         "plot": None if arm.plot is None else arm.plot.to_dict(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from . import artifacts
 from .batches import PolicyBatch, policy_batch, trainer_kind
 from .config import PlotConfig
 from .head import Captured, FusedBackend, HeadBackend, SeparateBackend
-from .marginal import reference_distribution
+from .marginal import reference_distribution, reference_model
 from .term import PlotTerm
 
 
@@ -59,6 +59,11 @@ def attach(
             "positions is 'rejected' and the trainer is an SFTTrainer, which sees no rejected completion; expected "
             "'chosen' or 'all'."
         )
+    if config.granularity == "sequence" and _packs_without_boundaries(trainer):
+        raise InputError(
+            "granularity is 'sequence' and packing_strategy is 'wrapped', which forgets where a sequence ends; "
+            "expected packing_strategy='bfd', packing=False, or granularity='batch'."
+        )
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -71,7 +76,8 @@ def attach(
     preference.check_head(rows)
     if config.target == "anchored" and reference is None:
         reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
-    term = build_term(config, preference, embeddings=_embeddings(model), rows=rows, reference=reference)
+    embeddings = _embeddings(causal_lm(reference_model(trainer)))
+    term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
         case "fused":
@@ -118,6 +124,7 @@ class PlotHandle:
     While attached, every logging step carries ``plot/vanilla_loss``, ``plot/loss``, ``plot/alpha``,
     ``plot/preferred_mass`` and ``plot/rejected_mass`` (what the mean output distribution puts on tokens with d > 0 and
     d < 0), and every ``grad_ratio_steps`` steps ``plot/grad_ratio``: ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input.
+    With ``alpha=0`` nothing is computed and nothing is logged: the trainer is TRL's.
     """
 
     def __init__(
@@ -166,8 +173,6 @@ class PlotHandle:
         if alpha == 0:
             return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         batch = policy_batch(self._kind, inputs)
-        if self._kind == "SFTTrainer" and self.config.granularity == "sequence":
-            self._refuse_hidden_packing(inputs)
         with self._backend.capture(batch):
             result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         captured = self._backend.take()
@@ -195,15 +200,6 @@ class PlotHandle:
         by_items = self.trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_items or self.trainer.compute_loss_func is not None)
 
-    def _refuse_hidden_packing(self, inputs: Mapping[str, Any]) -> None:
-        args = self.trainer.args
-        packed = args.packing or getattr(args, "padding_free", False)
-        if packed and "position_ids" not in inputs:
-            raise InputError(
-                "granularity is 'sequence' and the batch is packed without position_ids, so sequences cannot be told "
-                "apart; expected position_ids: use granularity='batch' or turn packing off."
-            )
-
     def _log(
         self, vanilla: Tensor, loss: Tensor, alpha: float, divisor: int, captured: Captured, batch: PolicyBatch
     ) -> None:
@@ -215,8 +211,9 @@ class PlotHandle:
         wants_ratio = training and every > 0 and trainer.state.global_step % every == 0
         if wants_ratio:
             values = torch.cat([values, self._gradient_ratio(vanilla * divisor, alpha * loss, captured).unsqueeze(0)])
-        local = values.tolist()
-        if not math.isfinite(local[1]):
+        logits_are_finite = torch.isfinite(captured.head.log_probs.detach()).all()
+        *local, finite = torch.cat([values, logits_are_finite.to(values).unsqueeze(0)]).tolist()
+        if not finite or not math.isfinite(local[1]):
             self._explain_non_finite(captured, batch)
         if trainer.accelerator.num_processes > 1:
             gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4 or 5)
@@ -224,7 +221,7 @@ class PlotHandle:
         names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass", "grad_ratio"]
         metrics = trainer._metrics["train" if training else "eval"]
         for name, value in zip(names, local, strict=False):
-            if not math.isnan(value):
+            if name == "vanilla_loss" or math.isfinite(value):  # masses of an empty selection are NaN
                 metrics[f"plot/{name}"].append(value)
         metrics["plot/alpha"].append(alpha)
 
@@ -238,17 +235,25 @@ class PlotHandle:
 
     def _explain_non_finite(self, captured: Captured, batch: PolicyBatch) -> None:
         step = self.trainer.state.global_step
+        rank = self.trainer.accelerator.process_index
+        where = f"step {step}" if self.trainer.accelerator.num_processes == 1 else f"step {step} on rank {rank}"
         bad = ~torch.isfinite(captured.head.log_probs.detach())
         if bad.any():
             row = int(captured.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
             raise RunError(
-                f"the model's logits are NaN or infinite at step {step}, row {row} of the micro-batch; nothing of "
-                "this step was applied: lower the learning rate, check that row of the data, or use a wider dtype."
+                f"the model's logits are NaN or infinite at {where}, {_name_row(row, self._kind, batch)} of the "
+                "micro-batch; nothing of this step was applied: lower the learning rate, check that row of the data, "
+                "or use a wider dtype."
+            )
+        if self.config.divergence == "kl":
+            raise RunError(
+                f"the PLOT loss is infinite at {where}: kl from the output distribution to a target that gives some "
+                f"tokens no mass (target={self.config.target!r}); nothing of this step was applied: use divergence "
+                "'w1', 'js' or 'tv', or a target with full support (softmax)."
             )
         raise RunError(
-            f"the PLOT loss is infinite at step {step}: {self.config.divergence} from the output distribution to a "
-            f"target that gives some tokens no mass (target={self.config.target!r}); nothing of this step was "
-            "applied: use divergence='w1', 'js' or 'tv', or a target with full support (softmax)."
+            f"the PLOT loss is NaN or infinite at {where} though this rank's logits are finite; nothing of this step "
+            "was applied: look at the other ranks' messages, whose output is pooled with this one's."
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -257,8 +262,8 @@ class PlotHandle:
             return
         folder = Path(output_dir or self.trainer.args.output_dir)
         artifacts.save(folder, self.config, self.preference, step=self.trainer.state.global_step)
-        if folder == Path(self.trainer.args.output_dir) and not (folder / "README.md").exists():
-            self.trainer.create_model_card()
+        if folder == Path(self.trainer.args.output_dir):
+            self.trainer.create_model_card()  # TRL writes one with a checkpoint only, perhaps of an earlier run
 
     def _create_model_card(self, *args: Any, **kwargs: Any) -> None:
         self._originals["create_model_card"](*args, **kwargs)
@@ -271,6 +276,19 @@ class PlotHandle:
 def causal_lm(model: Any) -> Any:
     """The causal language model itself, out of a PEFT wrapper where there is one."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
+    """A DPO batch stacks the chosen rows on the rejected ones; users count pairs."""
+    if kind != "DPOTrainer":
+        return f"row {row}"
+    pairs = batch.labels.size(0) // 2
+    return f"the {'chosen' if row < pairs else 'rejected'} side of pair {row % pairs}"
+
+
+def _packs_without_boundaries(trainer: Any) -> bool:
+    args = trainer.args
+    return bool(getattr(args, "packing", False)) and getattr(args, "packing_strategy", None) == "wrapped"
 
 
 def _tokenizer(trainer: Any) -> Any:

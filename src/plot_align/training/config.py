@@ -25,7 +25,7 @@ class PlotConfig:
         metadata={"help": "How token preferences become a target distribution (relu: our reading of the paper)."},
     )
     target_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of target=softmax, in standard deviations of the preferences."}
+        default=1.0, metadata={"help": "Temperature of target=softmax, in units of max|d| / ln V."}
     )
     target_strength: float = field(
         default=1.0, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
@@ -48,7 +48,8 @@ class PlotConfig:
                                            "sequence, or each position."}
     )  # fmt: skip
     positions: Literal["chosen", "rejected", "all"] = field(
-        default="chosen", metadata={"help": "Completions whose positions count."}
+        default="chosen",
+        metadata={"help": "Completions whose positions count; online methods choose by the sign of the advantage."},
     )
     pool: bool = field(
         default=False, metadata={"help": "Average the output distribution over all ranks before comparing it."}
@@ -67,6 +68,9 @@ class PlotConfig:
             choices = get_args(hints[name])
             if choices and value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        for name in ("alpha", "norm_order", "target_temperature", "target_strength"):
+            value = getattr(self, name)
+            self._require(name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
         self._require("alpha", self.alpha >= 0 and math.isfinite(self.alpha), "a finite number, 0 or more")
         self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
         for name in ("target_temperature", "target_strength"):

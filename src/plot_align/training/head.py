@@ -100,7 +100,7 @@ class HeadBackend:
     def _pass(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        """Runs our head over ``rows`` of the pending batch and keeps the result."""
+        """Runs our head over ``rows`` of the pending batch and keeps the result, ``hidden`` among it."""
         if self._pending is None:
             raise RuntimeError("no batch is pending")
         shares = self.term.shares(self._pending, rows.to(self._pending.labels.device))
@@ -235,15 +235,16 @@ class SeparateBackend(HeadBackend):
     def __init__(self, model: Any, term: PlotTerm, temperature: float = 1.0) -> None:
         super().__init__(model, term)
         self._spec = head_spec(model, temperature)
-        self._hook = model.base_model.register_forward_hook(self._after_backbone)
+        self._hook = model.base_model.register_forward_hook(self._after_backbone, with_kwargs=True)
 
     def remove(self) -> None:
         self._hook.remove()
 
-    def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._wants(None) or self._pending is None:
+    def _after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if not self._wants(None) or self._pending is None or not self._same_tokens(kwargs.get("input_ids")):
             return
-        hidden = output.last_hidden_state[:, -self._pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
+        backbone = output.last_hidden_state  # (B, T + virtual, H)
+        hidden = backbone[:, -self._pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
         if hidden.shape[:2] != self._pending.labels[:, 1:].shape:
             return
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -256,6 +257,16 @@ class SeparateBackend(HeadBackend):
         flat = hidden.reshape(-1, hidden.size(-1))[rows.to(hidden.device)]  # (M, H)
         targets = self._pending.labels[:, 1:].flatten()[rows].to(flat.device)
         self._pass(flat, head.weight, head.bias, targets, rows, self._spec)
+        if self._captured is not None:
+            # The vanilla loss never sees `flat`: gradients are compared where both losses pass.
+            self._captured.hidden = backbone
+
+    def _same_tokens(self, ids: Tensor | None) -> bool:
+        """Whether the forward's tokens are the pending batch's: KTO's evaluation begins with another forward."""
+        if ids is None or self._pending is None:  # prompt-learning PEFT passes embeddings
+            return True
+        labels = self._pending.labels.to(ids.device)
+        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
 
 
 def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:

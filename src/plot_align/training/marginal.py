@@ -100,16 +100,15 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
             f"target is 'anchored' and the training set of this {kind} has no text completions from which to estimate "
             "the reference distribution; pass reference=, a (V,) distribution, to attach()."
         )
-    model = getattr(trainer, "ref_model", None) or trainer.model
+    model = reference_model(trainer)
     device = trainer.accelerator.device
-    if next(causal_parameters(model)).device != device:
-        model.to(device)
+    model.to(device)
     return mean_output_distribution(model, collated(trainer, kind, rows), positions)
 
 
-def causal_parameters(model: Any) -> Iterator[Tensor]:
-    """Parameters of a model, typed."""
-    yield from model.parameters()
+def reference_model(trainer: Any) -> Any:
+    """The reference policy: the trainer's own where it keeps one, else the policy as it starts."""
+    return getattr(trainer, "ref_model", None) or trainer.model
 
 
 def _model_inputs(batch: dict[str, Any], kind: str) -> tuple[dict[str, Tensor], PolicyBatch]:
