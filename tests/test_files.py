@@ -25,9 +25,11 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    require_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def test_a_writable_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    require_writable(tmp_path / "kept" / "a" / "b")
+    require_writable(tmp_path / "kept")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "kept"]
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:

@@ -41,14 +41,17 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def require_writable(folder: Path) -> None:
-    """Makes ``folder`` and writes to it, so that a long run does not find out at its end that it cannot.
+    """Writes to ``folder`` and leaves no trace, so that a long run does not find out at its end that it cannot.
 
     Raises:
         InputError: the folder cannot be made or written to.
     """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
             pass
+        for path in missing:
+            path.rmdir()
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None

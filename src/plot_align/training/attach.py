@@ -77,6 +77,8 @@ def attach(
     if config.target == "anchored" and reference is None:
         reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)))
+    if embeddings.size(0) != rows:
+        embeddings = _embeddings(model)  # the policy was resized after the reference was made
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
