@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -34,7 +35,7 @@ ARMS = (
 # Rows of the table after the seven scores: key in the results, label, whether more is better.
 GUARDS = (
     ("over_refusal", "over-refusal", False),
-    ("twin_help", "helps on benign twins", True),
+    ("twin_help", "benign twins helped", True),
     ("nll_good", "NLL of good answers", False),
     ("fluent", "fluent answers", True),
     ("distinct_2", "distinct-2", True),
@@ -57,7 +58,8 @@ def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | 
     started = time.monotonic()
     console = Console()
     chosen_seeds = list(range(seeds or (1 if quick else 3)))
-    setting = Setting(probe=PLOT)
+    # A quick demo trains for fewer steps: what it must show is that everything works, in under three minutes.
+    setting = Setting(steps=40, probe=PLOT) if quick else Setting(probe=PLOT)
     quiet()
     console.print(
         "[bold]plot-align demo[/bold]: a small offline world with programmatic truth. "
@@ -184,27 +186,30 @@ def _rows() -> Iterator[tuple[str, str, bool]]:
     yield from GUARDS
 
 
-def _cell(entry: dict[str, Any]) -> str:
+def _cell(key: str, entry: dict[str, Any]) -> str:
+    """Mean ± half the range over the seeds; short enough for six columns in a terminal of 80."""
     low, high = entry.get("spread", (entry["value"],) * 2)
-    if entry["n"] == 1:
-        return f"{entry['value']:.2f}"
-    return f"{entry['value']:.2f} ({low:.2f}–{high:.2f})"
+    places = 3 if key == "distance" else 2
+    numbers = [f"{number:.{places}f}" for number in (entry["value"], (high - low) / 2)]
+    if places == 3:
+        numbers = [number.removeprefix("0") for number in numbers]
+    return numbers[0] if entry["n"] == 1 else "±".join(numbers)
 
 
 def _heading(seeds: int) -> str:
-    spread = "one seed, no spread" if seeds == 1 else f"mean (smallest–largest) of {seeds} seeds"
+    spread = "one seed, no spread" if seeds == 1 else f"mean ± half the range of {seeds} seeds"
     return f"Held-out prompts of the sandbox, {spread}; ↑ more is better, ↓ less is better"
 
 
 def _table(summary: dict[str, Any], seeds: int) -> Table:
-    table = Table(title=_heading(seeds), title_justify="left")
-    table.add_column("")
+    table = Table(title=_heading(seeds), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for name in summary["arms"]:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace("SFT+PLOT", "SFT\n+PLOT"), justify="right", no_wrap=True)
     for key, label, more in _rows():
         table.add_row(
             f"{label} {'↑' if more else '↓'}",
-            *(_cell(summary["arms"][name][key]) for name in summary["arms"]),
+            *(_cell(key, summary["arms"][name][key]) for name in summary["arms"]),
             end_section=key == CATEGORIES[-1],
         )
     return table
@@ -214,7 +219,7 @@ def _markdown(summary: dict[str, Any], seeds: int) -> str:
     names = list(summary["arms"])
     lines = [_heading(seeds) + ".", "", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for key, label, more in _rows():
-        cells = " | ".join(_cell(summary["arms"][name][key]) for name in names)
+        cells = " | ".join(_cell(key, summary["arms"][name][key]) for name in names)
         lines.append(f"| {label} {'↑' if more else '↓'} | {cells} |")
     return "\n".join(lines) + "\n"
 
