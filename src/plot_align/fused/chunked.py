@@ -316,27 +316,27 @@ class _FusedHead(torch.autograd.Function):
                     if p is None:
                         log_p = z.sub_(log_z[r].unsqueeze(-1))
                         p = log_p.exp()
-                    # The gradient of the logits is p ⊙ factor + g·1[target]; `factor` is (R, 1) where PLOT has no
-                    # share and (R, V) where it has.
-                    parts = list(_overlaps(runs, first, r.stop))
-                    if not parts and log_p is None:
-                        p.mul_(-g_log_prob[r].unsqueeze(-1))
-                    else:
-                        factor = (-g_log_prob[r]).unsqueeze(-1).expand_as(p).contiguous()  # (R, V)
-                        for everywhere, here, segment in parts:
-                            _add_plot_factor(
-                                factor[here],
-                                p[here],
-                                share[everywhere],
-                                None if potential is None else potential[segment].to(stat),
-                                None if g_value is None else g_value[everywhere].to(stat),
-                                divergence,
-                            )
-                        if log_p is not None and g_entropy is not None and entropy is not None:
-                            # ∂H/∂z_j = −p_j·(log p_j + H)
-                            log_p.add_(entropy[r].unsqueeze(-1)).mul_(g_entropy[r].to(stat).unsqueeze(-1))
-                            factor.sub_(log_p)
-                        p.mul_(factor)
+                    from_entropy = None
+                    if log_p is not None and g_entropy is not None and entropy is not None:
+                        # ∂H/∂z_j = −p_j·(log p_j + H)
+                        from_entropy = log_p.add_(entropy[r].unsqueeze(-1)).mul_(p)
+                        from_entropy.mul_(g_entropy[r].to(stat).unsqueeze(-1))
+                    # The gradient of the logits is p ⊙ factor + g·1[target]: a number a row where PLOT has no share.
+                    done = 0
+                    for everywhere, here, segment in _overlaps(runs, first, r.stop):
+                        p[done : here.start].mul_(-g_log_prob[first + done : everywhere.start].unsqueeze(-1))
+                        _times_plot_factor(
+                            p[here],
+                            -g_log_prob[everywhere],
+                            share[everywhere],
+                            None if potential is None else potential[segment].to(stat),
+                            None if g_value is None else g_value[everywhere].to(stat),
+                            divergence,
+                        )
+                        done = here.stop
+                    p[done:].mul_(-g_log_prob[first + done : r.stop].unsqueeze(-1))
+                    if from_entropy is not None:
+                        p.sub_(from_entropy)
                     p.scatter_add_(-1, targets[r].unsqueeze(-1), g_log_prob[r].unsqueeze(-1))
                     if slope is not None:
                         p.mul_(slope)
@@ -361,20 +361,20 @@ class _FusedHead(torch.autograd.Function):
         )
 
 
-def _add_plot_factor(
-    factor: Tensor,  # (R, V), changed in place
-    p: Tensor,  # (R, V)
+def _times_plot_factor(
+    p: Tensor,  # (R, V), changed in place
+    row: Tensor,  # (R,) the rest of the factor
     share: Tensor,  # (R,)
     potential: Tensor | None,  # (V,) gradient of the loss with respect to this segment's marginal
     g_value: Tensor | None,  # (R,) gradient of the loss with respect to each position's value
     divergence: Divergence | None,
 ) -> None:
-    """Adds ``w_t·(s − ⟨p_t, s⟩)`` to the factor of p_t, s the potential shared by a segment or the position's own."""
-    if potential is not None:
-        mean = torch.mv(p, potential)  # (R,)
-        factor.addr_(share, potential).sub_((share * mean).unsqueeze(-1))
+    """``p ⊙ (row + w_t·(s − ⟨p_t, s⟩))``, s the potential shared by a segment or the position's own."""
     if g_value is not None and divergence is not None:
-        own = divergence.potential(p).to(p.dtype)  # (R, V)
-        mean = torch.linalg.vecdot(p, own)  # (R,)
-        own.sub_(mean.unsqueeze(-1)).mul_(g_value.unsqueeze(-1))
-        factor.add_(own)
+        factor = divergence.potential(p).to(p.dtype)  # (R, V)
+        mean = torch.linalg.vecdot(p, factor)  # (R,)
+        factor.mul_(g_value.unsqueeze(-1)).add_((row - g_value * mean).unsqueeze(-1))
+        p.mul_(factor)
+    elif potential is not None:
+        row = row - share * torch.mv(p, potential)  # (R,)
+        p.mul_(torch.addr(row.unsqueeze(-1), share, potential))  # one pass builds the factor, one applies it
