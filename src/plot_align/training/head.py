@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import inspect
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Captured:
     rows: Tensor
 
 
-class HeadBackend:
+class HeadBackend(ABC):
     """Waits for the policy's forward inside ``compute_loss`` and captures its head pass, once."""
 
     def __init__(self, model: nn.Module, term: PlotTerm) -> None:
@@ -76,9 +77,9 @@ class HeadBackend:
         captured, self._captured = self._captured, None
         return captured
 
+    @abstractmethod
     def remove(self) -> None:
         """Takes the backend off the model again."""
-        raise NotImplementedError
 
     def _wants(self, labels: Tensor | None) -> bool:
         """Whether this forward is the policy's: it can be differentiated while training, and its labels are ours.
