@@ -186,14 +186,13 @@ def training_pairs(setting: Setting, seed: int) -> Any:
 
 
 def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str) -> Any:
-    """The TRL trainer of an arm on the sandbox's data, with PLOT attached where the arm has it."""
+    """The TRL trainer of an arm on the sandbox's data, PLOT not attached yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from ..training import attach
     from . import pairs
 
-    trainer = DPOTrainer(
+    return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
         args=DPOConfig(
             output_dir=output,
@@ -216,9 +215,6 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
         eval_dataset=pairs("heldout", seed=seed, per_category=setting.heldout),
         processing_class=AutoTokenizer.from_pretrained(base),
     )
-    if arm.plot is not None and arm.plot.alpha > 0:
-        attach(trainer, config=arm.plot)
-    return trainer
 
 
 def _train_and_judge(
@@ -227,6 +223,7 @@ def _train_and_judge(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
+    from ..training import attach
     from . import evaluate_model
 
     class Steps(TrainerCallback):
@@ -238,6 +235,8 @@ def _train_and_judge(
     with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(arm, setting, seed, base, output)
         probe = Probe(trainer, setting.probe)
+        if arm.plot is not None:
+            attach(trainer, config=arm.plot)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Steps())
         if arm.loss_type:
@@ -257,16 +256,12 @@ class Probe:
     """Distance of a trainer's model to a target that is fixed before training, on the held-out chosen positions."""
 
     def __init__(self, trainer: Any, config: PlotConfig) -> None:
-        from ..training.attach import build_term, estimate_from
-        from ..training.marginal import reference_distribution
+        from ..training import attach
 
         self.trainer = trainer
-        preference = estimate_from(trainer)
-        reference = None
-        if config.target == "anchored":
-            reference = reference_distribution(trainer, "DPOTrainer", config.reference_rows, config.positions)
-        embeddings = trainer.model.get_input_embeddings().weight.detach().clone()
-        self.term = build_term(config, preference, embeddings=embeddings, rows=len(embeddings), reference=reference)
+        handle = attach(trainer, config=config)
+        self.term = handle.term
+        handle.detach()
 
     def distance(self) -> float:
         """D(p̄, P) with p̄ the mean output over the held-out chosen positions."""

@@ -14,7 +14,19 @@ from .config import PlotConfig
 PreferenceSource = PreferenceDistribution | str | os.PathLike[str] | None
 
 
-class PlotDPOTrainer(DPOTrainer):
+class _Attached:
+    """Builds the TRL trainer it stands before in the bases, then attaches the term."""
+
+    plot_handle: PlotHandle
+
+    def __init__(
+        self, *args: Any, preference: PreferenceSource = None, plot: PlotConfig | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.plot_handle = attach(self, preference, plot)
+
+
+class PlotDPOTrainer(_Attached, DPOTrainer):
     """:class:`trl.DPOTrainer` with ``α·L_PLOT`` added to whichever ``loss_type`` it is configured with.
 
     Args:
@@ -26,16 +38,8 @@ class PlotDPOTrainer(DPOTrainer):
         InputError: see :func:`plot_align.attach`.
     """
 
-    plot_handle: PlotHandle
 
-    def __init__(
-        self, *args: Any, preference: PreferenceSource = None, plot: PlotConfig | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.plot_handle = attach(self, preference, plot)
-
-
-class PlotSFTTrainer(SFTTrainer):
+class PlotSFTTrainer(_Attached, SFTTrainer):
     """:class:`trl.SFTTrainer` with ``α·L_PLOT`` added; its data hold one side only, so ``preference`` is needed.
 
     Args:
@@ -46,11 +50,3 @@ class PlotSFTTrainer(SFTTrainer):
     Raises:
         InputError: see :func:`plot_align.attach`.
     """
-
-    plot_handle: PlotHandle
-
-    def __init__(
-        self, *args: Any, preference: PreferenceSource = None, plot: PlotConfig | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.plot_handle = attach(self, preference, plot)
