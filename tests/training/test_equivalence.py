@@ -25,10 +25,15 @@ def first_batch(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-def check_one_step(make_trainer, preference, method, config, *, extra=None, **options):
+def check_one_step(make_trainer, preference, method, config, *, extra=None, nudge=False, **options):
     plain, ours = (make_trainer(method, extra=copy.deepcopy(extra), **options) for _ in range(2))
     ours.model.load_state_dict(plain.model.state_dict())
     embeddings_at_start(plain)
+    if nudge:
+        for trainer in (plain, ours):
+            torch.manual_seed(1)
+            for weight in trainer.ref_model.model.layers.parameters():  # the embeddings are the geometry
+                weight.data.add_(0.02 * torch.randn_like(weight))
     inputs = first_batch(plain)
     handle = attach(ours, preference, config)
     ours.model.train()
@@ -81,6 +86,36 @@ def test_lora(make_trainer, preference):
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sequence"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_anchored_on_the_micro_batch(make_trainer, preference, method, granularity, strength):
+    """The reference is made to differ from the policy, or the target would be the output itself at λ = 0."""
+    config = PlotConfig(
+        alpha=3.0, target="anchored", target_scope="batch", target_strength=strength, granularity=granularity
+    )
+    check_one_step(make_trainer, preference, method, config, nudge=True)
+
+
+def test_anchored_on_the_micro_batch_with_adapters(make_trainer, preference):
+    """The reference is the policy with its adapters off, in the same forward function."""
+    from peft import LoraConfig
+
+    extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
+    config = PlotConfig(alpha=3.0, target="anchored", target_scope="batch", positions="all")
+    check_one_step(make_trainer, preference, "dpo", config, extra=extra)
+
+
+@pytest.mark.parametrize("target", ["relu", "chosen"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_counted_in_the_micro_batch(make_trainer, preference, method, target):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, target=target, target_scope="batch"))
+
+
+def test_sft_towards_its_own_tokens(make_trainer, preference):
+    check_one_step(make_trainer, preference, "sft", PlotConfig(alpha=3.0, target="chosen", target_scope="batch"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

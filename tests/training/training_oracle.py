@@ -42,25 +42,63 @@ def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotCo
     logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
     p = (logits / getattr(trainer, "temperature", 1.0)).softmax(-1)  # (B, T-1, V)
 
-    chosen, rejected = preference.chosen_counts.double(), preference.rejected_counts.double()
-    target = (chosen / chosen.sum() - rejected / rejected.sum()).clamp(min=0)
-    target = target / target.sum()
+    target = dataset_target(preference)
+    if config.target_scope == "batch":
+        target = batch_target(trainer, kind, inputs, config, preference)
     x = embeddings_at_start(trainer).double().norm(dim=-1)
     x = x / (x[:, None] - x[None, :]).abs().sum() * (len(x) * (len(x) - 1))
     order = x.argsort()
     gaps = x[order].diff()
 
-    def w1(q):
+    def w1(q, target):
         return ((q - target)[..., order].cumsum(-1)[..., :-1].abs() * gaps).sum(-1)
 
     match config.granularity:
         case "batch":
-            loss = w1(p[mask].mean(0)) if mask.any() else p.sum() * 0
+            loss = w1(p[mask].mean(0), target) if mask.any() else p.sum() * 0
         case "sequence":
-            loss = torch.stack([w1(p[b][mask[b]].mean(0)) for b in range(len(p)) if mask[b].any()]).mean()
+            rows = [b for b in range(len(p)) if mask[b].any()]
+            each = target if isinstance(target, dict) else dict.fromkeys(rows, target)
+            loss = torch.stack([w1(p[b][mask[b]].mean(0), each[b]) for b in rows]).mean()
         case "token":
-            loss = w1(p[mask]).mean()
+            loss = w1(p[mask], target).mean()
     return config.alpha * loss
+
+
+def dataset_target(preference) -> torch.Tensor:
+    target = preference.difference().clamp(min=0)
+    return target / target.sum()
+
+
+def batch_target(trainer, kind, inputs, config, preference):
+    """The micro-batch's own target; for granularity="sequence" and an anchor, ``{row: target}``."""
+    ids, attention, mask = selection(kind, inputs, config.positions)
+    if config.target == "anchored":
+        with torch.no_grad():
+            logits = reference_logits(trainer, ids, attention)[:, :-1].double()
+        q = logits.softmax(-1)
+
+        def moved(mean):
+            target = (mean + config.target_strength * preference.difference()).clamp(min=0)
+            return target / target.sum()
+
+        if config.granularity == "sequence":
+            return {b: moved(q[b][mask[b]].mean(0)) for b in range(len(q)) if mask[b].any()}
+        return moved(q[mask].mean(0))
+    shares = []
+    for role in ("chosen", "rejected"):
+        _, _, mask = selection(kind, inputs, role)
+        tokens = ids[:, 1:][mask].tolist()
+        shares.append(torch.tensor([tokens.count(v) / max(1, len(tokens)) for v in range(preference.vocab_size)]))
+    weights = (shares[0] if config.target == "chosen" else (shares[0] - shares[1]).clamp(min=0)).double()
+    return weights / weights.sum()
+
+
+def reference_logits(trainer, ids, attention):
+    if getattr(trainer, "ref_model", None) is not None:
+        return trainer.ref_model(input_ids=ids, attention_mask=attention).logits
+    with trainer.model.disable_adapter():
+        return trainer.model(input_ids=ids, attention_mask=attention).logits
 
 
 def embeddings_at_start(trainer) -> torch.Tensor:
