@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..records import measure, read_record, write_record
 from ..training import PlotConfig
 from ..workers import ProcessWorker, deal, gpus, report_failures, share_out
+from . import base as base_module
 
 KIND = "sandbox-run"
 Method = Literal["dpo", "sft", "kto", "pro", "cpo", "simpo", "orpo"]
@@ -33,28 +34,23 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of an experiment share.
+    """What all arms of an experiment share; an arm may have its own ``learning_rate`` and ``beta``.
 
-    Args:
-        steps: optimiser steps.
-        learning_rate, beta: as in TRL's ``DPOConfig``; an arm may have its own.
-        batch_size: pairs a step.
-        per_category: training pairs of each sub-preference.
-        flipped: share of the training pairs whose chosen and rejected are swapped (label noise).
-        heldout: held-out prompts of each sub-preference.
-        probe: the term by which the distance to the target is measured, in every arm alike.
+    ``probe`` is the term by which the distance to the target is measured, in every arm alike.
 
     Raises:
         InputError: an option outside its range; the message names it.
     """
 
-    steps: int = 60
-    learning_rate: float = 3e-4
-    beta: float = 0.1
-    batch_size: int = 16
-    per_category: int = 200
-    flipped: float = 0.0
-    heldout: int = 60
+    steps: int = field(default=60, metadata={"help": "Optimiser steps."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, falling linearly to 0."})
+    beta: float = field(default=0.1, metadata={"help": "As in TRL's DPOConfig and those of the other methods."})
+    batch_size: int = field(default=16, metadata={"help": "Pairs a step."})
+    per_category: int = field(default=200, metadata={"help": "Training pairs of each of the seven sub-preferences."})
+    flipped: float = field(
+        default=0.0, metadata={"help": "Share of the pairs whose chosen and rejected are swapped (label noise)."}
+    )
+    heldout: int = field(default=60, metadata={"help": "Held-out prompts of each sub-preference."})
     probe: PlotConfig = field(default_factory=PlotConfig)
 
     def __post_init__(self) -> None:
@@ -134,6 +130,11 @@ def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
     name = "".join(c if c.isalnum() else "-" for c in arm.name.lower()).strip("-")
     return folder / f"{name}-seed{seed}-{digest}.json"
+
+
+def default_base() -> Path:
+    """Where :func:`plot_align.sandbox.build_base` puts the default base; nothing is built."""
+    return base_module.default_cache_dir() / f"sandbox-base-{base_module._key(base_module.BaseConfig(), seed=0)}"
 
 
 def run_arm(
