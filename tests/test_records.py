@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem, ttest_rel
 
 from plot_align import records
 from plot_align.errors import InputError
@@ -174,8 +174,36 @@ def test_no_observation_has_no_value() -> None:
 
 
 def test_a_mean_comes_with_its_smallest_and_largest_run() -> None:
-    """(1 + 2 + 6) / 3 = 3."""
-    assert records.mean_of([2.0, 1.0, 6.0], unit="s") == {"value": 3.0, "n": 3, "spread": [1.0, 6.0], "unit": "s"}
+    """(1 + 2 + 6) / 3 = 3, and s² = ((-1)² + (-2)² + 3²) / 2 = 7, so the standard error is sqrt(7 / 3)."""
+    entry = records.mean_of([2.0, 1.0, 6.0], unit="s")
+    assert entry.pop("error") == pytest.approx(math.sqrt(7 / 3))
+    assert entry == {"value": 3.0, "n": 3, "spread": [1.0, 6.0], "unit": "s"}
+    assert records.mean_of([2.0]) == {"value": 2.0, "n": 1, "spread": [2.0, 2.0]}  # one run has no error
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30))
+def test_the_standard_error_is_scipys(values: list[float]) -> None:
+    assert records.standard_error(values) == pytest.approx(sem(values), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.inf], [math.nan, 1.0, 2.0]])
+def test_a_standard_error_that_is_not_defined(values: list[float]) -> None:
+    assert math.isnan(records.standard_error(values))
+
+
+def test_paired_differences_are_those_of_the_common_seeds() -> None:
+    """The oracle is SciPy's paired t-test: its statistic is the mean difference over the standard error."""
+    treated = {0: 0.9, 1: 0.4, 2: 0.75, 3: 0.3, 7: 100.0}
+    control = {3: 0.1, 2: 0.6, 1: 0.5, 0: 0.55, 9: -100.0}
+    entry = records.paired(treated, control, unit="s")
+    a, b = ([side[seed] for seed in range(4)] for side in (treated, control))
+    test = ttest_rel(a, b)
+    assert (entry["n"], entry["unit"]) == (4, "s")
+    assert entry["value"] == pytest.approx(np.mean(np.subtract(a, b)))
+    assert entry["value"] / entry["error"] == pytest.approx(test.statistic)
+    # What varies with the seed alone cancels: the error is smaller than that of independent samples.
+    assert entry["error"] < math.hypot(sem(a), sem(b))
+    assert records.paired({0: 1.0}, {1: 1.0})["n"] == 0
 
 
 def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

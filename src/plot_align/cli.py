@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "dpo", "sft", "demo")
+_COMMANDS = ("estimate", "inspect", "dpo", "sft", "demo", "sweep")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -23,6 +23,7 @@ commands:
   dpo        `trl dpo` with the PLOT term: the same YAML files and flags
   sft        `trl sft` with the PLOT term: the same YAML files and flags
   demo       DPO with and without PLOT on a small offline world, judged
+  sweep      a grid over PLOT's options, methods and seeds: table and figures
 
 options:
   -h, --help  this text; `plot-align COMMAND --help` for each command
@@ -95,6 +96,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.demo import run as demo
 
             return demo(_without_debug(rest))
+        case "sweep":
+            from plot_align.commands.sweep import run as sweep
+
+            return sweep(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 

@@ -49,6 +49,7 @@ def measure(
     *,
     interval: tuple[float, float] | None = None,
     spread: tuple[float, float] | None = None,
+    error: float | None = None,
     unit: str | None = None,
 ) -> dict[str, Any]:
     """One measured number as it stands in a record.
@@ -58,6 +59,7 @@ def measure(
         n: how many observations it rests on.
         interval: 95 % confidence interval (low, high).
         spread: smallest and largest single observation, where an interval would pretend too much (three seeds).
+        error: standard error of ``value``, in ``unit``.
         unit: e.g. ``"s"``, ``"MiB"``; None for a plain number or a share.
 
     Raises:
@@ -70,18 +72,45 @@ def measure(
         entry["interval"] = list(interval)
     if spread is not None:
         entry["spread"] = list(spread)
+    if error is not None:
+        entry["error"] = error
     if unit is not None:
         entry["unit"] = unit
     return entry
 
 
 def mean_of(values: Sequence[float], *, unit: str | None = None) -> dict[str, Any]:
-    """Mean of repeated runs with their spread (smallest, largest): no interval, because runs are few."""
+    """Mean of repeated runs, their spread (smallest, largest) and, from two runs on, its standard error."""
     if not values:
         return measure(math.nan, 0, unit=unit)
     low, high = min(values), max(values)
     # Rounding can put the mean of equal values outside them, and a whisker of negative length breaks a figure.
-    return measure(min(max(statistics.fmean(values), low), high), len(values), spread=(low, high), unit=unit)
+    mean = min(max(statistics.fmean(values), low), high)
+    error = standard_error(values) if len(values) > 1 else None
+    return measure(mean, len(values), spread=(low, high), error=error, unit=unit)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """``s / sqrt(n)`` of the mean, s the sample standard deviation (n - 1); NaN where it is not defined.
+
+    That is with fewer than two values, or with one that is not finite.
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(treated: Mapping[int, float], control: Mapping[int, float], *, unit: str | None = None) -> dict[str, Any]:
+    """Mean of ``treated - control`` over the seeds that both have, with the standard error of that mean.
+
+    Both share the seed's data and order of batches, so what varies with the seed alone cancels. An infinity on both
+    sides is a difference of NaN.
+
+    Args:
+        treated, control: seed to value.
+        unit: of the values.
+    """
+    return mean_of([treated[seed] - control[seed] for seed in treated if seed in control], unit=unit)
 
 
 def share_of(hits: int, n: int) -> dict[str, Any]:

@@ -143,7 +143,12 @@ def _train(
         path = write_record(
             Path(training_args.output_dir) / "plot_align_record.json",
             command,
-            {"steps": trainer.state.global_step, "metrics": result.metrics, "last_log": _last_log(trainer)},
+            {
+                "steps": trainer.state.global_step,
+                "metrics": result.metrics,
+                "last_log": _last_log(trainer, "loss"),
+                "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
+            },
             config={
                 "script": vars(script_args),
                 "training": training_args.to_dict(),  # secrets are masked there
@@ -160,9 +165,9 @@ def _train(
     trainer.end()
 
 
-def _last_log(trainer: Any) -> dict[str, Any]:
-    """The training log's last entry, which holds the vanilla and the PLOT loss."""
-    return next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
+def _last_log(trainer: Any, having: str) -> dict[str, Any]:
+    """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
+    return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -161,10 +162,11 @@ def evaluate_model(
         - ``over_refusal``, ``twin_help``, ``twin_gibberish``: share of benign twins refused, helped with, and answered
           with something that is no language;
         - ``nll_good``: nats per token of held-out preferred answers (the benign twins' too), n in tokens;
+          ``perplexity_good``: its exponential;
         - ``chosen_logp``, ``rejected_logp``: mean log-probability of held-out answers, nats per answer;
           ``preference_accuracy``: share of pairs with the preferred answer the likelier one;
-        - ``fluent``: share of answers that are language (code is not counted); ``distinct_2``: distinct word pairs
-          over all word pairs; ``answer_words``: mean length of an answer.
+        - ``fluent``: share of answers that are language (code is not counted); ``distinct_1``, ``_2``, ``_3``:
+          distinct words, word pairs and triples over all of them; ``answer_words``: mean length of an answer.
     """
     wanted = dict.fromkeys(lang.CATEGORIES, per_category) | {lang.TWIN: twins}
     examples = {c: lang.examples(c, "heldout", count, seed) for c, count in wanted.items()}
@@ -177,6 +179,7 @@ def evaluate_model(
     harmful, benign = verdicts["harmlessness"], verdicts[lang.TWIN]
     chosen, tokens = completion_logps(model, tokenizer, prompts, [x.chosen for x in everything])
     rejected, _ = completion_logps(model, tokenizer, prompts, [x.rejected for x in everything])
+    nll = float(-chosen.sum() / tokens.sum())
     return {
         "scores": {c: _mean([v.good for v in verdicts[c]]) for c in lang.CATEGORIES},
         "harmful_refusal": _mean([v.refusal for v in harmful]),
@@ -184,11 +187,12 @@ def evaluate_model(
         "over_refusal": _mean([v.refusal for v in benign]),
         "twin_help": _mean([v.good for v in benign]),
         "twin_gibberish": _mean([not v.fluent for v in benign]),
-        "nll_good": {"value": float(-chosen.sum() / tokens.sum()), "n": int(tokens.sum())},
+        "nll_good": {"value": nll, "n": int(tokens.sum())},
+        "perplexity_good": {"value": math.exp(min(nll, 700.0)), "n": int(tokens.sum())},  # beyond it: overflow
         "chosen_logp": _mean(chosen.tolist()),
         "rejected_logp": _mean(rejected.tolist()),
         "preference_accuracy": _mean((chosen > rejected).tolist()),
         "fluent": _mean([v.fluent for c in wanted if c != "coding" for v in verdicts[c]]),
-        "distinct_2": _distinct(answers, 2),
+        **{f"distinct_{order}": _distinct(answers, order) for order in (1, 2, 3)},
         "answer_words": _mean([len(answer.split()) for answer in answers]),
     }

@@ -12,52 +12,112 @@ import importlib.metadata
 import json
 import logging
 import os
-import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .._version import __version__
 from ..errors import InputError
-from ..records import read_record, write_record
+from ..records import measure, read_record, write_record
 from ..training import PlotConfig
+from ..workers import ProcessWorker, deal, gpus, report_failures, share_out
+from . import base as base_module
 
 KIND = "sandbox-run"
+Method = Literal["dpo", "sft", "kto", "pro", "cpo", "simpo", "orpo"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms of an experiment share.
+    """What all arms of an experiment share; an arm may have its own ``learning_rate`` and ``beta``.
 
-    Args:
-        steps: optimiser steps.
-        learning_rate, beta, batch_size: as in TRL's ``DPOConfig``; pairs a step.
-        per_category: training pairs of each sub-preference.
-        flipped: share of the training pairs whose chosen and rejected are swapped (label noise).
-        heldout: held-out prompts of each sub-preference.
-        probe: the term by which the distance to the target is measured, in every arm alike.
+    ``probe`` is the term by which the distance to the target is measured, in every arm alike.
+
+    Raises:
+        InputError: an option outside its range; the message names it.
     """
 
-    steps: int = 60
-    learning_rate: float = 3e-4
-    beta: float = 0.1
-    batch_size: int = 16
-    per_category: int = 200
-    flipped: float = 0.0
-    heldout: int = 60
+    steps: int = field(default=60, metadata={"help": "Optimiser steps."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, falling linearly to 0."})
+    beta: float = field(default=0.1, metadata={"help": "As in TRL's DPOConfig and those of the other methods."})
+    batch_size: int = field(default=16, metadata={"help": "Pairs a step."})
+    per_category: int = field(default=200, metadata={"help": "Training pairs of each of the seven sub-preferences."})
+    flipped: float = field(
+        default=0.0, metadata={"help": "Share of the pairs whose chosen and rejected are swapped (label noise)."}
+    )
+    heldout: int = field(default=60, metadata={"help": "Held-out prompts of each sub-preference."})
     probe: PlotConfig = field(default_factory=PlotConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "per_category", "heldout"):
+            least = 0 if name == "steps" else 1
+            _require(name, getattr(self, name), getattr(self, name) >= least, f"a number of {least} or more")
+        for name in ("learning_rate", "beta"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "a positive number")
+        _require("flipped", self.flipped, 0 <= self.flipped < 1, "a share of the pairs, 0 to less than 1")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A loss, with PLOT or without it. ``loss_type`` as in TRL's ``DPOConfig``; no loss type at all is the base."""
+    """A loss, with PLOT or without it.
+
+    Args:
+        name: as it stands in tables.
+        loss_type: of ``method="dpo"``, as in TRL's ``DPOConfig``; no loss type at all is the base as it is. The other
+            methods have one loss.
+        plot: options of the term; None: without it.
+        method: which trainer.
+        learning_rate, beta: over the setting's, where methods want different ones; None: the setting's.
+
+    Raises:
+        InputError: an unknown method, a loss type with a method other than DPO, a rate or beta that is not positive.
+    """
 
     name: str
     loss_type: tuple[str, ...] = ()
     plot: PlotConfig | None = None
+    method: str = "dpo"
+    learning_rate: float | None = None
+    beta: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("method", self.method, self.method in METHODS, f"one of {', '.join(METHODS)}")
+        if self.loss_type and self.method != "dpo":
+            raise InputError(
+                f"loss_type is {'+'.join(self.loss_type)!r} and method is {self.method!r}, which has one loss; "
+                "leave loss_type out, or set method to 'dpo'."
+            )
+        for name in ("learning_rate", "beta"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 < value < float("inf"), "a positive number, or None")
+
+    @property
+    def trains(self) -> bool:
+        """False of the base as it is."""
+        return self.method != "dpo" or bool(self.loss_type)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm under one setting; ``seed`` is that of the split, the pairs, their order and the training."""
+
+    arm: Arm
+    setting: Setting
+    seed: int
+
+    def path(self, folder: Path, base: Path) -> Path:
+        """See :func:`record_path`."""
+        return record_path(folder, self.arm, self.setting, self.seed, base)
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value!r}; expected {expected}.")
 
 
 def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path) -> Path:
@@ -72,6 +132,11 @@ def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path)
     return folder / f"{name}-seed{seed}-{digest}.json"
 
 
+def default_base() -> Path:
+    """Where :func:`plot_align.sandbox.build_base` puts the default base; nothing is built."""
+    return base_module.default_cache_dir() / f"sandbox-base-{base_module._key(base_module.BaseConfig(), seed=0)}"
+
+
 def run_arm(
     arm: Arm,
     setting: Setting,
@@ -83,7 +148,7 @@ def run_arm(
     """Trains and judges one arm, or reads the record of an earlier run of exactly the same.
 
     Args:
-        arm: what to train; ``loss_type=()`` judges the base as it is.
+        arm: what to train; one that does not train is the base, judged as it is.
         setting: steps, data and so on.
         seed: of the split, the pairs, their order and the training.
         base: checkpoint folder of the base model.
@@ -93,7 +158,7 @@ def run_arm(
     Returns:
         The record, see :mod:`plot_align.records`; its ``results`` are those of
         :func:`plot_align.sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
-        positions' mean output to the target, and ``train_logs``.
+        positions' mean output to the target, ``train_seconds`` and ``train_logs``.
     """
     path = record_path(folder, arm, setting, seed, base)
     if path.exists():
@@ -110,62 +175,73 @@ def run_all(
     folder: Path,
     on_progress: Callable[[int, int], None] = lambda job, steps: None,
 ) -> list[dict[str, Any]]:
-    """:func:`run_arm` for every ``(arm, seed)``, several at once in processes of their own.
+    """:func:`run_many` for every ``(arm, seed)`` of one setting."""
+    return run_many([Run(arm, setting, seed) for arm, seed in jobs], base, folder, on_progress)
 
-    A model this small gains little from a second core, two runs side by side gain a core each. With a GPU the runs
-    take turns. An interrupt stops the workers; what was finished is on disk.
+
+def run_many(
+    runs: Sequence[Run],
+    base: Path,
+    folder: Path,
+    on_progress: Callable[[int, int], None] = lambda run, steps: None,
+    *,
+    workers: int | None = None,
+) -> list[dict[str, Any]]:
+    """:func:`run_arm` for every run, several at once in processes of their own.
+
+    A model this small gains little from a second core, two runs side by side gain a core each. Each worker keeps to
+    one thread, so that a result does not depend on how many runs were left. An interrupt stops the workers; what was
+    finished is on disk.
 
     Args:
-        jobs: what to run; the records come back in this order.
-        setting, base, folder: as in :func:`run_arm`.
-        on_progress: called with the job's index and its finished optimiser steps, and once more when it is done.
+        runs: what to run; the records come back in this order.
+        base, folder: as in :func:`run_arm`.
+        on_progress: called with the run's index and its finished optimiser steps, and once more when it is judged.
+        workers: how many at once; None: one a GPU, without one a core.
+
+    Raises:
+        RunError: some runs failed, all named with the first one's reason; the others are finished and on disk.
     """
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, wait
     from queue import Empty
 
-    import torch
-
-    waiting = [i for i, (arm, seed) in enumerate(jobs) if not record_path(folder, arm, setting, seed, base).exists()]
-    for i in set(range(len(jobs))) - set(waiting):
-        on_progress(i, setting.steps)
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    workers = max(1, min(cores, len(waiting)))
-    context = multiprocessing.get_context("spawn")  # forked workers would inherit the parent's OpenMP threads
+    waiting = [i for i, run in enumerate(runs) if not run.path(folder, base).exists()]
+    for i in sorted(set(range(len(runs))) - set(waiting)):
+        on_progress(i, runs[i].setting.steps)
     if waiting:
-        with context.Manager() as manager:
+        devices = gpus()
+        count = min(workers if workers is not None else len(devices) or _cores(), len(waiting))
+        pool = [ProcessWorker(device, _prepare_worker) for device in deal(devices[:count], count)]
+        with multiprocessing.get_context("spawn").Manager() as manager:
             steps = manager.Queue()
-            pool = ProcessPoolExecutor(workers, context, _prepare_worker, (max(1, cores // workers),))
-            try:
-                futures = [pool.submit(_run_job, i, *jobs[i], setting, base, folder, steps) for i in waiting]
-                running = set(futures)
-                while running:
-                    _, running = wait(running, timeout=0.2)
-                    with contextlib.suppress(Empty):
-                        while True:
-                            on_progress(*steps.get_nowait())
-                for future in futures:
-                    future.result()
-            except BaseException:
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()  # a worker in the middle of a run would finish it first
-                raise
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    return [read_record(record_path(folder, arm, setting, seed, base), KIND) for arm, seed in jobs]
+
+            def report() -> None:
+                with contextlib.suppress(Empty):
+                    while True:
+                        on_progress(*steps.get_nowait())
+
+            failures = share_out(
+                waiting, pool, lambda worker, i: worker.run(_run_job, i, runs[i], base, folder, steps), report
+            )
+        names = [f"{run.arm.name}, seed {run.seed}" for run in runs]
+        report_failures({waiting[at]: error for at, error in failures.items()}, names, folder)
+    return [read_record(run.path(folder, base), KIND) for run in runs]
 
 
-def _prepare_worker(threads: int) -> None:
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _prepare_worker() -> None:
     import torch
 
-    torch.set_num_threads(threads)
-    # Ctrl-C reaches the whole process group; the parent answers for it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
-def _run_job(index: int, arm: Arm, seed: int, setting: Setting, base: Path, folder: Path, steps: Any) -> None:
-    run_arm(arm, setting, seed, base, folder, on_step=lambda step: steps.put((index, step)))
-    steps.put((index, setting.steps))
+def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any) -> None:
+    run_arm(run.arm, run.setting, run.seed, base, folder, on_step=lambda step: steps.put((index, step)))
+    steps.put((index, run.setting.steps))
 
 
 def training_pairs(setting: Setting, seed: int) -> Any:
@@ -186,35 +262,73 @@ def training_pairs(setting: Setting, seed: int) -> Any:
 
 
 def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str) -> Any:
-    """The TRL trainer of an arm on the sandbox's data, PLOT not attached yet."""
+    """The TRL trainer of an arm on the sandbox's data, PLOT not attached yet.
+
+    Every method sees the same pairs in batches of as many pairs: SFT their chosen side, KTO both as rows of their own.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer
 
     from . import pairs
 
-    return DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base),
-        args=DPOConfig(
-            output_dir=output,
-            loss_type=list(arm.loss_type or ("sigmoid",)),
-            beta=setting.beta,
-            max_steps=max(1, setting.steps),
-            learning_rate=setting.learning_rate,
-            per_device_train_batch_size=setting.batch_size,
-            per_device_eval_batch_size=64,
-            seed=seed,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            dataloader_pin_memory=False,
-            logging_steps=10,
-            disable_tqdm=True,
-        ),
-        train_dataset=training_pairs(setting, seed),
-        eval_dataset=pairs("heldout", seed=seed, per_category=setting.heldout),
-        processing_class=AutoTokenizer.from_pretrained(base),
-    )
+    beta = setting.beta if arm.beta is None else arm.beta
+    shared: dict[str, Any] = {
+        "output_dir": output,
+        "max_steps": max(1, setting.steps),
+        "learning_rate": setting.learning_rate if arm.learning_rate is None else arm.learning_rate,
+        "per_device_train_batch_size": setting.batch_size,
+        "per_device_eval_batch_size": 64,
+        "seed": seed,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "logging_steps": 10,
+        "disable_tqdm": True,
+    }
+    parts: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(base),
+        "train_dataset": training_pairs(setting, seed),
+        "eval_dataset": pairs("heldout", seed=seed, per_category=setting.heldout),
+        "processing_class": AutoTokenizer.from_pretrained(base),
+    }
+    match arm.method:
+        case "dpo":
+            from trl import DPOConfig, DPOTrainer
+
+            dpo = DPOConfig(**shared, beta=beta, loss_type=list(arm.loss_type or ("sigmoid",)))
+            return DPOTrainer(args=dpo, **parts)
+        case "sft":
+            from trl import SFTConfig, SFTTrainer
+
+            for name in ("train_dataset", "eval_dataset"):
+                parts[name] = parts[name].rename_column("chosen", "completion").remove_columns("rejected")
+            return SFTTrainer(args=SFTConfig(**shared), **parts)
+        case "kto":
+            from trl import KTOConfig, KTOTrainer
+            from trl.data_utils import unpair_preference_dataset
+
+            for name in ("train_dataset", "eval_dataset"):
+                parts[name] = unpair_preference_dataset(parts[name])
+            shared["per_device_train_batch_size"] *= 2
+            return KTOTrainer(args=KTOConfig(**shared, beta=beta), **parts)
+        case "pro":
+            from ..training.pro import PROConfig, PROTrainer  # type: ignore[import-not-found]
+
+            return PROTrainer(args=PROConfig(**shared, sft_weight=0.05), **parts)
+        case "cpo":
+            from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+            return CPOTrainer(args=CPOConfig(**shared, beta=beta), **parts)
+        case "simpo":
+            from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+            return CPOTrainer(args=CPOConfig(**shared, beta=beta, loss_type="simpo", cpo_alpha=0.0), **parts)
+        case "orpo":
+            from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+            return ORPOTrainer(args=ORPOConfig(**shared, beta=beta), **parts)
+    raise InputError(f"method is {arm.method!r}; expected one of {', '.join(METHODS)}.")
 
 
 def _train_and_judge(
@@ -223,6 +337,7 @@ def _train_and_judge(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
+    from ..estimate import estimate
     from ..training import attach
     from . import evaluate_model
 
@@ -233,18 +348,25 @@ def _train_and_judge(
 
     quiet()
     with tempfile.TemporaryDirectory() as output:
+        # The probe's first: building a trainer seeds the generators that its training draws from.
+        paired = None if arm.method == "dpo" else make_trainer(PAIRED, setting, seed, base, output)
         trainer = make_trainer(arm, setting, seed, base, output)
-        probe = Probe(trainer, setting.probe)
+        # From the pairs and not from the trainer's data, which for SFT hold one side only.
+        preference = estimate(training_pairs(setting, seed), trainer.processing_class, progress=False)
+        probe = Probe(paired or trainer, setting.probe, preference)
         if arm.plot is not None:
-            attach(trainer, config=arm.plot)
+            attach(trainer, preference, arm.plot)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Steps())
-        if arm.loss_type:
+        started = time.perf_counter()
+        if arm.trains:
             trainer.train()
+        seconds = time.perf_counter() - started
         results = evaluate_model(
             trainer.model, trainer.processing_class, seed=seed, per_category=setting.heldout, twins=setting.heldout
         )
-        results["distance"] = {"value": probe.distance(), "n": len(trainer.eval_dataset)}
+        results["distance"] = {"value": probe.distance(trainer.model), "n": len(probe.trainer.eval_dataset)}
+        results["train_seconds"] = measure(seconds, 1, unit="s")
         results["train_logs"] = [
             {name: value for name, value in record.items() if name in ("loss", "step") or "plot/" in name}
             for record in trainer.state.log_history
@@ -252,23 +374,32 @@ def _train_and_judge(
     return results
 
 
-class Probe:
-    """Distance of a trainer's model to a target that is fixed before training, on the held-out chosen positions."""
+PAIRED = Arm("pairs", ("sigmoid",))  # its trainer tokenises and collates pairs, for the probe of every method
 
-    def __init__(self, trainer: Any, config: PlotConfig) -> None:
+
+class Probe:
+    """Distance of a model to a target that is fixed before training, on the held-out chosen positions.
+
+    Args:
+        trainer: a DPO trainer on the pairs, whose collator and held-out rows are used whatever the method is.
+        config: the term; its divergence is the distance.
+        preference: what the target is made from.
+    """
+
+    def __init__(self, trainer: Any, config: PlotConfig, preference: Any) -> None:
         from ..training import attach
 
         self.trainer = trainer
-        handle = attach(trainer, config=config)
+        handle = attach(trainer, preference, config)
         self.term = handle.term
         handle.detach()
 
-    def distance(self) -> float:
-        """D(p̄, P) with p̄ the mean output over the held-out chosen positions."""
+    def distance(self, model: Any) -> float:
+        """D(p̄, P) with p̄ the mean output of ``model`` over the held-out chosen positions."""
         from ..training.marginal import collated, mean_output_distribution
 
         batches = collated(self.trainer, "DPOTrainer", dataset=self.trainer.eval_dataset)
-        output = mean_output_distribution(self.trainer.model, batches, self.term.config.positions)
+        output = mean_output_distribution(model, batches, self.term.config.positions)
         return float(self.term.divergence.value(output))
 
 
@@ -286,8 +417,6 @@ def quiet() -> None:
 
 
 def _describe(arm: Arm, setting: Setting, base: Path) -> dict[str, Any]:
-    if not 0 <= setting.flipped < 1:
-        raise InputError(f"flipped is {setting.flipped}; expected a share of the pairs, 0 to less than 1.")
     described = {**asdict(setting), "probe": setting.probe.to_dict()}
     sources = [Path(__file__).with_name(name).read_bytes() for name in ("evaluate.py", "judges.py")]
     return {
@@ -295,7 +424,10 @@ def _describe(arm: Arm, setting: Setting, base: Path) -> dict[str, Any]:
         "judges": hashlib.sha256(b"".join(sources)).hexdigest()[:16],
         "versions": {"plot_align": __version__, "trl": importlib.metadata.version("trl")},
         "arm": arm.name,
+        "method": arm.method,
         "loss_type": list(arm.loss_type),
+        "learning_rate": arm.learning_rate,
+        "beta": arm.beta,
         "plot": None if arm.plot is None else arm.plot.to_dict(),
         "setting": described,
     }

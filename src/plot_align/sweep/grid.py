@@ -1,0 +1,230 @@
+"""Keys and values of a sweep's grid, and the runs it stands for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..commands.common import did_you_mean
+from ..errors import InputError
+from ..sandbox.experiment import METHODS, Method, Setting
+from ..training import PlotConfig
+
+# Of TRL 1.16's DPOConfig, which names them in prose only.
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+# Methods that an option changes; with the others it would train the same twice.
+_APPLIES = {"loss_type": ("dpo",), "beta": tuple(method for method in METHODS if method not in ("sft", "pro"))}
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One axis of the grid.
+
+    Args:
+        name: as a flag and in YAML.
+        group: ``run`` (method and seed), ``setting`` or ``plot``.
+        hint: type of its values.
+        default: used where the grid leaves the key out.
+        help: one sentence.
+    """
+
+    name: str
+    group: Literal["run", "setting", "plot"]
+    hint: Any
+    default: Any
+    help: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values allowed, where they are few; else empty."""
+        return get_args(self.hint) if get_origin(self.hint) is Literal else ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid, all seeds of it.
+
+    Args:
+        method: which trainer.
+        setting: (key, value) of the loss type and what else the term's options do not decide.
+        plot: (option, value) of the term; None: the vanilla arm.
+    """
+
+    method: str
+    setting: tuple[tuple[str, Any], ...] = ()
+    plot: tuple[tuple[str, Any], ...] | None = None
+
+    @property
+    def vanilla(self) -> Cell:
+        """The same without PLOT."""
+        return Cell(self.method, self.setting)
+
+    def __str__(self) -> str:
+        options = [*self.setting, *(self.plot if self.plot is not None else (("without", "PLOT"),))]
+        return ", ".join([self.method, *(f"{name} {value_text(value)}" for name, value in options)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a cell with a seed."""
+
+    cell: Cell
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.cell}, seed {self.seed}"
+
+
+def keys() -> dict[str, Key]:
+    """Every key of the grid: method, seed, loss type, the sandbox's setting, and whatever PlotConfig has."""
+    found = [
+        Key("method", "run", Method, "dpo", "Trainer of TRL, or PRO."),
+        Key("seed", "run", int, None, "Of the data's split and order and of the training."),
+        Key("loss_type", "setting", str, "sigmoid", "Of method=dpo, as in TRL's DPOConfig; join several with +."),
+        *_fields_of(Setting, "setting", leave_out="probe"),
+        *_fields_of(PlotConfig, "plot"),
+    ]
+    return {key.name: key for key in found}
+
+
+def _fields_of(cls: Any, group: Literal["setting", "plot"], leave_out: str = "") -> Iterator[Key]:
+    hints = get_type_hints(cls)
+    for entry in fields(cls):
+        if entry.init and entry.name != leave_out:
+            default = None if entry.default is MISSING else entry.default
+            yield Key(entry.name, group, hints[entry.name], default, entry.metadata.get("help", ""))
+
+
+def coerce(key: Key, value: Any) -> Any:
+    """One value of ``key``, from a flag's text or from YAML, in the key's own type.
+
+    Raises:
+        InputError: it is none of the choices or of another type.
+    """
+    if key.name == "loss_type":
+        return _loss_type(value)
+    if key.choices:
+        if value not in key.choices:
+            advice = did_you_mean(str(value), key.choices, f"expected one of {', '.join(key.choices)}")
+            raise InputError(f"{key.name} is {value!r}; {advice}")
+        return value
+    kinds = get_args(key.hint) if get_origin(key.hint) in (Union, types.UnionType) else (key.hint,)
+    for kind in kinds:
+        converted = _convert(kind, value)
+        if converted is not MISSING:
+            return converted
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+    expected = " or ".join(names.get(kind) or ", ".join(map(str, get_args(kind))) for kind in kinds)
+    raise InputError(f"{key.name} is {value!r}, expected {expected}; correct the value")
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """``value`` as a ``kind``; MISSING where it is none. YAML reads ``1e-3`` and a quoted number as text."""
+    text = value.strip().lower() if isinstance(value, str) else None
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else MISSING
+    if kind is type(None):
+        return None if value is None or text in ("none", "null") else MISSING
+    if kind is bool:
+        if text is not None:
+            return True if text in _TRUE else False if text in _FALSE else MISSING
+        return value if isinstance(value, bool) else MISSING
+    if kind is str:
+        return value if text is not None else MISSING
+    if isinstance(value, bool) or kind not in (int, float):
+        return MISSING
+    try:
+        if kind is float:
+            return float(text.removeprefix(".") if text in (".inf", ".nan") else value)  # as YAML writes them
+        return int(value) if text is not None or isinstance(value, int) else MISSING
+    except (TypeError, ValueError):
+        return MISSING
+
+
+def _loss_type(value: Any) -> str:
+    parts = value if isinstance(value, list) else str(value).split("+")
+    for part in parts:
+        if part not in LOSS_TYPES:
+            advice = did_you_mean(str(part), LOSS_TYPES, f"expected one of {', '.join(LOSS_TYPES)}")
+            raise InputError(f"loss_type is {value!r}; {advice}")
+    return "+".join(parts)
+
+
+def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None = None) -> list[Job]:
+    """The runs of a grid, seed by seed, so that what an interrupted sweep has finished are whole comparisons.
+
+    Within a seed every method and setting begins with its vanilla arm, which is run whatever the grid says and is also
+    what α = 0 means. An option that a method does not have is left out there, and no run comes twice.
+
+    Args:
+        grid: key to values, see :func:`keys`, each as :func:`coerce` returns it. Of the keys left out only the
+            method, the seed (0) and α take part, with their defaults.
+        base: options of the term under every cell's own, for the check.
+
+    Raises:
+        InputError: an unknown key, a key without a value, a combination that PlotConfig refuses (both are named), a
+            loss type without a method that has one.
+    """
+    known, base = keys(), dict(base or {})
+    for name, values in grid.items():
+        if name not in known:
+            raise InputError(f"unknown key {name!r} in the grid; {did_you_mean(name, known, 'see --help-all')}")
+        if not values:
+            raise InputError(f"{name} has no value in the grid, expected one or more; add one or drop the key")
+    methods = grid.get("method", [known["method"].default])
+    for name in set(_APPLIES) & set(grid):
+        if not set(methods) & set(_APPLIES[name]):
+            raise InputError(
+                f"{name} is given and method is {', '.join(methods)}, which has none; expected one of "
+                f"{', '.join(_APPLIES[name])} among the methods, or no {name}"
+            )
+    alpha = {"alpha": [base.get("alpha", known["alpha"].default)]}
+    options = [name for name, key in known.items() if key.group == "plot"]
+    terms = [None, *map(_term, _combinations(alpha | dict(grid), options))]
+    for term in terms:
+        _check_term(term, base)
+    names = [name for name, key in known.items() if key.group == "setting"]
+    jobs = (
+        Job(Cell(method, setting, term), seed)
+        for seed in grid.get("seed", [0])
+        for method in methods
+        for setting in _combinations(grid, [name for name in names if method in _APPLIES.get(name, METHODS)])
+        for term in terms
+    )
+    return list(dict.fromkeys(jobs))
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[tuple[tuple[str, Any], ...]]:
+    axes = [[(name, value) for value in grid[name]] for name in names if name in grid]
+    return list(itertools.product(*axes))
+
+
+def _term(options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...] | None:
+    return None if dict(options)["alpha"] == 0 else options
+
+
+def _check_term(term: tuple[tuple[str, Any], ...] | None, base: Mapping[str, Any]) -> None:
+    try:
+        PlotConfig(**{**base, **dict(term or ())})
+    except InputError as error:
+        combination = ", ".join(f"{name} {value_text(value)}" for name, value in term or base.items())
+        raise InputError(f"the grid's combination {combination} is refused: {error}") from None
+
+
+def value_text(value: Any) -> str:
+    """A value as a user would write it."""
+    match value:
+        case bool():
+            return "on" if value else "off"
+        case float() if math.isfinite(value):
+            return f"{value:g}"
+        case _:
+            return str(value)
