@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from plot_align.errors import InputError, RunError
-from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored_range
+from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored_pairs, scored_range
 from plot_align.preference import PreferenceDistribution
 from plot_align.sandbox import train_tokenizer
 
@@ -188,6 +188,20 @@ def test_counts_are_those_of_trl(case: str, bos: bool, tiny_llama: Path, tmp_pat
     assert preference.rows == len(trainer.train_dataset)
     tokenised = estimate_tokenized(trainer.train_dataset, tokenizer, progress=False, batch_size=11, **limits)
     assert_counts(tokenised, expected)
+    assert_sequences(scored_pairs(data, tokenizer, batch_size=13, **limits), trainer)
+
+
+def assert_sequences(pairs: Any, trainer: Any) -> None:
+    """Rows that are not dropped are the collator's, context included, to the token."""
+    pairs = [pair for pair in pairs if any(side.start < side.stop for side in pair)]
+    assert len(pairs) == len(trainer.train_dataset)
+    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+        batch = trainer.data_collator([row])
+        masks = zip(pair, batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True)
+        for side, ids, seen, completion in masks:
+            assert side.ids.tolist() == ids[seen == 1].tolist()
+            scored = completion[seen == 1].nonzero().squeeze(-1).tolist()
+            assert list(range(side.start, side.stop)) == [position for position in scored if position > 0]
 
 
 def test_cases_reach_the_corners(tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,15 @@ from plot_align.preference import (
 )
 from plot_align.reading import load_pairs, shown
 
-__all__ = ["estimate", "estimate_tokenized", "load_pairs", "scored_range"]
+__all__ = [
+    "ScoredSequence",
+    "estimate",
+    "estimate_tokenized",
+    "load_pairs",
+    "progress_bar",
+    "scored_pairs",
+    "scored_range",
+]
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _PAIRED, _UNPAIRED = ("chosen", "rejected"), ("completion",)
@@ -82,7 +90,7 @@ def estimate(
     """
     rows, rules, batches, total = _open(data, tokenizer, max_length, truncation_mode, batch_size)
     workers = _positive("num_proc", 1 if num_proc is None else num_proc)
-    with _progress(progress, total) as advance:
+    with progress_bar("counting tokens", progress, total) as advance:
         if workers == 1:
             counts = _Counts(rules.size)
             for first, batch in batches(lazy=False):
@@ -124,11 +132,56 @@ def estimate_tokenized(
     total = _number_of_rows(dataset)
     counts = _Counts(vocabulary_size(tokenizer))
     stream = dataset.with_format("arrow").iter(batch_size=batch_size)
-    with _progress(progress, total) as advance:
+    with progress_bar("counting tokens", progress, total) as advance:
         for first, table in _numbered(stream):
             _check_tokenized(table.column_names, truncation_mode)
             advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
     return _finish(counts, dataset, tokenizer, max_length, truncation_mode, "as tokenised by the trainer", source)
+
+
+class ScoredSequence(NamedTuple):
+    """Prompt and completion as the trainer's collator hands them to the model.
+
+    Attributes:
+        ids: int32 (L,), truncated.
+        start, stop: ids[start:stop] are the scored tokens of the completion, ``1 ≤ start`` where there are any;
+            ``start == stop`` where none is scored, as in a row that TRL's length filter drops.
+    """
+
+    ids: np.ndarray
+    start: int
+    stop: int
+
+
+def scored_pairs(
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    batch_size: int = 1000,
+) -> Iterator[tuple[ScoredSequence, ScoredSequence]]:
+    """Chosen and rejected of every pair in order, exactly the tokens that :func:`estimate` counts in their context.
+
+    Args and errors are those of :func:`estimate`; rows with a ``label``, which are no pairs, are refused too.
+    """
+    _, rules, batches, _ = _open(data, tokenizer, max_length, truncation_mode, batch_size)
+    if rules.completions != _PAIRED:
+        raise InputError(
+            "the data set has a column 'label' instead of 'chosen' and 'rejected', expected pairs; pair its rows first"
+        )
+    for first, batch in batches(lazy=False):
+        _, sides = _scored(batch, first, rules)
+        yield from zip(*(_windows(ids, begin, end, rules) for ids, _, begin, end in sides), strict=True)
+
+
+def _windows(ids: list[list[int]], begin: np.ndarray, end: np.ndarray, rules: _Rules) -> Iterator[ScoredSequence]:
+    for row, start, stop in zip(ids, begin.tolist(), end.tolist(), strict=True):
+        cut = 0
+        if rules.max_length is not None and rules.truncation_mode == "keep_end":
+            cut = max(len(row) - rules.max_length, 0)
+        kept = row[cut:] if rules.max_length is None else row[cut : cut + rules.max_length]
+        yield ScoredSequence(np.array(kept, np.int32), start - cut, stop - cut)
 
 
 # --- counting -------------------------------------------------------------------------------------------------------
@@ -205,21 +258,33 @@ def _kept(lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarra
 
 def _count_batch(batch: dict[str, list[Any]], first: int, rules: _Rules) -> _Counts:
     """Count a batch of raw rows; ``first`` is the index of its first row."""
-    prompts, sides, liked = _texts(batch, first, rules)
-    ids = _tokenise(prompts, sides, batch, first, rules)
-    # The boundary is the trainer's: where the prompt alone and prompt + completion diverge, for any of its answers.
-    length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    length, sides = _scored(batch, first, rules)
     counts = _Counts(rules.size)
-    for side_ids, side_liked in zip(ids[1:], liked, strict=True):
-        total = np.fromiter(map(len, side_ids), np.int64, len(side_ids))  # (R,) prompt and completion
-        start, stop = scored_range(length, total - length, rules.max_length, rules.truncation_mode)
-        ranges = zip(side_ids, (length + start).tolist(), (length + stop).tolist(), strict=True)
-        scored = stop - start  # (R,)
+    for side_ids, side_liked, begin, end in sides:
+        ranges = zip(side_ids, begin.tolist(), end.tolist(), strict=True)
+        scored = end - begin  # (R,)
         flat = np.fromiter(chain.from_iterable(row[a:b] for row, a, b in ranges), np.int64, int(scored.sum()))  # (N,)
         counts.add_tokens(flat, np.repeat(side_liked, scored))
     counts.dropped = _dropped(length, rules.max_length, rules.truncation_mode)
     counts.rows = len(length) - counts.dropped
     return counts
+
+
+def _scored(
+    batch: dict[str, list[Any]], first: int, rules: _Rules
+) -> tuple[np.ndarray, list[tuple[list[list[int]], np.ndarray, np.ndarray, np.ndarray]]]:
+    """Number of prompt tokens of each row (R,); and of each side the ids of prompt and completion (R rows), whether
+    it is the chosen one (R,), and from where to where in these ids TRL scores (R,) each."""
+    prompts, sides, liked = _texts(batch, first, rules)
+    ids = _tokenise(prompts, sides, batch, first, rules)
+    # The boundary is the trainer's: where the prompt alone and prompt + completion diverge, for any of its answers.
+    length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    found = []
+    for side_ids, side_liked in zip(ids[1:], liked, strict=True):
+        total = np.fromiter(map(len, side_ids), np.int64, len(side_ids))  # (R,) prompt and completion
+        start, stop = scored_range(length, total - length, rules.max_length, rules.truncation_mode)
+        found.append((side_ids, side_liked, length + start, length + stop))
+    return length, found
 
 
 def _count_table(table: Any, first: int, size: int, max_length: int | None, truncation_mode: str) -> _Counts:
@@ -596,12 +661,12 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _progress(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that moves it on by a number of rows."""
+def progress_bar(label: str, shown: bool, total: int | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function that moves it on by a number of ``unit``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("counting tokens"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     bar = Progress(
         *columns,
         TimeRemainingColumn(),

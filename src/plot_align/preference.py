@@ -87,14 +87,14 @@ class PreferenceDistribution:
         """Rows counted, those dropped by the trainer's length filter left out."""
         return sum(source["rows"] for source in self.sources)
 
-    def difference(self) -> Tensor:
-        """``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻``, float64, shape (V,), sums to zero.
+    def difference(self, size: int | None = None) -> Tensor:
+        """``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻``, float64, shape (size or V,), sums to zero; rows from V on are 0.
 
         Raises:
-            InputError: no token was counted on one side.
+            InputError: no token was counted on one side, or ``size`` is smaller than V.
         """
         chosen, rejected = self._shares()
-        return chosen - rejected  # (V,)
+        return self._padded(chosen - rejected, size)  # (size,)
 
     def preferred(self, size: int | None = None) -> Tensor:
         """Mask of the tokens with d > 0, bool, shape (size or V,); rows from V on are False.

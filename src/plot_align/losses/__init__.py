@@ -1,6 +1,7 @@
 """The distances between output distribution and target, and the PLOT term, in plain torch: the specification."""
 
 from plot_align.losses.base import Divergence
+from plot_align.losses.deft import DistributionReward, log_reward
 from plot_align.losses.divergences import JensenShannon, KullbackLeibler, TotalVariation
 from plot_align.losses.make import DIVERGENCES, make_divergence
 from plot_align.losses.plot_loss import GRANULARITIES, PlotLoss
@@ -9,11 +10,13 @@ from plot_align.losses.wasserstein import Wasserstein1
 __all__ = [
     "DIVERGENCES",
     "GRANULARITIES",
+    "DistributionReward",
     "Divergence",
     "JensenShannon",
     "KullbackLeibler",
     "PlotLoss",
     "TotalVariation",
     "Wasserstein1",
+    "log_reward",
     "make_divergence",
 ]
