@@ -56,8 +56,8 @@ def pro_loss(
     if not (logps.dim() == 2 and logps.shape == lengths.shape == rewards.shape == present.shape):
         raise InputError(
             f"logps, lengths, rewards and present have the shapes {tuple(logps.shape)}, {tuple(lengths.shape)}, "
-            f"{tuple(rewards.shape)} and {tuple(present.shape)}; expected one shape (prompts, completions): pad shorter "
-            "lists and mask them with present."
+            f"{tuple(rewards.shape)} and {tuple(present.shape)}; expected one shape (prompts, completions): pad "
+            "shorter lists and mask them with present."
         )
     dtype = torch.promote_types(logps.dtype, torch.float32)
     logps = logps.to(dtype).masked_fill(~present, 0)  # (P, n)
