@@ -114,8 +114,9 @@ def estimate_tokenized(
     """Count the completion tokens of rows that a TRL trainer has already tokenised, e.g. ``trainer.train_dataset``.
 
     Args:
-        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``) or ``prompt_ids``,
-            ``completion_ids``, ``label`` (``KTOTrainer``). ``Dataset`` or ``IterableDataset``.
+        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), or ``prompt_ids``,
+            ``completion_ids``, ``label`` (``KTOTrainer``), or ``prompt_ids``, ``ranked_ids`` (``PROTrainer``: the best
+            completion counts as chosen, all others as rejected). ``Dataset`` or ``IterableDataset``.
         tokenizer: the one they were tokenised with.
         max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit.
         truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; ``KTOTrainer`` always keeps the start.
@@ -289,21 +290,15 @@ def _scored(
 
 def _count_table(table: Any, first: int, size: int, max_length: int | None, truncation_mode: str) -> _Counts:
     """Count a batch of tokenised rows, a ``pyarrow.Table``."""
-    paired = "chosen_ids" in table.column_names
     counts = _Counts(size)
-    _, length = _flatten(table, "prompt_ids", first)
-    for column in ("chosen_ids", "rejected_ids") if paired else ("completion_ids",):
-        flat, lengths = _flatten(table, column, first)
+    _, length = _flatten(table["prompt_ids"].combine_chunks(), "prompt_ids", first)
+    for column, flat, lengths, prompt, liked in _sides(table, length, first):
         if len(flat) and (int(flat.max()) >= size or int(flat.min()) < 0):
             raise InputError(
                 f"dataset column {column!r} has token id {int(flat.max() if flat.max() >= size else flat.min())}, "
                 f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
             )
-        if paired:
-            liked = np.full(len(lengths), column == "chosen_ids")
-        else:
-            liked = np.array([bool(label) for label in table["label"].to_pylist()], bool)
-        start, stop = scored_range(length, lengths, max_length, truncation_mode)
+        start, stop = scored_range(prompt, lengths, max_length, truncation_mode)
         kept = _kept(lengths, start, stop)  # (N,)
         counts.add_tokens(flat[kept], np.repeat(liked, lengths)[kept])
     counts.dropped = _dropped(length, max_length, truncation_mode)
@@ -311,14 +306,38 @@ def _count_table(table: Any, first: int, size: int, max_length: int | None, trun
     return counts
 
 
-def _flatten(table: Any, column: str, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of every row one after another (N,), and the number of them in each row (R,); both int64."""
-    array = table[column].combine_chunks()
+def _sides(
+    table: Any, length: np.ndarray, first: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each column of completions: its name, their ids one after another (N,), and of each completion (S,) its
+    length, that of its prompt, and whether it is a chosen one. ``length`` is that of each row's prompt (R,)."""
+    if "ranked_ids" in table.column_names:
+        completions, number = _flatten(table["ranked_ids"].combine_chunks(), "ranked_ids", first)
+        flat, lengths = _flatten(completions, "ranked_ids", first)
+        liked = np.zeros(len(lengths), bool)
+        liked[np.cumsum(number) - number] = True  # the best of each list stands first
+        yield "ranked_ids", _int64(flat), lengths, np.repeat(length, number), liked
+        return
+    paired = "chosen_ids" in table.column_names
+    for column in ("chosen_ids", "rejected_ids") if paired else ("completion_ids",):
+        flat, lengths = _flatten(table[column].combine_chunks(), column, first)
+        if paired:
+            liked = np.full(len(lengths), column == "chosen_ids")
+        else:
+            liked = np.array([bool(label) for label in table["label"].to_pylist()], bool)
+        yield column, _int64(flat), lengths, length, liked
+
+
+def _flatten(array: Any, column: str, first: int) -> tuple[Any, np.ndarray]:
+    """Items of every list one after another, as an Arrow array (N,), and the number of them in each, int64 (R,)."""
     if array.null_count:
         row = first + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise InputError(f"dataset row {row}: {column!r} is missing, expected token ids; remove the row")
-    lengths = array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    return array.flatten().to_numpy(zero_copy_only=False).astype(np.int64), lengths
+    return array.flatten(), _int64(array.value_lengths())
+
+
+def _int64(array: Any) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _dropped(prompt: np.ndarray, max_length: int | None, truncation_mode: str) -> int:
@@ -568,10 +587,13 @@ def _check_tokenized(columns: list[str], truncation_mode: str) -> None:
             raise InputError(
                 f"truncation_mode is {truncation_mode!r}, but KTOTrainer only keeps the start; use keep_start"
             )
-    elif not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
+    elif not any(
+        {"prompt_ids", *names} <= set(columns) for names in (("chosen_ids", "rejected_ids"), ("ranked_ids",))
+    ):
         raise InputError(
             f"dataset has the columns {', '.join(columns)}, expected prompt_ids, chosen_ids and rejected_ids, or "
-            "prompt_ids, completion_ids and label; use estimate on a data set that is not tokenised"
+            "prompt_ids, completion_ids and label, or prompt_ids and ranked_ids; use estimate on a data set that is "
+            "not tokenised"
         )
 
 

@@ -251,7 +251,7 @@ def test_unsupported_trainer(preference):
     class RewardTrainer:
         pass
 
-    with pytest.raises(InputError, match=r"trainer is a RewardTrainer, .* one of TRL's DPOTrainer"):
+    with pytest.raises(InputError, match=r"trainer is a RewardTrainer, .* one of DPOTrainer"):
         attach(RewardTrainer(), preference)
 
 

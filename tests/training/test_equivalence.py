@@ -10,7 +10,10 @@ from training_oracle import embeddings_at_start, materialised_loss
 
 from plot_align.training import PlotConfig, attach
 
-KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer"}
+KINDS = {
+    "dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
+    "pro": "PROTrainer",
+}  # fmt: skip
 
 
 def gradients(trainer, loss):
@@ -60,14 +63,15 @@ def test_dpo(make_trainer, preference, loss_type, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
-@pytest.mark.parametrize("method", ["sft", "kto"])
-def test_sft_kto(make_trainer, preference, method, granularity):
+@pytest.mark.parametrize("method", ["sft", "kto", "pro"])
+def test_sft_kto_pro(make_trainer, preference, method, granularity):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
 
 
 @pytest.mark.parametrize("positions", ["rejected", "all"])
-def test_positions(make_trainer, preference, positions):
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, positions=positions))
+@pytest.mark.parametrize("method", ["dpo", "pro"])
+def test_positions(make_trainer, preference, method, positions):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
 @pytest.mark.parametrize("positions", ["all", "chosen", "rejected"])
@@ -83,7 +87,7 @@ def test_lora(make_trainer, preference):
     check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0), extra=extra)
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
 
@@ -119,7 +123,7 @@ def test_sft_towards_its_own_tokens(make_trainer, preference):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "pro"])
 def test_weights_after_training(make_trainer, preference, method, accumulation):
     """Two optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already."""
     options = {
@@ -152,7 +156,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
         )
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro"])
 def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=5) for _ in range(2))
     attach(ours, preference, PlotConfig(alpha=0))

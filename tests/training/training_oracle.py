@@ -26,6 +26,9 @@ def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.
                 role = "chosen" if row < len(ids) / 2 else "rejected"
             case "SFTTrainer":
                 role = "chosen"
+            case "PROTrainer":
+                before = [int(inputs["list_lengths"][:p].sum()) for p in range(len(inputs["list_lengths"]))]
+                role = "chosen" if row in before else "rejected"
             case "KTOTrainer":
                 role = "chosen" if inputs["label"][row] else "rejected"
             case _:

@@ -39,9 +39,9 @@ def attach(
         trainer.train()
 
     Args:
-        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, or a subclass of one.
+        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, a PRO trainer, or a subclass of one.
         preference: token counts of what people prefer and reject, or the file of one. ``None`` counts them in the
-            trainer's own training set, which must hold both sides (DPO, KTO).
+            trainer's own training set, which must hold both sides (DPO, KTO, PRO).
         config: the options; ``None`` takes the defaults.
         reference: ``(V,)`` the reference model's mean output distribution, for ``target="anchored"``; ``None``
             estimates it from the first ``reference_rows`` rows of the training set.
@@ -309,7 +309,11 @@ def causal_lm(model: Any) -> Any:
 
 
 def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
-    """A DPO batch stacks the chosen rows on the rejected ones; users count pairs."""
+    """A DPO batch stacks the chosen rows on the rejected ones, a PRO batch list on list; users count their data."""
+    if kind == "PROTrainer":
+        best = (batch.roles > 0).nonzero().squeeze(-1)  # (P,) rows
+        prompt = int((best <= row).sum()) - 1
+        return f"completion {row - int(best[prompt])} (0 is the best) of prompt {prompt}"
     if kind != "DPOTrainer":
         return f"row {row}"
     pairs = batch.labels.size(0) // 2
@@ -367,7 +371,7 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
         InputError: its training set does not hold both sides.
     """
     kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
-    if kind not in ("DPOTrainer", "KTOTrainer"):
+    if kind not in ("DPOTrainer", "KTOTrainer", "PROTrainer"):
         raise InputError(
             f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "
             "count; pass one: preference=plot_align.estimate(pairs, tokenizer), or the file it was saved to."

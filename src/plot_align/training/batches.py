@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..errors import InputError
 
-SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "PROTrainer")
+_HOMES = ("trl.trainer.", "plot_align.training.pro")  # PRO's trainer is ours
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ class PolicyBatch:
 
 
 def trainer_kind(trainer: Any) -> str:
-    """Name of the TRL trainer that ``trainer`` is or descends from.
+    """Name of the supported trainer that ``trainer`` is or descends from.
 
     Raises:
         InputError: it is none of :data:`SUPPORTED`.
     """
     for cls in type(trainer).__mro__:
-        if cls.__module__.startswith("trl.trainer.") and cls.__name__ in SUPPORTED:
+        if cls.__module__.startswith(_HOMES) and cls.__name__ in SUPPORTED:
             return cls.__name__
     raise InputError(
-        f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of TRL's "
+        f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of "
         f"{', '.join(SUPPORTED)} or a subclass: for any other training loop add plot_align.PlotLoss to its loss."
     )
 
@@ -106,4 +107,20 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
             if advantages.dim() > 1:
                 advantages = advantages.mean(-1)
             return PolicyBatch(labels, advantages.sign().to(torch.int8), keep=keep)
+        case "PROTrainer":
+            ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (S, T): lists one after another
+            best = best_of_each_list(inputs["list_lengths"], ids.size(0))
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), best.to(torch.int8) * 2 - 1)
     raise InputError(f"trainer kind is {kind!r}; expected one of {', '.join(SUPPORTED)}.")
+
+
+def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
+    """``(S,)`` bool: the best completion of each prompt, which stands first in its list.
+
+    Args:
+        list_lengths: ``(P,)`` completions of each prompt, whose lists stand one after another.
+        completions: S, the sum of ``list_lengths``.
+    """
+    best = torch.zeros(completions, dtype=torch.bool, device=list_lengths.device)
+    best[list_lengths.cumsum(0) - list_lengths] = True
+    return best
