@@ -40,6 +40,7 @@ __all__ = ["estimate", "estimate_tokenized", "load_pairs", "scored_range"]
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _PAIRED, _UNPAIRED = ("chosen", "rejected"), ("completion",)
+_LABELS = ("chosen_labels", "rejected_labels")  # prompt and completion, −100 over the prompt
 
 
 def estimate(
@@ -106,11 +107,13 @@ def estimate_tokenized(
     """Count the completion tokens of rows that a TRL trainer has already tokenised, e.g. ``trainer.train_dataset``.
 
     Args:
-        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``) or ``prompt_ids``,
-            ``completion_ids``, ``label`` (``KTOTrainer``). ``Dataset`` or ``IterableDataset``.
+        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), ``prompt_ids``,
+            ``completion_ids``, ``label`` (``KTOTrainer``) or ``chosen_labels``, ``rejected_labels`` (``CPOTrainer``,
+            ``ORPOTrainer``). ``Dataset`` or ``IterableDataset``.
         tokenizer: the one they were tokenised with.
-        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit.
-        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; ``KTOTrainer`` always keeps the start.
+        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit. Rows of labels were
+            truncated when they were tokenised: there it is only noted in the provenance.
+        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; the other trainers always keep the start.
         batch_size: rows read at a time. Counts do not depend on it.
         progress: show a progress bar on standard error.
         source: what to call the data set in the provenance; None: what the data set says of itself.
@@ -127,7 +130,10 @@ def estimate_tokenized(
     with _progress(progress, total) as advance:
         for first, table in _numbered(stream):
             _check_tokenized(table.column_names, truncation_mode)
-            advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
+            if set(_LABELS) <= set(table.column_names):
+                advance(counts.add(_count_labels(table, first, counts.size)))
+            else:
+                advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
     return _finish(counts, dataset, tokenizer, max_length, truncation_mode, "as tokenised by the trainer", source)
 
 
@@ -229,11 +235,7 @@ def _count_table(table: Any, first: int, size: int, max_length: int | None, trun
     _, length = _flatten(table, "prompt_ids", first)
     for column in ("chosen_ids", "rejected_ids") if paired else ("completion_ids",):
         flat, lengths = _flatten(table, column, first)
-        if len(flat) and (int(flat.max()) >= size or int(flat.min()) < 0):
-            raise InputError(
-                f"dataset column {column!r} has token id {int(flat.max() if flat.max() >= size else flat.min())}, "
-                f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
-            )
+        _check_ids(flat, column, size)
         if paired:
             liked = np.full(len(lengths), column == "chosen_ids")
         else:
@@ -244,6 +246,27 @@ def _count_table(table: Any, first: int, size: int, max_length: int | None, trun
     counts.dropped = _dropped(length, max_length, truncation_mode)
     counts.rows = len(length) - counts.dropped
     return counts
+
+
+def _count_labels(table: Any, first: int, size: int) -> _Counts:
+    """Count a batch of rows that carry labels, a ``pyarrow.Table``: what they mark, but for a row's first token."""
+    counts = _Counts(size)
+    for column in _LABELS:
+        flat, lengths = _flatten(table, column, first)
+        scored = (flat != -100) & _kept(lengths, np.ones_like(lengths), lengths)  # (N,)
+        ids = flat[scored]
+        _check_ids(ids, column, size)
+        counts.add_tokens(ids, np.full(len(ids), column == _LABELS[0]))
+    counts.rows = table.num_rows
+    return counts
+
+
+def _check_ids(ids: np.ndarray, column: str, size: int) -> None:
+    if len(ids) and (int(ids.max()) >= size or int(ids.min()) < 0):
+        raise InputError(
+            f"dataset column {column!r} has token id {int(ids.max() if ids.max() >= size else ids.min())}, "
+            f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
+        )
 
 
 def _flatten(table: Any, column: str, first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -498,15 +521,18 @@ def _layout(columns: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
 
 
 def _check_tokenized(columns: list[str], truncation_mode: str) -> None:
-    if {"prompt_ids", "completion_ids", "label"} <= set(columns):
+    unpaired = {"prompt_ids", "completion_ids", "label"} <= set(columns)
+    if unpaired or set(_LABELS) <= set(columns):
         if truncation_mode != "keep_start":
+            trainer = "KTOTrainer" if unpaired else "CPOTrainer and ORPOTrainer"
             raise InputError(
-                f"truncation_mode is {truncation_mode!r}, but KTOTrainer only keeps the start; use keep_start"
+                f"truncation_mode is {truncation_mode!r}, expected keep_start, the only mode of {trainer}; use keep_start"
             )
     elif not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
         raise InputError(
-            f"dataset has the columns {', '.join(columns)}, expected prompt_ids, chosen_ids and rejected_ids, or "
-            "prompt_ids, completion_ids and label; use estimate on a data set that is not tokenised"
+            f"dataset has the columns {', '.join(columns)}, expected prompt_ids, chosen_ids and rejected_ids, "
+            "or prompt_ids, completion_ids and label, or chosen_labels and rejected_labels; "
+            "use estimate on a data set that is not tokenised"
         )
 
 

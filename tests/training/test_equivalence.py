@@ -10,7 +10,10 @@ from training_oracle import embeddings_at_start, materialised_loss
 
 from plot_align.training import PlotConfig, attach
 
-KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer"}
+KINDS = {
+    "dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
+    "cpo": "CPOTrainer", "simpo": "CPOTrainer", "orpo": "ORPOTrainer",
+}  # fmt: skip
 
 
 def gradients(trainer, loss):
@@ -60,9 +63,16 @@ def test_sft_kto(make_trainer, preference, method, granularity):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
+def test_cpo_simpo_orpo(make_trainer, preference, method, granularity):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
+
+
 @pytest.mark.parametrize("positions", ["rejected", "all"])
-def test_positions(make_trainer, preference, positions):
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, positions=positions))
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_positions(make_trainer, preference, method, positions):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
 @pytest.mark.parametrize("positions", ["all", "chosen", "rejected"])
@@ -71,20 +81,21 @@ def test_online(make_trainer, preference, method, positions):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
-def test_lora(make_trainer, preference):
+@pytest.mark.parametrize("method", ["dpo", "cpo"])
+def test_lora(make_trainer, preference, method):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0), extra=extra)
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0), extra=extra)
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "cpo", "orpo"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "cpo", "simpo", "orpo"])
 def test_weights_after_training(make_trainer, preference, method, accumulation):
     """Two optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already."""
     options = {
@@ -117,7 +128,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
         )
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "cpo", "orpo"])
 def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=5) for _ in range(2))
     attach(ours, preference, PlotConfig(alpha=0))
@@ -128,8 +139,9 @@ def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     assert [r.get("loss") for r in plain.state.log_history] == [r.get("loss") for r in ours.state.log_history]
 
 
-def test_detached_is_trl_to_the_bit(make_trainer, preference):
-    plain, ours = (make_trainer("dpo", max_steps=2) for _ in range(2))
+@pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
+def test_detached_is_trl_to_the_bit(make_trainer, preference, method):
+    plain, ours = (make_trainer(method, max_steps=2) for _ in range(2))
     handle = attach(ours, preference, PlotConfig(alpha=5.0))
     handle.detach()
     handle.detach()

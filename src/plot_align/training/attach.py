@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,9 @@ from ..geometry import Geometry, line
 from ..losses import make_divergence
 from ..preference import PreferenceDistribution
 from . import artifacts
-from .batches import PolicyBatch, policy_batch, trainer_kind
+from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
 from .config import PlotConfig
-from .head import Captured, FusedBackend, HeadBackend, SeparateBackend
+from .head import Captured, FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
 from .marginal import reference_distribution, reference_model
 from .term import PlotTerm
 
@@ -37,9 +39,9 @@ def attach(
         trainer.train()
 
     Args:
-        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, or a subclass of one.
+        trainer: a DPO, SFT, KTO, GRPO, RLOO, CPO or ORPO trainer of TRL, or a subclass of one.
         preference: token counts of what people prefer and reject, or the file of one. ``None`` counts them in the
-            trainer's own training set, which must hold both sides (DPO, KTO).
+            trainer's own training set, which must hold both sides (DPO, KTO, CPO, ORPO).
         config: the options; ``None`` takes the defaults.
         reference: ``(V,)`` the reference model's mean output distribution, for ``target="anchored"``; ``None``
             estimates it from the first ``reference_rows`` rows of the training set.
@@ -49,6 +51,9 @@ def attach(
 
     Raises:
         InputError: an unsupported trainer or TRL version, a preference of another tokenizer, no target (d = 0).
+
+    Warns:
+        UserWarning: a DPO trainer whose ``aot`` loss sorts micro-batches of one pair, which is plain DPO.
     """
     config = config or PlotConfig()
     kind = trainer_kind(trainer)
@@ -64,6 +69,12 @@ def attach(
             "granularity is 'sequence' and packing_strategy is 'wrapped', which forgets where a sequence ends; "
             "expected packing_strategy='bfd', packing=False, or granularity='batch'."
         )
+    if getattr(trainer, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
+            "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
+        )
+    _warn_of_sorting_one(trainer)
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -82,6 +93,8 @@ def attach(
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
+        case "fused" if kind in LOGITS_TRAINERS:
+            backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
             backend = FusedBackend(model, term)
         case "separate":
@@ -146,10 +159,13 @@ class PlotHandle:
         self._backend = backend
         # Instance attributes shadow the class's methods; deleting them is the way back.
         self._patched: dict[str, Callable[..., Any]] = {
-            "compute_loss": self._compute_loss,
             "_save": self._save,
             "create_model_card": self._create_model_card,
         }
+        if kind in LOGITS_TRAINERS:
+            self._patched["get_batch_loss_metrics"] = self._get_batch_loss_metrics
+        else:
+            self._patched["compute_loss"] = self._compute_loss
         self._originals = {name: getattr(trainer, name) for name in self._patched}
         self._shadowed = {name: vars(trainer)[name] for name in self._patched if name in vars(trainer)}
         for name, replacement in self._patched.items():
@@ -170,13 +186,30 @@ class PlotHandle:
     def _compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        original = self._originals["compute_loss"]
+        original = functools.partial(
+            self._originals["compute_loss"],
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return self._with_term(original, inputs, num_items_in_batch)
+
+    def _get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> Any:
+        """CPO and ORPO compute their loss here, both to train and to evaluate."""
+        original = functools.partial(self._originals["get_batch_loss_metrics"], model, batch, train_eval=train_eval)
+        return self._with_term(original, batch)
+
+    def _with_term(self, original: Callable[[], Any], inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """What ``original()`` returns, a loss or a tuple that begins with one, with ``α·L_PLOT`` added to it."""
         alpha = self.config.alpha
         if alpha == 0:
-            return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return original()
         batch = policy_batch(self._kind, inputs)
         with self._backend.capture(batch):
-            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            result = original()
         captured = self._backend.take()
         if captured is None:
             raise RunError(
@@ -184,7 +217,7 @@ class PlotHandle:
                 "the term; something replaced the model's forward or the loss after attach() (Liger's fused loss, a "
                 "custom compute_loss_func, label smoothing): turn it off, or detach() the term."
             )
-        vanilla = result[0] if return_outputs else result
+        vanilla = result[0] if isinstance(result, tuple) else result
         loss = self.term.loss(captured.head, captured.shares).to(vanilla)
         # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
         training = self.trainer.model.training
@@ -192,7 +225,7 @@ class PlotHandle:
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
         total = vanilla + (alpha / divisor) * loss
         self._log(vanilla, loss, alpha, divisor, captured, batch)
-        return (total, *result[1:]) if return_outputs else total
+        return (total, *result[1:]) if isinstance(result, tuple) else total
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether ``compute_loss`` already divides by the accumulation steps: what ``Trainer.training_step`` asks."""
@@ -221,11 +254,20 @@ class PlotHandle:
             gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4 or 5)
             local = gathered.nanmean(0).tolist()  # a rank with nothing selected has no masses
         names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass", "grad_ratio"]
-        metrics = trainer._metrics["train" if training else "eval"]
+        metrics = {"plot/alpha": alpha}
         for name, value in zip(names, local, strict=False):
             if name == "vanilla_loss" or math.isfinite(value):  # masses of an empty selection are NaN
-                metrics[f"plot/{name}"].append(value)
-        metrics["plot/alpha"].append(alpha)
+                metrics[f"plot/{name}"] = value
+        self._store(metrics, "train" if training else "eval")
+
+    def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
+        """Leaves the metrics where the trainer averages its own until the next log."""
+        if self._kind in LOGITS_TRAINERS:
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
+            return
+        for name, value in metrics.items():
+            self.trainer._metrics[mode][name].append(value)
 
     def _gradient_ratio(self, vanilla: Tensor, plot: Tensor, captured: Captured) -> Tensor:
         """‖∂(α·L_PLOT)/∂h‖ / ‖∂L_vanilla/∂h‖ at the head's input h: no backward through the model."""
@@ -281,11 +323,22 @@ def causal_lm(model: Any) -> Any:
 
 
 def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
-    """A DPO batch stacks the chosen rows on the rejected ones; users count pairs."""
-    if kind != "DPOTrainer":
+    """A batch of pairs stacks the chosen rows on the rejected ones; users count pairs."""
+    if kind not in ("DPOTrainer", *LOGITS_TRAINERS):
         return f"row {row}"
     pairs = batch.labels.size(0) // 2
     return f"the {'chosen' if row < pairs else 'rejected'} side of pair {row % pairs}"
+
+
+def _warn_of_sorting_one(trainer: Any) -> None:
+    sorting = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
+    if sorting and trainer.args.per_device_train_batch_size == 1:
+        warnings.warn(
+            f"loss_type is {sorting[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
+            "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
+            "per_device_train_batch_size, as far as the memory goes.",
+            stacklevel=3,
+        )
 
 
 def _packs_without_boundaries(trainer: Any) -> bool:
@@ -314,13 +367,13 @@ def _embeddings(model: Any) -> Tensor:
 
 
 def estimate_from(trainer: Any) -> PreferenceDistribution:
-    """Counts what the trainer tokenised already, truncated as its collator truncates.
+    """Counts what the trainer tokenised already, truncated as the trainer truncates.
 
     Raises:
         InputError: its training set does not hold both sides.
     """
     kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
-    if kind not in ("DPOTrainer", "KTOTrainer"):
+    if kind not in ("DPOTrainer", "KTOTrainer", *LOGITS_TRAINERS):
         raise InputError(
             f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "
             "count; pass one: preference=plot_align.estimate(pairs, tokenizer), or the file it was saved to."
@@ -330,7 +383,7 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
     return estimate_tokenized(
         trainer.train_dataset,
         tokenizer,
-        max_length=trainer.args.max_length,
+        max_length=trainer.max_length if kind in LOGITS_TRAINERS else trainer.args.max_length,
         truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         progress=not trainer.args.disable_tqdm,
     )

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import InputError
 
-SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+# Experimental in TRL: their loss reads `outputs.logits`, and evaluation does not go through `compute_loss`.
+LOGITS_TRAINERS = ("CPOTrainer", "ORPOTrainer")
+SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", *LOGITS_TRAINERS)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def trainer_kind(trainer: Any) -> str:
         InputError: it is none of :data:`SUPPORTED`.
     """
     for cls in type(trainer).__mro__:
-        if cls.__module__.startswith("trl.trainer.") and cls.__name__ in SUPPORTED:
+        if cls.__module__.startswith(("trl.trainer.", "trl.experimental.")) and cls.__name__ in SUPPORTED:
             return cls.__name__
     raise InputError(
         f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of TRL's "
@@ -74,14 +77,23 @@ def trainer_kind(trainer: Any) -> str:
     )
 
 
+def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a ``kind`` trainer passes to the policy of such a batch, apart from labels; offline methods only."""
+    if kind in LOGITS_TRAINERS:
+        # The padding is masked, so which token stands there makes no difference.
+        return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+
+
 def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
     """Reads the batch that ``compute_loss`` of a ``kind`` trainer is given."""
     match kind:
         case "DPOTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
-            roles = torch.ones(ids.size(0), dtype=torch.int8, device=ids.device)
-            roles[ids.size(0) // 2 :] = -1
-            return PolicyBatch(ids.masked_fill(completion == 0, -100), roles)
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
+        case "CPOTrainer" | "ORPOTrainer":
+            labels = _stacked(inputs, "labels", -100)  # (2B, T)
+            return PolicyBatch(labels, _pair_roles(labels))
         case "SFTTrainer":
             labels = inputs["labels"]
             segments = None
@@ -107,3 +119,17 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
                 advantages = advantages.mean(-1)
             return PolicyBatch(labels, advantages.sign().to(torch.int8), keep=keep)
     raise InputError(f"trainer kind is {kind!r}; expected one of {', '.join(SUPPORTED)}.")
+
+
+def _pair_roles(rows: Tensor) -> Tensor:
+    """``(2B,)`` roles of B chosen rows above B rejected ones."""
+    roles = torch.ones(rows.size(0), dtype=torch.int8, device=rows.device)
+    roles[rows.size(0) // 2 :] = -1
+    return roles
+
+
+def _stacked(inputs: Mapping[str, Any], name: str, fill: int) -> Tensor:
+    """``(2B, T)`` chosen rows above rejected ones, the shorter side filled up: ``concatenated_inputs`` of CPO."""
+    sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
+    length = max(side.size(1) for side in sides)
+    return torch.cat([functional.pad(side, (0, length - side.size(1)), value=fill) for side in sides])
