@@ -48,6 +48,7 @@ __all__ = [
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _PAIRED, _UNPAIRED = ("chosen", "rejected"), ("completion",)
+_LABELS = ("chosen_labels", "rejected_labels")  # prompt and completion, −100 over the prompt
 
 
 def estimate(
@@ -114,12 +115,14 @@ def estimate_tokenized(
     """Count the completion tokens of rows that a TRL trainer has already tokenised, e.g. ``trainer.train_dataset``.
 
     Args:
-        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), or ``prompt_ids``,
-            ``completion_ids``, ``label`` (``KTOTrainer``), or ``prompt_ids``, ``ranked_ids`` (``PROTrainer``: the best
-            completion counts as chosen, all others as rejected). ``Dataset`` or ``IterableDataset``.
+        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), ``prompt_ids``,
+            ``completion_ids``, ``label`` (``KTOTrainer``), ``prompt_ids``, ``ranked_ids`` (``PROTrainer``: the best
+            completion counts as chosen, all others as rejected), or ``chosen_labels``, ``rejected_labels``
+            (``CPOTrainer``, ``ORPOTrainer``). ``Dataset`` or ``IterableDataset``.
         tokenizer: the one they were tokenised with.
-        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit.
-        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; ``KTOTrainer`` always keeps the start.
+        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit. Rows of labels were
+            truncated when they were tokenised: there it is only noted in the provenance.
+        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; the other trainers always keep the start.
         batch_size: rows read at a time. Counts do not depend on it.
         progress: show a progress bar on standard error.
         source: what to call the data set in the provenance; None: what the data set says of itself.
@@ -136,7 +139,10 @@ def estimate_tokenized(
     with progress_bar("counting tokens", progress, total) as advance:
         for first, table in _numbered(stream):
             _check_tokenized(table.column_names, truncation_mode)
-            advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
+            if set(_LABELS) <= set(table.column_names):
+                advance(counts.add(_count_labels(table, first, counts.size)))
+            else:
+                advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
     return _finish(counts, dataset, tokenizer, max_length, truncation_mode, "as tokenised by the trainer", source)
 
 
@@ -293,11 +299,7 @@ def _count_table(table: Any, first: int, size: int, max_length: int | None, trun
     counts = _Counts(size)
     _, length = _flatten(table["prompt_ids"].combine_chunks(), "prompt_ids", first)
     for column, flat, lengths, prompt, liked in _sides(table, length, first):
-        if len(flat) and (int(flat.max()) >= size or int(flat.min()) < 0):
-            raise InputError(
-                f"dataset column {column!r} has token id {int(flat.max() if flat.max() >= size else flat.min())}, "
-                f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
-            )
+        _check_ids(flat, column, size)
         start, stop = scored_range(prompt, lengths, max_length, truncation_mode)
         kept = _kept(lengths, start, stop)  # (N,)
         counts.add_tokens(flat[kept], np.repeat(liked, lengths)[kept])
@@ -326,6 +328,28 @@ def _sides(
         else:
             liked = np.array([bool(label) for label in table["label"].to_pylist()], bool)
         yield column, _int64(flat), lengths, length, liked
+
+
+def _count_labels(table: Any, first: int, size: int) -> _Counts:
+    """Count a batch of rows that carry labels, a ``pyarrow.Table``: what they mark, but for a row's first token."""
+    counts = _Counts(size)
+    for column in _LABELS:
+        items, lengths = _flatten(table[column].combine_chunks(), column, first)
+        flat = _int64(items)
+        scored = (flat != -100) & _kept(lengths, np.ones_like(lengths), lengths)  # (N,)
+        ids = flat[scored]
+        _check_ids(ids, column, size)
+        counts.add_tokens(ids, np.full(len(ids), column == _LABELS[0]))
+    counts.rows = table.num_rows
+    return counts
+
+
+def _check_ids(ids: np.ndarray, column: str, size: int) -> None:
+    if len(ids) and (int(ids.max()) >= size or int(ids.min()) < 0):
+        raise InputError(
+            f"dataset column {column!r} has token id {int(ids.max() if ids.max() >= size else ids.min())}, "
+            f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
+        )
 
 
 def _flatten(array: Any, column: str, first: int) -> tuple[Any, np.ndarray]:
@@ -582,18 +606,21 @@ def _layout(columns: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
 
 
 def _check_tokenized(columns: list[str], truncation_mode: str) -> None:
-    if {"prompt_ids", "completion_ids", "label"} <= set(columns):
+    unpaired = {"prompt_ids", "completion_ids", "label"} <= set(columns)
+    if unpaired or set(_LABELS) <= set(columns):
         if truncation_mode != "keep_start":
+            trainer = "KTOTrainer" if unpaired else "CPOTrainer and ORPOTrainer"
             raise InputError(
-                f"truncation_mode is {truncation_mode!r}, but KTOTrainer only keeps the start; use keep_start"
+                f"truncation_mode is {truncation_mode!r}, expected keep_start, the only mode of {trainer}; "
+                "use keep_start"
             )
     elif not any(
         {"prompt_ids", *names} <= set(columns) for names in (("chosen_ids", "rejected_ids"), ("ranked_ids",))
     ):
         raise InputError(
             f"dataset has the columns {', '.join(columns)}, expected prompt_ids, chosen_ids and rejected_ids, or "
-            "prompt_ids, completion_ids and label, or prompt_ids and ranked_ids; use estimate on a data set that is "
-            "not tokenised"
+            "prompt_ids, completion_ids and label, or prompt_ids and ranked_ids, or chosen_labels and "
+            "rejected_labels; use estimate on a data set that is not tokenised"
         )
 
 

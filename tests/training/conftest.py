@@ -89,6 +89,15 @@ def make_trainer(tiny_llama, rows, ranked_rows, tmp_path):
                 )
                 options = {"num_generations": 4, "max_completion_length": 8, "temperature": 0.9, **options}
                 extra["reward_funcs"] = lambda completions, **kwargs: [float(len(set(text))) for text in completions]
+            case "cpo" | "simpo":
+                from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+                config, data, base = CPOConfig, rows, CPOTrainer
+                options |= {"loss_type": "simpo", "cpo_alpha": 0.0} if method == "simpo" else {}
+            case "orpo":
+                from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+                config, data, base = ORPOConfig, rows, ORPOTrainer
         data_name = {"train_dataset": data, "eval_dataset": extra.pop("eval_dataset", None)}
         return (cls or base)(model=model, args=config(**options), processing_class=tokenizer, **data_name, **extra)
 

@@ -80,7 +80,7 @@ def test_gradient_ratio_against_the_definition(make_trainer, preference, backend
 
 
 @pytest.mark.parametrize("backend", ["fused", "separate"])
-@pytest.mark.parametrize("method", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "sft", "cpo", "orpo"])
 def test_evaluation_loop(make_trainer, preference, method, backend):
     trainer = make_trainer(method)
     data = trainer.train_dataset.select(range(8))

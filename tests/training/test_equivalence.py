@@ -12,7 +12,7 @@ from plot_align.training import PlotConfig, attach
 
 KINDS = {
     "dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
-    "pro": "PROTrainer",
+    "pro": "PROTrainer", "cpo": "CPOTrainer", "simpo": "CPOTrainer", "orpo": "ORPOTrainer",
 }  # fmt: skip
 
 
@@ -68,8 +68,14 @@ def test_sft_kto_pro(make_trainer, preference, method, granularity):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
+def test_cpo_simpo_orpo(make_trainer, preference, method, granularity):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
+
+
 @pytest.mark.parametrize("positions", ["rejected", "all"])
-@pytest.mark.parametrize("method", ["dpo", "pro"])
+@pytest.mark.parametrize("method", ["dpo", "pro", "orpo"])
 def test_positions(make_trainer, preference, method, positions):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
@@ -80,14 +86,15 @@ def test_online(make_trainer, preference, method, positions):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
-def test_lora(make_trainer, preference):
+@pytest.mark.parametrize("method", ["dpo", "cpo"])
+def test_lora(make_trainer, preference, method):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0), extra=extra)
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0), extra=extra)
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
 
@@ -123,7 +130,7 @@ def test_sft_towards_its_own_tokens(make_trainer, preference):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "pro"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "pro", "cpo", "simpo", "orpo"])
 def test_weights_after_training(make_trainer, preference, method, accumulation):
     """Two optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already."""
     options = {
@@ -156,7 +163,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
         )
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=5) for _ in range(2))
     attach(ours, preference, PlotConfig(alpha=0))
@@ -167,8 +174,9 @@ def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     assert [r.get("loss") for r in plain.state.log_history] == [r.get("loss") for r in ours.state.log_history]
 
 
-def test_detached_is_trl_to_the_bit(make_trainer, preference):
-    plain, ours = (make_trainer("dpo", max_steps=2) for _ in range(2))
+@pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
+def test_detached_is_trl_to_the_bit(make_trainer, preference, method):
+    plain, ours = (make_trainer(method, max_steps=2) for _ in range(2))
     handle = attach(ours, preference, PlotConfig(alpha=5.0))
     handle.detach()
     handle.detach()

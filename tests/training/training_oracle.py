@@ -11,7 +11,17 @@ from plot_align.training.config import PlotConfig
 
 def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, attention and the (B, T − 1) bool mask of selected positions, from the batch's raw keys, row by row."""
-    if "completion_ids" in inputs:
+    if "chosen_labels" in inputs:
+        sides = [
+            (inputs[f"{side}_input_ids"][row], inputs[f"{side}_attention_mask"][row], inputs[f"{side}_labels"][row])
+            for side in ("chosen", "rejected")
+            for row in range(len(inputs["chosen_labels"]))
+        ]
+        ids, attention, scored = torch.zeros(3, len(sides), max(len(side[0]) for side in sides), dtype=torch.long)
+        for row, (tokens, seen, labels) in enumerate(sides):
+            ids[row, : len(tokens)], attention[row, : len(seen)] = tokens, seen
+            scored[row, : len(labels)] = labels != -100
+    elif "completion_ids" in inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         scored = attention.clone()
@@ -22,7 +32,7 @@ def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.
     mask = torch.zeros(len(ids), ids.size(1) - 1, dtype=torch.bool)
     for row in range(len(ids)):
         match kind:
-            case "DPOTrainer":
+            case "DPOTrainer" | "CPOTrainer" | "ORPOTrainer":
                 role = "chosen" if row < len(ids) / 2 else "rejected"
             case "SFTTrainer":
                 role = "chosen"

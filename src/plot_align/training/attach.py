@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,10 @@ from ..losses import make_divergence
 from ..preference import PreferenceDistribution
 from . import artifacts
 from .alpha import AlphaSchedule
-from .batches import PolicyBatch, policy_batch, trainer_kind
+from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
 from .config import PlotConfig
 from .gradients import gradient_norms
-from .head import FusedBackend, HeadBackend, SeparateBackend
+from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
 from .marginal import reference_distribution, reference_model
 from .term import PlotTerm, Swept
 
@@ -39,9 +41,9 @@ def attach(
         trainer.train()
 
     Args:
-        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, a PRO trainer, or a subclass of one.
+        trainer: a DPO, SFT, KTO, GRPO, RLOO, CPO or ORPO trainer of TRL, a PRO trainer, or a subclass of one.
         preference: token counts of what people prefer and reject, or the file of one. ``None`` counts them in the
-            trainer's own training set, which must hold both sides (DPO, KTO, PRO).
+            trainer's own training set, which must hold both sides (DPO, KTO, CPO, ORPO, PRO).
         config: the options; ``None`` takes the defaults.
         reference: ``(V,)`` the reference model's mean output distribution, for ``target="anchored"``; ``None``
             estimates it from the first ``reference_rows`` rows of the training set.
@@ -51,6 +53,9 @@ def attach(
 
     Raises:
         InputError: an unsupported trainer or TRL version, a preference of another tokenizer, no target (d = 0).
+
+    Warns:
+        UserWarning: a DPO trainer whose ``aot`` loss sorts micro-batches of one pair, which is plain DPO.
     """
     config = config or PlotConfig()
     kind = trainer_kind(trainer)
@@ -67,6 +72,12 @@ def attach(
             "expected packing_strategy='bfd', packing=False, or granularity='batch'."
         )
     _check_scope(trainer, kind, config)
+    if getattr(trainer, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
+            "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
+        )
+    _warn_of_sorting_one(trainer)
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -85,6 +96,8 @@ def attach(
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
+        case "fused" if kind in LOGITS_TRAINERS:
+            backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
             anchor = causal_lm(reference_model(trainer)) if config.needs_reference else None
             backend = FusedBackend(model, term, anchor)
@@ -154,10 +167,13 @@ class PlotHandle:
         trainer.add_callback(self.alpha)
         # Instance attributes shadow the class's methods; deleting them is the way back.
         self._patched: dict[str, Callable[..., Any]] = {
-            "compute_loss": self._compute_loss,
             "_save": self._save,
             "create_model_card": self._create_model_card,
         }
+        if kind in LOGITS_TRAINERS:
+            self._patched["get_batch_loss_metrics"] = self._get_batch_loss_metrics
+        else:
+            self._patched["compute_loss"] = self._compute_loss
         self._originals = {name: getattr(trainer, name) for name in self._patched}
         self._shadowed = {name: vars(trainer)[name] for name in self._patched if name in vars(trainer)}
         for name, replacement in self._patched.items():
@@ -179,12 +195,29 @@ class PlotHandle:
     def _compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        original = self._originals["compute_loss"]
+        original = functools.partial(
+            self._originals["compute_loss"],
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return self._with_term(original, inputs, num_items_in_batch)
+
+    def _get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> Any:
+        """CPO and ORPO compute their loss here, both to train and to evaluate."""
+        original = functools.partial(self._originals["get_batch_loss_metrics"], model, batch, train_eval=train_eval)
+        return self._with_term(original, batch)
+
+    def _with_term(self, original: Callable[[], Any], inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """What ``original()`` returns, a loss or a tuple that begins with one, with ``α·L_PLOT`` added to it."""
         if self.config.is_off:
-            return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            return original()
         batch = policy_batch(self._kind, inputs)
         with self._backend.capture(batch):
-            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            result = original()
         swept = self._backend.take()
         if swept is None:
             raise RunError(
@@ -198,7 +231,7 @@ class PlotHandle:
                 "target_scope='batch'; something replaced the reference's forward after attach(): use "
                 "target_scope='dataset'."
             )
-        vanilla = result[0] if return_outputs else result
+        vanilla = result[0] if isinstance(result, tuple) else result
         loss = self.term.loss(swept, batch).to(vanilla)
         # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
         training = self.trainer.model.training
@@ -209,7 +242,7 @@ class PlotHandle:
         alpha = self.alpha.value(state.global_step, state.max_steps)
         total = vanilla + (alpha / divisor) * loss
         self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
-        return (total, *result[1:]) if return_outputs else total
+        return (total, *result[1:]) if isinstance(result, tuple) else total
 
     def _measure(self, vanilla: Tensor, loss: Tensor, swept: Swept) -> tuple[float, float] | None:
         """‖∇L_vanilla‖ and ‖∇L_PLOT‖ at the head's input over all ranks, at the steps that ask for them."""
@@ -254,14 +287,23 @@ class PlotHandle:
         if trainer.accelerator.num_processes > 1:
             gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4)
             local = gathered.nanmean(0).tolist()  # a rank with nothing selected has no masses
-        metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass"]
+        metrics = {"plot/alpha": alpha}
         for name, value in zip(names, local, strict=True):
             if name == "vanilla_loss" or math.isfinite(value):  # masses of an empty selection are NaN
-                metrics[f"plot/{name}"].append(value)
-        metrics["plot/alpha"].append(alpha)
+                metrics[f"plot/{name}"] = value
         if norms is not None and norms[0] > 0:
-            metrics["plot/grad_ratio"].append(alpha * norms[1] / norms[0])
+            metrics["plot/grad_ratio"] = alpha * norms[1] / norms[0]
+        self._store(metrics, "train" if trainer.model.training else "eval")
+
+    def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
+        """Leaves the metrics where the trainer averages its own until the next log."""
+        if self._kind in LOGITS_TRAINERS:
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
+            return
+        for name, value in metrics.items():
+            self.trainer._metrics[mode][name].append(value)
 
     def _explain_non_finite(self, swept: Swept, batch: PolicyBatch) -> None:
         step = self.trainer.state.global_step
@@ -309,12 +351,12 @@ def causal_lm(model: Any) -> Any:
 
 
 def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
-    """A DPO batch stacks the chosen rows on the rejected ones, a PRO batch list on list; users count their data."""
+    """A batch of pairs stacks the chosen rows on the rejected, a PRO batch list on list; users count their data."""
     if kind == "PROTrainer":
         best = (batch.roles > 0).nonzero().squeeze(-1)  # (P,) rows
         prompt = int((best <= row).sum()) - 1
         return f"completion {row - int(best[prompt])} (0 is the best) of prompt {prompt}"
-    if kind != "DPOTrainer":
+    if kind not in ("DPOTrainer", *LOGITS_TRAINERS):
         return f"row {row}"
     pairs = batch.labels.size(0) // 2
     return f"the {'chosen' if row < pairs else 'rejected'} side of pair {row % pairs}"
@@ -336,6 +378,17 @@ def _check_scope(trainer: Any, kind: str, config: PlotConfig) -> None:
         raise InputError(
             f"target_scope is 'batch' with target={config.target!r}, and an SFTTrainer's micro-batch holds no "
             "rejected completion to count; expected target='chosen' or target_scope='dataset'."
+        )
+
+
+def _warn_of_sorting_one(trainer: Any) -> None:
+    sorting = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
+    if sorting and trainer.args.per_device_train_batch_size == 1:
+        warnings.warn(
+            f"loss_type is {sorting[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
+            "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
+            "per_device_train_batch_size, as far as the memory goes.",
+            stacklevel=3,
         )
 
 
@@ -365,13 +418,13 @@ def _embeddings(model: Any) -> Tensor:
 
 
 def estimate_from(trainer: Any) -> PreferenceDistribution:
-    """Counts what the trainer tokenised already, truncated as its collator truncates.
+    """Counts what the trainer tokenised already, truncated as the trainer truncates.
 
     Raises:
         InputError: its training set does not hold both sides.
     """
     kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
-    if kind not in ("DPOTrainer", "KTOTrainer", "PROTrainer"):
+    if kind not in ("DPOTrainer", "KTOTrainer", "PROTrainer", *LOGITS_TRAINERS):
         raise InputError(
             f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "
             "count; pass one: preference=plot_align.estimate(pairs, tokenizer), or the file it was saved to."
@@ -381,7 +434,7 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
     return estimate_tokenized(
         trainer.train_dataset,
         tokenizer,
-        max_length=trainer.args.max_length,
+        max_length=trainer.max_length if kind in LOGITS_TRAINERS else trainer.args.max_length,
         truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         progress=not trainer.args.disable_tqdm,
     )

@@ -75,8 +75,9 @@ class PlotConfig:
     )
     plot_backend: Literal["fused", "separate"] = field(
         default="fused",
-        metadata={"help": "fused: inside TRL's head, free. separate: a head pass of its own, for other TRL versions."},
-    )
+        metadata={"help": "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway; free. "
+                          "separate: a head pass of its own, for other TRL versions."},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -5,6 +5,7 @@ logits, through ``_ChunkedLogProbFunction``. :class:`FusedBackend` replaces that
 a copy of the same code in which the name ``_ChunkedLogProbFunction`` means ours; TRL's soft cap, temperature, MoE,
 ZeRO and compaction logic stays as it is, and nothing global is patched. :class:`SeparateBackend` leaves the head alone
 and makes a second head pass from the backbone's output: slower, but it depends on no private name of TRL.
+:class:`LogitsBackend` reads the logits that CPO and ORPO build anyway.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, RunError
-from ..fused import HeadOutput, HeadSpec, fused_head
+from ..fused import HeadOutput, HeadSpec, fused_head, output_distribution, target_log_probs
 from .batches import PolicyBatch
 from .term import PlotTerm, Swept
 
@@ -86,6 +87,13 @@ class HeadBackend(ABC):
         if expected is None or labels.size(0) != expected.size(0) or labels.size(1) < expected.size(1):
             return False
         return torch.equal(labels[:, -expected.size(1) :].to(expected.device), expected)
+
+    def same_tokens(self, ids: Tensor | None) -> bool:
+        """Whether the forward's tokens are the pending batch's: KTO's evaluation begins with another forward."""
+        if ids is None or self.pending is None:  # prompt-learning PEFT passes embeddings
+            return True
+        labels = self.pending.labels.to(ids.device)
+        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
 
     def sweep(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
@@ -299,7 +307,7 @@ class SeparateBackend(HeadBackend):
         self._hook.remove()
 
     def _after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self.is_policys(None) or self.pending is None or not self._same_tokens(kwargs.get("input_ids")):
+        if not self.is_policys(None) or self.pending is None or not self.same_tokens(kwargs.get("input_ids")):
             return
         backbone = output.last_hidden_state  # (B, T + virtual, H)
         hidden = backbone[:, -self.pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
@@ -319,12 +327,61 @@ class SeparateBackend(HeadBackend):
             # The vanilla loss never sees `flat`: gradients are compared where both losses pass.
             self.swept.hidden, self.swept.some_rows = backbone, None
 
-    def _same_tokens(self, ids: Tensor | None) -> bool:
-        """Whether the forward's tokens are the pending batch's: KTO's evaluation begins with another forward."""
-        if ids is None or self.pending is None:  # prompt-learning PEFT passes embeddings
-            return True
-        labels = self.pending.labels.to(ids.device)
-        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
+
+class LogitsBackend(HeadBackend):
+    """Reads the logits of trainers whose loss needs them anyway (CPO, ORPO): no head pass at all.
+
+    Args:
+        model: the causal language model; gradient norms are compared at the input of its head.
+        term: the PLOT term.
+        called: what the trainer calls: ``model`` itself, or the PEFT wrapper around it.
+    """
+
+    def __init__(self, model: Any, term: PlotTerm, called: nn.Module) -> None:
+        super().__init__(model, term)
+        self._hidden: Tensor | None = None
+        self._hooks = [
+            model.get_output_embeddings().register_forward_pre_hook(self._before_head),
+            called.register_forward_hook(self._after_model, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_head(self, module: nn.Module, args: Any) -> None:
+        if self.is_policys(None):
+            self._hidden = args[0]  # (B, T, H)
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        hidden, self._hidden = self._hidden, None
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not self.is_policys(None) or self.pending is None or not self.same_tokens(ids):
+            return
+        logits, labels = output.logits, self.pending.labels  # (B, T, V), (B, T)
+        if logits.shape[:2] != labels.shape:
+            return
+        if hidden is None:
+            raise InputError(
+                f"the LM head of {type(self.model).__name__} is not called as a module, so the gradients at its input "
+                "cannot be compared; expected get_output_embeddings() to be called in the forward: use "
+                "plot_backend='separate'."
+            )
+        rows = (labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
+        shares = self.term.shares(self.pending, rows)
+        self.term.to(logits.device)
+        places = rows + rows // (labels.size(1) - 1)  # (M,) from the flattened (B, T-1) to the flattened (B, T)
+        weights = shares.weights.new_zeros(labels.numel()).index_put((places,), shares.weights)  # (B*T,)
+        segments = None
+        if shares.segments is not None:
+            segments = shares.segments.new_zeros(labels.numel()).index_put((places,), shares.segments).view_as(labels)
+        marginals, values = output_distribution(
+            logits, weights.view_as(labels), segments, shares.counts.numel(), self.term.head_divergence()
+        )
+        places = places.to(logits.device)
+        log_probs = target_log_probs(logits, places, labels[:, 1:].flatten()[rows].to(logits.device))
+        values = None if values is None else values.flatten()[places]  # (M,)
+        self.swept = Swept(HeadOutput(log_probs, marginals=marginals, values=values), shares, hidden, rows)
 
 
 def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
