@@ -56,12 +56,16 @@ class Wasserstein1(Divergence):
         self._constant("sorted_target", self.target[order])
 
     @torch.no_grad()
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the geometry's coordinates."""
         p = self._prepare(p)  # (..., V)
         gaps = self.gaps.to(p.dtype)  # (V,)
+        if target is None:
+            sorted_target = self.sorted_target.to(p.dtype)  # (V,)
+        else:
+            sorted_target = self._target_for(p, target).to(p.dtype).index_select(-1, self.order)  # (V,) or (..., V)
         # cumsum of the difference, not difference of the cumsums: exact zeros where p = P, one pass less
-        tail = p.index_select(-1, self.order).sub_(self.sorted_target.to(p.dtype)).cumsum_(-1)  # (..., V) F_p - F_P
+        tail = p.index_select(-1, self.order).sub_(sorted_target).cumsum_(-1)  # (..., V) F_p - F_P
         slope = tail.sign().mul_(gaps)  # (..., V)
         value = tail.mul_(slope).sum(-1)  # (...); a product and a sum, because autocast and TF32 round matmuls
         torch.cumsum(slope, -1, out=tail)
