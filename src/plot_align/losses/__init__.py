@@ -4,7 +4,7 @@ from plot_align.losses.base import Divergence
 from plot_align.losses.divergences import JensenShannon, KullbackLeibler, TotalVariation
 from plot_align.losses.make import DIVERGENCES, make_divergence
 from plot_align.losses.plot_loss import GRANULARITIES, PlotLoss
-from plot_align.losses.wasserstein import Wasserstein1
+from plot_align.losses.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
 
 __all__ = [
     "DIVERGENCES",
@@ -12,7 +12,9 @@ __all__ = [
     "Divergence",
     "JensenShannon",
     "KullbackLeibler",
+    "MaxSlicedWasserstein",
     "PlotLoss",
+    "SlicedWasserstein",
     "TotalVariation",
     "Wasserstein1",
     "make_divergence",
