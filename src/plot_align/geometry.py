@@ -59,7 +59,7 @@ class Geometry:
             )
         if not (math.isfinite(self.unit) and self.unit > 0):
             raise InputError(f"unit is {self.unit}, but a positive finite number is needed: pass 1.0 for raw.")
-        valid = _check_valid(self.valid, x.numel())
+        valid = check_valid(self.valid, x.numel())
         object.__setattr__(self, "coordinates", x)
         object.__setattr__(self, "valid", valid)
 
@@ -119,7 +119,7 @@ def line(
             'leave norm_order at 2 or use kind "norm".'
         )
     embeddings = check_embeddings(embeddings)  # (V, H)
-    valid = _check_valid(valid, embeddings.shape[0])
+    valid = check_valid(valid, embeddings.shape[0])
     match kind:
         case "norm":
             raw = torch.cat([_row_norms(chunk, norm_order) for chunk in chunks(embeddings)])  # (V,)
@@ -171,7 +171,7 @@ def slices(
     Source: Bonneel et al., "Sliced and Radon Wasserstein barycenters of measures" (2015).
     """
     embeddings = check_embeddings(embeddings)  # (V, H)
-    valid = _check_valid(valid, embeddings.shape[0])
+    valid = check_valid(valid, embeddings.shape[0])
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"count is {count!r}, but at least one slice is needed: 50 is a usual choice.")
     axes = directions(embeddings.shape[1], count, seed).to(_float64_device(embeddings.device))  # (H, k)
@@ -250,7 +250,7 @@ def check_embeddings(embeddings: Tensor) -> Tensor:
             "pass the weight of the model's input embedding."
         )
     embeddings = embeddings.detach()  # (V, H)
-    finite = torch.cat([rows.isfinite().all(dim=1) for rows in embeddings.split(_rows_per_chunk(embeddings))])  # (V,)
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in embeddings.split(rows_per_chunk(embeddings))])  # (V,)
     if not finite.all():
         raise InputError(
             f"embeddings has a NaN or infinite entry in row {_first(~finite)}, but every row must be finite: "
@@ -267,7 +267,7 @@ def chunks(embeddings: Tensor) -> Iterator[Tensor]:
 def _numbered_chunks(embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
     """The blocks of :func:`chunks`, each with the number of its first row."""
     device, first = _float64_device(embeddings.device), 0
-    for rows in embeddings.split(_rows_per_chunk(embeddings)):
+    for rows in embeddings.split(rows_per_chunk(embeddings)):
         yield first, rows.to(device).to(torch.float64)
         first += len(rows)
 
@@ -278,7 +278,7 @@ def _rounding(embeddings: Tensor) -> float:
     return max(own, 32 * torch.finfo(torch.float64).eps)
 
 
-def _rows_per_chunk(embeddings: Tensor) -> int:
+def rows_per_chunk(embeddings: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // embeddings.shape[1])
 
 
@@ -295,7 +295,7 @@ def check_norm_order(order: float) -> float:
     return float(order)
 
 
-def _check_valid(valid: int | None, rows: int) -> int:
+def check_valid(valid: int | None, rows: int) -> int:
     if valid is None:
         valid = rows
     if not isinstance(valid, int) or isinstance(valid, bool) or not 2 <= valid <= rows:

@@ -6,9 +6,12 @@ import torch
 from plot_align.errors import InputError
 from plot_align.geometry import line, slices
 from plot_align.losses import (
+    ExpectedCost,
     JensenShannon,
     KullbackLeibler,
     MaxSlicedWasserstein,
+    SinkhornClusters,
+    SinkhornTopK,
     SlicedWasserstein,
     TotalVariation,
     Wasserstein1,
@@ -20,6 +23,9 @@ MAKERS = {
     "w1": lambda target: Wasserstein1(target, line(EMBEDDINGS)),
     "sliced": lambda target: SlicedWasserstein(target, slices(EMBEDDINGS, 3)),
     "max_sliced": lambda target: MaxSlicedWasserstein(target, slices(EMBEDDINGS, 3)),
+    "emo": lambda target: ExpectedCost(target, EMBEDDINGS),
+    "topk": lambda target: SinkhornTopK(target, EMBEDDINGS, size=4, tolerance=1e-13, max_iterations=1000),
+    "clusters": lambda target: SinkhornClusters(target, EMBEDDINGS, size=5, tolerance=1e-13, max_iterations=1000),
     "kl": KullbackLeibler,
     "js": JensenShannon,
     "tv": TotalVariation,

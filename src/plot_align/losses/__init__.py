@@ -2,20 +2,36 @@
 
 from plot_align.losses.base import Divergence
 from plot_align.losses.divergences import JensenShannon, KullbackLeibler, TotalVariation
+from plot_align.losses.expected_cost import ExpectedCost
 from plot_align.losses.make import DIVERGENCES, make_divergence
 from plot_align.losses.plot_loss import GRANULARITIES, PlotLoss
+from plot_align.losses.sinkhorn import (
+    Sinkhorn,
+    SinkhornClusters,
+    SinkhornConvergenceWarning,
+    SinkhornResult,
+    SinkhornTopK,
+    sinkhorn,
+)
 from plot_align.losses.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
 
 __all__ = [
     "DIVERGENCES",
     "GRANULARITIES",
     "Divergence",
+    "ExpectedCost",
     "JensenShannon",
     "KullbackLeibler",
     "MaxSlicedWasserstein",
     "PlotLoss",
+    "Sinkhorn",
+    "SinkhornClusters",
+    "SinkhornConvergenceWarning",
+    "SinkhornResult",
+    "SinkhornTopK",
     "SlicedWasserstein",
     "TotalVariation",
     "Wasserstein1",
     "make_divergence",
+    "sinkhorn",
 ]
