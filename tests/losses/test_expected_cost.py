@@ -1,5 +1,7 @@
 """The expected cosine cost against the materialised double sum, exact transport and a table in other dtypes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -87,6 +89,19 @@ def test_a_table_that_changed_is_refused():
     e[0] += 1.0
     with pytest.raises(InputError, match="embeddings were changed in place"):
         cost.value(p, p)
+
+
+def test_copies_count_their_own_changes():
+    """A deep copy works, of a table that was changed before it was given too; one of a changed table is refused."""
+    e, p, target = problem(12)
+    e[0] += 1.0
+    cost = ExpectedCost(target, e)
+    before, copied = cost.value(p, p), copy.deepcopy(cost)
+    assert torch.equal(copied.value(p, p), before)
+    e[0] += 1.0
+    assert torch.equal(copied.value(p, p), before)
+    with pytest.raises(InputError, match="embeddings were changed in place"):
+        copy.deepcopy(cost)
 
 
 def test_sizes_and_tables_that_do_not_fit():

@@ -9,9 +9,7 @@ from plot_align.losses.sinkhorn import (
     Sinkhorn,
     SinkhornClusters,
     SinkhornConvergenceWarning,
-    SinkhornResult,
     SinkhornTopK,
-    sinkhorn,
 )
 from plot_align.losses.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
 
@@ -27,11 +25,9 @@ __all__ = [
     "Sinkhorn",
     "SinkhornClusters",
     "SinkhornConvergenceWarning",
-    "SinkhornResult",
     "SinkhornTopK",
     "SlicedWasserstein",
     "TotalVariation",
     "Wasserstein1",
     "make_divergence",
-    "sinkhorn",
 ]

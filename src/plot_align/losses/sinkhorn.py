@@ -328,9 +328,9 @@ class SinkhornTopK(Sinkhorn):
         self.size = min(_check_size(size), self.vocab_size)
         weight, device = self._table.weight, self.target.device
         centre = mean_token(weight, self.valid)  # (H,)
-        self._constant("centre", centre.to(device))
+        self._constant("centre", centre.to(self.target.dtype).to(device))
         radii = torch.cat([torch.linalg.vector_norm(rows - centre, dim=1) for rows in chunks(weight)])  # (V,)
-        self._constant("radii", (radii / self.unit).to(device))
+        self._constant("radii", (radii / self.unit).to(self.target.dtype).to(device))
         self._constant("fixed_top", self.target.topk(self.size, sorted=False).indices)
 
     def _row_elements(self) -> int:
@@ -382,8 +382,8 @@ class SinkhornClusters(Sinkhorn):
         labels, centroids, radii = k_means(self._table.weight, self.size, valid=self.valid, seed=seed)
         cost = distances(centroids - centroids.mean(0))  # (n, n)
         self._constant("labels", labels.to(device))
-        self._constant("cost", (cost / self.unit).to(device))
-        self._constant("radii", (radii / self.unit).to(device))
+        self._constant("cost", (cost / self.unit).to(self.target.dtype).to(device))
+        self._constant("radii", (radii / self.unit).to(self.target.dtype).to(device))
         self._constant("fixed_masses", self._masses(self.target.unsqueeze(0))[0])
 
     def _row_elements(self) -> int:

@@ -53,6 +53,12 @@ class Table:
             self._weight = self.weight.to(device)
             self._version = _version(self._weight)
 
+    def __getstate__(self) -> Tensor:
+        return self.weight  # a copy counts its changes from its own beginning
+
+    def __setstate__(self, weight: Tensor) -> None:
+        self._weight, self._version = weight, _version(weight)
+
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes
