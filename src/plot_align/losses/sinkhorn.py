@@ -18,8 +18,6 @@ from plot_align.losses.base import Divergence
 from plot_align.losses.support import distances, k_means, mean_cost, mean_token
 from plot_align.losses.table import Table
 
-SUPPORTS = ("topk", "clusters")
-
 _CHECK_EVERY = 10  # iterations between two looks at the marginals
 _ROW_ELEMENTS = 1 << 24  # rows of p are solved together as long as their costs fit in 128 MiB of float64
 # Scalings of a window stay within exp(+-2 max(C) / epsilon): far from the end of float64 (exp(709)) and float32 (88).
@@ -237,7 +235,7 @@ class Sinkhorn(Divergence):
         ``value - below <= min over T in U(p, P) of <T, C> <= value + above`` for the Euclidean cost in the same unit:
         entropy adds at most ``epsilon * min(H(p), H(P))`` on the support, a marginal error e makes the value at most
         ``max(C) * e`` too small, and pooling moves the exact cost by at most what it moves p and P. Equations:
-        ``docs/mathematics.md``, section 10.
+        ``docs/mathematics.md``, section 9.
 
         Args:
             p: (..., V) distributions.
@@ -350,7 +348,7 @@ class SinkhornTopK(Sinkhorn):
             masses.append(torch.cat([own, rest.unsqueeze(-1)], dim=-1))  # (r, 2k + 1)
         rows = self._table.weight[index].to(dtype) - self.centre  # (r, 2k, H)
         rows = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1)  # (r, 2k + 1, H)
-        return _Support.of(*masses, cost=distances(rows) / self.unit, index=index)
+        return _Support.of(masses[0], masses[1], distances(rows) / self.unit, index)
 
     def _spread(self, f: Tensor, support: _Support) -> Tensor:
         ours, theirs = support.index.split(self.size, dim=-1)  # (r, k), (r, k)
