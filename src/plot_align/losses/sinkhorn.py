@@ -20,8 +20,8 @@ from plot_align.losses.table import Table
 
 _CHECK_EVERY = 10  # iterations between two looks at the marginals
 _ROW_ELEMENTS = 1 << 24  # rows of p are solved together as long as their costs fit in 128 MiB of float64
-# Scalings of a window stay within exp(+-2 max(C) / epsilon): far from the end of float64 (exp(709)) and float32 (88).
-_SAFE_RATIO = {torch.float64: 150.0, torch.float32: 18.0}
+# The numbers of a window stay within exp(+-5 max(C) / epsilon): inside float64 (exp(709)) and float32 (exp(88)).
+_SAFE_RATIO = {torch.float64: 100.0, torch.float32: 15.0}
 
 
 class SinkhornConvergenceWarning(UserWarning):
@@ -69,7 +69,7 @@ def sinkhorn(
     derivative is infinite where p = 0 and rewards a flat p whatever P is: so KL is the form that is reported.
     ``T_ij = p_i P_j exp((f_i + g_j - C_ij) / epsilon)``.
 
-    Where ``max(C) / epsilon`` is small enough for the floating-point range (150 in float64), ten iterations at a time
+    Where ``max(C) / epsilon`` is small enough for the floating-point range (100 in float64), ten iterations at a time
     are run as scalings, matrix-vector products, and absorbed into the potentials (same iterates, a tenth of the
     exponentials); otherwise all are log-sum-exps. Every ten iterations the marginals are looked at.
 
