@@ -4,13 +4,28 @@ import pytest
 import torch
 
 from plot_align.errors import InputError
-from plot_align.geometry import line
-from plot_align.losses import JensenShannon, KullbackLeibler, TotalVariation, Wasserstein1
+from plot_align.geometry import line, slices
+from plot_align.losses import (
+    ExpectedCost,
+    JensenShannon,
+    KullbackLeibler,
+    MaxSlicedWasserstein,
+    SinkhornClusters,
+    SinkhornTopK,
+    SlicedWasserstein,
+    TotalVariation,
+    Wasserstein1,
+)
 
 VOCAB = 12
 EMBEDDINGS = torch.randn(VOCAB, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 MAKERS = {
     "w1": lambda target: Wasserstein1(target, line(EMBEDDINGS)),
+    "sliced": lambda target: SlicedWasserstein(target, slices(EMBEDDINGS, 3)),
+    "max_sliced": lambda target: MaxSlicedWasserstein(target, slices(EMBEDDINGS, 3)),
+    "emo": lambda target: ExpectedCost(target, EMBEDDINGS),
+    "topk": lambda target: SinkhornTopK(target, EMBEDDINGS, size=4, tolerance=1e-13, max_iterations=1000),
+    "clusters": lambda target: SinkhornClusters(target, EMBEDDINGS, size=5, tolerance=1e-13, max_iterations=1000),
     "kl": KullbackLeibler,
     "js": JensenShannon,
     "tv": TotalVariation,
