@@ -99,6 +99,23 @@ def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("divergence", ["deft_log", "deft_prob", "emo", "tv"])
+def test_other_terms(make_trainer, preference, divergence, granularity):
+    config = PlotConfig(alpha=3.0, divergence=divergence, granularity=granularity)
+    check_one_step(make_trainer, preference, "dpo", config)
+
+
+@pytest.mark.parametrize("divergence", ["deft_log", "deft_prob"])
+@pytest.mark.parametrize("method", ["pro", "sft", "cpo", "grpo"])
+def test_deft_elsewhere(make_trainer, preference, divergence, method):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, divergence=divergence))
+
+
+def test_vocabulary_order(make_trainer, preference):
+    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, geometry="vocabulary"))
+
+
 @pytest.mark.parametrize("granularity", ["batch", "sequence"])
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 @pytest.mark.parametrize("strength", [0.0, 0.7])

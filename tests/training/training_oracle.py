@@ -55,16 +55,16 @@ def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotCo
     logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
     p = (logits / getattr(trainer, "temperature", 1.0)).softmax(-1)  # (B, T-1, V)
 
+    if config.divergence == "deft_log":
+        score = (logits / getattr(trainer, "temperature", 1.0)).log_softmax(-1) @ preference.difference()  # (B, T-1)
+        if config.granularity == "sequence":
+            means = [score[b][mask[b]].mean() for b in range(len(p)) if mask[b].any()]
+            return -config.alpha * torch.stack(means).mean()
+        return -config.alpha * score[mask].mean()
     target = dataset_target(preference)
     if config.target_scope == "batch":
         target = batch_target(trainer, kind, inputs, config, preference)
-    x = embeddings_at_start(trainer).double().norm(dim=-1)
-    x = x / (x[:, None] - x[None, :]).abs().sum() * (len(x) * (len(x) - 1))
-    order = x.argsort()
-    gaps = x[order].diff()
-
-    def w1(q, target):
-        return ((q - target)[..., order].cumsum(-1)[..., :-1].abs() * gaps).sum(-1)
+    w1 = distance(config.divergence, config.geometry, embeddings_at_start(trainer).double(), preference)
 
     match config.granularity:
         case "batch":
@@ -76,6 +76,22 @@ def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotCo
         case "token":
             loss = w1(p[mask], target).mean()
     return config.alpha * loss
+
+
+def distance(divergence, geometry, e, preference):
+    """``D(q, P)`` as the definitions have it: pairwise costs, no potentials, nothing shared with the package."""
+    if divergence == "deft_prob":
+        return lambda q, target: -(q @ preference.difference())
+    if divergence == "tv":
+        return lambda q, target: (q - target).abs().sum(-1) / 2
+    if divergence == "emo":
+        cost = 1 - torch.nn.functional.cosine_similarity(e[:, None], e[None, :], dim=-1)
+        return lambda q, target: torch.einsum("...i,ij,j->...", q, cost, target)
+    x = e.norm(dim=-1) if geometry == "norm" else torch.arange(len(e)).double()
+    x = x / (x[:, None] - x[None, :]).abs().sum() * (len(x) * (len(x) - 1))
+    order = x.argsort()
+    gaps = x[order].diff()
+    return lambda q, target: ((q - target)[..., order].cumsum(-1)[..., :-1].abs() * gaps).sum(-1)
 
 
 def dataset_target(preference) -> torch.Tensor:

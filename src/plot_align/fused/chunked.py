@@ -76,7 +76,8 @@ class HeadOutput:
 
     ``marginals (S, V)``: ``Σ_t weights[t]·p_t`` of every segment, in fp32 (fp64 for fp64 inputs). ``values (N,)``: the
     divergence of each position with a positive weight (the ``token`` granularity), 0 elsewhere; the marginals carry
-    no gradient then.
+    no gradient then. ``reward (S,)``: DEFT's reward of every segment in its log reading; no sweep yields it, whoever
+    wants it adds it (:func:`plot_align.losses.log_reward`).
     """
 
     log_probs: Tensor
@@ -86,6 +87,7 @@ class HeadOutput:
     is_top1: Tensor | None = None
     marginals: Tensor | None = None
     values: Tensor | None = None
+    reward: Tensor | None = None
 
 
 def fused_head(

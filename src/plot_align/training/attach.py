@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, RunError
-from ..geometry import Geometry, line
-from ..losses import make_divergence
+from ..geometry import Geometry, line, slices
+from ..losses import DistributionReward, Divergence, Sinkhorn, make_divergence
+from ..losses.deft import reward_scale
 from ..preference import PreferenceDistribution
 from . import artifacts
 from .alpha import AlphaSchedule
 from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
 from .config import PlotConfig
 from .gradients import gradient_norms
-from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
+from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend, head_spec
 from .marginal import reference_distribution, reference_model
 from .term import PlotTerm, Swept
 
@@ -88,11 +89,14 @@ def attach(
     model = causal_lm(trainer.model)
     rows = _head_rows(model)
     preference.check_head(rows)
-    if config.target == "anchored" and config.target_scope == "dataset" and reference is None:
+    if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
         reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)))
     if embeddings.size(0) != rows:
         embeddings = _embeddings(model)  # the policy was resized after the reference was made
+    if config.divergence == "deft_log":
+        spec = head_spec(model)  # refuses a model that caps its logits before it trains a step
+        reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
@@ -115,8 +119,9 @@ def build_term(
     reference: Tensor | None = None,  # (V,)
 ) -> PlotTerm:
     """The term without a trainer: target, geometry and divergence for a head of ``rows`` rows."""
-    difference = torch.zeros(rows, dtype=torch.float64)
-    difference[: preference.vocab_size] = preference.difference().cpu()
+    difference = preference.difference(size=rows).cpu()
+    if config.is_reward:
+        return PlotTerm(config, DistributionReward(difference), difference, preference.vocab_size)
     # With a target of its own for every micro-batch, the data set's chosen tokens stand in for what is never used.
     target = preference.target(
         config.target if config.target_scope == "dataset" else "chosen",
@@ -125,17 +130,34 @@ def build_term(
         reference=reference,
         size=rows,
     )
-    geometry: Geometry | None = None
-    if config.divergence == "w1":
-        geometry = line(
-            embeddings,
-            config.geometry,
-            norm_order=config.norm_order,
-            scaled=config.scaled,
-            valid=min(preference.vocab_size, embeddings.size(0)),
-        )
-    divergence = make_divergence(config.divergence, target, geometry)
+    divergence = _divergence(config, target, embeddings, min(preference.vocab_size, embeddings.size(0)))
     return PlotTerm(config, divergence, difference, preference.vocab_size)
+
+
+def _divergence(config: PlotConfig, target: Tensor, embeddings: Tensor, valid: int) -> Divergence:
+    geometry: Geometry | list[Geometry] | None = None
+    name: str = config.divergence
+    if name == "w1":
+        match config.geometry:
+            case "sliced" | "max_sliced":
+                geometry = slices(
+                    embeddings, config.slices, seed=config.geometry_seed, scaled=config.scaled, valid=valid
+                )
+                name = "max_w1" if config.geometry == "max_sliced" else "w1"
+            case kind:
+                geometry = line(embeddings, kind, norm_order=config.norm_order, scaled=config.scaled, valid=valid)
+    return make_divergence(
+        name,
+        target,
+        geometry,
+        embeddings=embeddings,
+        sinkhorn_support=config.sinkhorn_support,
+        sinkhorn_size=config.sinkhorn_size,
+        sinkhorn_epsilon=config.sinkhorn_epsilon,
+        sinkhorn_iterations=config.sinkhorn_iterations,
+        valid=valid,
+        seed=config.geometry_seed,
+    )
 
 
 class PlotHandle:
@@ -292,6 +314,8 @@ class PlotHandle:
         for name, value in zip(names, local, strict=True):
             if name == "vanilla_loss" or math.isfinite(value):  # masses of an empty selection are NaN
                 metrics[f"plot/{name}"] = value
+        if isinstance(self.term.divergence, Sinkhorn):
+            metrics["plot/sinkhorn_error"] = self.term.divergence.last_error
         if norms is not None and norms[0] > 0:
             metrics["plot/grad_ratio"] = alpha * norms[1] / norms[0]
         self._store(metrics, "train" if trainer.model.training else "eval")
@@ -364,7 +388,7 @@ def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
 
 def _check_scope(trainer: Any, kind: str, config: PlotConfig) -> None:
     """Refuses a target of each micro-batch's own where the trainer has nothing to make it of."""
-    if config.target_scope != "batch":
+    if config.target_scope != "batch" or config.is_reward:
         return
     if config.needs_reference:
         has_forward = kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)

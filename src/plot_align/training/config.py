@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import InputError
 
@@ -49,13 +49,30 @@ class PlotConfig:
     reference_rows: int = field(
         default=512, metadata={"help": "Training rows from which target=anchored estimates the reference."}
     )
-    divergence: Literal["w1", "kl", "js", "tv"] = field(
-        default="w1", metadata={"help": "w1: optimal transport. kl, js, tv ignore the embeddings (ablations)."}
-    )
-    geometry: Literal["norm", "principal"] = field(
-        default="norm", metadata={"help": "Token coordinate: norm of its embedding, or first principal axis."}
-    )
+    divergence: Literal["w1", "sinkhorn", "emo", "kl", "js", "tv", "deft_log", "deft_prob"] = field(
+        default="w1",
+        metadata={"help": "w1: optimal transport on lines. sinkhorn: entropy-regularised, on a small support. emo: "
+                          "expected cosine cost. kl, js, tv (the 0-1 cost) ignore the embeddings. deft_log, "
+                          "deft_prob: DEFT's distribution reward in the distance's place, in its two readings."},
+    )  # fmt: skip
+    geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = field(
+        default="norm",
+        metadata={"help": "Of divergence=w1, a token's coordinate: norm of its embedding, its place on the first "
+                          "principal axis or on random directions (mean or largest), or its bare id (ablation)."},
+    )  # fmt: skip
     norm_order: float = field(default=2.0, metadata={"help": "The l of geometry=norm, 1 or more; .inf is allowed."})
+    slices: int = field(default=32, metadata={"help": "Random directions of geometry=sliced and max_sliced."})
+    geometry_seed: int = field(default=0, metadata={"help": "Of the random directions, and of sinkhorn's clusters."})
+    sinkhorn_support: Literal["topk", "clusters"] = field(
+        default="topk", metadata={"help": "The largest tokens of both sides and a rest, or k-means clusters."}
+    )
+    sinkhorn_size: int | None = field(
+        default=None, metadata={"help": "Tokens of each side, or clusters; default 96 tokens, 256 clusters."}
+    )
+    sinkhorn_epsilon: float = field(
+        default=0.1, metadata={"help": "Strength of the entropy, relative to the cost of a random move."}
+    )
+    sinkhorn_iterations: int = field(default=100, metadata={"help": "At most; a warning says where it was too few."})
     scaled: bool = field(
         default=True, metadata={"help": "Scale coordinates so that two random tokens are at distance 1 on average."}
     )
@@ -82,10 +99,13 @@ class PlotConfig:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for name, value in asdict(self).items():
-            choices = get_args(hints[name])
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
             if choices and value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
-        numbers = ("alpha", "alpha_end", "balance_ratio", "norm_order", "target_temperature", "target_strength")
+        numbers = (
+            "alpha", "alpha_end", "balance_ratio", "norm_order", "target_temperature", "target_strength",
+            "sinkhorn_epsilon",
+        )  # fmt: skip
         for name in numbers:
             value = getattr(self, name)
             self._require(name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
@@ -93,12 +113,15 @@ class PlotConfig:
             value = getattr(self, name)
             self._require(name, value >= 0 and math.isfinite(value), "a finite number, 0 or more")
         self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
-        for name in ("balance_ratio", "target_temperature"):
+        for name in ("balance_ratio", "target_temperature", "sinkhorn_epsilon"):
             value = getattr(self, name)
             self._require(name, value > 0 and math.isfinite(value), "a positive number")
         strength = self.target_strength
         self._require("target_strength", strength >= 0 and math.isfinite(strength), "a finite number, 0 or more")
         self._require("reference_rows", self.reference_rows >= 1, "a positive number of rows")
+        for name in ("slices", "sinkhorn_iterations"):
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        self._require("sinkhorn_size", self.sinkhorn_size is None or self.sinkhorn_size >= 1, "1 or more, or none")
         self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
         if self.pool and self.granularity != "batch":
             raise InputError(
@@ -106,6 +129,11 @@ class PlotConfig:
                 "to average over the ranks: set granularity='batch' or leave pool off."
             )
 
+        if self.pool and self.divergence == "deft_log":
+            raise InputError(
+                "pool is on with divergence='deft_log', which reads hidden states and no output distribution that "
+                "could be averaged; leave pool off."
+            )
         if self.target_scope == "batch" and self.granularity == "token":
             raise InputError(
                 "target_scope is 'batch' with granularity='token'; a single position has no distribution of its own "
@@ -121,7 +149,12 @@ class PlotConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether every step's target is anchored on the reference model's output over the same positions."""
-        return self.target == "anchored" and self.target_scope == "batch"
+        return self.target == "anchored" and self.target_scope == "batch" and not self.is_reward
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether the term is DEFT's distribution reward, which has no target."""
+        return self.divergence.startswith("deft_")
 
     @property
     def is_off(self) -> bool:

@@ -36,15 +36,15 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int =
     sample = torch.arange(offset % stride, rows, stride, device=swept.hidden.device)  # (n,)
     if sample.numel() == 0:
         return vanilla.new_zeros(2)
-    names = {"vanilla": ("log_probs", "entropy"), "plot": ("values",) if head.values is not None else ("marginals",)}
+    names = {"vanilla": ("log_probs", "entropy"), "plot": ("marginals", "values", "reward")}
     hidden, again = swept.some_rows(sample)  # (n, H)
     squares = []
     for loss, fields in ((vanilla, names["vanilla"]), (plot, names["plot"])):
-        fields = tuple(name for name in fields if getattr(head, name) is not None)
+        fields = tuple(name for name in fields if _is_differentiable(getattr(head, name)))
         swept_fields = [getattr(head, name) for name in fields]
         found = torch.autograd.grad(loss, swept_fields, retain_graph=True, allow_unused=True)
         given = [
-            (getattr(again, name), gradient if name == "marginals" else gradient[sample])
+            (getattr(again, name), gradient if name in ("marginals", "reward") else gradient[sample])
             for name, gradient in zip(fields, found, strict=True)
             if gradient is not None
         ]
@@ -55,3 +55,7 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int =
         (gradient,) = torch.autograd.grad(outputs, hidden, gradients, retain_graph=True)  # (n, H)
         squares.append(gradient.float().square().sum() * (rows / sample.numel()))
     return torch.stack(squares).sqrt()
+
+
+def _is_differentiable(output: Tensor | None) -> bool:
+    return output is not None and output.requires_grad

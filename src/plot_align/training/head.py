@@ -107,17 +107,14 @@ class HeadBackend(ABC):
         segments = None if shares.segments is None else shares.segments.to(hidden.device)
 
         def run(hidden: Tensor, spec: HeadSpec, some: slice | Tensor = slice(None)) -> HeadOutput:
-            return fused_head(
-                hidden,
-                weight,
-                bias,
-                targets[some],
-                spec,
-                weights=weights[some],
-                segments=None if segments is None else segments[some],
-                num_segments=shares.counts.numel(),
-                divergence=self.term.head_divergence(),
-            )
+            parts: dict[str, Any] = {
+                "weights": weights[some],
+                "segments": None if segments is None else segments[some],
+                "num_segments": shares.counts.numel(),
+            }
+            divergence = self.term.head_divergence()
+            head = fused_head(hidden, weight, bias, targets[some], spec, divergence=divergence, **parts)
+            return dataclasses.replace(head, reward=self.term.reward(hidden, weight, bias, spec, **parts))
 
         def some_rows(some: Tensor) -> tuple[Tensor, HeadOutput]:
             sampled = hidden.detach()[some].requires_grad_()
@@ -381,7 +378,18 @@ class LogitsBackend(HeadBackend):
         places = places.to(logits.device)
         log_probs = target_log_probs(logits, places, labels[:, 1:].flatten()[rows].to(logits.device))
         values = None if values is None else values.flatten()[places]  # (M,)
-        self.swept = Swept(HeadOutput(log_probs, marginals=marginals, values=values), shares, hidden, rows)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        reward = self.term.reward(
+            hidden.flatten(0, 1)[places],
+            head.weight,
+            head.bias,
+            head_spec(self.model),
+            weights=shares.weights.to(hidden.device),
+            segments=None if shares.segments is None else shares.segments.to(hidden.device),
+            num_segments=shares.counts.numel(),
+        )
+        head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
+        self.swept = Swept(head, shares, hidden, rows)
 
 
 def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..fused import HeadOutput
-from ..losses import Divergence
+from ..fused import HeadOutput, HeadSpec
+from ..losses import Divergence, log_reward
 from ..losses.base import widest_dtype
+from ..losses.deft import reward_scale
 from ..preference import target_weights
 from .batches import PolicyBatch
 from .config import PlotConfig
@@ -58,11 +59,12 @@ class PlotTerm(nn.Module):
     ``batch``: D(p̄, P) with p̄ the mean over all selected positions; ``sequence``: the mean of D(p̄_s, P) over the
     sequences that have a selected position; ``token``: the mean of D(p_t, P) over the selected positions. A batch
     with nothing selected, or without a target of its own at ``target_scope="batch"``, costs zero, since D(0, P) would
-    be a constant that no model can change.
+    be a constant that no model can change. With ``divergence="deft_log"`` or ``"deft_prob"`` DEFT's −R takes the
+    distance's place, and α is its ω.
 
     Args:
         config: the options.
-        divergence: holds the target of ``target_scope="dataset"``.
+        divergence: holds the target of ``target_scope="dataset"``; it is not asked with ``deft_log``.
         difference: ``(V,)`` d of each row of the head, 0 on padding rows.
         valid: number of token ids; padding rows follow them and never get target mass.
     """
@@ -92,20 +94,51 @@ class PlotTerm(nn.Module):
 
     def head_divergence(self) -> Divergence | None:
         """What the head must evaluate at every position itself: only the ``token`` granularity needs that."""
-        return self.divergence if self.config.granularity == "token" else None
+        is_asked = self.config.granularity == "token" and self.config.divergence != "deft_log"
+        return self.divergence if is_asked else None
+
+    def reward(
+        self,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        spec: HeadSpec,
+        *,
+        weights: Tensor,  # (N,)
+        segments: Tensor | None,  # (N,)
+        num_segments: int,
+    ) -> Tensor | None:
+        """``(S,)`` DEFT's reward in its log reading, from the head's input; ``None`` unless it is the term."""
+        if self.config.divergence != "deft_log":
+            return None
+        scale = reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
+        with spec.gather(weight, bias):
+            return log_reward(
+                hidden,
+                weight,
+                bias,
+                self.difference,
+                weights=weights,
+                segments=segments,
+                num_segments=num_segments,
+                scale=scale,
+            )
 
     def loss(self, swept: Swept, batch: PolicyBatch) -> Tensor:
         """The scalar L_PLOT, with a graph; exactly zero, with a graph, where nothing is selected."""
         head, shares = swept.head, swept.shares
         if head.marginals is None:
             raise ValueError("the head was run without weights")
-        if self.config.granularity == "token" and head.values is not None:
-            return (head.values * shares.weights).sum()
+        if head.values is not None:
+            return (head.values * shares.weights.to(head.values)).sum()
+        if head.reward is not None:
+            selected = shares.counts.to(head.reward.device) > 0  # (S,)
+            return -(head.reward * selected).sum() / selected.sum().clamp(min=1)
         # A handful of V-vectors: float64 costs nothing here and keeps the cumulative sums exact.
         marginals = head.marginals.to(widest_dtype(head.marginals.device))  # (S, V)
         counts = shares.counts.to(marginals.device)  # (S,)
         target = None
-        if self.config.target_scope == "batch":
+        if self.config.target_scope == "batch" and not self.config.is_reward:
             target, has_target = self._batch_target(swept, batch)  # (S or 1, V), (S or 1,)
             counts = counts * has_target
         if self.config.pool:
