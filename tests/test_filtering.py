@@ -465,6 +465,14 @@ def test_scores_of_other_runs_are_never_taken(
     changed(model.bfloat16(), tokenizer, pairs, preference)
 
 
+def test_a_journal_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
+    """Nothing waits in a buffer for the file to be closed."""
+    path = tmp_path / "journal"
+    with filtering._journal(path) as keep:
+        keep(3, [0.1, -2e-9])
+        assert filtering._read_journal(path) == {3: [0.1, -2e-9]}
+
+
 def test_a_journal_that_cannot_be_written(
     model: Any, tokenizer: Any, pairs: Dataset, preference: PreferenceDistribution, tmp_path: Path
 ) -> None:
