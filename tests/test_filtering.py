@@ -273,6 +273,7 @@ def test_selection_by_hand() -> None:
 def test_margin_is_chosen_minus_rejected() -> None:
     scores = torch.tensor([[1.0, 3.0], [2.0, math.nan], [5.0, 1.0]], dtype=torch.float64)
     assert pair_scores(scores, "chosen").tolist() == [1.0, 2.0, 5.0]
+    assert pair_scores(scores, "margin").nan_to_num(-9.0).tolist() == [-2.0, -9.0, 4.0]
     assert keep_pairs(pair_scores(scores, "margin"), 1.0).tolist() == [True, False, True]
     assert keep_pairs(pair_scores(scores, "margin"), 0.5).tolist() == [False, False, True]
     with pytest.raises(InputError, match="score is 'both'"):
@@ -346,6 +347,7 @@ def test_kept_rows_load_again(name: str, tmp_path: Path) -> None:
         for i in range(7)
     ]
     before = path.read_bytes(), beside.read_bytes()
+    assert path.suffix != ".gz" or before[0][3:8] == before[1][3:8] == bytes(5)  # gzip: no name, and not when
     write_pairs(Dataset.from_list(rows), scores, kept, path)
     assert (path.read_bytes(), beside.read_bytes()) == before
     assert sorted(tmp_path.iterdir()) == sorted([path, beside])
@@ -461,6 +463,14 @@ def test_scores_of_other_runs_are_never_taken(
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1e-3
     changed(model, tokenizer, pairs, preference)
     changed(model.bfloat16(), tokenizer, pairs, preference)
+
+
+def test_a_journal_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
+    """Nothing waits in a buffer for the file to be closed."""
+    path = tmp_path / "journal"
+    with filtering._journal(path) as keep:
+        keep(3, [0.1, -2e-9])
+        assert filtering._read_journal(path) == {3: [0.1, -2e-9]}
 
 
 def test_a_journal_that_cannot_be_written(

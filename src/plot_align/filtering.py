@@ -105,7 +105,7 @@ def score_pairs(
     model.eval()
     try:
         with progress_bar("scoring", progress, len(scored), "completions") as advance, _journal(journal) as keep:
-            done = _read_journal(journal, batches)
+            done = _read_journal(journal)
             for number, batch in enumerate(batches):
                 values = done.get(number)
                 if values is None:
@@ -341,7 +341,7 @@ def _fingerprint(
 
 @contextmanager
 def _journal(path: Path | None) -> Iterator[Callable[[int, list[float]], None]]:
-    """Yields the function that appends the scores of a batch to ``path``; whole lines, on disk before it returns."""
+    """Yields the function that appends the scores of a batch to ``path``, out of this process before it returns."""
     if path is None:
         yield lambda number, values: None
         return
@@ -361,7 +361,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[float]], None]]:
         yield keep
 
 
-def _read_journal(path: Path | None, batches: list[list[int]]) -> dict[int, list[float]]:
+def _read_journal(path: Path | None) -> dict[int, list[float]]:
     """Scores of the batches that an interrupted run has finished; a line that was cut off is passed over."""
     done: dict[int, list[float]] = {}
     if path is None:
@@ -371,8 +371,7 @@ def _read_journal(path: Path | None, batches: list[list[int]]) -> dict[int, list
             number, values = json.loads(line)
         except (ValueError, TypeError):
             continue
-        if number < len(batches) and len(values) == len(batches[number]):
-            done[number] = values
+        done[number] = values
     return done
 
 
