@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "dpo", "sft", "demo")
+_COMMANDS = ("estimate", "inspect", "dpo", "sft", "pro", "demo")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -22,6 +22,7 @@ commands:
   inspect    show what such a count prefers and rejects, with a figure
   dpo        `trl dpo` with the PLOT term: the same YAML files and flags
   sft        `trl sft` with the PLOT term: the same YAML files and flags
+  pro        ranking optimisation (PRO) with the PLOT term, of ranked lists
   demo       DPO with and without PLOT on a small offline world, judged
 
 options:
@@ -79,7 +80,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     # Each module is imported only when its command runs: --help must not wait for torch.
     match command:
-        case "dpo" | "sft":
+        case "dpo" | "sft" | "pro":
             from plot_align.commands.train import run as train
 
             return train(command, rest)
