@@ -3,7 +3,8 @@
     python worker.py OPTIONS.json
 
 OPTIONS holds ``method`` (``dpo`` or ``pro``), ``model`` and ``data`` (paths), ``out`` (weights are saved there),
-``args`` of the method's configuration, ``plot`` of PlotConfig, ``oracle`` (TRL's loss plus the materialised term instead of ours) and ``resume``.
+``args`` of the method's configuration, ``plot`` of PlotConfig, ``oracle`` (TRL's loss plus the materialised term
+instead of ours) and ``resume``.
 """
 
 from __future__ import annotations
