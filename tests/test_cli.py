@@ -52,7 +52,9 @@ def _one_sentence(err: str) -> str:
 # --- help, version, exit codes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("estimate",), ("inspect",), ("filter",), ("dpo",), ("sft",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("estimate",), ("inspect",), ("filter",), ("dpo",), ("sft",), ("pro",), ("demo",), ("sweep",)]
+)
 def test_help_fits_a_screen_and_has_an_example(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--help")
     rows = out.splitlines()
@@ -66,7 +68,7 @@ def test_no_command_shows_the_help_and_fails(run: Run) -> None:
     assert run() == (2, run("-h")[1], "")
 
 
-@pytest.mark.parametrize("command", ["dpo", "sft"])
+@pytest.mark.parametrize("command", ["dpo", "sft", "pro"])
 def test_every_option_in_the_short_help_exists(command: str) -> None:
     known = {*options.make_parser(command)._option_string_actions, *launch.launcher_options()}
     shown = set(re.findall(r"--[a-z_]+", train.help_text(command)))
@@ -610,6 +612,52 @@ def test_sft_takes_an_artefact_or_pairs(
     code, _, err = run(*common, "--preference", artefact, "--preference_dataset", pairs_file)
     assert code == 2
     assert "were both given" in err.splitlines()[-1]
+
+
+def test_pro_trains_on_ranked_lists_and_on_pairs(
+    run: Run, tiny_llama: Path, pairs_file: Path, pair_rows: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """Pairs, and the same pairs as lists of two, worst first with rewards, end in the same weights."""
+    ranked = tmp_path / "ranked.jsonl"
+    lists = [
+        {"prompt": row["prompt"], "completions": [row["rejected"], row["chosen"]], "rewards": [0, 1]}
+        for row in pair_rows
+    ]
+    ranked.write_text("".join(json.dumps(row) + "\n" for row in lists))
+    config = tmp_path / "pro.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_llama}\nmax_steps: 2\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+        "logging_steps: 1\nsave_strategy: 'no'\ndisable_tqdm: true\nsft_weight: 0.1\nlearning_rate: 1e-3\n"
+    )
+    common = ["pro", "--config", config, "--alpha", 0.5]
+    assert run(*common, "--dataset_name", ranked, "--output_dir", tmp_path / "a")[0] == 0
+    assert run(*common, "--dataset_name", pairs_file, "--output_dir", tmp_path / "b")[0] == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    start = load_file(tiny_llama / "model.safetensors")
+    assert any(not torch.equal(first[name], start[name]) for name in first)
+
+    record = read_record(tmp_path / "a" / "plot_align_record.json", "pro")
+    assert record["config"]["training"]["sft_weight"] == 0.1
+    log = record["results"]["last_log"]
+    assert log["plot/vanilla_loss"] == pytest.approx(log["loss/ranking"] + log["loss/sft"], rel=1e-4)
+    assert log["loss"] == pytest.approx(log["plot/vanilla_loss"] + 0.5 * log["plot/loss"], rel=1e-3)
+
+    for change, said in (
+        ({"rewards": [2, 2]}, "train data row 1: all rewards are 2, so there is nothing to rank"),
+        ({"rewards": [2]}, "train data row 1: there are 1 rewards for 2 completions"),
+        ({"completions": None}, "training row 1: 'completions' is missing"),
+    ):
+        bad = [lists[0], {**lists[1], **change}]
+        ranked.write_text("".join(json.dumps(row) + "\n" for row in bad))
+        code, _, err = run(*common, "--dataset_name", ranked, "--output_dir", tmp_path / "c")
+        assert code == 2
+        assert err.splitlines()[-1].startswith("plot-align: " + said)
+    ranked.write_text(json.dumps({"prompt": "a", "answers": ["b", "c"]}) + "\n")
+    code, _, err = run(*common, "--dataset_name", ranked, "--output_dir", tmp_path / "c")
+    assert code == 2
+    assert "no column 'completions' (columns: prompt, answers), expected prompt and completions" in err
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "demo", "sweep")
+_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -23,6 +23,7 @@ commands:
   filter     keep the pairs with the highest distribution reward (DEFT)
   dpo        `trl dpo` with the PLOT term: the same YAML files and flags
   sft        `trl sft` with the PLOT term: the same YAML files and flags
+  pro        ranking optimisation (PRO) with the PLOT term, of ranked lists
   demo       DPO with and without PLOT on a small offline world, judged
   sweep      a grid over PLOT's options, methods and seeds: table and figures
 
@@ -81,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
 
     # Each module is imported only when its command runs: --help must not wait for torch.
     match command:
-        case "dpo" | "sft":
+        case "dpo" | "sft" | "pro":
             from plot_align.commands.train import run as train
 
             return train(command, rest)

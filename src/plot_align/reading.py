@@ -195,25 +195,48 @@ def require_pairs(data: Any) -> None:
     Raises:
         InputError: no ``chosen`` or no ``rejected`` column, no rows, or a row where one of them is missing.
     """
+    _require_columns(
+        data,
+        ("chosen", "rejected"),
+        "expected chosen and rejected (and prompt, where they do not contain it)",
+        "preference pairs",
+    )
+
+
+def require_ranked(data: Any) -> None:
+    """As :func:`require_pairs`, for ``plot-align pro``: ``prompt`` and ``completions``, or pairs.
+
+    Raises:
+        InputError: neither of the two layouts, no rows, or a row where one of the columns is missing.
+    """
+    columns = data.column_names or ()
+    if "chosen" in columns and "completions" not in columns:
+        require_pairs(data)
+    else:
+        expected = "expected prompt and completions (and rewards, unless they are in order), or chosen and rejected"
+        _require_columns(data, ("prompt", "completions"), expected, "ranked completions")
+
+
+def _require_columns(data: Any, names: tuple[str, ...], expected: str, rows: str) -> None:
     import datasets
     import numpy as np
 
     columns = data.column_names
     if columns is None:
         return
-    for name in ("chosen", "rejected"):
+    for name in names:
         if name not in columns:
             raise InputError(
-                f"the training set has no column {name!r} (columns: {', '.join(columns)}), expected chosen and "
-                "rejected (and prompt, where they do not contain it); rename its columns"
+                f"the training set has no column {name!r} (columns: {', '.join(columns)}), {expected}; rename its "
+                "columns"
             )
         if not isinstance(data, datasets.Dataset):
             continue
         if len(data) == 0:
-            raise InputError("the training set is empty, expected preference pairs; name another file or split")
+            raise InputError(f"the training set is empty, expected {rows}; name another file or split")
         column = data.data.column(name)
         if column.null_count:
             row = int(np.flatnonzero(column.is_null().to_numpy())[0])
             raise InputError(
-                f"training row {row}: {name!r} is missing, expected an answer; complete or remove the row"
+                f"training row {row}: {name!r} is missing, expected one in every row; complete or remove the row"
             )

@@ -30,7 +30,7 @@ def launch(tmp_path, tiny_llama, pairs_file):
         out = str(tmp_path / f"{name}.safetensors")
         args = {**ARGS, "output_dir": str(tmp_path / name), **(args or {})}
         options = {
-            "model": str(tiny_llama), "data": str(pairs_file), "out": out, "args": args,
+            "method": "dpo", "model": str(tiny_llama), "data": str(pairs_file), "out": out, "args": args,
             "plot": {"alpha": 3.0, **(plot or {})}, **options,
         }  # fmt: skip
         file = tmp_path / f"{name}.options.json"
@@ -112,3 +112,18 @@ def test_pooled_ranks_equal_one_process_on_both_batches(launch, tmp_path, plot):
     logs = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pooled", "single")]
     for pooled, single in zip(*logs, strict=True):
         assert pooled["plot/loss"] == pytest.approx(single["plot/loss"], rel=1e-4)
+
+
+def test_pro_on_two_ranks_equals_one_process_on_both_batches(launch, tmp_path, ranked_rows):
+    """Its loss is a mean over prompts, and its metrics are of all ranks, though their lists differ in number."""
+    data = tmp_path / "ranked.jsonl"
+    ranked_rows.to_json(data)
+    options = {"method": "pro", "data": str(data), "plot": {"pool": True}}
+    finish(launch("two", ranks=2, args=SGD, **options))
+    finish(launch("one", args={**SGD, "per_device_train_batch_size": 8}, **options))
+    check_same(weights(tmp_path, "two"), weights(tmp_path, "one"))
+    logs = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one")]
+    for two, one in zip(*logs, strict=True):
+        for name in ("loss/ranking", "loss/sft", "logps/best", "rank_accuracy", "entropy", "mean_token_accuracy"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+        assert two["num_tokens"] == one["num_tokens"]

@@ -2,8 +2,9 @@
 
     python worker.py OPTIONS.json
 
-OPTIONS holds ``model`` and ``data`` (paths), ``out`` (weights are saved there), ``args`` of DPOConfig, ``plot`` of
-PlotConfig, ``oracle`` (TRL's loss plus the materialised term instead of ours) and ``resume``.
+OPTIONS holds ``method`` (``dpo`` or ``pro``), ``model`` and ``data`` (paths), ``out`` (weights are saved there),
+``args`` of the method's configuration, ``plot`` of PlotConfig, ``oracle`` (TRL's loss plus the materialised term
+instead of ours) and ``resume``.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from plot_align import PlotConfig, PlotDPOTrainer, estimate
+from plot_align import PlotConfig, PlotDPOTrainer, PlotPROTrainer, PROConfig, estimate
 
 
 def main(options: dict) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
     model = AutoModelForCausalLM.from_pretrained(options["model"])
     data = Dataset.from_json(options["data"])
-    shared = {"args": DPOConfig(**options["args"]), "processing_class": tokenizer, "train_dataset": data}
+    config, drop_in = {"dpo": (DPOConfig, PlotDPOTrainer), "pro": (PROConfig, PlotPROTrainer)}[options["method"]]
+    shared = {"args": config(**options["args"]), "processing_class": tokenizer, "train_dataset": data}
     plot = PlotConfig(**options["plot"])
     if options.get("oracle"):
         from training_oracle import embeddings_at_start, materialised_loss
@@ -41,7 +43,7 @@ def main(options: dict) -> None:
 
         trainer.compute_loss = compute_loss
     else:
-        trainer = PlotDPOTrainer(model, plot=plot, **shared)
+        trainer = drop_in(model, plot=plot, **shared)
     trainer.train(resume_from_checkpoint=options.get("resume"))
     if trainer.is_world_process_zero():
         weights = {name: p.detach().clone().contiguous() for name, p in trainer.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The options of ``plot-align dpo`` and ``sft``: TRL's dataclasses plus ours, read by TRL's parser.
+"""The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses plus ours, read by TRL's parser.
 
 A YAML file written for ``trl dpo`` works unchanged. What differs from TRL: an option that nobody knows is refused with
 the nearest right one, and abbreviations are not guessed.
@@ -23,7 +23,9 @@ class PlotArguments:
 
     preference: str | None = field(
         default=None,
-        metadata={"help": "Artefact written by `plot-align estimate`. Default for dpo: count the training pairs."},
+        metadata={
+            "help": "Artefact written by `plot-align estimate`. Default for dpo and pro: count the training set."
+        },
     )
     preference_dataset: str | None = field(
         default=None,
@@ -39,12 +41,13 @@ def make_parser(command: str) -> Any:
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     from plot_align.training.config import PlotConfig
+    from plot_align.training.pro import PROConfig
 
     class TrainingParser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}; see 'plot-align {command} --help-all'")
 
-    trainer_config = DPOConfig if command == "dpo" else SFTConfig
+    trainer_config = {"dpo": DPOConfig, "sft": SFTConfig, "pro": PROConfig}[command]
     return TrainingParser(
         (ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig, PlotConfig, PlotArguments),
         prog=f"plot-align {command}",

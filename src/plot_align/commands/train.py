@@ -1,4 +1,4 @@
-"""``plot-align dpo`` and ``plot-align sft``: TRL's own scripts with the PLOT term."""
+"""``plot-align dpo``, ``sft`` and ``pro``: TRL's own scripts, and one like them for PRO, with the PLOT term."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from plot_align.errors import InputError
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
 
-`trl {command}` with the PLOT term: every option of `trl {command}`, as a flag or as a
+{title}, as a flag or as a
 key of the YAML file, plus those marked *. --help-all lists all of them.
 
   --config FILE                  options as YAML; flags win over the file
   --model_name_or_path MODEL     hub id or folder
-  --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file
+  --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
   --output_dir DIR               where checkpoints and the model go
-* --alpha A                      weight of the PLOT term; 0 is TRL to the bit
+* --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
 * --preference FILE              from `plot-align estimate`{default}
 * --preference_dataset DATA      estimate it from these pairs instead
 * --target T                     relu, shift, softmax, anchored
@@ -49,7 +49,7 @@ example:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run ``command`` ("dpo" or "sft"): parse, launch more processes where asked to, train, save."""
+    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch more processes where asked to, train, save."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text(command), end="")
         return 0
@@ -75,12 +75,24 @@ def run(command: str, arguments: list[str]) -> int:
 
 def help_text(command: str) -> str:
     """The short help of ``command``, one screen."""
-    dpo = command == "dpo"
+    title = f"`trl {command}` with the PLOT term: every option of `trl {command}`"
+    vanilla, columns, default, extra = "TRL", "", "", ""
+    match command:
+        case "dpo":
+            data, default = "pairs.jsonl", " (default: the pairs)"
+        case "sft":
+            data, extra = "good.jsonl", " --preference p.safetensors"
+        case "pro":
+            title = "Preference Ranking Optimization with the PLOT term: every option of PROConfig"
+            title += "\nand of TRL's ModelConfig and ScriptArguments"
+            columns = "\n                                 of prompt, completions, rewards; or of pairs"
+            columns += "\n  --sft_weight W                 weight of the best completion's NLL (0.05)"
+            vanilla = "PRO"
+            data, default = "ranked.jsonl", " (default: the lists)"
+        case _:
+            raise ValueError(command)
     return _HELP.format(
-        command=command,
-        default=" (default: the pairs)" if dpo else "",
-        data="pairs.jsonl" if dpo else "good.jsonl",
-        extra="" if dpo else " --preference p.safetensors",
+        command=command, title=title, vanilla=vanilla, columns=columns, default=default, data=data, extra=extra
     )
 
 
@@ -90,9 +102,9 @@ def _train(
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
     from trl import get_peft_config, get_quantization_config
 
-    from plot_align.reading import require_pairs
+    from plot_align.reading import require_pairs, require_ranked
     from plot_align.records import write_record
-    from plot_align.training import PlotDPOTrainer, PlotSFTTrainer
+    from plot_align.training import PlotDPOTrainer, PlotPROTrainer, PlotSFTTrainer
 
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
@@ -104,8 +116,18 @@ def _train(
         )
     preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
-    if command == "dpo":
-        require_pairs(train_dataset)
+    trainer_class: Any
+    match command:
+        case "dpo":
+            require_pairs(train_dataset)
+            trainer_class = PlotDPOTrainer
+        case "sft":
+            trainer_class = PlotSFTTrainer
+        case "pro":
+            require_ranked(train_dataset)
+            trainer_class = PlotPROTrainer
+        case _:
+            raise ValueError(command)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -113,7 +135,6 @@ def _train(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    trainer_class: Any = PlotDPOTrainer if command == "dpo" else PlotSFTTrainer
     try:
         trainer = trainer_class(
             model=model_args.model_name_or_path,
@@ -171,7 +192,7 @@ def _last_log(trainer: Any, having: str) -> dict[str, Any]:
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
-    """The preference distribution asked for; None: the DPO trainer counts its own training pairs."""
+    """The preference distribution asked for; None: the DPO or PRO trainer counts its own training set."""
     if where.preference is not None and where.preference_dataset is not None:
         raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
     if where.preference is not None:

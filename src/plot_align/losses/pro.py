@@ -70,13 +70,12 @@ def pro_loss(
     later = torch.ones_like(gaps, dtype=torch.bool).triu(1)  # (P, n, n)
     below = (gaps > 0) | ((gaps == 0) & later)  # (P, n, n): i is ranked below k
     below = below & present.unsqueeze(2) & present.unsqueeze(1)
-    contrasted = below.any(2)  # (P, n): all but the last of each list
     widest = gaps.masked_fill(~below, 0).amax(2)  # (P, n): Δ_k
     rivals = (scores.unsqueeze(1) * gaps).masked_fill(~below, -math.inf)  # (P, n, n): s_i·(r_k − r_i)
-    rivals = rivals.masked_fill(~contrasted.unsqueeze(2), 0)  # a row of −∞ alone would have a NaN gradient
     # log(e^a + Σe^b) − a as a softplus of logsumexp(b) − a: nothing overflows, and a loss near 0 keeps its digits.
+    # Where nobody is below, the margin is infinite: no loss, no gradient.
     margins = scores * widest - rivals.logsumexp(2)  # (P, n)
-    ranking = -logsigmoid(margins).masked_fill(~contrasted, 0).sum(1)  # (P,)
+    ranking = -logsigmoid(margins).sum(1)  # (P,)
 
     best = present & ~below.any(1)  # (P, n): nobody is above
     pairs = (present.sum(1) - 1).to(dtype).square()  # (P,): (n − 1)²

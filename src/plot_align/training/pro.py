@@ -138,7 +138,7 @@ class DataCollatorForRanking:
 
         lowered = [torch.tensor([r - example["rewards"][-1] for r in example["rewards"]]) for example in examples]
         return {
-            # First, because the Trainer weighs an evaluation batch by the first dimension of its first tensor: P.
+            # First, because the Trainer counts the examples of a stream by its first tensor: prompts, not completions.
             "rewards": pad(lowered, padding_value=0, padding_side="right"),
             "list_lengths": torch.tensor([len(example["ranked_ids"]) for example in examples]),
             "input_ids": padded(ids, self.pad_token_id),
