@@ -526,7 +526,8 @@ def _check_tokenized(columns: list[str], truncation_mode: str) -> None:
         if truncation_mode != "keep_start":
             trainer = "KTOTrainer" if unpaired else "CPOTrainer and ORPOTrainer"
             raise InputError(
-                f"truncation_mode is {truncation_mode!r}, expected keep_start, the only mode of {trainer}; use keep_start"
+                f"truncation_mode is {truncation_mode!r}, expected keep_start, the only mode of {trainer}; "
+                "use keep_start"
             )
     elif not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
         raise InputError(
