@@ -1,0 +1,22 @@
+"""AOT, TRL's distributional DPO loss, with PLOT: one compares sorted rewards of a micro-batch, the other tokens.
+
+AOT sorts within a micro-batch: the larger it is, the more there is to sort, and gradient accumulation does not help.
+"""
+
+from __future__ import annotations
+
+from common import arguments, report, settings
+from trl import DPOConfig
+
+from plot_align import PlotConfig, PlotDPOTrainer
+from plot_align.sandbox import pairs
+
+options = arguments(__doc__, loss_type=["aot", "aot_unpaired"])
+trainer = PlotDPOTrainer(
+    model=options.model,
+    args=DPOConfig(loss_type=[options.loss_type], **settings(options.steps)),
+    train_dataset=pairs(),
+    plot=PlotConfig(alpha=options.alpha),
+)
+trainer.train()
+report(trainer)

@@ -1,0 +1,49 @@
+"""What the examples share: their command line, settings for a small model on a CPU, and the report at the end."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+
+def arguments(description: str, **choices: list[str]) -> argparse.Namespace:
+    """``--steps``, ``--alpha``, ``--model``, and an option for each of ``choices``, the first value its default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="optimiser steps")
+    parser.add_argument("--alpha", type=float, default=1.0, help="weight of the PLOT term")
+    parser.add_argument("--model", help="a checkpoint folder with a chat template; none: the sandbox's base model")
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0], help="which one")
+    options = parser.parse_args()
+    if options.model is None:
+        from plot_align.sandbox import build_base
+
+        options.model = str(build_base())  # about a minute the first time, then cached
+    return options
+
+
+def settings(steps: int, batch_size: int = 16) -> dict[str, Any]:
+    """Training arguments of every TRL config: a CPU, a small model, five lines of log, nothing kept."""
+    return {
+        "output_dir": tempfile.mkdtemp(prefix="plot-align-example-"),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": 3e-4,
+        "logging_steps": max(1, steps // 5),
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+def report(trainer: Any) -> None:
+    """The PLOT metrics of the first and the last log, each the mean over its steps."""
+    logs = [record for record in trainer.state.log_history if "plot/loss" in record]
+    print(f"\n{'':22}{'first':>8}{'last':>10}")
+    for name in sorted(name for name in logs[0] if name.startswith("plot/")):
+        last = f"{logs[-1][name]:10.4f}" if name in logs[-1] else f"{'–':>10}"  # the ratio is not taken at every step
+        print(f"{name:20}{logs[0][name]:10.4f}{last}")

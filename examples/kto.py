@@ -1,0 +1,15 @@
+"""KTO with PLOT: attached to a trainer that is already built, which unpaired the pairs itself."""
+
+from __future__ import annotations
+
+from common import arguments, report, settings
+from trl import KTOConfig, KTOTrainer
+
+from plot_align import PlotConfig, attach
+from plot_align.sandbox import pairs
+
+options = arguments(__doc__)
+trainer = KTOTrainer(model=options.model, args=KTOConfig(**settings(options.steps)), train_dataset=pairs())
+attach(trainer, config=PlotConfig(alpha=options.alpha))
+trainer.train()
+report(trainer)
