@@ -4,8 +4,8 @@
     python benchmarks/sinkhorn.py --device cuda --hidden 4096
 
 Arms are interleaved and compared round by round, each called five times a round. ``w1/norm`` is what they are compared
-with; ``... per call`` gets a target of its own with the call. Embeddings and distributions are random. Sinkhorn runs with its defaults and is
-expected at no more than ten times W1. The last line printed is the record's path.
+with; ``... per call`` gets a target of its own with the call. Embeddings and distributions are random. Sinkhorn runs
+with its defaults and is expected at no more than ten times W1. The last line printed is the record's path.
 """
 
 from __future__ import annotations

@@ -78,6 +78,11 @@ def test_scalings_and_log_sum_exps_are_the_same_iteration(iterations, monkeypatc
     assert fast.iterations == slow.iterations == iterations
     torch.testing.assert_close(fast.f, slow.f, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(fast.g, slow.g, rtol=1e-10, atol=1e-11)
+    f, cost = -0.1 * ((-cost_matrix(e) / 0.1).exp() @ target).log(), cost_matrix(e)
+    for _ in range(iterations):
+        g = -0.1 * (p @ ((f[:, None] - cost) / 0.1).exp()).log()
+        f = -0.1 * (((g - cost) / 0.1).exp() @ target).log()
+    torch.testing.assert_close(fast.f, f, rtol=1e-9, atol=1e-10)
 
 
 def test_the_range_of_the_scalings_is_safe():
@@ -249,6 +254,9 @@ def test_the_past_does_not_matter_and_scale_does_not_either(make):
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert float(make(target, 1000.0 * e).value(p)) == pytest.approx(float(first[0]), rel=1e-5)
+    doubled = built.value_and_potential(2 * p)  # of p / sum p, so the derivative halves
+    torch.testing.assert_close(doubled[0], first[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(2 * doubled[1], first[1], rtol=1e-10, atol=1e-12)
     assert float(built.value(p.float())) == pytest.approx(float(first[0]), rel=1e-5)
     moved = copy.deepcopy(built).to(torch.bfloat16)
     assert torch.equal(moved.value(p), first[0])
