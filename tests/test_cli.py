@@ -51,7 +51,7 @@ def _one_sentence(err: str) -> str:
 # --- help, version, exit codes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("estimate",), ("inspect",), ("dpo",), ("sft",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("estimate",), ("inspect",), ("dpo",), ("sft",), ("demo",), ("sweep",)])
 def test_help_fits_a_screen_and_has_an_example(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--help")
     rows = out.splitlines()
@@ -128,6 +128,16 @@ def test_exit_codes(
             "--output is 'p.bin', expected a name ending in .safetensors; rename it",
         ),
         (["inspect", "x", "--tokenizer", "t", "--top", "0"], "--top is 0, expected how many tokens to show on each"),
+        (["sweep", "--alhpa", "1"], "unknown option '--alhpa'; did you mean '--alpha'?"),
+        (["sweep", "--alpha", "1", "much"], "alpha is 'much', expected a number"),
+        (["sweep", "--method", "ppo"], "method is 'ppo'; did you mean"),
+        (["sweep", "--workers", "0"], "workers is '0', expected how many runs at once, 1 or more"),
+        (["sweep", "--batch_size", "0"], "batch_size is 0; expected a number of 1 or more"),
+        (
+            ["sweep", "--pool", "on", "--granularity", "batch", "token"],
+            "the grid's combination alpha 0.1, granularity",
+        ),
+        (["sweep", "--train", "nothing.yaml"], "--config nothing.yaml cannot be read"),
         (["demo", "--seeds", "0"], "--seeds is 0, expected 1 or more; leave it out for the default"),
     ],
 )

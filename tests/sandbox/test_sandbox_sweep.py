@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from plot_align.errors import RunError
 from plot_align.records import read_record
-from plot_align.sandbox.experiment import PlotConfig
+from plot_align.sandbox.experiment import run_arm
 from plot_align.sweep import Cell, Job, expand
 from plot_align.sweep.run import describe, run
 from plot_align.sweep.workloads import Sandbox, sandbox_run
+from plot_align.training import PlotConfig
 
 SMALL = {"steps": [2], "batch_size": [4], "per_category": [6], "heldout": [3]}
 GRID: dict[str, list[Any]] = {**SMALL, "alpha": [0.1, 10.0], "seed": [0, 1]}
@@ -29,21 +30,28 @@ def results(folder: Path) -> dict[str, Any]:
     return {name: {k: v for k, v in record.items() if k not in TIMING} for name, record in found.items()}
 
 
+def finish(jobs: Sequence[Job], workload: Sandbox) -> None:
+    """In this process, because starting another takes longer than the run."""
+    for job in jobs:
+        single = sandbox_run(job)
+        run_arm(single.arm, single.setting, single.seed, workload.base, workload.folder)
+
+
 def test_a_sweep_and_the_same_interrupted_and_resumed(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     jobs = expand(GRID)
-    cells = run(jobs, Sandbox(whole, tiny_base), whole, config={"grid": GRID}, console=QUIET)
+    cells = run(jobs, Sandbox(whole, tiny_base), whole, config={"grid": GRID}, console=QUIET, workers=1)
 
     workload = Sandbox(halves, tiny_base)
-    run(jobs[:3], workload, halves, config={"grid": GRID}, console=QUIET, workers=1)
+    finish(jobs[:3], workload)
     describe(jobs, workload, Console(width=200))
     out = capsys.readouterr().out
     assert "without PLOT: seeds 0* 1\n" in out
     assert "6 runs, 3 finished (*), 3 to run" in out
     before = {path.name: path.stat().st_mtime_ns for path in (halves / "records").iterdir()}
-    resumed = run(jobs, workload, halves, config={"grid": GRID}, console=QUIET)
+    resumed = run(jobs, workload, halves, config={"grid": GRID}, console=QUIET, workers=1)
     assert len(results(whole)) == 6
     assert results(halves) == results(whole)
     assert {path.name: path.stat().st_mtime_ns for path in (halves / "records").iterdir()}.items() >= before.items()
@@ -70,24 +78,14 @@ def test_a_sweep_and_the_same_interrupted_and_resumed(
 def test_finished_runs_are_read_and_the_figures_drawn_again(tiny_base: Path, tmp_path: Path) -> None:
     jobs = expand({**SMALL, "alpha": [0.0]})
     workload = Sandbox(tmp_path, tiny_base)
-    run(jobs, workload, tmp_path, config={}, console=QUIET)
+    finish(jobs, workload)
     path = workload.record(jobs[0])
     record = json.loads(path.read_text())
     record["results"]["distance"]["value"] = 0.125
     path.write_text(json.dumps(record))
-    (tmp_path / "table.md").unlink()
     (cell,) = run(jobs, workload, tmp_path, config={}, console=QUIET)
     assert cell["metrics"]["distance"]["value"] == 0.125
     assert re.search(r"\| none \| 1 \|.* 0\.125 \|", (tmp_path / "table.md").read_text())
-
-
-def test_what_finished_is_summarised_when_a_run_fails(tiny_base: Path, tmp_path: Path) -> None:
-    """KL to a target without full support is infinite in the first step."""
-    jobs = expand({**SMALL, "alpha": [1.0], "divergence": ["kl"]})
-    with pytest.raises(RunError, match=r"1 of 2 runs failed \(dpo\+sigmoid\+plot alpha 1 divergence kl, seed 0\)"):
-        run(jobs, Sandbox(tmp_path, tiny_base), tmp_path, config={}, console=QUIET, workers=1)
-    (cell,) = read_record(tmp_path / "summary.json")["results"]["cells"]
-    assert cell["plot"] is None
 
 
 def test_a_record_does_not_depend_on_what_the_grid_spells_out(tmp_path: Path) -> None:

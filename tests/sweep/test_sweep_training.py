@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from plot_align.errors import InputError, RunError
-from plot_align.records import read_record
+from plot_align.records import read_record, write_record
 from plot_align.sweep import Cell, Job, expand
 from plot_align.sweep.run import run
 from plot_align.sweep.workloads import Training, training_metrics
@@ -38,21 +39,13 @@ def content(tiny_llama: Path, pairs_file: Path) -> dict[str, Any]:
 
 
 def test_every_run_is_a_process_and_its_record_is_read_back(content: dict[str, Any], tmp_path: Path) -> None:
-    """Vanilla, PLOT, and KL, which is infinite in the first step: the last line of its log says so."""
+    """Vanilla and PLOT; the term is in the losses that TRL reports, and the metrics leave it out."""
     config = tmp_path / "dpo.yaml"
     config.write_text(yaml.safe_dump(content))
     output = tmp_path / "out"
     workload = Training(output, config, content)
-    jobs = expand({"alpha": [10.0], "divergence": ["w1", "kl"], "seed": [3]}, base=workload.plot_options())
-    vanilla, plot, kl = jobs
-    with pytest.raises(RunError) as caught:
-        run(jobs, workload, output, config={}, console=QUIET)
-    assert "1 of 3 runs failed (dpo, alpha 10, divergence kl, seed 3); the first said: the PLOT loss is infin" in str(
-        caught.value
-    )
-    assert "log.txt" in str(caught.value)
-    assert not workload.record(kl).exists()
-
+    jobs = vanilla, plot = expand({"alpha": [10.0], "seed": [3]}, base=workload.plot_options())
+    run(jobs, workload, output, config={}, console=QUIET)
     for job, alpha in ((vanilla, 0.0), (plot, 10.0)):
         folder = next(p for p in (output / "runs").iterdir() if p.name == workload.record(job).stem)
         assert "model saved to" in (folder / "log.txt").read_text()
@@ -68,12 +61,46 @@ def test_every_run_is_a_process_and_its_record_is_read_back(content: dict[str, A
         with_plot["eval_loss_without_plot"] + 10 * with_plot["eval_plot/loss"], rel=1e-2
     )
     cells = read_record(output / "summary.json", "sweep")["results"]["cells"]
-    assert [cell["plot"] for cell in cells] == [None, {"alpha": 10.0, "divergence": "w1"}]
+    assert [cell["plot"] for cell in cells] == [None, {"alpha": 10.0}]
     assert cells[1]["minus_vanilla"]["eval_rewards/margins"]["value"] == pytest.approx(
         with_plot["eval_rewards/margins"] - without["eval_rewards/margins"]
     )
     assert (output / "eval_loss_without_plot.png").stat().st_size > 5_000
     assert "reward margin (evaluation) ↑" in (output / "table.md").read_text()
+
+
+def test_a_failed_run_is_reported_with_the_last_line_of_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The vanilla arm fails; PLOT's finishes with a record that another one wrote before."""
+    workload = Training(tmp_path, Path("a.yaml"), {})
+    vanilla, plot = jobs = expand({"alpha": [1.0]})
+    template = write_record(tmp_path / "template.json", "dpo", {"eval": {"eval_loss": 0.5}}, config={})
+    folder = tmp_path / "runs" / workload.record(plot).stem
+
+    def command(job: Job) -> list[str]:
+        if job == vanilla:
+            return [
+                sys.executable,
+                "-c",
+                "import sys; print('step 1'); sys.exit('plot-align: out of luck; buy more.')",
+            ]
+        copy = f"import shutil; shutil.copy({str(template)!r}, {str(folder / 'plot_align_record.json')!r})"
+        return [sys.executable, "-c", copy]
+
+    monkeypatch.setattr(workload, "command", command)
+    with pytest.raises(RunError) as caught:
+        run(jobs, workload, tmp_path, config={}, console=QUIET)
+    log = tmp_path / "runs" / workload.record(vanilla).stem / "log.txt"
+    assert str(caught.value).startswith(
+        f"1 of 2 runs failed (dpo, without PLOT, seed 0); the first said: out of luck; buy more (its log is {log})."
+    )
+    assert "step 1" in log.read_text()
+    assert not workload.record(vanilla).exists()
+    (cell,) = read_record(tmp_path / "summary.json")["results"]["cells"]
+    assert cell["plot"] == {"alpha": 1.0}
+    assert cell["metrics"]["eval_loss"]["value"] == 0.5
+    assert cell["minus_vanilla"] == {}
 
 
 def test_the_command_of_a_job(tmp_path: Path) -> None:
