@@ -313,7 +313,7 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
             shared["per_device_train_batch_size"] *= 2
             return KTOTrainer(args=KTOConfig(**shared, beta=beta), **parts)
         case "pro":
-            from ..training.pro import PROConfig, PROTrainer  # type: ignore[import-not-found]
+            from ..training.pro import PROConfig, PROTrainer
 
             return PROTrainer(args=PROConfig(**shared, sft_weight=0.05), **parts)
         case "cpo":
