@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
@@ -51,7 +52,9 @@ def _one_sentence(err: str) -> str:
 # --- help, version, exit codes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [(), ("estimate",), ("inspect",), ("dpo",), ("sft",), ("demo",), ("sweep",)])
+@pytest.mark.parametrize(
+    "command", [(), ("estimate",), ("inspect",), ("filter",), ("dpo",), ("sft",), ("demo",), ("sweep",)]
+)
 def test_help_fits_a_screen_and_has_an_example(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--help")
     rows = out.splitlines()
@@ -138,6 +141,16 @@ def test_exit_codes(
             "the grid's combination alpha 0.1, granularity",
         ),
         (["sweep", "--train", "nothing.yaml"], "--config nothing.yaml cannot be read"),
+        (["filter", "x"], "the following arguments are required: --model; see 'plot-align filter --help'"),
+        (["filter", "x", "--model", "m", "--share", "5"], "--share is 5.0, expected a share above 0 and at most 1"),
+        (["filter", "x", "--model", "m", "--share", "0"], "--share is 0.0, expected a share above 0 and at most 1"),
+        (["filter", "x", "--model", "m", "--direction", "up"], "--direction is 'up', expected highest or lowest"),
+        (["filter", "x", "--model", "m", "--reading", "p"], "--reading is 'p', expected log or prob"),
+        (["filter", "x", "--model", "m", "--score", "all"], "--score is 'all', expected chosen or margin"),
+        (["filter", "x", "--model", "m", "--batch_size", "0"], "--batch_size is 0, expected 1 or more"),
+        (["filter", "x", "--model", "m", "--dtype", "half32"], "--dtype is 'half32', expected auto, float32,"),
+        (["filter", "x", "--model", "m", "--output", "k.csv"], "output is 'k.csv', expected a name ending in .jsonl"),
+        (["filter", "x", "--model", "m", "--preference", "p"], "preference file p does not exist"),
         (["demo", "--seeds", "0"], "--seeds is 0, expected 1 or more; leave it out for the default"),
     ],
 )
@@ -240,6 +253,120 @@ def test_inspect_shows_draws_and_prints_json(run: Run, artefact: Path, tiny_toke
     assert code == 0
     assert [len(shown["preferred"]), len(shown["rejected"])] == [2, 2]
     assert all(entry["chosen"] > entry["rejected"] for entry in shown["preferred"])
+
+
+# --- filter ----------------------------------------------------------------------------------------------------------
+
+
+def test_filter_keeps_what_the_library_keeps(
+    run: Run, tmp_path: Path, artefact: Path, pairs_file: Path, tiny_llama: Path, pair_rows: list[dict[str, str]]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plot_align.filtering import score_pairs
+    from plot_align.reading import load_pairs
+
+    scores = score_pairs(
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        AutoTokenizer.from_pretrained(tiny_llama),
+        load_pairs(pairs_file),
+        PreferenceDistribution.load(artefact),
+        reading="prob",
+        batch_size=7,
+        progress=False,
+    )
+    margin = (scores[:, 0] - scores[:, 1]).tolist()
+    lowest = sorted(sorted(range(len(margin)), key=lambda row: margin[row])[:6])  # a quarter of 24
+    output = tmp_path / "new" / "kept.jsonl.gz"
+    flags: list[Any] = ["--preference", artefact, "--share", 0.25, "--direction", "lowest", "--score", "margin"]
+    flags += ["--reading", "prob", "--batch_size", 7, "--device", "cpu", "--output", output]
+    code, out, _ = run("filter", pairs_file, "--model", tiny_llama, *flags)
+    assert code == 0
+    assert list(load_pairs(output)) == [pair_rows[row] for row in lowest]
+    assert re.search(r"pairs kept +6\b", out)
+    beside = output.with_name("kept.scores.jsonl.gz")
+    lines = [json.loads(line) for line in gzip.decompress(beside.read_bytes()).splitlines()]
+    assert [line["row"] for line in lines if line["kept"]] == lowest
+    assert [[line["chosen"], line["rejected"]] for line in lines] == scores.tolist()
+    record = read_record(output.with_name("kept.record.json"), "filter")
+    assert record["results"]["kept"] == 6
+    assert record["results"]["threshold"] == max(margin[row] for row in lowest)
+    assert record["results"]["quantiles"]["0"] == min(margin)
+    assert record["config"]["dtype"] == "torch.float32"
+    assert sorted(path.name for path in output.parent.iterdir()) == sorted(
+        ["kept.jsonl.gz", "kept.scores.jsonl.gz", "kept.record.json"]
+    )
+
+
+def test_filter_after_an_interrupt_writes_the_same_bytes(
+    run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --preference the counts come from the pairs; the second run makes the passes that the first did not."""
+    from plot_align import filtering
+
+    calls, stop_at = 0, 3
+    collate = filtering._collate
+
+    def interrupted(batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return collate(batch)
+
+    def command(folder: str) -> tuple[int, str, str]:
+        output = tmp_path / folder / "kept.jsonl"
+        return run(
+            "filter", pairs_file, "--model", tiny_llama, "--share", "0.2", "--batch_size", 8, "--output", output
+        )
+
+    assert command("whole")[0] == 0
+    monkeypatch.setattr(filtering, "_collate", interrupted)
+    code, _, err = command("resumed")
+    assert code == 130
+    assert "interrupted" in err
+    assert [path.suffixes[:2] for path in (tmp_path / "resumed").iterdir()] == [[".scores", ".partial"]]
+    stop_at = 0
+    assert command("resumed")[0] == 0
+    assert calls == 3 + 4  # six batches of 8, of which two were done
+    for name in ("kept.jsonl", "kept.scores.jsonl"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len((tmp_path / "whole" / "kept.jsonl").read_text().splitlines()) == 5  # 4.8, rounded up
+    assert len(list((tmp_path / "resumed").iterdir())) == 3
+
+
+def test_filtered_pairs_train(run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    assert run("filter", pairs_file, "--model", tiny_llama, "--share", 0.2, "--output", kept)[0] == 0
+    flags: list[Any] = ["--max_steps", 1, "--per_device_train_batch_size", 4, "--report_to", "none", "--use_cpu"]
+    flags += ["--bf16", "false", "--save_strategy", "no", "--output_dir", tmp_path / "out"]
+    code, out, err = run("dpo", "--model_name_or_path", tiny_llama, "--dataset_name", kept, *flags)
+    assert code == 0, err
+    assert "model saved" in out
+
+
+def test_filter_refuses_and_leaves_nothing(
+    run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path, artefact: Path
+) -> None:
+    output = tmp_path / "out" / "kept.jsonl"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "rejected": " b"}\n')
+    same = tmp_path / "same.jsonl"
+    same.write_bytes(pairs_file.read_bytes())
+    for data, flags, said in [
+        (bad, [], "no column 'chosen'"),
+        (pairs_file, ["--model", tmp_path], "no tokenizer could be loaded"),
+        (pairs_file, ["--device", "warp"], "--device is 'warp', which this machine does not offer"),
+        (pairs_file, ["--max_length", 0], "max_length is 0"),
+        (tmp_path / "none.jsonl", [], "does not exist"),
+        (same, ["--output", same], "would overwrite the data it is made from"),
+    ]:
+        code, out, err = run("filter", data, "--model", tiny_llama, "--output", output, *flags)
+        assert (code, out) == (2, "")
+        assert said in err.splitlines()[-1]
+        assert "Traceback" not in err
+        assert not output.parent.exists()
+    assert same.read_bytes() == pairs_file.read_bytes()
 
 
 # --- dpo and sft: options --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from plot_align.errors import InputError, RunError
-from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored_range
+from plot_align.estimate import estimate, estimate_tokenized, load_pairs, scored_pairs, scored_range
 from plot_align.preference import PreferenceDistribution
 from plot_align.sandbox import train_tokenizer
 
@@ -188,6 +188,20 @@ def test_counts_are_those_of_trl(case: str, bos: bool, tiny_llama: Path, tmp_pat
     assert preference.rows == len(trainer.train_dataset)
     tokenised = estimate_tokenized(trainer.train_dataset, tokenizer, progress=False, batch_size=11, **limits)
     assert_counts(tokenised, expected)
+    assert_sequences(scored_pairs(data, tokenizer, batch_size=13, **limits), trainer)
+
+
+def assert_sequences(pairs: Any, trainer: Any) -> None:
+    """Rows that are not dropped are the collator's, context included, to the token."""
+    pairs = [pair for pair in pairs if any(side.start < side.stop for side in pair)]
+    assert len(pairs) == len(trainer.train_dataset)
+    for pair, row in zip(pairs, trainer.train_dataset, strict=True):
+        batch = trainer.data_collator([row])
+        masks = zip(pair, batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True)
+        for side, ids, seen, completion in masks:
+            assert side.ids.tolist() == ids[seen == 1].tolist()
+            scored = completion[seen == 1].nonzero().squeeze(-1).tolist()
+            assert list(range(side.start, side.stop)) == [position for position in scored if position > 0]
 
 
 def test_cases_reach_the_corners(tokenizer: Any) -> None:
@@ -277,6 +291,45 @@ def test_kto_rows(tokenizer: Any, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="KTOTrainer"):
         estimate(data, tokenizer, progress=False, truncation_mode="keep_end")
     with pytest.raises(InputError, match="KTOTrainer"):
+        estimate_tokenized(trainer.train_dataset, tokenizer, max_length=30, truncation_mode="keep_end")
+
+
+def test_rows_of_labels_by_hand(tokenizer: Any) -> None:
+    """What CPO and ORPO train on: −100 is the prompt, and a first token, which nothing predicts, is not scored."""
+    rows = {
+        "chosen_labels": [[-100, -100, 7, 8], [9, 7], [-100, -100]],
+        "rejected_labels": [[-100, 5], [5, 5, 6], [-100]],
+    }
+    for batch_size in (1, 2, 100):
+        found = estimate_tokenized(
+            Dataset.from_dict(rows), tokenizer, max_length=4, progress=False, batch_size=batch_size
+        )
+        assert {i: n for i, n in enumerate(found.chosen_counts.tolist()) if n} == {7: 2, 8: 1}
+        assert {i: n for i, n in enumerate(found.rejected_counts.tolist()) if n} == {5: 2, 6: 1}
+        assert found.rows == 3
+
+
+@pytest.mark.parametrize("template", [None, CHATML], ids=["standard", "conversational"])
+@pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+def test_cpo_rows(bos: bool, template: str | None, tiny_llama: Path, tmp_path: Path) -> None:
+    """As CPOTrainer tokenised them, against its collated batches, with answers and whole completions cut off."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    tokenizer = make_tokenizer([" ".join(row.values()) for row in STANDARD], bos=bos)
+    tokenizer.chat_template = template
+    if bos:
+        tokenizer.bos_token = "<bos>"
+    data = Dataset.from_list(CONVERSATIONAL if template else STANDARD)
+    trainer = build(CPOTrainer, CPOConfig, data, tokenizer, tiny_llama, tmp_path, max_length=30)
+    expected = torch.zeros(2, len(tokenizer), dtype=torch.int64)
+    for batch in trainer.get_train_dataloader():
+        for side, name in enumerate(("chosen_labels", "rejected_labels")):
+            for label in batch[name][:, 1:].flatten().tolist():
+                if label != -100:
+                    expected[side, label] += 1
+    tokenised = estimate_tokenized(trainer.train_dataset, tokenizer, max_length=30, progress=False, batch_size=7)
+    assert_counts(tokenised, tuple(expected))
+    with pytest.raises(InputError, match="the only mode of CPOTrainer and ORPOTrainer"):
         estimate_tokenized(trainer.train_dataset, tokenizer, max_length=30, truncation_mode="keep_end")
 
 
@@ -627,6 +680,9 @@ def test_refused_tokenized_rows(tokenizer: Any) -> None:
     refuse({"prompt_ids": [1], "chosen_ids": [-1], "rejected_ids": [2]}, "id -1")
     refuse({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}, "no rejected token")
     refuse({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}, "max_length is 0", max_length=0)
+    refuse({"chosen_labels": [-100, -100], "rejected_labels": [1, 2]}, "no chosen token")
+    refuse({"chosen_labels": [-100, -1], "rejected_labels": [1, 2]}, "'chosen_labels' has token id -1")
+    refuse({"chosen_labels": [1, 2], "rejected_labels": [1, len(tokenizer)]}, f"id {len(tokenizer)}")
     holes = Dataset.from_dict({"prompt_ids": [[1], [1]], "chosen_ids": [[2], None], "rejected_ids": [[2], [2]]})
     for batch_size in (1, 2):
         with pytest.raises(InputError, match="row 1: 'chosen_ids' is missing"):

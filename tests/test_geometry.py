@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from plot_align import geometry
 from plot_align.errors import InputError
-from plot_align.geometry import Geometry, gini_mean_difference, line
+from plot_align.geometry import Geometry, gini_mean_difference, line, slices
 
 
 def embeddings(seed, rows=40, width=6, dtype=torch.float64):
@@ -170,11 +170,12 @@ def test_small_but_real_differences_are_kept():
         ({"embeddings": torch.zeros(3, 0)}, r"embeddings is .*\(3, 0\)"),
         ({"embeddings": torch.ones(3, 2, dtype=torch.int64)}, "embeddings is a int64"),
         ({"embeddings": [[1.0]]}, "embeddings is a list"),
-        ({"kind": "slices"}, 'kind is \'slices\'.*"norm" or "principal"'),
+        ({"kind": "slices"}, 'kind is \'slices\'.*"norm", "principal" or "vocabulary"'),
         ({"norm_order": 0.5}, "norm_order is 0.5.*1 <= l"),
         ({"norm_order": math.nan}, "norm_order is nan"),
         ({"norm_order": "2"}, "norm_order is '2'"),
         ({"kind": "principal", "norm_order": 1}, 'norm_order is 1 with kind "principal"'),
+        ({"kind": "vocabulary", "norm_order": 1}, 'norm_order is 1 with kind "vocabulary"'),
         ({"valid": 41}, "valid is 41 for 40 rows"),
         ({"valid": 1}, "valid is 1 for 40 rows"),
         ({"valid": 3.0}, "valid is 3.0"),
@@ -210,3 +211,70 @@ def test_non_finite_embeddings_are_refused(kind, bad, row):
 def test_geometry_of_your_own_is_checked(change, message):
     with pytest.raises(InputError, match=message):
         Geometry(**{"coordinates": torch.tensor([0.0, 1.0]), "kind": "mine", **change})
+
+
+def test_vocabulary_by_hand():
+    """Of the ids 0, 1, 2, 3 the first three are tokens: their pairs differ by 1, 1 and 2, so the unit is 4/3."""
+    same = torch.ones(4, 2)  # the embeddings do not matter
+    g = line(same, "vocabulary", valid=3)
+    assert g.unit == pytest.approx(4 / 3)
+    torch.testing.assert_close(g.coordinates, torch.tensor([0.0, 0.75, 1.5, 2.25], dtype=torch.float64))
+    assert (g.kind, g.norm_order, g.valid) == ("vocabulary", None, 3)
+    assert line(same, "vocabulary", scaled=False).coordinates.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_slices_have_one_unit():
+    """Gini's mean difference is 1 on average over the slices, not on each: directions keep their relative lengths."""
+    e = embeddings(10) * torch.tensor([10.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    made, raw = slices(e, 7, seed=3, valid=30), slices(e, 7, seed=3, scaled=False, valid=30)
+    pairs = [(g.coordinates[:30, None] - g.coordinates[None, :30]).abs().sum().item() / (30 * 29) for g in made]
+    assert np.mean(pairs) == pytest.approx(1.0, rel=1e-12)
+    assert np.std(pairs) > 0.3
+    assert len({g.unit for g in made}) == 1
+    assert {(g.kind, g.norm_order, g.valid) for g in made} == {("slice", 2.0, 30)}
+    for a, b in zip(made, raw, strict=True):
+        assert b.unit == 1.0
+        torch.testing.assert_close(a.coordinates * a.unit, b.coordinates)
+
+
+def test_slices_are_unit_projections():
+    """On the identity matrix the coordinates are the direction itself: a unit vector, another one for each slice."""
+    found = torch.stack([g.coordinates for g in slices(torch.eye(6), 40, seed=1, scaled=False)])  # (40, 6)
+    torch.testing.assert_close(found.square().sum(1), torch.ones(40, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(found) == 6
+    assert found.mean(0).abs().max() < 0.25  # uniform on the sphere: no direction is preferred
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), valid=st.sampled_from([5, 12]))
+def test_slices_are_lipschitz_under_the_euclidean_cost(seed, valid):
+    e = embeddings(seed, rows=12, width=4)
+    cost = torch.cdist(e, e)
+    for g in slices(e, 3, seed=seed, valid=valid):
+        x = g.coordinates * g.unit
+        assert ((x[:, None] - x[None, :]).abs() <= cost + 1e-9).all()
+
+
+def test_slices_are_reproducible_and_leave_the_global_generator_alone(monkeypatch):
+    e = embeddings(11, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = slices(e, 4, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(geometry, "_CHUNK_ELEMENTS", 7 * e.shape[1])
+    for a, b, other in zip(first, slices(e, 4, seed=5), slices(e, 4, seed=6), strict=True):
+        torch.testing.assert_close(a.coordinates, b.coordinates, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(a.coordinates, other.coordinates)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True])
+def test_slices_refuse_a_wrong_count(count):
+    with pytest.raises(InputError, match=r"count is .* at least one slice"):
+        slices(embeddings(0), count)
+
+
+def test_slices_refuse_embeddings_without_differences():
+    with pytest.raises(InputError, match="embeddings are the same for all 7 tokens"):
+        slices(torch.full((7, 3), 0.1), 5)
+    with pytest.raises(InputError, match="embeddings is a float32 tensor"):
+        slices(torch.zeros(3), 5)

@@ -390,7 +390,7 @@ def test_no_preference_no_target() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transform": "relu6"}, "transform is 'relu6', expected one of relu, shift, softmax, anchored"),
+        ({"transform": "relu6"}, "transform is 'relu6', expected one of relu, shift, softmax, chosen, anchored"),
         ({"transform": "softmax", "temperature": 0.0}, "temperature is 0.0"),
         ({"transform": "softmax", "temperature": math.nan}, "temperature is nan"),
         ({"transform": "anchored"}, "reference is missing"),

@@ -16,15 +16,26 @@ from plot_align._version import __version__
 if TYPE_CHECKING:
     from plot_align.estimate import estimate, load_pairs
     from plot_align.geometry import Geometry, line
-    from plot_align.losses import PlotLoss, make_divergence
+    from plot_align.losses import PlotLoss, make_divergence, pro_loss
     from plot_align.preference import PreferenceDistribution
-    from plot_align.training import PlotConfig, PlotDPOTrainer, PlotSFTTrainer, attach
+    from plot_align.training import (
+        PlotConfig,
+        PlotDPOTrainer,
+        PlotPROTrainer,
+        PlotSFTTrainer,
+        PROConfig,
+        PROTrainer,
+        attach,
+    )
 
 __all__ = [
     "Geometry",
+    "PROConfig",
+    "PROTrainer",
     "PlotConfig",
     "PlotDPOTrainer",
     "PlotLoss",
+    "PlotPROTrainer",
     "PlotSFTTrainer",
     "PreferenceDistribution",
     "__version__",
@@ -34,13 +45,17 @@ __all__ = [
     "line",
     "load_pairs",
     "make_divergence",
+    "pro_loss",
 ]
 
 _HOME = {
     "Geometry": "plot_align.geometry",
+    "PROConfig": "plot_align.training",
+    "PROTrainer": "plot_align.training",
     "PlotConfig": "plot_align.training",
     "PlotDPOTrainer": "plot_align.training",
     "PlotLoss": "plot_align.losses",
+    "PlotPROTrainer": "plot_align.training",
     "PlotSFTTrainer": "plot_align.training",
     "PreferenceDistribution": "plot_align.preference",
     "attach": "plot_align.training",
@@ -48,6 +63,7 @@ _HOME = {
     "line": "plot_align.geometry",
     "load_pairs": "plot_align.estimate",
     "make_divergence": "plot_align.losses",
+    "pro_loss": "plot_align.losses",
 }
 
 

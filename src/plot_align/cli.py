@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "dpo", "sft", "demo", "sweep")
+_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "demo", "sweep")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -20,6 +20,7 @@ Preference fine-tuning with the PLOT term: L = L_vanilla + alpha * L_PLOT.
 commands:
   estimate   count preferred and rejected tokens of a data set of pairs
   inspect    show what such a count prefers and rejects, with a figure
+  filter     keep the pairs with the highest distribution reward (DEFT)
   dpo        `trl dpo` with the PLOT term: the same YAML files and flags
   sft        `trl sft` with the PLOT term: the same YAML files and flags
   demo       DPO with and without PLOT on a small offline world, judged
@@ -92,6 +93,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.inspect import run as inspect
 
             return inspect(_without_debug(rest))
+        case "filter":
+            from plot_align.commands.filter import run as filter_pairs
+
+            return filter_pairs(_without_debug(rest))
         case "demo":
             from plot_align.commands.demo import run as demo
 

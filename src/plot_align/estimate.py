@@ -22,7 +22,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +36,19 @@ from plot_align.preference import (
 )
 from plot_align.reading import load_pairs, shown
 
-__all__ = ["estimate", "estimate_tokenized", "load_pairs", "scored_range"]
+__all__ = [
+    "ScoredSequence",
+    "estimate",
+    "estimate_tokenized",
+    "load_pairs",
+    "progress_bar",
+    "scored_pairs",
+    "scored_range",
+]
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
 _PAIRED, _UNPAIRED = ("chosen", "rejected"), ("completion",)
+_LABELS = ("chosen_labels", "rejected_labels")  # prompt and completion, −100 over the prompt
 
 
 def estimate(
@@ -82,7 +91,7 @@ def estimate(
     """
     rows, rules, batches, total = _open(data, tokenizer, max_length, truncation_mode, batch_size)
     workers = _positive("num_proc", 1 if num_proc is None else num_proc)
-    with _progress(progress, total) as advance:
+    with progress_bar("counting tokens", progress, total) as advance:
         if workers == 1:
             counts = _Counts(rules.size)
             for first, batch in batches(lazy=False):
@@ -106,11 +115,14 @@ def estimate_tokenized(
     """Count the completion tokens of rows that a TRL trainer has already tokenised, e.g. ``trainer.train_dataset``.
 
     Args:
-        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``) or ``prompt_ids``,
-            ``completion_ids``, ``label`` (``KTOTrainer``). ``Dataset`` or ``IterableDataset``.
+        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), ``prompt_ids``,
+            ``completion_ids``, ``label`` (``KTOTrainer``), ``prompt_ids``, ``ranked_ids`` (``PROTrainer``: the best
+            completion counts as chosen, all others as rejected), or ``chosen_labels``, ``rejected_labels``
+            (``CPOTrainer``, ``ORPOTrainer``). ``Dataset`` or ``IterableDataset``.
         tokenizer: the one they were tokenised with.
-        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit.
-        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; ``KTOTrainer`` always keeps the start.
+        max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit. Rows of labels were
+            truncated when they were tokenised: there it is only noted in the provenance.
+        truncation_mode: ``args.truncation_mode`` of ``DPOConfig``; the other trainers always keep the start.
         batch_size: rows read at a time. Counts do not depend on it.
         progress: show a progress bar on standard error.
         source: what to call the data set in the provenance; None: what the data set says of itself.
@@ -124,11 +136,59 @@ def estimate_tokenized(
     total = _number_of_rows(dataset)
     counts = _Counts(vocabulary_size(tokenizer))
     stream = dataset.with_format("arrow").iter(batch_size=batch_size)
-    with _progress(progress, total) as advance:
+    with progress_bar("counting tokens", progress, total) as advance:
         for first, table in _numbered(stream):
             _check_tokenized(table.column_names, truncation_mode)
-            advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
+            if set(_LABELS) <= set(table.column_names):
+                advance(counts.add(_count_labels(table, first, counts.size)))
+            else:
+                advance(counts.add(_count_table(table, first, counts.size, max_length, truncation_mode)))
     return _finish(counts, dataset, tokenizer, max_length, truncation_mode, "as tokenised by the trainer", source)
+
+
+class ScoredSequence(NamedTuple):
+    """Prompt and completion as the trainer's collator hands them to the model.
+
+    Attributes:
+        ids: int32 (L,), truncated.
+        start, stop: ids[start:stop] are the scored tokens of the completion, ``1 ≤ start`` where there are any;
+            ``start == stop`` where none is scored, as in a row that TRL's length filter drops.
+    """
+
+    ids: np.ndarray
+    start: int
+    stop: int
+
+
+def scored_pairs(
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    batch_size: int = 1000,
+) -> Iterator[tuple[ScoredSequence, ScoredSequence]]:
+    """Chosen and rejected of every pair in order, exactly the tokens that :func:`estimate` counts in their context.
+
+    Args and errors are those of :func:`estimate`; rows with a ``label``, which are no pairs, are refused too.
+    """
+    _, rules, batches, _ = _open(data, tokenizer, max_length, truncation_mode, batch_size)
+    if rules.completions != _PAIRED:
+        raise InputError(
+            "the data set has a column 'label' instead of 'chosen' and 'rejected', expected pairs; pair its rows first"
+        )
+    for first, batch in batches(lazy=False):
+        _, sides = _scored(batch, first, rules)
+        yield from zip(*(_windows(ids, begin, end, rules) for ids, _, begin, end in sides), strict=True)
+
+
+def _windows(ids: list[list[int]], begin: np.ndarray, end: np.ndarray, rules: _Rules) -> Iterator[ScoredSequence]:
+    for row, start, stop in zip(ids, begin.tolist(), end.tolist(), strict=True):
+        cut = 0
+        if rules.max_length is not None and rules.truncation_mode == "keep_end":
+            cut = max(len(row) - rules.max_length, 0)
+        kept = row[cut:] if rules.max_length is None else row[cut : cut + rules.max_length]
+        yield ScoredSequence(np.array(kept, np.int32), start - cut, stop - cut)
 
 
 # --- counting -------------------------------------------------------------------------------------------------------
@@ -205,16 +265,11 @@ def _kept(lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarra
 
 def _count_batch(batch: dict[str, list[Any]], first: int, rules: _Rules) -> _Counts:
     """Count a batch of raw rows; ``first`` is the index of its first row."""
-    prompts, sides, liked = _texts(batch, first, rules)
-    ids = _tokenise(prompts, sides, batch, first, rules)
-    # The boundary is the trainer's: where the prompt alone and prompt + completion diverge, for any of its answers.
-    length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    length, sides = _scored(batch, first, rules)
     counts = _Counts(rules.size)
-    for side_ids, side_liked in zip(ids[1:], liked, strict=True):
-        total = np.fromiter(map(len, side_ids), np.int64, len(side_ids))  # (R,) prompt and completion
-        start, stop = scored_range(length, total - length, rules.max_length, rules.truncation_mode)
-        ranges = zip(side_ids, (length + start).tolist(), (length + stop).tolist(), strict=True)
-        scored = stop - start  # (R,)
+    for side_ids, side_liked, begin, end in sides:
+        ranges = zip(side_ids, begin.tolist(), end.tolist(), strict=True)
+        scored = end - begin  # (R,)
         flat = np.fromiter(chain.from_iterable(row[a:b] for row, a, b in ranges), np.int64, int(scored.sum()))  # (N,)
         counts.add_tokens(flat, np.repeat(side_liked, scored))
     counts.dropped = _dropped(length, rules.max_length, rules.truncation_mode)
@@ -222,23 +277,30 @@ def _count_batch(batch: dict[str, list[Any]], first: int, rules: _Rules) -> _Cou
     return counts
 
 
+def _scored(
+    batch: dict[str, list[Any]], first: int, rules: _Rules
+) -> tuple[np.ndarray, list[tuple[list[list[int]], np.ndarray, np.ndarray, np.ndarray]]]:
+    """Number of prompt tokens of each row (R,); and of each side the ids of prompt and completion (R rows), whether
+    it is the chosen one (R,), and from where to where in these ids TRL scores (R,) each."""
+    prompts, sides, liked = _texts(batch, first, rules)
+    ids = _tokenise(prompts, sides, batch, first, rules)
+    # The boundary is the trainer's: where the prompt alone and prompt + completion diverge, for any of its answers.
+    length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    found = []
+    for side_ids, side_liked in zip(ids[1:], liked, strict=True):
+        total = np.fromiter(map(len, side_ids), np.int64, len(side_ids))  # (R,) prompt and completion
+        start, stop = scored_range(length, total - length, rules.max_length, rules.truncation_mode)
+        found.append((side_ids, side_liked, length + start, length + stop))
+    return length, found
+
+
 def _count_table(table: Any, first: int, size: int, max_length: int | None, truncation_mode: str) -> _Counts:
     """Count a batch of tokenised rows, a ``pyarrow.Table``."""
-    paired = "chosen_ids" in table.column_names
     counts = _Counts(size)
-    _, length = _flatten(table, "prompt_ids", first)
-    for column in ("chosen_ids", "rejected_ids") if paired else ("completion_ids",):
-        flat, lengths = _flatten(table, column, first)
-        if len(flat) and (int(flat.max()) >= size or int(flat.min()) < 0):
-            raise InputError(
-                f"dataset column {column!r} has token id {int(flat.max() if flat.max() >= size else flat.min())}, "
-                f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
-            )
-        if paired:
-            liked = np.full(len(lengths), column == "chosen_ids")
-        else:
-            liked = np.array([bool(label) for label in table["label"].to_pylist()], bool)
-        start, stop = scored_range(length, lengths, max_length, truncation_mode)
+    _, length = _flatten(table["prompt_ids"].combine_chunks(), "prompt_ids", first)
+    for column, flat, lengths, prompt, liked in _sides(table, length, first):
+        _check_ids(flat, column, size)
+        start, stop = scored_range(prompt, lengths, max_length, truncation_mode)
         kept = _kept(lengths, start, stop)  # (N,)
         counts.add_tokens(flat[kept], np.repeat(liked, lengths)[kept])
     counts.dropped = _dropped(length, max_length, truncation_mode)
@@ -246,14 +308,60 @@ def _count_table(table: Any, first: int, size: int, max_length: int | None, trun
     return counts
 
 
-def _flatten(table: Any, column: str, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of every row one after another (N,), and the number of them in each row (R,); both int64."""
-    array = table[column].combine_chunks()
+def _sides(
+    table: Any, length: np.ndarray, first: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each column of completions: its name, their ids one after another (N,), and of each completion (S,) its
+    length, that of its prompt, and whether it is a chosen one. ``length`` is that of each row's prompt (R,)."""
+    if "ranked_ids" in table.column_names:
+        completions, number = _flatten(table["ranked_ids"].combine_chunks(), "ranked_ids", first)
+        flat, lengths = _flatten(completions, "ranked_ids", first)
+        liked = np.zeros(len(lengths), bool)
+        liked[np.cumsum(number) - number] = True  # the best of each list stands first
+        yield "ranked_ids", _int64(flat), lengths, np.repeat(length, number), liked
+        return
+    paired = "chosen_ids" in table.column_names
+    for column in ("chosen_ids", "rejected_ids") if paired else ("completion_ids",):
+        flat, lengths = _flatten(table[column].combine_chunks(), column, first)
+        if paired:
+            liked = np.full(len(lengths), column == "chosen_ids")
+        else:
+            liked = np.array([bool(label) for label in table["label"].to_pylist()], bool)
+        yield column, _int64(flat), lengths, length, liked
+
+
+def _count_labels(table: Any, first: int, size: int) -> _Counts:
+    """Count a batch of rows that carry labels, a ``pyarrow.Table``: what they mark, but for a row's first token."""
+    counts = _Counts(size)
+    for column in _LABELS:
+        items, lengths = _flatten(table[column].combine_chunks(), column, first)
+        flat = _int64(items)
+        scored = (flat != -100) & _kept(lengths, np.ones_like(lengths), lengths)  # (N,)
+        ids = flat[scored]
+        _check_ids(ids, column, size)
+        counts.add_tokens(ids, np.full(len(ids), column == _LABELS[0]))
+    counts.rows = table.num_rows
+    return counts
+
+
+def _check_ids(ids: np.ndarray, column: str, size: int) -> None:
+    if len(ids) and (int(ids.max()) >= size or int(ids.min()) < 0):
+        raise InputError(
+            f"dataset column {column!r} has token id {int(ids.max() if ids.max() >= size else ids.min())}, "
+            f"expected ids below {size}; pass the tokenizer that the trainer tokenised with"
+        )
+
+
+def _flatten(array: Any, column: str, first: int) -> tuple[Any, np.ndarray]:
+    """Items of every list one after another, as an Arrow array (N,), and the number of them in each, int64 (R,)."""
     if array.null_count:
         row = first + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise InputError(f"dataset row {row}: {column!r} is missing, expected token ids; remove the row")
-    lengths = array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    return array.flatten().to_numpy(zero_copy_only=False).astype(np.int64), lengths
+    return array.flatten(), _int64(array.value_lengths())
+
+
+def _int64(array: Any) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _dropped(prompt: np.ndarray, max_length: int | None, truncation_mode: str) -> int:
@@ -498,15 +606,21 @@ def _layout(columns: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
 
 
 def _check_tokenized(columns: list[str], truncation_mode: str) -> None:
-    if {"prompt_ids", "completion_ids", "label"} <= set(columns):
+    unpaired = {"prompt_ids", "completion_ids", "label"} <= set(columns)
+    if unpaired or set(_LABELS) <= set(columns):
         if truncation_mode != "keep_start":
+            trainer = "KTOTrainer" if unpaired else "CPOTrainer and ORPOTrainer"
             raise InputError(
-                f"truncation_mode is {truncation_mode!r}, but KTOTrainer only keeps the start; use keep_start"
+                f"truncation_mode is {truncation_mode!r}, expected keep_start, the only mode of {trainer}; "
+                "use keep_start"
             )
-    elif not {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
+    elif not any(
+        {"prompt_ids", *names} <= set(columns) for names in (("chosen_ids", "rejected_ids"), ("ranked_ids",))
+    ):
         raise InputError(
             f"dataset has the columns {', '.join(columns)}, expected prompt_ids, chosen_ids and rejected_ids, or "
-            "prompt_ids, completion_ids and label; use estimate on a data set that is not tokenised"
+            "prompt_ids, completion_ids and label, or prompt_ids and ranked_ids, or chosen_labels and "
+            "rejected_labels; use estimate on a data set that is not tokenised"
         )
 
 
@@ -596,12 +710,12 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _progress(shown: bool, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that moves it on by a number of rows."""
+def progress_bar(label: str, shown: bool, total: int | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function that moves it on by a number of ``unit``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("counting tokens"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"))
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     bar = Progress(
         *columns,
         TimeRemainingColumn(),

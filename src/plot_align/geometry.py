@@ -1,7 +1,7 @@
 """Token embeddings → one coordinate per token, so that optimal transport becomes a sorted one-dimensional problem.
 
-Every coordinate here is 1-Lipschitz under the cost it stands for, ``|x_i - x_j| <= C_ij``; by duality the transport
-cost on the line never exceeds the exact cost on the embeddings. Equations: ``docs/mathematics.md``.
+Every coordinate made from embeddings is 1-Lipschitz under the cost it stands for, ``|x_i - x_j| <= C_ij``; by duality
+the transport cost on the line never exceeds the exact cost on the embeddings. Equations: ``docs/mathematics.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plot_align.errors import InputError
 
-KINDS = ("norm", "principal")
+KINDS = ("norm", "principal", "vocabulary")
 
 _CHUNK_ELEMENTS = 1 << 22  # embeddings upcast at a time: 32 MiB in float64, whatever V and H are
 
@@ -26,7 +26,8 @@ class Geometry:
 
     Attributes:
         coordinates: (V,) float64, detached, finite; already divided by ``unit``.
-        kind: ``"norm"`` or ``"principal"`` when made by :func:`line`; any name for coordinates of your own.
+        kind: ``"norm"``, ``"principal"`` or ``"vocabulary"`` when made by :func:`line`, ``"slice"`` by
+            :func:`slices`; any name for coordinates of your own.
         norm_order: the l of the cost ``||e_i - e_j||_l`` under which ``unit * coordinates`` is 1-Lipschitz, or None
             where there is no such cost.
         unit: what the raw coordinates were divided by, in the embeddings' own unit (1.0 when they were not scaled).
@@ -58,7 +59,7 @@ class Geometry:
             )
         if not (math.isfinite(self.unit) and self.unit > 0):
             raise InputError(f"unit is {self.unit}, but a positive finite number is needed: pass 1.0 for raw.")
-        valid = _check_valid(self.valid, x.numel())
+        valid = check_valid(self.valid, x.numel())
         object.__setattr__(self, "coordinates", x)
         object.__setattr__(self, "valid", valid)
 
@@ -79,7 +80,8 @@ def line(
     """Puts every token on a line: ``x_i = ||e_i||_l`` or ``x_i = <e_i - mean, u>``, u the first principal axis.
 
     ``norm`` is a lower bound under ``C_ij = ||e_i - e_j||_l`` by the reverse triangle inequality; ``principal`` is one
-    under the Euclidean cost because u is a unit vector (Cauchy-Schwarz).
+    under the Euclidean cost because u is a unit vector (Cauchy-Schwarz). ``vocabulary`` is the token id, ``x_i = i``:
+    optimal transport without the embeddings (an ablation), and a bound of nothing.
 
     Scale: the coordinates are divided by Gini's mean difference, the mean of ``|x_i - x_j|`` over all pairs of
     different tokenizer ids. Moving all mass from one random token to another then costs 1 on average on every model,
@@ -91,8 +93,8 @@ def line(
     Args:
         embeddings: (V, H), any floating dtype and device, finite; never modified, no gradient is kept. They are
             upcast to float64 in chunks of 32 MiB.
-        kind: ``"norm"`` or ``"principal"``.
-        norm_order: l of the norm and of the cost, 1 <= l <= inf. Only 2 with ``principal``.
+        kind: ``"norm"``, ``"principal"`` or ``"vocabulary"`` (the embeddings then give only V and the device).
+        norm_order: l of the norm and of the cost, 1 <= l <= inf. Only ``norm`` has a choice: 2 with the others.
         scaled: divide by Gini's mean difference.
         valid: number of tokenizer ids, from 2 to V; None means V.
 
@@ -100,53 +102,99 @@ def line(
         Geometry: coordinates (V,) float64 on the embeddings' device (on the CPU for devices without float64).
 
     Raises:
-        InputError: wrong shape or dtype; NaN or infinite embeddings; l < 1; l != 2 with ``principal``; ``valid`` out
-            of range; an unknown kind; all coordinates equal (then W1 is zero for every pair of distributions).
+        InputError: wrong shape or dtype; NaN or infinite embeddings; l < 1; l != 2 with another kind than ``norm``;
+            ``valid`` out of range; an unknown kind; all coordinates equal (then W1 is zero for every pair of
+            distributions).
 
     The axis is the eigenvector of the (H, H) covariance with the largest eigenvalue, with the sign that makes its
     entry of largest magnitude positive. Where the largest eigenvalue is repeated the axis is one of many equally good
     ones, and may differ between machines.
     """
-    is_table = isinstance(embeddings, Tensor) and embeddings.ndim == 2 and embeddings.shape[1] > 0
-    if not is_table or not embeddings.is_floating_point():
-        raise InputError(
-            f"embeddings is {_describe(embeddings)}, but a floating-point tensor of shape (V, H) is needed: "
-            "pass the weight of the model's input embedding."
-        )
     if kind not in KINDS:
-        raise InputError(f'kind is {kind!r}, but "norm" or "principal" is needed: choose one of the two.')
+        raise InputError(f'kind is {kind!r}, but "norm", "principal" or "vocabulary" is needed: choose one of them.')
     norm_order = check_norm_order(norm_order)
-    if kind == "principal" and norm_order != 2:
+    if kind != "norm" and norm_order != 2:
         raise InputError(
-            f'norm_order is {norm_order:g} with kind "principal", but a principal axis bounds only the Euclidean '
-            'cost: leave norm_order at 2 or use kind "norm".'
+            f'norm_order is {norm_order:g} with kind "{kind}", but only kind "norm" has a choice: '
+            'leave norm_order at 2 or use kind "norm".'
         )
-    valid = _check_valid(valid, embeddings.shape[0])
-
-    embeddings = embeddings.detach()  # (V, H)
-    finite = torch.cat([rows.isfinite().all(dim=1) for rows in embeddings.split(_rows_per_chunk(embeddings))])  # (V,)
-    if not finite.all():
-        raise InputError(
-            f"embeddings has a NaN or infinite entry in row {_first(~finite)}, but every row must be finite: "
-            "check that the checkpoint was loaded completely."
-        )
-    if kind == "norm":
-        raw = torch.cat([_row_norms(chunk, norm_order) for chunk in _chunks(embeddings)])  # (V,)
-        magnitude = float(raw[:valid].max())
-    else:
-        raw, magnitude = _principal_coordinates(embeddings, valid)  # (V,)
+    embeddings = check_embeddings(embeddings)  # (V, H)
+    valid = check_valid(valid, embeddings.shape[0])
+    match kind:
+        case "norm":
+            raw = torch.cat([_row_norms(chunk, norm_order) for chunk in chunks(embeddings)])  # (V,)
+            magnitude = float(raw[:valid].max())
+        case "principal":
+            raw, magnitude = _principal_coordinates(embeddings, valid)  # (V,)
+        case _:
+            device = _float64_device(embeddings.device)
+            raw = torch.arange(embeddings.shape[0], dtype=torch.float64, device=device)  # (V,)
+            magnitude = 0.0  # ids are exact: any difference is one
 
     mean_difference = gini_mean_difference(raw[:valid])
-    # Rows equal up to the rounding of their own dtype (unit-normalised embeddings) have no geometry, only noise.
-    rounding = max(torch.finfo(embeddings.dtype).eps / math.sqrt(embeddings.shape[1]), 32 * torch.finfo(raw.dtype).eps)
-    if mean_difference <= rounding * magnitude:
+    if mean_difference <= _rounding(embeddings) * magnitude:
         raise InputError(
             f'embeddings give all {valid} tokens the same "{kind}" coordinate, but at least two different ones are '
             f'needed for a distance: use kind "{"principal" if kind == "norm" else "norm"}" or the embeddings of '
             "another layer."
         )
     unit = mean_difference if scaled else 1.0
-    return Geometry(coordinates=raw / unit, kind=kind, norm_order=norm_order, unit=unit, valid=valid)
+    cost = None if kind == "vocabulary" else norm_order
+    return Geometry(coordinates=raw / unit, kind=kind, norm_order=cost, unit=unit, valid=valid)
+
+
+def slices(
+    embeddings: Tensor, count: int, *, seed: int = 0, scaled: bool = True, valid: int | None = None
+) -> list[Geometry]:
+    """``count`` random lines through the embeddings: ``x_i = <e_i, u>``, u uniform on the unit sphere.
+
+    Each line is a lower bound under the Euclidean cost (Cauchy-Schwarz), so their mean and their largest are too; see
+    :class:`plot_align.losses.SlicedWasserstein` and :class:`plot_align.losses.MaxSlicedWasserstein`.
+
+    Scale: all lines are divided by one unit, the mean over the slices of Gini's mean difference. A random move costs 1
+    on average over the slices, and a direction in which the embeddings spread further keeps its longer line.
+
+    Directions are drawn on the CPU, from a generator of their own: the same seed gives the same lines on every device.
+    ``count`` vectors of V float64 numbers are held; the embeddings are upcast in chunks.
+
+    Args:
+        embeddings: (V, H), as in :func:`line`.
+        count: number of lines, 1 or more.
+        seed: of the directions.
+        scaled: divide by the common unit; False keeps the embeddings' own unit.
+        valid: as in :func:`line`.
+
+    Raises:
+        InputError: wrong shape or dtype; NaN or infinite embeddings; ``count`` < 1; ``valid`` out of range; all
+            embeddings equal.
+
+    Source: Bonneel et al., "Sliced and Radon Wasserstein barycenters of measures" (2015).
+    """
+    embeddings = check_embeddings(embeddings)  # (V, H)
+    valid = check_valid(valid, embeddings.shape[0])
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"count is {count!r}, but at least one slice is needed: 50 is a usual choice.")
+    axes = directions(embeddings.shape[1], count, seed).to(_float64_device(embeddings.device))  # (H, k)
+    blocks, magnitude = [], 0.0
+    for first, rows in _numbered_chunks(embeddings):
+        blocks.append(rows @ axes)  # (n, k)
+        if first < valid:
+            magnitude = max(magnitude, float(_row_norms(rows[: valid - first], 2.0).max()))
+    raw = torch.cat(blocks).T.contiguous()  # (k, V)
+    mean_difference = sum(gini_mean_difference(x[:valid]) for x in raw) / count
+    if mean_difference <= _rounding(embeddings) * magnitude:
+        raise InputError(
+            f"embeddings are the same for all {valid} tokens, but at least two different ones are needed for a "
+            "distance: use the embeddings of another layer."
+        )
+    unit = mean_difference if scaled else 1.0
+    return [Geometry(coordinates=x / unit, kind="slice", norm_order=2.0, unit=unit, valid=valid) for x in raw]
+
+
+def directions(width: int, count: int, seed: int) -> Tensor:
+    """(H, k) float64 on the CPU: unit columns, uniform on the sphere."""
+    gaussian = torch.randn(width, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return gaussian / torch.linalg.vector_norm(gaussian, dim=0)
 
 
 def gini_mean_difference(values: Tensor) -> float:
@@ -175,28 +223,62 @@ def _principal_coordinates(embeddings: Tensor, valid: int) -> tuple[Tensor, floa
     """Coordinates (V,) along the first principal axis of the first ``valid`` rows, and those rows' largest norm."""
     width = embeddings.shape[1]
     total, magnitude = torch.zeros(()), 0.0
-    for rows in _chunks(embeddings[:valid]):
+    for rows in chunks(embeddings[:valid]):
         total = total.to(rows) + rows.sum(dim=0)  # (H,)
         magnitude = max(magnitude, float(_row_norms(rows, 2.0).max()))
     mean = total / valid  # (H,)
 
     covariance = mean.new_zeros(width, width)  # (H, H)
-    for rows in _chunks(embeddings[:valid]):
+    for rows in chunks(embeddings[:valid]):
         rows = rows - mean  # (n, H); centred before squaring, because a large mean would cancel badly afterwards
         covariance.addmm_(rows.T, rows)
     axis = torch.linalg.eigh(covariance).eigenvectors[:, -1]  # (H,)
     axis = axis * torch.sign(axis[axis.abs().argmax()])
-    return torch.cat([(rows - mean) @ axis for rows in _chunks(embeddings)]), magnitude
+    return torch.cat([(rows - mean) @ axis for rows in chunks(embeddings)]), magnitude
 
 
-def _chunks(embeddings: Tensor) -> Iterator[Tensor]:
-    """(V, H) in any dtype → (n, H) blocks in float64."""
-    device = _float64_device(embeddings.device)
-    for rows in embeddings.split(_rows_per_chunk(embeddings)):
-        yield rows.to(device).to(torch.float64)
+def check_embeddings(embeddings: Tensor) -> Tensor:
+    """(V, H) → the same tensor, detached; refuses what is no finite floating-point table.
+
+    Raises:
+        InputError: wrong shape or dtype; NaN or infinite entries.
+    """
+    is_table = isinstance(embeddings, Tensor) and embeddings.ndim == 2 and embeddings.shape[1] > 0
+    if not is_table or not embeddings.is_floating_point():
+        raise InputError(
+            f"embeddings is {_describe(embeddings)}, but a floating-point tensor of shape (V, H) is needed: "
+            "pass the weight of the model's input embedding."
+        )
+    embeddings = embeddings.detach()  # (V, H)
+    finite = torch.cat([rows.isfinite().all(dim=1) for rows in embeddings.split(rows_per_chunk(embeddings))])  # (V,)
+    if not finite.all():
+        raise InputError(
+            f"embeddings has a NaN or infinite entry in row {_first(~finite)}, but every row must be finite: "
+            "check that the checkpoint was loaded completely."
+        )
+    return embeddings
 
 
-def _rows_per_chunk(embeddings: Tensor) -> int:
+def chunks(embeddings: Tensor) -> Iterator[Tensor]:
+    """(V, H) in any dtype → (n, H) blocks in float64 (on the CPU for devices without it)."""
+    return (rows for _, rows in _numbered_chunks(embeddings))
+
+
+def _numbered_chunks(embeddings: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of :func:`chunks`, each with the number of its first row."""
+    device, first = _float64_device(embeddings.device), 0
+    for rows in embeddings.split(rows_per_chunk(embeddings)):
+        yield first, rows.to(device).to(torch.float64)
+        first += len(rows)
+
+
+def _rounding(embeddings: Tensor) -> float:
+    """Rows equal up to the rounding of their own dtype (unit-normalised embeddings) have no geometry, only noise."""
+    own = torch.finfo(embeddings.dtype).eps / math.sqrt(embeddings.shape[1])
+    return max(own, 32 * torch.finfo(torch.float64).eps)
+
+
+def rows_per_chunk(embeddings: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // embeddings.shape[1])
 
 
@@ -213,7 +295,7 @@ def check_norm_order(order: float) -> float:
     return float(order)
 
 
-def _check_valid(valid: int | None, rows: int) -> int:
+def check_valid(valid: int | None, rows: int) -> int:
     if valid is None:
         valid = rows
     if not isinstance(valid, int) or isinstance(valid, bool) or not 2 <= valid <= rows:

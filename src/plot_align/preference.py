@@ -22,7 +22,7 @@ from plot_align.files import complete_or_absent
 
 SCHEMA = 1
 FORMAT = "plot-align preference"
-TRANSFORMS = ("relu", "shift", "softmax", "anchored")
+TRANSFORMS = ("relu", "shift", "softmax", "chosen", "anchored")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,14 +87,14 @@ class PreferenceDistribution:
         """Rows counted, those dropped by the trainer's length filter left out."""
         return sum(source["rows"] for source in self.sources)
 
-    def difference(self) -> Tensor:
-        """``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻``, float64, shape (V,), sums to zero.
+    def difference(self, size: int | None = None) -> Tensor:
+        """``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻``, float64, shape (size or V,), sums to zero; rows from V on are 0.
 
         Raises:
-            InputError: no token was counted on one side.
+            InputError: no token was counted on one side, or ``size`` is smaller than V.
         """
         chosen, rejected = self._shares()
-        return chosen - rejected  # (V,)
+        return self._padded(chosen - rejected, size)  # (size,)
 
     def preferred(self, size: int | None = None) -> Tensor:
         """Mask of the tokens with d > 0, bool, shape (size or V,); rows from V on are False.
@@ -161,6 +161,7 @@ class PreferenceDistribution:
                 - ``"softmax"``: ``exp(d / (temperature · max|d| / ln V))``. In this unit the scale of d, which
                   shrinks as data and vocabulary grow, drops out: at temperature 1 a token with ``d = max|d|`` weighs
                   as much as V neutral tokens together, above 1 the target becomes flatter and below 1 sharper.
+                - ``"chosen"``: Q⁺, the preferred answers' own token frequencies.
                 - ``"anchored"``: ``max(p_ref + strength · d, 0)``: the reference model's own distribution, moved
                   towards what people prefer.
             temperature: of ``softmax``, > 0.
@@ -174,22 +175,12 @@ class PreferenceDistribution:
         """
         if transform not in TRANSFORMS:
             raise InputError(f"transform is {transform!r}, expected one of {', '.join(TRANSFORMS)}")
-        difference = self.difference()  # (V,)
-        require_preference(difference)
-        match transform:
-            case "relu":
-                weights = difference.clamp(min=0)
-            case "shift":
-                weights = difference - difference.min()
-            case "softmax":
-                if not (math.isfinite(temperature) and temperature > 0):
-                    raise InputError(f"temperature is {temperature}, expected a finite number above 0, e.g. 1.0")
-                unit = difference.abs().max() / math.log(self.vocab_size)
-                weights = torch.softmax(difference / (temperature * unit), dim=0)
-            case "anchored":
-                if not (math.isfinite(strength) and strength >= 0):
-                    raise InputError(f"strength is {strength}, expected a finite number of 0 or more, e.g. 1.0")
-                weights = (self._anchor(reference, size) + strength * difference).clamp(min=0)
+        chosen, rejected = self._shares()  # (V,), (V,)
+        require_preference(chosen - rejected)
+        anchor = self._anchor(reference, size) if transform == "anchored" else None
+        weights = target_weights(
+            transform, chosen, rejected, temperature=temperature, strength=strength, anchor=anchor
+        )  # (V,)
         return self._padded(weights / weights.sum(), size)  # (size,)
 
     def merge(self, other: PreferenceDistribution) -> PreferenceDistribution:
@@ -365,6 +356,48 @@ class PreferenceDistribution:
         names = sorted({str(source.get("tokenizer")) for source in self.sources})
         fingerprint = self.provenance.get("tokenizer", {}).get("fingerprint")
         return _named(" / ".join(names) or "of unknown name", fingerprint)
+
+
+def target_weights(
+    transform: str,
+    chosen: Tensor,  # (V,)
+    rejected: Tensor,  # (V,)
+    *,
+    temperature: float = 1.0,
+    strength: float = 1.0,
+    anchor: Tensor | None = None,  # (..., V)
+) -> Tensor:
+    """φ of :meth:`PreferenceDistribution.target` before it is divided by its sum: non-negative, (V,) or (..., V).
+
+    Args:
+        transform: the name of φ.
+        chosen, rejected: shares of each token in the preferred and the rejected completions, each summing to one.
+        temperature, strength: of ``softmax`` and ``anchored``.
+        anchor: p_ref of ``anchored``, one distribution or several.
+
+    Raises:
+        InputError: a temperature or strength out of range.
+    """
+    difference = chosen - rejected  # (V,)
+    match transform:
+        case "relu":
+            return difference.clamp(min=0)
+        case "shift":
+            return difference - difference.min()
+        case "softmax":
+            if not (math.isfinite(temperature) and temperature > 0):
+                raise InputError(f"temperature is {temperature}, expected a finite number above 0, e.g. 1.0")
+            unit = difference.abs().max() / math.log(difference.numel())
+            return torch.softmax(difference / (temperature * unit), dim=0)
+        case "chosen":
+            return chosen
+        case "anchored":
+            if not (math.isfinite(strength) and strength >= 0):
+                raise InputError(f"strength is {strength}, expected a finite number of 0 or more, e.g. 1.0")
+            if anchor is None:
+                raise ValueError("anchored without an anchor")
+            return (anchor + strength * difference).clamp(min=0)
+    raise ValueError(f"unknown transform {transform!r}")
 
 
 def require_preference(difference: Tensor) -> None:

@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
-from plot_align.errors import InputError
-from plot_align.geometry import Geometry
-from plot_align.losses import (
-    DIVERGENCES,
-    JensenShannon,
-    KullbackLeibler,
-    TotalVariation,
-    Wasserstein1,
-    make_divergence,
-)
+from plot_align.losses import JensenShannon, KullbackLeibler, TotalVariation, make_divergence
 from plot_align.losses.exact import exact_cost
 
 
@@ -162,14 +153,3 @@ def test_conversion_keeps_the_constants(name):
     p = torch.full((20,), 0.05, dtype=torch.float64)
     before = divergence.value(p)
     assert torch.equal(divergence.to(torch.bfloat16).value(p), before)
-
-
-def test_make_divergence():
-    target = torch.tensor([0.5, 0.5])
-    geometry = Geometry(coordinates=torch.tensor([0.0, 1.0]), kind="test")
-    made = [type(make_divergence(name, target, geometry)) for name in DIVERGENCES]
-    assert made == [Wasserstein1, KullbackLeibler, JensenShannon, TotalVariation]
-    with pytest.raises(InputError, match=r'divergence is .W1..*"w1", "kl", "js" or "tv"'):
-        make_divergence("W1", target, geometry)
-    with pytest.raises(InputError, match='geometry is None with divergence "w1"'):
-        make_divergence("w1", target)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
 from plot_align.errors import InputError
-from plot_align.geometry import Geometry, line
-from plot_align.losses import Wasserstein1
+from plot_align.geometry import Geometry, directions, line, slices
+from plot_align.losses import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
 from plot_align.losses.exact import cost_matrix, exact_cost
 
 
@@ -253,3 +253,95 @@ def test_sizes_that_differ_are_named():
 def test_targets_that_are_no_distribution(target):
     with pytest.raises(InputError, match=r"target (sums to|is) .* needed"):
         Wasserstein1(target, on_line([0.0, 1.0]))
+
+
+SLICED = [SlicedWasserstein, MaxSlicedWasserstein]
+
+
+def test_slices_by_hand():
+    """Two tokens at 0 and 1 on one line, 0 and 3 on the other; p = (1, 0), P = (1/2, 1/2): W1 is 1/2 and 3/2.
+
+    Potentials are (1, 0) and (3, 0). Mean: 1 and (2, 0); largest: 3/2 and (3, 0).
+    """
+    lines = [on_line([0.0, 1.0]), on_line([0.0, 3.0])]
+    p, target = torch.tensor([1.0, 0.0], dtype=torch.float64), normalised([0.5, 0.5])
+    value, potential = SlicedWasserstein(target, lines).value_and_potential(p)
+    assert (float(value), potential.tolist()) == (1.0, [2.0, 0.0])
+    value, potential = MaxSlicedWasserstein(target, lines).value_and_potential(p)
+    assert (float(value), potential.tolist()) == (1.5, [3.0, 0.0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_slices_equal_pot(seed):
+    e = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    p, target = random_distributions(seed, 2, 20)
+    lines = slices(e, 30, seed=seed, scaled=False)
+    arguments = (e.numpy(), e.numpy(), p.numpy(), target.numpy())
+    axes = directions(4, 30, seed).numpy()
+    mean = ot.sliced_wasserstein_distance(*arguments, p=1, projections=axes)
+    largest = ot.max_sliced_wasserstein_distance(*arguments, p=1, projections=axes)
+    assert float(SlicedWasserstein(target, lines).value(p)) == pytest.approx(mean, rel=1e-12)
+    assert float(MaxSlicedWasserstein(target, lines).value(p)) == pytest.approx(largest, rel=1e-12)
+    exact = exact_cost(p, target, cost_matrix(e))
+    assert 0 < mean < largest <= exact * (1 + 1e-9)
+    scaled = slices(e, 30, seed=seed)
+    bound = scaled[0].unit * float(MaxSlicedWasserstein(target, scaled).value(p))
+    assert bound == pytest.approx(largest, rel=1e-12)
+
+
+@pytest.mark.parametrize("make", SLICED)
+def test_slices_gradcheck(make):
+    p = random_distributions(0, 6, 9, zeros=0.0).reshape(2, 3, 9)
+    target = random_distributions(1, 1, 9, zeros=0.0)[0]
+    e = torch.randn(9, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.autograd.gradcheck(make(target, slices(e, 5)).value, (p.requires_grad_(),))
+
+
+def test_the_largest_slice_is_chosen_for_each_row():
+    """Two lines that see different moves: row 0 moves mass along the first, row 1 along the second."""
+    lines = [on_line([0.0, 1.0, 0.0]), on_line([0.0, 0.0, 1.0])]
+    target = normalised([1.0, 0.0, 0.0])
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    value, potential = MaxSlicedWasserstein(target, lines).value_and_potential(p)
+    torch.testing.assert_close(value, torch.tensor([0.5, 0.5, 0.4], dtype=torch.float64))
+    assert (potential[0] - potential[0, 0]).tolist() == [0.0, 1.0, 0.0]
+    assert (potential[1:] - potential[1:, :1]).tolist() == [[0.0, 0.0, 1.0]] * 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems(count=3))
+def test_slices_are_metrics_with_subgradients(problem):
+    x, (p, target, q) = problem
+    lines = [on_line(x), on_line(x.flip(0)), on_line(x.square())]
+    for make in SLICED:
+        divergence = make(target, lines)
+        value, s = divergence.value_and_potential(p)
+        assert float(make(p, lines).value(target)) == pytest.approx(float(value), abs=1e-10)
+        assert float(divergence.value(q)) >= float(value + s @ (q - p)) - 1e-9 * (1 + float(value))
+        assert float(make(p, lines).value(p)) == 0.0
+
+
+@pytest.mark.parametrize("make", SLICED)
+def test_slices_keep_rows_and_constants(make):
+    e = torch.randn(20, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    p, target = random_distributions(6, 6, 20).reshape(3, 2, 20), random_distributions(7, 1, 20)[0]
+    divergence, before = make(target, slices(e, 6)), p.clone()
+    value, potential = divergence.value_and_potential(p)
+    for i in range(3):
+        for j in range(2):
+            alone = divergence.value_and_potential(p[i, j])
+            torch.testing.assert_close(value[i, j], alone[0], rtol=1e-14, atol=1e-15)
+            torch.testing.assert_close(potential[i, j], alone[1], rtol=1e-14, atol=1e-14)
+    assert torch.equal(p, before)
+    assert torch.equal(copy.deepcopy(divergence).to(torch.bfloat16).value(p), value)
+    assert divergence.value(p.bfloat16()).dtype == torch.float32
+    assert divergence.state_dict() == {}
+
+
+@pytest.mark.parametrize("make", SLICED)
+def test_slices_refuse_what_does_not_fit(make):
+    target = torch.full((3,), 1 / 3, dtype=torch.float64)
+    with pytest.raises(InputError, match="geometries is empty"):
+        make(target, [])
+    with pytest.raises(InputError, match="geometry has 2 tokens and target 3"):
+        make(target, [on_line([0.0, 1.0, 2.0]), on_line([0.0, 1.0])])

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import plot_align
 from plot_align.preference import PreferenceDistribution
 
 COMMON = {
@@ -43,8 +44,20 @@ def preference(rows, tiny_llama) -> PreferenceDistribution:
     return estimate(rows, AutoTokenizer.from_pretrained(tiny_llama), progress=False)
 
 
+@pytest.fixture(scope="session")
+def ranked_rows(rows) -> Dataset:
+    """Lists of two to four completions in no order, with rewards, some of them tied."""
+    columns: dict[str, list] = {"prompt": [], "completions": [], "rewards": []}
+    for index, row in enumerate(rows):
+        answers = [row["rejected"], row["chosen"], f" {index} ?", " the sum is known ."][: 2 + index % 3]
+        columns["prompt"].append(row["prompt"])
+        columns["completions"].append(answers)
+        columns["rewards"].append([{row["chosen"]: 2.5, row["rejected"]: -0.5}.get(text, 0.25) for text in answers])
+    return Dataset.from_dict(columns)
+
+
 @pytest.fixture
-def make_trainer(tiny_llama, rows, tmp_path):
+def make_trainer(tiny_llama, rows, ranked_rows, tmp_path):
     """``make_trainer("dpo", loss_type=…, peft_config=…)`` → the TRL trainer, without PLOT."""
 
     def make(method: str, *, cls: Any = None, extra: dict[str, Any] | None = None, **options: Any):
@@ -67,6 +80,8 @@ def make_trainer(tiny_llama, rows, tmp_path):
                         columns["completion"].append(row[name])
                         columns["label"].append(name == "chosen")
                 config, data, base = trl.KTOConfig, Dataset.from_dict(columns), trl.KTOTrainer
+            case "pro":
+                config, data, base = plot_align.PROConfig, extra.pop("data", ranked_rows), plot_align.PROTrainer
             case "grpo" | "rloo":
                 data = rows.select_columns(["prompt"])
                 config, base = (
@@ -74,6 +89,15 @@ def make_trainer(tiny_llama, rows, tmp_path):
                 )
                 options = {"num_generations": 4, "max_completion_length": 8, "temperature": 0.9, **options}
                 extra["reward_funcs"] = lambda completions, **kwargs: [float(len(set(text))) for text in completions]
+            case "cpo" | "simpo":
+                from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+                config, data, base = CPOConfig, rows, CPOTrainer
+                options |= {"loss_type": "simpo", "cpo_alpha": 0.0} if method == "simpo" else {}
+            case "orpo":
+                from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+                config, data, base = ORPOConfig, rows, ORPOTrainer
         data_name = {"train_dataset": data, "eval_dataset": extra.pop("eval_dataset", None)}
         return (cls or base)(model=model, args=config(**options), processing_class=tokenizer, **data_name, **extra)
 

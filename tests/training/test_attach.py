@@ -80,7 +80,7 @@ def test_gradient_ratio_against_the_definition(make_trainer, preference, backend
 
 
 @pytest.mark.parametrize("backend", ["fused", "separate"])
-@pytest.mark.parametrize("method", ["dpo", "kto", "sft"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "sft", "cpo", "orpo"])
 def test_evaluation_loop(make_trainer, preference, method, backend):
     trainer = make_trainer(method)
     data = trainer.train_dataset.select(range(8))
@@ -212,7 +212,7 @@ def test_infinite_divergence_is_named(make_trainer, preference):
         ({"alpha": "0.1"}, "alpha is '0.1'; expected a number"),
         ({"alpha": True}, "alpha is True; expected a number"),
         ({"norm_order": 0.5}, "norm_order is 0.5; expected a number of 1 or more"),
-        ({"target": "reul"}, "target is 'reul'; expected one of relu, shift, softmax, anchored"),
+        ({"target": "reul"}, "target is 'reul'; expected one of relu, shift, softmax, chosen, anchored"),
         ({"granularity": "token", "pool": True}, "pool is on with granularity='token'"),
         ({"target_temperature": 0.0}, "target_temperature is 0.0; expected a positive number"),
     ],
@@ -251,7 +251,7 @@ def test_unsupported_trainer(preference):
     class RewardTrainer:
         pass
 
-    with pytest.raises(InputError, match=r"trainer is a RewardTrainer, .* one of TRL's DPOTrainer"):
+    with pytest.raises(InputError, match=r"trainer is a RewardTrainer, .* one of DPOTrainer"):
         attach(RewardTrainer(), preference)
 
 

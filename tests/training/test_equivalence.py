@@ -10,7 +10,10 @@ from training_oracle import embeddings_at_start, materialised_loss
 
 from plot_align.training import PlotConfig, attach
 
-KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer"}
+KINDS = {
+    "dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
+    "pro": "PROTrainer", "cpo": "CPOTrainer", "simpo": "CPOTrainer", "orpo": "ORPOTrainer",
+}  # fmt: skip
 
 
 def gradients(trainer, loss):
@@ -25,10 +28,15 @@ def first_batch(trainer):
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-def check_one_step(make_trainer, preference, method, config, *, extra=None, **options):
+def check_one_step(make_trainer, preference, method, config, *, extra=None, nudge=False, **options):
     plain, ours = (make_trainer(method, extra=copy.deepcopy(extra), **options) for _ in range(2))
     ours.model.load_state_dict(plain.model.state_dict())
     embeddings_at_start(plain)
+    if nudge:
+        for trainer in (plain, ours):
+            torch.manual_seed(1)
+            for weight in trainer.ref_model.model.layers.parameters():  # the embeddings are the geometry
+                weight.data.add_(0.02 * torch.randn_like(weight))
     inputs = first_batch(plain)
     handle = attach(ours, preference, config)
     ours.model.train()
@@ -55,14 +63,21 @@ def test_dpo(make_trainer, preference, loss_type, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
-@pytest.mark.parametrize("method", ["sft", "kto"])
-def test_sft_kto(make_trainer, preference, method, granularity):
+@pytest.mark.parametrize("method", ["sft", "kto", "pro"])
+def test_sft_kto_pro(make_trainer, preference, method, granularity):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
+def test_cpo_simpo_orpo(make_trainer, preference, method, granularity):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
 
 
 @pytest.mark.parametrize("positions", ["rejected", "all"])
-def test_positions(make_trainer, preference, positions):
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, positions=positions))
+@pytest.mark.parametrize("method", ["dpo", "pro", "orpo"])
+def test_positions(make_trainer, preference, method, positions):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
 @pytest.mark.parametrize("positions", ["all", "chosen", "rejected"])
@@ -71,20 +86,51 @@ def test_online(make_trainer, preference, method, positions):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
 
 
-def test_lora(make_trainer, preference):
+@pytest.mark.parametrize("method", ["dpo", "cpo"])
+def test_lora(make_trainer, preference, method):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0), extra=extra)
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0), extra=extra)
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sequence"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_anchored_on_the_micro_batch(make_trainer, preference, method, granularity, strength):
+    """The reference is made to differ from the policy, or the target would be the output itself at λ = 0."""
+    config = PlotConfig(
+        alpha=3.0, target="anchored", target_scope="batch", target_strength=strength, granularity=granularity
+    )
+    check_one_step(make_trainer, preference, method, config, nudge=True)
+
+
+def test_anchored_on_the_micro_batch_with_adapters(make_trainer, preference):
+    """The reference is the policy with its adapters off, in the same forward function."""
+    from peft import LoraConfig
+
+    extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
+    config = PlotConfig(alpha=3.0, target="anchored", target_scope="batch", positions="all")
+    check_one_step(make_trainer, preference, "dpo", config, extra=extra)
+
+
+@pytest.mark.parametrize("target", ["relu", "chosen"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_counted_in_the_micro_batch(make_trainer, preference, method, target):
+    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, target=target, target_scope="batch"))
+
+
+def test_sft_towards_its_own_tokens(make_trainer, preference):
+    check_one_step(make_trainer, preference, "sft", PlotConfig(alpha=3.0, target="chosen", target_scope="batch"))
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "pro", "cpo", "simpo", "orpo"])
 def test_weights_after_training(make_trainer, preference, method, accumulation):
     """Two optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already."""
     options = {
@@ -117,7 +163,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
         )
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=5) for _ in range(2))
     attach(ours, preference, PlotConfig(alpha=0))
@@ -128,8 +174,9 @@ def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     assert [r.get("loss") for r in plain.state.log_history] == [r.get("loss") for r in ours.state.log_history]
 
 
-def test_detached_is_trl_to_the_bit(make_trainer, preference):
-    plain, ours = (make_trainer("dpo", max_steps=2) for _ in range(2))
+@pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
+def test_detached_is_trl_to_the_bit(make_trainer, preference, method):
+    plain, ours = (make_trainer(method, max_steps=2) for _ in range(2))
     handle = attach(ours, preference, PlotConfig(alpha=5.0))
     handle.detach()
     handle.detach()

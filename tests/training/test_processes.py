@@ -95,10 +95,19 @@ def test_two_ranks_equal_the_oracle_on_two_ranks(launch, tmp_path):
     check_same(weights(tmp_path, "ours"), weights(tmp_path, "oracle"))
 
 
-def test_pooled_ranks_equal_one_process_on_both_batches(launch, tmp_path):
-    """A pooled p̄ of 2 × 4 rows, unequal token counts included, is the p̄ of one process with 8 rows."""
-    finish(launch("pooled", ranks=2, plot={"pool": True}, args=SGD))
-    finish(launch("single", args={**SGD, "per_device_train_batch_size": 8}))
+@pytest.mark.parametrize(
+    "plot",
+    [
+        {},
+        {"target": "anchored", "target_scope": "batch", "alpha_schedule": "balance", "balance_ratio": 2.0},
+        {"target": "relu", "target_scope": "batch"},
+    ],
+)
+def test_pooled_ranks_equal_one_process_on_both_batches(launch, tmp_path, plot):
+    """A pooled p̄ of 2 × 4 rows, unequal token counts included, is the p̄ of one process with 8 rows; so is its target
+    where that is the micro-batch's own, and so are the norms that balance α."""
+    finish(launch("pooled", ranks=2, plot={**plot, "pool": True}, args=SGD))
+    finish(launch("single", plot=plot, args={**SGD, "per_device_train_batch_size": 8}))
     check_same(weights(tmp_path, "pooled"), weights(tmp_path, "single"))
     logs = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pooled", "single")]
     for pooled, single in zip(*logs, strict=True):

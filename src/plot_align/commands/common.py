@@ -49,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see '{self.prog} --help'")
 
 
+def length(text: str) -> int | None:
+    """The value of an option ``--max_length``: a whole number or ``none``."""
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} came, expected a whole number or none") from None
+
+
 def first_line(error: BaseException) -> str:
     """The message of a foreign exception, shortened to one line for the user."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
-from plot_align.commands.common import Parser, load_tokenizer
+from plot_align.commands.common import Parser, length, load_tokenizer
 from plot_align.errors import InputError
 
 
@@ -27,7 +26,7 @@ def make_parser() -> Parser:
     parser.add_argument("--split", default="train", help="split of the data set (%(default)s)")
     parser.add_argument("--name", help="configuration of a hub data set")
     parser.add_argument(
-        "--max_length", type=_length, default=1024, metavar="N", help="longest row trained on, or none (%(default)s)"
+        "--max_length", type=length, default=1024, metavar="N", help="longest row trained on, or none (%(default)s)"
     )
     parser.add_argument(
         "--truncation_mode", default="keep_start", metavar="MODE", help="as TRL's option of that name (%(default)s)"
@@ -75,13 +74,6 @@ def run(arguments: list[str]) -> int:
     record = write_record(options.output.with_suffix(".record.json"), "estimate", results, config=vars(options))
     _print(results, options.output, record)
     return 0
-
-
-def _length(text: str) -> int | None:
-    try:
-        return None if text.lower() == "none" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} came, expected a whole number or none") from None
 
 
 def _results(preference: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The language-model head and PLOT's output distribution in one sweep over the logits.
 
 ``reference.py`` is the specification: it materialises the ``(N, V)`` logits. ``chunked.py`` never holds more than
-one block of them and matches it.
+one block of them and matches it. ``logits.py`` starts from logits that exist already.
 """
 
 from .chunked import HeadOutput, HeadSpec, fused_head
+from .logits import output_distribution, target_log_probs
 
-__all__ = ["HeadOutput", "HeadSpec", "fused_head"]
+__all__ = ["HeadOutput", "HeadSpec", "fused_head", "output_distribution", "target_log_probs"]

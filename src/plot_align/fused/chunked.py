@@ -58,6 +58,7 @@ class HeadSpec:
         outputs: which of :data:`OPTIONAL_OUTPUTS` to compute.
         block_bytes: bound on the one block of logits; ``None`` takes 256 MiB on a CPU and 1 GiB on a GPU.
         gather: see :class:`Gather`.
+        frozen: the caller wants no gradient of weight and bias, whatever they ask for: spares a matrix product.
     """
 
     temperature: float = 1.0
@@ -66,6 +67,7 @@ class HeadSpec:
     outputs: tuple[str, ...] = ()
     block_bytes: int | None = None
     gather: Gather = _whole
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,8 @@ class _FusedHead(torch.autograd.Function):
         hidden, weight, bias, targets, weights, log_z, entropy = ctx.saved_tensors
         spec, runs, divergence = ctx.spec, ctx.runs, ctx.divergence
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if spec.frozen:
+            needs_weight = needs_bias = False
         if potential is None and g_value is None:
             runs = []
         with spec.gather(weight, bias), torch.autocast(hidden.device.type, enabled=False):

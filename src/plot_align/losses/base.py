@@ -14,9 +14,13 @@ SUM_TOLERANCE = 1e-6  # a float32 target is off by 6e-8 at most; a bfloat16 one 
 
 
 class Divergence(nn.Module, ABC):
-    """A distance of distributions over V tokens to one fixed target P.
+    """A distance of distributions over V tokens to a target P: the one given here, or one given with the call.
 
     Subclasses implement :meth:`value_and_potential`; nothing else.
+
+    A target per call is for targets made from the batch at hand. It is a constant, no gradient flows into it, and only
+    its shape is checked: finding out that it is a distribution would stop a GPU on every step. Whoever makes it
+    answers for that.
 
     All arithmetic is done in p's dtype when that is float32 or float64, in float32 for anything narrower. The
     constants are kept in float64 (float32 on devices without it) whatever ``.to(dtype)`` or ``.half()`` ask for: a
@@ -42,11 +46,13 @@ class Divergence(nn.Module, ABC):
         return self.target.numel()
 
     @abstractmethod
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """D(p, P) and its derivative in p, sharing the work, without a graph.
 
         Args:
             p: (..., V), never modified.
+            target: P of this call, (V,) or broadcastable to p's shape (one row for each of p's), on p's device; a
+                distribution (not checked), never modified. None: the target given at construction.
 
         Returns:
             value (...) and potential (..., V), both in the dtype of the arithmetic. The potential is the derivative
@@ -54,20 +60,20 @@ class Divergence(nn.Module, ABC):
             constant is equivalent, and ``p_t * (s - <p_t, s>)`` does not depend on it.
 
         Raises:
-            InputError: the last dimension of p is not V.
+            InputError: the last dimension of p is not V, or target's shape does not broadcast to p's.
         """
 
-    def value(self, p: Tensor) -> Tensor:
+    def value(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """D(p, P): (..., V) → (...), differentiable once in p. Infinite values come back as inf."""
-        return _Value.apply(p, self)
+        return _Value.apply(p, self, target)
 
-    def potential(self, p: Tensor) -> Tensor:
+    def potential(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """dD/dp: (..., V) → (..., V), no graph."""
-        return self.value_and_potential(p)[1]
+        return self.value_and_potential(p, target)[1]
 
-    def forward(self, p: Tensor) -> Tensor:
+    def forward(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """Same as :meth:`value`."""
-        return self.value(p)
+        return self.value(p, target)
 
     def _prepare(self, p: Tensor) -> Tensor:
         """(..., V) → (..., V), detached, in the dtype the arithmetic uses."""
@@ -77,6 +83,17 @@ class Divergence(nn.Module, ABC):
                 "build the target with size = the number of rows of the head."
             )
         return p.detach().to(torch.promote_types(p.dtype, torch.float32))
+
+    def _target_for(self, p: Tensor, target: Tensor | None) -> Tensor:
+        """P of this call: (V,) or broadcastable to p, detached, float32 at least; not yet in p's dtype."""
+        if target is None:
+            return self.target
+        if target.ndim == 0 or target.shape[-1] != p.shape[-1] or not _broadcasts(target.shape, p.shape):
+            raise InputError(
+                f"target has shape {tuple(target.shape)} for p of shape {tuple(p.shape)}, but ({self.vocab_size},) or "
+                "a shape that broadcasts to p's is needed: pass one target for all, or one for each row of p."
+            )
+        return target.detach().to(torch.promote_types(target.dtype, torch.float32))
 
     def _constant(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -96,22 +113,26 @@ class _Value(torch.autograd.Function):
     """value(p) with the potential as its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, divergence: Divergence) -> Tensor:
-        value, potential = divergence.value_and_potential(p)  # (...), (..., V)
+    def forward(ctx: Any, p: Tensor, divergence: Divergence, target: Tensor | None) -> Tensor:
+        value, potential = divergence.value_and_potential(p, target)  # (...), (..., V)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(potential)
             ctx.input_dtype = p.dtype
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # the saved potential has no graph: second derivatives would silently be zero
             raise InputError(
                 "create_graph is True, but a divergence can be differentiated only once: leave create_graph off, or "
                 "use an optimiser that needs no second derivatives."
             )
         (potential,) = ctx.saved_tensors  # (..., V)
-        return (grad.unsqueeze(-1) * potential).to(ctx.input_dtype), None
+        return (grad.unsqueeze(-1) * potential).to(ctx.input_dtype), None, None
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

@@ -29,11 +29,12 @@ class KullbackLeibler(Divergence):
         self._constant("log_target", self.target.log())  # in float64: P below 1e-45 is not zero
 
     @torch.no_grad()
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; in nats."""
         p = self._prepare(p)  # (..., V)
-        log_ratio = _log(p).sub_(self.log_target.to(p.dtype))  # (..., V)
-        log_ratio.masked_fill_((p == 0) & (self.target == 0), -1.0)  # neither has it: 0 to the value, potential 0
+        log_target = self.log_target if target is None else self._target_for(p, target).log()  # (V,) or (..., V)
+        log_ratio = _log(p).sub_(log_target.to(p.dtype))  # (..., V)
+        log_ratio.masked_fill_((p == 0) & (log_target == -torch.inf), -1.0)  # neither has it: value and potential 0
         value = (p * log_ratio).sum(-1)  # (...)
         return value, log_ratio.add_(1.0)
 
@@ -48,14 +49,14 @@ class JensenShannon(Divergence):
     """
 
     @torch.no_grad()
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; in nats."""
         p = self._prepare(p)  # (..., V)
-        target = self.target.to(p.dtype)  # (V,)
+        target = self._target_for(p, target).to(p.dtype)  # (V,) or (..., V)
         log_mean = _log((p + target).mul_(0.5))  # (..., V)
         potential = _log(p).sub_(log_mean)  # (..., V) log p/m
         value = (p * potential).sum(-1)  # (...)
-        value += (_log(target) - log_mean).mul_(target).sum(-1)
+        value += (_log(target) - log_mean).mul_(target).sum(-1)  # (...)
         return value.mul_(0.5), potential.mul_(0.5)
 
 
@@ -68,9 +69,10 @@ class TotalVariation(Divergence):
     """
 
     @torch.no_grad()
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; in mass."""
-        difference = self._prepare(p) - self.target.to(torch.promote_types(p.dtype, torch.float32))  # (..., V)
+        p = self._prepare(p)  # (..., V)
+        difference = p - self._target_for(p, target).to(p.dtype)  # (..., V)
         value = difference.abs().sum(-1).mul_(0.5)  # (...)
         return value, difference.sign_().mul_(0.5)
 

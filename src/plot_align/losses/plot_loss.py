@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +35,15 @@ class PlotLoss(nn.Module):
 
     Args:
         target: (V,) P, a distribution over the rows of the head.
-        geometry: needed by ``w1`` only.
-        divergence: ``"w1"``, ``"kl"``, ``"js"`` or ``"tv"``.
+        geometry: a line, or several; needed by ``w1`` and ``max_w1``.
+        divergence: a name of :data:`plot_align.losses.DIVERGENCES`.
         granularity: ``"batch"``, ``"sequence"`` or ``"token"``.
+        options: what else :func:`plot_align.losses.make_divergence` takes: ``embeddings`` for ``sinkhorn`` and
+            ``emo``, ``sinkhorn_...``, ``valid``, ``seed``.
 
     Raises:
-        InputError: an unknown name, a target that is no distribution, ``w1`` without a geometry, sizes that differ.
+        InputError: an unknown name, a target that is no distribution, a geometry or embeddings missing, sizes that
+            differ.
     """
 
     divergence: Divergence
@@ -45,10 +51,11 @@ class PlotLoss(nn.Module):
     def __init__(
         self,
         target: Tensor,
-        geometry: Geometry | None = None,
+        geometry: Geometry | Sequence[Geometry] | None = None,
         *,
         divergence: str = "w1",
         granularity: str = "batch",
+        **options: Any,
     ) -> None:
         super().__init__()
         if granularity not in GRANULARITIES:
@@ -56,7 +63,7 @@ class PlotLoss(nn.Module):
                 f'granularity is {granularity!r}, but "batch", "sequence" or "token" is needed: choose one of them.'
             )
         self.granularity = granularity
-        self.divergence = make_divergence(divergence, target, geometry)
+        self.divergence = make_divergence(divergence, target, geometry, **options)
 
     def forward(self, logits: Tensor, mask: Tensor) -> Tensor:
         """The loss of one batch.

@@ -1,6 +1,8 @@
-"""W1 on a line, through cumulative distribution functions."""
+"""W1 on a line, through cumulative distribution functions; its mean and its largest value over several lines."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,31 +43,127 @@ class Wasserstein1(Divergence):
 
     def __init__(self, target: Tensor, geometry: Geometry) -> None:
         super().__init__(target)
-        if geometry.vocab_size != self.vocab_size:
-            raise InputError(
-                f"geometry has {geometry.vocab_size} tokens and target {self.vocab_size}, but both must have one "
-                "entry per row of the head: build the target with size = geometry.vocab_size."
-            )
-        coordinates, order = geometry.coordinates.sort(stable=True)  # (V,), (V,)
-        device = self.target.device
-        order = order.to(device)
+        order, rank, gaps = _sorted_line(geometry, self.target)
         self._constant("order", order)
-        self._constant("rank", order.argsort())
-        gaps = torch.cat([coordinates.diff(), coordinates.new_zeros(1)])  # (V,)
-        self._constant("gaps", gaps.to(self.target.dtype).to(device))
+        self._constant("rank", rank)
+        self._constant("gaps", gaps)
         self._constant("sorted_target", self.target[order])
 
     @torch.no_grad()
-    def value_and_potential(self, p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the geometry's coordinates."""
         p = self._prepare(p)  # (..., V)
         gaps = self.gaps.to(p.dtype)  # (V,)
-        # cumsum of the difference, not difference of the cumsums: exact zeros where p = P, one pass less
-        tail = p.index_select(-1, self.order).sub_(self.sorted_target.to(p.dtype)).cumsum_(-1)  # (..., V) F_p - F_P
-        slope = tail.sign().mul_(gaps)  # (..., V)
-        value = tail.mul_(slope).sum(-1)  # (...); a product and a sum, because autocast and TF32 round matmuls
-        torch.cumsum(slope, -1, out=tail)
-        total = tail[..., -1:].clone()  # (..., 1)
-        torch.sub(slope, tail, out=tail).add_(total)  # (..., V) sum over k >= j = total - (sum over k <= j) + slope_j
-        del slope
-        return value, tail.index_select(-1, self.rank)  # (...), (..., V)
+        if target is None:
+            sorted_target = self.sorted_target.to(p.dtype)  # (V,)
+        else:
+            sorted_target = self._target_for(p, target).to(p.dtype).index_select(-1, self.order)  # (V,) or (..., V)
+        difference = p.index_select(-1, self.order).sub_(sorted_target)  # (..., V)
+        value, potential = _transport(difference, gaps)  # (...), (..., V)
+        return value, potential.index_select(-1, self.rank)
+
+
+class SlicedWasserstein(Divergence):
+    """The mean over several lines of W1: sliced Wasserstein for random slices.
+
+        value = torch.stack([Wasserstein1(P, line).value(p) for line in geometries]).mean(0)    # the naive line
+
+    The potential is the mean of the lines' potentials. A lower bound of the exact cost where every line is one, and of
+    the largest slice. Source: Bonneel et al., "Sliced and Radon Wasserstein barycenters of measures" (2015).
+
+    One line is worked on at a time: four (..., V) buffers live at the peak, however many lines there are; 16 bytes per
+    line and token are kept.
+
+    Args:
+        target: (V,) P, see :class:`Divergence`.
+        geometries: at least one, coordinates (V,) each, with one unit (:func:`plot_align.geometry.slices` sees to it).
+
+    Raises:
+        InputError: no geometry, or one with another number of tokens than the target.
+    """
+
+    orders: Tensor  # (k, V) int32: tokens by coordinate, for each line
+    ranks: Tensor  # (k, V) int32
+    gaps: Tensor  # (k, V)
+
+    def __init__(self, target: Tensor, geometries: Sequence[Geometry]) -> None:
+        super().__init__(target)
+        if len(geometries) == 0:
+            raise InputError(
+                "geometries is empty, but at least one line is needed: pass geometry.slices(embeddings, 50)."
+            )
+        order, rank, gaps = (
+            torch.stack(lines) for lines in zip(*(_sorted_line(g, self.target) for g in geometries), strict=True)
+        )
+        self._constant("orders", order.int())
+        self._constant("ranks", rank.int())
+        self._constant("gaps", gaps)
+
+    @torch.no_grad()
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Divergence.value_and_potential`; both in units of the geometries' coordinates."""
+        lines = self._lines(p, target)
+        value, potential = next(lines)
+        for line_value, line_potential in lines:
+            value += line_value
+            potential += line_potential
+        return value.div_(len(self.gaps)), potential.div_(len(self.gaps))
+
+    def _lines(self, p: Tensor, target: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Value and potential of one line after the other."""
+        p = self._prepare(p)  # (..., V)
+        target = self._target_for(p, target).to(p.dtype)  # (V,) or (..., V)
+        for order, rank, gaps in zip(self.orders, self.ranks, self.gaps, strict=True):
+            difference = p.index_select(-1, order).sub_(target.index_select(-1, order))  # (..., V)
+            value, potential = _transport(difference, gaps.to(p.dtype))
+            del difference
+            yield value, potential.index_select(-1, rank)
+
+
+class MaxSlicedWasserstein(SlicedWasserstein):
+    """The largest W1 over several lines, for each row of p; the potential is that line's.
+
+        value = torch.stack([Wasserstein1(P, line).value(p) for line in geometries]).amax(0)    # the naive line
+
+    The tightest of the lines' lower bounds. Where several lines tie, the first one counts: any of their potentials is
+    a subgradient. Source: Deshpande et al., "Max-sliced Wasserstein distance and its use for GANs" (2019), here over
+    the lines given and not over all directions.
+
+    Memory, arguments and errors as :class:`SlicedWasserstein`.
+    """
+
+    @torch.no_grad()
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Divergence.value_and_potential`; both in units of the geometries' coordinates."""
+        lines = self._lines(p, target)
+        value, potential = next(lines)
+        for line_value, line_potential in lines:
+            larger = line_value > value  # (...)
+            value = torch.where(larger, line_value, value)
+            torch.where(larger.unsqueeze(-1), line_potential, potential, out=potential)
+        return value, potential
+
+
+def _sorted_line(geometry: Geometry, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Order (V,), its inverse and the gaps in that order (the last one 0), on the target's device."""
+    if geometry.vocab_size != target.numel():
+        raise InputError(
+            f"geometry has {geometry.vocab_size} tokens and target {target.numel()}, but both must have one "
+            "entry per row of the head: build the target with size = geometry.vocab_size."
+        )
+    coordinates, order = geometry.coordinates.sort(stable=True)  # (V,), (V,)
+    gaps = torch.cat([coordinates.diff(), coordinates.new_zeros(1)])  # (V,)
+    order = order.to(target.device)
+    return order, order.argsort(), gaps.to(target.dtype).to(target.device)
+
+
+def _transport(difference: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
+    """p - P in the line's order, overwritten: (..., V) → W1 (...) and its potential (..., V) in the same order."""
+    # cumsum of the difference, not difference of the cumsums: exact zeros where p = P, one pass less
+    tail = difference.cumsum_(-1)  # (..., V) F_p - F_P
+    slope = tail.sign().mul_(gaps)  # (..., V)
+    value = tail.mul_(slope).sum(-1)  # (...); a product and a sum, because autocast and TF32 round matmuls
+    torch.cumsum(slope, -1, out=tail)
+    total = tail[..., -1:].clone()  # (..., 1)
+    torch.sub(slope, tail, out=tail).add_(total)  # (..., V) sum over k >= j = total - (sum over k <= j) + slope_j
+    return value, tail

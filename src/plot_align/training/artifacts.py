@@ -40,7 +40,7 @@ def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDist
 {_HEADING}
 
 This model was tuned with `L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837)), with
-α = {config.alpha:g} on TRL's {kind}, by plot-align {__version__}. Its preference distribution was counted over
+α = {config.alpha:g} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
 {chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
 which data.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,13 @@ from ..geometry import Geometry, line
 from ..losses import make_divergence
 from ..preference import PreferenceDistribution
 from . import artifacts
-from .batches import PolicyBatch, policy_batch, trainer_kind
+from .alpha import AlphaSchedule
+from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
 from .config import PlotConfig
-from .head import Captured, FusedBackend, HeadBackend, SeparateBackend
+from .gradients import gradient_norms
+from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
 from .marginal import reference_distribution, reference_model
-from .term import PlotTerm
+from .term import PlotTerm, Swept
 
 
 def attach(
@@ -37,9 +41,9 @@ def attach(
         trainer.train()
 
     Args:
-        trainer: a DPO, SFT, KTO, GRPO or RLOO trainer of TRL, or a subclass of one.
+        trainer: a DPO, SFT, KTO, GRPO, RLOO, CPO or ORPO trainer of TRL, a PRO trainer, or a subclass of one.
         preference: token counts of what people prefer and reject, or the file of one. ``None`` counts them in the
-            trainer's own training set, which must hold both sides (DPO, KTO).
+            trainer's own training set, which must hold both sides (DPO, KTO, CPO, ORPO, PRO).
         config: the options; ``None`` takes the defaults.
         reference: ``(V,)`` the reference model's mean output distribution, for ``target="anchored"``; ``None``
             estimates it from the first ``reference_rows`` rows of the training set.
@@ -49,6 +53,9 @@ def attach(
 
     Raises:
         InputError: an unsupported trainer or TRL version, a preference of another tokenizer, no target (d = 0).
+
+    Warns:
+        UserWarning: a DPO trainer whose ``aot`` loss sorts micro-batches of one pair, which is plain DPO.
     """
     config = config or PlotConfig()
     kind = trainer_kind(trainer)
@@ -64,6 +71,13 @@ def attach(
             "granularity is 'sequence' and packing_strategy is 'wrapped', which forgets where a sequence ends; "
             "expected packing_strategy='bfd', packing=False, or granularity='batch'."
         )
+    _check_scope(trainer, kind, config)
+    if getattr(trainer, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
+            "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
+        )
+    _warn_of_sorting_one(trainer)
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -74,7 +88,7 @@ def attach(
     model = causal_lm(trainer.model)
     rows = _head_rows(model)
     preference.check_head(rows)
-    if config.target == "anchored" and reference is None:
+    if config.target == "anchored" and config.target_scope == "dataset" and reference is None:
         reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)))
     if embeddings.size(0) != rows:
@@ -82,8 +96,11 @@ def attach(
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
     match config.plot_backend:
+        case "fused" if kind in LOGITS_TRAINERS:
+            backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
-            backend = FusedBackend(model, term)
+            anchor = causal_lm(reference_model(trainer)) if config.needs_reference else None
+            backend = FusedBackend(model, term, anchor)
         case "separate":
             backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
     return PlotHandle(trainer, kind, config, preference, term, backend)
@@ -98,8 +115,11 @@ def build_term(
     reference: Tensor | None = None,  # (V,)
 ) -> PlotTerm:
     """The term without a trainer: target, geometry and divergence for a head of ``rows`` rows."""
+    difference = torch.zeros(rows, dtype=torch.float64)
+    difference[: preference.vocab_size] = preference.difference().cpu()
+    # With a target of its own for every micro-batch, the data set's chosen tokens stand in for what is never used.
     target = preference.target(
-        config.target,
+        config.target if config.target_scope == "dataset" else "chosen",
         temperature=config.target_temperature,
         strength=config.target_strength,
         reference=reference,
@@ -115,9 +135,7 @@ def build_term(
             valid=min(preference.vocab_size, embeddings.size(0)),
         )
     divergence = make_divergence(config.divergence, target, geometry)
-    difference = torch.zeros(rows, dtype=torch.float64)
-    difference[: preference.vocab_size] = preference.difference().cpu()
-    return PlotTerm(config, divergence, difference > 0, difference < 0)
+    return PlotTerm(config, divergence, difference, preference.vocab_size)
 
 
 class PlotHandle:
@@ -125,8 +143,9 @@ class PlotHandle:
 
     While attached, every logging step carries ``plot/vanilla_loss``, ``plot/loss``, ``plot/alpha``,
     ``plot/preferred_mass`` and ``plot/rejected_mass`` (what the mean output distribution puts on tokens with d > 0 and
-    d < 0), and every ``grad_ratio_steps`` steps ``plot/grad_ratio``: ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input.
-    With ``alpha=0`` nothing is computed and nothing is logged: the trainer is TRL's.
+    d < 0). ``plot/grad_ratio``, ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input, comes every ``grad_ratio_steps`` steps
+    and whenever ``alpha_schedule="balance"`` measures it. With ``alpha=0`` nothing is computed and nothing is logged:
+    the trainer is TRL's.
     """
 
     def __init__(
@@ -143,13 +162,18 @@ class PlotHandle:
         self.preference = preference
         self.term = term
         self._kind = kind
+        self.alpha = AlphaSchedule(config)
         self._backend = backend
+        trainer.add_callback(self.alpha)
         # Instance attributes shadow the class's methods; deleting them is the way back.
         self._patched: dict[str, Callable[..., Any]] = {
-            "compute_loss": self._compute_loss,
             "_save": self._save,
             "create_model_card": self._create_model_card,
         }
+        if kind in LOGITS_TRAINERS:
+            self._patched["get_batch_loss_metrics"] = self._get_batch_loss_metrics
+        else:
+            self._patched["compute_loss"] = self._compute_loss
         self._originals = {name: getattr(trainer, name) for name in self._patched}
         self._shadowed = {name: vars(trainer)[name] for name in self._patched if name in vars(trainer)}
         for name, replacement in self._patched.items():
@@ -165,34 +189,76 @@ class PlotHandle:
             if name in self._shadowed:
                 setattr(self.trainer, name, self._shadowed[name])
         self._backend.remove()
+        self.trainer.remove_callback(self.alpha)
         self.trainer._plot_handle = None
 
     def _compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        original = self._originals["compute_loss"]
-        alpha = self.config.alpha
-        if alpha == 0:
-            return original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        original = functools.partial(
+            self._originals["compute_loss"],
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return self._with_term(original, inputs, num_items_in_batch)
+
+    def _get_batch_loss_metrics(
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+    ) -> Any:
+        """CPO and ORPO compute their loss here, both to train and to evaluate."""
+        original = functools.partial(self._originals["get_batch_loss_metrics"], model, batch, train_eval=train_eval)
+        return self._with_term(original, batch)
+
+    def _with_term(self, original: Callable[[], Any], inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """What ``original()`` returns, a loss or a tuple that begins with one, with ``α·L_PLOT`` added to it."""
+        if self.config.is_off:
+            return original()
         batch = policy_batch(self._kind, inputs)
         with self._backend.capture(batch):
-            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        captured = self._backend.take()
-        if captured is None:
+            result = original()
+        swept = self._backend.take()
+        if swept is None:
             raise RunError(
                 "the policy's forward never reached the LM head that PLOT watches, so this step would train without "
                 "the term; something replaced the model's forward or the loss after attach() (Liger's fused loss, a "
                 "custom compute_loss_func, label smoothing): turn it off, or detach() the term."
             )
-        vanilla = result[0] if return_outputs else result
-        loss = self.term.loss(captured.head, captured.shares).to(vanilla)
+        if self.config.needs_reference and swept.reference is None:
+            raise RunError(
+                "the reference model's forward never reached the LM head that PLOT watches, so there is no target of "
+                "target_scope='batch'; something replaced the reference's forward after attach(): use "
+                "target_scope='dataset'."
+            )
+        vanilla = result[0] if isinstance(result, tuple) else result
+        loss = self.term.loss(swept, batch).to(vanilla)
         # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
         training = self.trainer.model.training
         steps = self.trainer.current_gradient_accumulation_steps if training else 1
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
+        norms = self._measure(vanilla * divisor, loss, swept) if training else None
+        state = self.trainer.state
+        alpha = self.alpha.value(state.global_step, state.max_steps)
         total = vanilla + (alpha / divisor) * loss
-        self._log(vanilla, loss, alpha, divisor, captured, batch)
-        return (total, *result[1:]) if return_outputs else total
+        self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
+        return (total, *result[1:]) if isinstance(result, tuple) else total
+
+    def _measure(self, vanilla: Tensor, loss: Tensor, swept: Swept) -> tuple[float, float] | None:
+        """‖∇L_vanilla‖ and ‖∇L_PLOT‖ at the head's input over all ranks, at the steps that ask for them."""
+        step = self.trainer.state.global_step
+        balancing = self.alpha.wants_measurement(step)
+        every = self.config.grad_ratio_steps
+        if not balancing and (every == 0 or step % every != 0):
+            return None
+        norms = gradient_norms(vanilla, loss, swept, offset=step)  # (2,)
+        if self.trainer.accelerator.num_processes > 1:
+            # Every rank must take the same α; the ranks' rows are one batch, so their squares add.
+            norms = self.trainer.accelerator.reduce(norms.square(), "mean").sqrt()
+        of_vanilla, of_plot = norms.tolist()
+        if balancing:
+            self.alpha.observe(step, of_vanilla, of_plot)
+        return of_vanilla, of_plot
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether ``compute_loss`` already divides by the accumulation steps: what ``Trainer.training_step`` asks."""
@@ -203,45 +269,49 @@ class PlotHandle:
         return bool(by_items or self.trainer.compute_loss_func is not None)
 
     def _log(
-        self, vanilla: Tensor, loss: Tensor, alpha: float, divisor: int, captured: Captured, batch: PolicyBatch
+        self,
+        vanilla: Tensor,
+        loss: Tensor,
+        alpha: float,
+        norms: tuple[float, float] | None,
+        swept: Swept,
+        batch: PolicyBatch,
     ) -> None:
         trainer = self.trainer
-        training = trainer.model.training
-        masses = self.term.masses(captured.head, captured.shares).to(vanilla)  # (2,)
-        values = torch.stack([vanilla.detach() * divisor, loss.detach(), *masses])  # (4,)
-        every = self.config.grad_ratio_steps
-        wants_ratio = training and every > 0 and trainer.state.global_step % every == 0
-        if wants_ratio:
-            values = torch.cat([values, self._gradient_ratio(vanilla * divisor, alpha * loss, captured).unsqueeze(0)])
-        logits_are_finite = torch.isfinite(captured.head.log_probs.detach()).all()
+        masses = self.term.masses(swept).to(vanilla)  # (2,)
+        values = torch.stack([vanilla.detach(), loss.detach(), *masses])  # (4,)
+        logits_are_finite = torch.isfinite(swept.head.log_probs.detach()).all()
         *local, finite = torch.cat([values, logits_are_finite.to(values).unsqueeze(0)]).tolist()
         if not finite or not math.isfinite(local[1]):
-            self._explain_non_finite(captured, batch)
+            self._explain_non_finite(swept, batch)
         if trainer.accelerator.num_processes > 1:
-            gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4 or 5)
+            gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4)
             local = gathered.nanmean(0).tolist()  # a rank with nothing selected has no masses
-        names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass", "grad_ratio"]
-        metrics = trainer._metrics["train" if training else "eval"]
-        for name, value in zip(names, local, strict=False):
+        names = ["vanilla_loss", "loss", "preferred_mass", "rejected_mass"]
+        metrics = {"plot/alpha": alpha}
+        for name, value in zip(names, local, strict=True):
             if name == "vanilla_loss" or math.isfinite(value):  # masses of an empty selection are NaN
-                metrics[f"plot/{name}"].append(value)
-        metrics["plot/alpha"].append(alpha)
+                metrics[f"plot/{name}"] = value
+        if norms is not None and norms[0] > 0:
+            metrics["plot/grad_ratio"] = alpha * norms[1] / norms[0]
+        self._store(metrics, "train" if trainer.model.training else "eval")
 
-    def _gradient_ratio(self, vanilla: Tensor, plot: Tensor, captured: Captured) -> Tensor:
-        """‖∂(α·L_PLOT)/∂h‖ / ‖∂L_vanilla/∂h‖ at the head's input h: no backward through the model."""
-        norms = []
-        for loss in (plot, vanilla):
-            (gradient,) = torch.autograd.grad(loss, captured.hidden, retain_graph=True, allow_unused=True)
-            norms.append(gradient.float().norm() if gradient is not None else vanilla.new_zeros(()))
-        return (norms[0] / norms[1]).to(vanilla)
+    def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
+        """Leaves the metrics where the trainer averages its own until the next log."""
+        if self._kind in LOGITS_TRAINERS:
+            prefix = "eval_" if mode == "eval" else ""
+            self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
+            return
+        for name, value in metrics.items():
+            self.trainer._metrics[mode][name].append(value)
 
-    def _explain_non_finite(self, captured: Captured, batch: PolicyBatch) -> None:
+    def _explain_non_finite(self, swept: Swept, batch: PolicyBatch) -> None:
         step = self.trainer.state.global_step
         rank = self.trainer.accelerator.process_index
         where = f"step {step}" if self.trainer.accelerator.num_processes == 1 else f"step {step} on rank {rank}"
-        bad = ~torch.isfinite(captured.head.log_probs.detach())
+        bad = ~torch.isfinite(swept.head.log_probs.detach())
         if bad.any():
-            row = int(captured.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
+            row = int(swept.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
             raise RunError(
                 f"the model's logits are NaN or infinite at {where}, {_name_row(row, self._kind, batch)} of the "
                 "micro-batch; nothing of this step was applied: lower the learning rate, check that row of the data, "
@@ -281,11 +351,45 @@ def causal_lm(model: Any) -> Any:
 
 
 def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
-    """A DPO batch stacks the chosen rows on the rejected ones; users count pairs."""
-    if kind != "DPOTrainer":
+    """A batch of pairs stacks the chosen rows on the rejected, a PRO batch list on list; users count their data."""
+    if kind == "PROTrainer":
+        best = (batch.roles > 0).nonzero().squeeze(-1)  # (P,) rows
+        prompt = int((best <= row).sum()) - 1
+        return f"completion {row - int(best[prompt])} (0 is the best) of prompt {prompt}"
+    if kind not in ("DPOTrainer", *LOGITS_TRAINERS):
         return f"row {row}"
     pairs = batch.labels.size(0) // 2
     return f"the {'chosen' if row < pairs else 'rejected'} side of pair {row % pairs}"
+
+
+def _check_scope(trainer: Any, kind: str, config: PlotConfig) -> None:
+    """Refuses a target of each micro-batch's own where the trainer has nothing to make it of."""
+    if config.target_scope != "batch":
+        return
+    if config.needs_reference:
+        has_forward = kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
+        if not has_forward:
+            raise InputError(
+                f"target_scope is 'batch' with target='anchored', and this {kind} makes no reference forward in its "
+                "training step; expected a DPO or KTO trainer without precompute_ref_log_probs: use "
+                "target_scope='dataset', or target='chosen'."
+            )
+    elif kind == "SFTTrainer" and config.target != "chosen":
+        raise InputError(
+            f"target_scope is 'batch' with target={config.target!r}, and an SFTTrainer's micro-batch holds no "
+            "rejected completion to count; expected target='chosen' or target_scope='dataset'."
+        )
+
+
+def _warn_of_sorting_one(trainer: Any) -> None:
+    sorting = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
+    if sorting and trainer.args.per_device_train_batch_size == 1:
+        warnings.warn(
+            f"loss_type is {sorting[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
+            "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
+            "per_device_train_batch_size, as far as the memory goes.",
+            stacklevel=3,
+        )
 
 
 def _packs_without_boundaries(trainer: Any) -> bool:
@@ -314,13 +418,13 @@ def _embeddings(model: Any) -> Tensor:
 
 
 def estimate_from(trainer: Any) -> PreferenceDistribution:
-    """Counts what the trainer tokenised already, truncated as its collator truncates.
+    """Counts what the trainer tokenised already, truncated as the trainer truncates.
 
     Raises:
         InputError: its training set does not hold both sides.
     """
     kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
-    if kind not in ("DPOTrainer", "KTOTrainer"):
+    if kind not in ("DPOTrainer", "KTOTrainer", "PROTrainer", *LOGITS_TRAINERS):
         raise InputError(
             f"preference is missing and the training set of a {kind} holds no preferred and rejected completions to "
             "count; pass one: preference=plot_align.estimate(pairs, tokenizer), or the file it was saved to."
@@ -330,7 +434,7 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
     return estimate_tokenized(
         trainer.train_dataset,
         tokenizer,
-        max_length=trainer.args.max_length,
+        max_length=trainer.max_length if kind in LOGITS_TRAINERS else trainer.args.max_length,
         truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         progress=not trainer.args.disable_tqdm,
     )

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import InputError
 
-SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer")
+# Experimental in TRL: their loss reads `outputs.logits`, and evaluation does not go through `compute_loss`.
+LOGITS_TRAINERS = ("CPOTrainer", "ORPOTrainer")
+SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "PROTrainer", *LOGITS_TRAINERS)
+_HOMES = ("trl.trainer.", "trl.experimental.", "plot_align.training.pro")  # PRO's trainer is ours
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,26 @@ class PolicyBatch:
 
 
 def trainer_kind(trainer: Any) -> str:
-    """Name of the TRL trainer that ``trainer`` is or descends from.
+    """Name of the supported trainer that ``trainer`` is or descends from.
 
     Raises:
         InputError: it is none of :data:`SUPPORTED`.
     """
     for cls in type(trainer).__mro__:
-        if cls.__module__.startswith("trl.trainer.") and cls.__name__ in SUPPORTED:
+        if cls.__module__.startswith(_HOMES) and cls.__name__ in SUPPORTED:
             return cls.__name__
     raise InputError(
-        f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of TRL's "
+        f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of "
         f"{', '.join(SUPPORTED)} or a subclass: for any other training loop add plot_align.PlotLoss to its loss."
     )
+
+
+def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a ``kind`` trainer passes to the policy of such a batch, apart from labels; offline methods only."""
+    if kind in LOGITS_TRAINERS:
+        # The padding is masked, so which token stands there makes no difference.
+        return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
 
 
 def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
@@ -79,9 +91,10 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
     match kind:
         case "DPOTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
-            roles = torch.ones(ids.size(0), dtype=torch.int8, device=ids.device)
-            roles[ids.size(0) // 2 :] = -1
-            return PolicyBatch(ids.masked_fill(completion == 0, -100), roles)
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
+        case "CPOTrainer" | "ORPOTrainer":
+            labels = _stacked(inputs, "labels", -100)  # (2B, T)
+            return PolicyBatch(labels, _pair_roles(labels))
         case "SFTTrainer":
             labels = inputs["labels"]
             segments = None
@@ -106,4 +119,34 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
             if advantages.dim() > 1:
                 advantages = advantages.mean(-1)
             return PolicyBatch(labels, advantages.sign().to(torch.int8), keep=keep)
+        case "PROTrainer":
+            ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (S, T): lists one after another
+            best = best_of_each_list(inputs["list_lengths"], ids.size(0))
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), best.to(torch.int8) * 2 - 1)
     raise InputError(f"trainer kind is {kind!r}; expected one of {', '.join(SUPPORTED)}.")
+
+
+def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
+    """``(S,)`` bool: the best completion of each prompt, which stands first in its list.
+
+    Args:
+        list_lengths: ``(P,)`` completions of each prompt, whose lists stand one after another.
+        completions: S, the sum of ``list_lengths``.
+    """
+    best = torch.zeros(completions, dtype=torch.bool, device=list_lengths.device)
+    best[list_lengths.cumsum(0) - list_lengths] = True
+    return best
+
+
+def _pair_roles(rows: Tensor) -> Tensor:
+    """``(2B,)`` roles of B chosen rows above B rejected ones."""
+    roles = torch.ones(rows.size(0), dtype=torch.int8, device=rows.device)
+    roles[rows.size(0) // 2 :] = -1
+    return roles
+
+
+def _stacked(inputs: Mapping[str, Any], name: str, fill: int) -> Tensor:
+    """``(2B, T)`` chosen rows above rejected ones, the shorter side filled up: ``concatenated_inputs`` of CPO."""
+    sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
+    length = max(side.size(1) for side in sides)
+    return torch.cat([functional.pad(side, (0, length - side.size(1)), value=fill) for side in sides])

@@ -20,10 +20,26 @@ class PlotConfig:
     alpha: float = field(
         default=0.1, metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it."}
     )
-    target: Literal["relu", "shift", "softmax", "anchored"] = field(
-        default="relu",
-        metadata={"help": "How token preferences become a target distribution (relu: our reading of the paper)."},
+    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] = field(
+        default="constant",
+        metadata={"help": "linear, cosine: from alpha to alpha_end over the run. balance: alpha is chosen so that "
+                          "PLOT's gradient is balance_ratio times the vanilla loss's."},
+    )  # fmt: skip
+    alpha_end: float = field(default=0.0, metadata={"help": "Weight at the last step of a linear or cosine schedule."})
+    balance_ratio: float = field(
+        default=0.1,
+        metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head."},
     )
+    target: Literal["relu", "shift", "softmax", "chosen", "anchored"] = field(
+        default="relu",
+        metadata={"help": "How token preferences become a target distribution (relu: our reading of the paper; "
+                          "chosen: the preferred tokens' own frequencies; anchored: the reference's, shifted)."},
+    )  # fmt: skip
+    target_scope: Literal["dataset", "batch"] = field(
+        default="dataset",
+        metadata={"help": "batch: one target a micro-batch, anchored on the reference's own output at the same "
+                          "positions, or counted in the micro-batch's own tokens."},
+    )  # fmt: skip
     target_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of target=softmax, in units of max|d| / ln V."}
     )
@@ -59,8 +75,9 @@ class PlotConfig:
     )
     plot_backend: Literal["fused", "separate"] = field(
         default="fused",
-        metadata={"help": "fused: inside TRL's head, free. separate: a head pass of its own, for other TRL versions."},
-    )
+        metadata={"help": "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway; free. "
+                          "separate: a head pass of its own, for other TRL versions."},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -68,14 +85,19 @@ class PlotConfig:
             choices = get_args(hints[name])
             if choices and value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
-        for name in ("alpha", "norm_order", "target_temperature", "target_strength"):
+        numbers = ("alpha", "alpha_end", "balance_ratio", "norm_order", "target_temperature", "target_strength")
+        for name in numbers:
             value = getattr(self, name)
             self._require(name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
-        self._require("alpha", self.alpha >= 0 and math.isfinite(self.alpha), "a finite number, 0 or more")
+        for name in ("alpha", "alpha_end"):
+            value = getattr(self, name)
+            self._require(name, value >= 0 and math.isfinite(value), "a finite number, 0 or more")
         self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
-        for name in ("target_temperature", "target_strength"):
+        for name in ("balance_ratio", "target_temperature"):
             value = getattr(self, name)
             self._require(name, value > 0 and math.isfinite(value), "a positive number")
+        strength = self.target_strength
+        self._require("target_strength", strength >= 0 and math.isfinite(strength), "a finite number, 0 or more")
         self._require("reference_rows", self.reference_rows >= 1, "a positive number of rows")
         self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
         if self.pool and self.granularity != "batch":
@@ -83,6 +105,28 @@ class PlotConfig:
                 f"pool is on with granularity={self.granularity!r}; only granularity='batch' has one distribution "
                 "to average over the ranks: set granularity='batch' or leave pool off."
             )
+
+        if self.target_scope == "batch" and self.granularity == "token":
+            raise InputError(
+                "target_scope is 'batch' with granularity='token'; a single position has no distribution of its own "
+                "to be compared with: expected granularity='batch' or 'sequence', or target_scope='dataset'."
+            )
+        if self.needs_reference and self.plot_backend != "fused":
+            raise InputError(
+                f"target_scope is 'batch' with target='anchored' and plot_backend={self.plot_backend!r}; the "
+                "reference's output is taken in TRL's fused head: expected plot_backend='fused' or "
+                "target_scope='dataset'."
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether every step's target is anchored on the reference model's output over the same positions."""
+        return self.target == "anchored" and self.target_scope == "batch"
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the term never weighs anything: α is 0 and no schedule raises it."""
+        return self.alpha == 0 and (self.alpha_schedule in ("constant", "balance") or self.alpha_end == 0)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -5,6 +5,7 @@ logits, through ``_ChunkedLogProbFunction``. :class:`FusedBackend` replaces that
 a copy of the same code in which the name ``_ChunkedLogProbFunction`` means ours; TRL's soft cap, temperature, MoE,
 ZeRO and compaction logic stays as it is, and nothing global is patched. :class:`SeparateBackend` leaves the head alone
 and makes a second head pass from the backbone's output: slower, but it depends on no private name of TRL.
+:class:`LogitsBackend` reads the logits that CPO and ORPO build anyway.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import importlib.metadata
 import inspect
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, RunError
-from ..fused import HeadOutput, HeadSpec, fused_head
+from ..fused import HeadOutput, HeadSpec, fused_head, output_distribution, target_log_probs
 from .batches import PolicyBatch
-from .term import PlotTerm, Shares
+from .term import PlotTerm, Swept
 
 TESTED_TRL = "1.16"
 _KERNEL_ARGUMENTS = (
@@ -40,72 +40,100 @@ _OUTPUT_FIELDS = (
 )  # fmt: skip
 
 
-@dataclass
-class Captured:
-    """What the policy's head pass left behind.
-
-    ``hidden`` is the head's input, the place where gradient norms are compared; ``log_probs (N,)`` and ``rows (N,)``
-    (places in the flattened ``(B, T − 1)`` batch) name the row of a NaN.
-    """
-
-    head: HeadOutput
-    shares: Shares
-    hidden: Tensor
-    rows: Tensor
-
-
 class HeadBackend(ABC):
-    """Waits for the policy's forward inside ``compute_loss`` and captures its head pass, once."""
+    """Waits for the policy's forward inside ``compute_loss`` and keeps what its head pass yields, once."""
 
     def __init__(self, model: nn.Module, term: PlotTerm) -> None:
         self.model = model
         self.term = term
-        self._pending: PolicyBatch | None = None
-        self._captured: Captured | None = None
+        self.pending: PolicyBatch | None = None
+        self.swept: Swept | None = None
+        self.reference: Tensor | None = None
 
     @contextmanager
     def capture(self, batch: PolicyBatch) -> Iterator[None]:
-        """While open, the first head pass over ``batch`` by the policy is captured; read it with :meth:`take`."""
-        self._pending, self._captured = batch, None
+        """While open, the first head pass over ``batch`` by the policy is kept; read it with :meth:`take`."""
+        self.pending, self.swept, self.reference = batch, None, None
         try:
             yield
         finally:
-            self._pending = None
+            self.pending = None
 
-    def take(self) -> Captured | None:
-        """The captured pass, which is forgotten here so that its graph lives no longer than the step."""
-        captured, self._captured = self._captured, None
-        return captured
+    def take(self) -> Swept | None:
+        """The pass that was kept, which is forgotten here so that its graph lives no longer than the step."""
+        swept, self.swept = self.swept, None
+        if swept is not None:
+            swept.reference, self.reference = self.reference, None
+        return swept
 
     @abstractmethod
     def remove(self) -> None:
         """Takes the backend off the model again."""
 
-    def _wants(self, labels: Tensor | None) -> bool:
+    def is_policys(self, labels: Tensor | None) -> bool:
         """Whether this forward is the policy's: it can be differentiated while training, and its labels are ours.
 
         That tells it from the reference's forward and from KTO's mismatched KL forward, both without gradient.
         """
-        if self._pending is None or self._captured is not None:
+        if self.pending is None or self.swept is not None:
             return False
         if self.model.training:
             return torch.is_grad_enabled()
-        return labels is None or self._same_labels(labels)
+        return labels is None or self.same_labels(labels)
 
-    def _same_labels(self, labels: Tensor) -> bool:
-        expected = self._pending.labels if self._pending is not None else None
+    def same_labels(self, labels: Tensor) -> bool:
+        """Whether ``labels (B, T)`` are the pending batch's, perhaps behind prompt-learning's virtual tokens."""
+        expected = self.pending.labels if self.pending is not None else None
         if expected is None or labels.size(0) != expected.size(0) or labels.size(1) < expected.size(1):
             return False
         return torch.equal(labels[:, -expected.size(1) :].to(expected.device), expected)
 
-    def _pass(
+    def same_tokens(self, ids: Tensor | None) -> bool:
+        """Whether the forward's tokens are the pending batch's: KTO's evaluation begins with another forward."""
+        if ids is None or self.pending is None:  # prompt-learning PEFT passes embeddings
+            return True
+        labels = self.pending.labels.to(ids.device)
+        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
+
+    def sweep(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         """Runs our head over ``rows`` of the pending batch and keeps the result, ``hidden`` among it."""
-        if self._pending is None:
+        if self.pending is None:
             raise RuntimeError("no batch is pending")
-        shares = self.term.shares(self._pending, rows.to(self._pending.labels.device))
+        shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
         self.term.to(hidden.device)
+        weights = shares.weights.to(hidden.device)
+        segments = None if shares.segments is None else shares.segments.to(hidden.device)
+
+        def run(hidden: Tensor, spec: HeadSpec, some: slice | Tensor = slice(None)) -> HeadOutput:
+            return fused_head(
+                hidden,
+                weight,
+                bias,
+                targets[some],
+                spec,
+                weights=weights[some],
+                segments=None if segments is None else segments[some],
+                num_segments=shares.counts.numel(),
+                divergence=self.term.head_divergence(),
+            )
+
+        def some_rows(some: Tensor) -> tuple[Tensor, HeadOutput]:
+            sampled = hidden.detach()[some].requires_grad_()
+            return sampled, run(sampled, dataclasses.replace(spec, frozen=True), some)
+
+        head = run(hidden, spec)
+        self.swept = Swept(head, shares, hidden, rows, some_rows=some_rows)
+        return head
+
+    def sweep_reference(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
+    ) -> HeadOutput:
+        """The same over the reference model's forward, of which only the output distributions are kept."""
+        if self.pending is None:
+            raise RuntimeError("no batch is pending")
+        shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
         head = fused_head(
             hidden,
             weight,
@@ -115,25 +143,53 @@ class HeadBackend(ABC):
             weights=shares.weights.to(hidden.device),
             segments=None if shares.segments is None else shares.segments.to(hidden.device),
             num_segments=shares.counts.numel(),
-            divergence=self.term.head_divergence(),
         )
-        self._captured = Captured(head, shares, hidden, rows)
+        self.reference = head.marginals
         return head
 
 
 class FusedBackend(HeadBackend):
-    """Rides on TRL's fused head: no extra matrix product.
+    """Rides on TRL's fused head, the policy's and where asked for the reference's: no extra matrix product.
+
+    Args:
+        model: the policy.
+        term: the PLOT term.
+        reference: the model whose forward inside ``compute_loss`` yields the reference's output distributions: the
+            trainer's own reference model, or the policy itself where PEFT's adapters are switched off for it.
 
     Raises:
         InputError: the TRL version is not one this was tested with, or its head does not look as it should.
     """
 
-    def __init__(self, model: nn.Module, term: PlotTerm) -> None:
+    def __init__(self, model: nn.Module, term: PlotTerm, reference: nn.Module | None = None) -> None:
         super().__init__(model, term)
+        self.wants_reference = reference is not None
+        self._heads = [_FusedForward(model, self)]
+        if reference is not None and reference is not model:
+            self._heads.append(_FusedForward(reference, self))
+
+    def remove(self) -> None:
+        for head in self._heads:
+            head.remove()
+
+    def is_references(self, labels: Tensor | None) -> bool:
+        """Whether this forward is the reference's over the pending batch: after the policy's, without gradient."""
+        if not self.wants_reference or self.swept is None or self.reference is not None or labels is None:
+            return False
+        return self.pending is not None and not torch.is_grad_enabled() and self.same_labels(labels)
+
+
+class _FusedForward:
+    """One model's forward, in which the name of TRL's head kernel means ours while a batch is pending."""
+
+    def __init__(self, model: nn.Module, backend: FusedBackend) -> None:
+        self.model = model
+        self.backend = backend
         original = _trl_forward(model)
         self._kernel = original.__globals__["_ChunkedLogProbFunction"]
         self._gather = original.__globals__["maybe_gather_lm_head_ctx"]
         self._mask: Tensor | None = None
+        self._sweep: Callable[..., HeadOutput] | None = None
         rebuilt = types.FunctionType(
             original.__code__,
             {**original.__globals__, "_ChunkedLogProbFunction": self},
@@ -146,14 +202,21 @@ class FusedBackend(HeadBackend):
 
         @functools.wraps(original)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not kwargs.get("fused_lm_head") or not self._wants(kwargs.get("labels")):
+            labels = kwargs.get("labels")
+            if not kwargs.get("fused_lm_head"):
                 return rebuilt(module, *args, **kwargs)
-            self._refuse_unsupported(module, kwargs)
+            if module is backend.model and backend.is_policys(labels):
+                self._refuse_unsupported(module, kwargs)
+                self._sweep = backend.sweep
+            elif backend.is_references(labels):
+                self._sweep = backend.sweep_reference
+            else:
+                return rebuilt(module, *args, **kwargs)
             self._mask = kwargs["labels"][:, 1:] != -100  # (B, T-1)
             try:
                 return rebuilt(module, *args, **kwargs)
             finally:
-                self._mask = None
+                self._mask = self._sweep = None
 
         # Through `setattr`: to a type checker `forward` is a method, and here it becomes an instance attribute.
         self._forward = types.MethodType(forward, model)
@@ -193,8 +256,8 @@ class FusedBackend(HeadBackend):
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """Stands in for ``_ChunkedLogProbFunction.apply``: same arguments, same five results."""
-        mask = self._mask
-        if mask is None:
+        mask, sweep = self._mask, self._sweep
+        if mask is None or sweep is None:
             return self._kernel.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
@@ -209,9 +272,9 @@ class FusedBackend(HeadBackend):
         if dense:
             # Off Triton devices TRL scores every position and masks afterwards. Prompts are most of a batch: skip
             # them here, and put zeros where they were.
-            head = self._pass(hidden[scored], weight, bias, targets[scored], self._batch_rows(scored), spec)
+            head = sweep(hidden[scored], weight, bias, targets[scored], self._batch_rows(scored), spec)
         else:
-            head = self._pass(hidden, weight, bias, targets, self._batch_rows(scored), spec)
+            head = sweep(hidden, weight, bias, targets, self._batch_rows(scored), spec)
         results = (head.log_probs, head.entropy, head.log_sum_sq_probs, head.mean_logits, head.is_top1)
         if not dense:
             return results
@@ -219,15 +282,17 @@ class FusedBackend(HeadBackend):
 
     def _batch_rows(self, scored: Tensor) -> Tensor:
         """Places in the batch of the trainer; prompt-learning PEFT prepends virtual tokens to the forward's."""
-        if self._mask is None or self._pending is None:
+        pending = self.backend.pending
+        if self._mask is None or pending is None:
             raise RuntimeError("no forward is under way")
-        virtual = self._mask.size(1) - (self._pending.labels.size(1) - 1)
+        width = pending.labels.size(1) - 1
+        virtual = self._mask.size(1) - width
         if virtual == 0:
             return scored
         row, column = scored // self._mask.size(1), scored % self._mask.size(1)
         # PEFT's −100 labels of the virtual tokens are never scored, but the first real token now has a predecessor
         # and is: it belongs to no place of the batch where it is a label, and to the first otherwise.
-        return row * (self._pending.labels.size(1) - 1) + (column - virtual).clamp(min=0)
+        return row * width + (column - virtual).clamp(min=0)
 
 
 class SeparateBackend(HeadBackend):
@@ -242,11 +307,11 @@ class SeparateBackend(HeadBackend):
         self._hook.remove()
 
     def _after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self._wants(None) or self._pending is None or not self._same_tokens(kwargs.get("input_ids")):
+        if not self.is_policys(None) or self.pending is None or not self.same_tokens(kwargs.get("input_ids")):
             return
         backbone = output.last_hidden_state  # (B, T + virtual, H)
-        hidden = backbone[:, -self._pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
-        if hidden.shape[:2] != self._pending.labels[:, 1:].shape:
+        hidden = backbone[:, -self.pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
+        if hidden.shape[:2] != self.pending.labels[:, 1:].shape:
             return
         head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
@@ -254,20 +319,69 @@ class SeparateBackend(HeadBackend):
                 "the LM head is sharded (FSDP or ZeRO-3), which plot_backend='separate' cannot read; expected a "
                 "whole one: use plot_backend='fused'."
             )
-        rows = (self._pending.labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
+        rows = (self.pending.labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
         flat = hidden.reshape(-1, hidden.size(-1))[rows.to(hidden.device)]  # (M, H)
-        targets = self._pending.labels[:, 1:].flatten()[rows].to(flat.device)
-        self._pass(flat, head.weight, head.bias, targets, rows, self._spec)
-        if self._captured is not None:
+        targets = self.pending.labels[:, 1:].flatten()[rows].to(flat.device)
+        self.sweep(flat, head.weight, head.bias, targets, rows, self._spec)
+        if self.swept is not None:
             # The vanilla loss never sees `flat`: gradients are compared where both losses pass.
-            self._captured.hidden = backbone
+            self.swept.hidden, self.swept.some_rows = backbone, None
 
-    def _same_tokens(self, ids: Tensor | None) -> bool:
-        """Whether the forward's tokens are the pending batch's: KTO's evaluation begins with another forward."""
-        if ids is None or self._pending is None:  # prompt-learning PEFT passes embeddings
-            return True
-        labels = self._pending.labels.to(ids.device)
-        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
+
+class LogitsBackend(HeadBackend):
+    """Reads the logits of trainers whose loss needs them anyway (CPO, ORPO): no head pass at all.
+
+    Args:
+        model: the causal language model; gradient norms are compared at the input of its head.
+        term: the PLOT term.
+        called: what the trainer calls: ``model`` itself, or the PEFT wrapper around it.
+    """
+
+    def __init__(self, model: Any, term: PlotTerm, called: nn.Module) -> None:
+        super().__init__(model, term)
+        self._hidden: Tensor | None = None
+        self._hooks = [
+            model.get_output_embeddings().register_forward_pre_hook(self._before_head),
+            called.register_forward_hook(self._after_model, with_kwargs=True),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_head(self, module: nn.Module, args: Any) -> None:
+        if self.is_policys(None):
+            self._hidden = args[0]  # (B, T, H)
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        hidden, self._hidden = self._hidden, None
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not self.is_policys(None) or self.pending is None or not self.same_tokens(ids):
+            return
+        logits, labels = output.logits, self.pending.labels  # (B, T, V), (B, T)
+        if logits.shape[:2] != labels.shape:
+            return
+        if hidden is None:
+            raise InputError(
+                f"the LM head of {type(self.model).__name__} is not called as a module, so the gradients at its input "
+                "cannot be compared; expected get_output_embeddings() to be called in the forward: use "
+                "plot_backend='separate'."
+            )
+        rows = (labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
+        shares = self.term.shares(self.pending, rows)
+        self.term.to(logits.device)
+        places = rows + rows // (labels.size(1) - 1)  # (M,) from the flattened (B, T-1) to the flattened (B, T)
+        weights = shares.weights.new_zeros(labels.numel()).index_put((places,), shares.weights)  # (B*T,)
+        segments = None
+        if shares.segments is not None:
+            segments = shares.segments.new_zeros(labels.numel()).index_put((places,), shares.segments).view_as(labels)
+        marginals, values = output_distribution(
+            logits, weights.view_as(labels), segments, shares.counts.numel(), self.term.head_divergence()
+        )
+        places = places.to(logits.device)
+        log_probs = target_log_probs(logits, places, labels[:, 1:].flatten()[rows].to(logits.device))
+        values = None if values is None else values.flatten()[places]  # (M,)
+        self.swept = Swept(HeadOutput(log_probs, marginals=marginals, values=values), shares, hidden, rows)
 
 
 def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:

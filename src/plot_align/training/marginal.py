@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..fused import fused_head
-from .batches import PolicyBatch, policy_batch
+from .batches import PolicyBatch, model_inputs, policy_batch
 from .head import head_spec
 
 
@@ -71,20 +71,22 @@ def collated(
 ) -> Iterator[tuple[dict[str, Tensor], PolicyBatch]]:
     """The first ``rows`` rows of a tokenised data set in order, through the trainer's collator."""
     dataset = trainer.train_dataset if dataset is None else dataset
-    columns = trainer._signature_columns
-    if columns is None:
+    columns = None  # the collator is given what the trainer's own loader gives it
+    if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         columns = trainer._signature_columns
     chunk: list[dict[str, Any]] = []
     for index, row in enumerate(dataset):
         if rows is not None and index >= rows:
             break
-        chunk.append({name: value for name, value in row.items() if name in columns})
+        chunk.append({name: value for name, value in row.items() if columns is None or name in columns})
         if len(chunk) == trainer.args.per_device_eval_batch_size:
-            yield _model_inputs(trainer.data_collator(chunk), kind)
+            batch = trainer.data_collator(chunk)
+            yield model_inputs(kind, batch), policy_batch(kind, batch)
             chunk = []
     if chunk:
-        yield _model_inputs(trainer.data_collator(chunk), kind)
+        batch = trainer.data_collator(chunk)
+        yield model_inputs(kind, batch), policy_batch(kind, batch)
 
 
 def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -> Tensor:
@@ -109,8 +111,3 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
 def reference_model(trainer: Any) -> Any:
     """The reference policy: the trainer's own where it keeps one, else the policy as it starts."""
     return getattr(trainer, "ref_model", None) or trainer.model
-
-
-def _model_inputs(batch: dict[str, Any], kind: str) -> tuple[dict[str, Tensor], PolicyBatch]:
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch}, policy_batch(kind, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..fused import HeadOutput
 from ..losses import Divergence
 from ..losses.base import widest_dtype
+from ..preference import target_weights
 from .batches import PolicyBatch
 from .config import PlotConfig
 
@@ -28,29 +30,51 @@ class Shares:
     counts: Tensor
 
 
+@dataclass
+class Swept:
+    """What the policy's head pass over a micro-batch left behind.
+
+    Attributes:
+        head: log-probabilities and output distributions, with their graph.
+        shares: how the rows entered the distributions.
+        hidden: the head's input, the place where gradient norms are compared.
+        rows: ``(N,)`` places of the rows in the flattened ``(B, T − 1)`` batch.
+        reference: ``(S, V)`` the reference model's output distributions over the same positions, where asked for.
+        some_rows: sweeps some of the rows again, given their indices, with the head's weights held fixed: its input
+            and its output. ``None`` where the vanilla loss does not come from this pass.
+    """
+
+    head: HeadOutput
+    shares: Shares
+    hidden: Tensor
+    rows: Tensor
+    reference: Tensor | None = None
+    some_rows: Callable[[Tensor], tuple[Tensor, HeadOutput]] | None = None
+
+
 class PlotTerm(nn.Module):
     """``L_PLOT`` of one micro-batch at a granularity (design: ``docs/mathematics.md``).
 
     ``batch``: D(p̄, P) with p̄ the mean over all selected positions; ``sequence``: the mean of D(p̄_s, P) over the
     sequences that have a selected position; ``token``: the mean of D(p_t, P) over the selected positions. A batch
-    with nothing selected costs zero, since D(0, P) would be a constant that no model can change.
+    with nothing selected, or without a target of its own at ``target_scope="batch"``, costs zero, since D(0, P) would
+    be a constant that no model can change.
 
     Args:
         config: the options.
-        divergence: holds the target.
-        preferred: ``(V,)`` bool, tokens that people prefer (d > 0); for the logged mass only.
-        rejected: ``(V,)`` bool, tokens with d < 0.
+        divergence: holds the target of ``target_scope="dataset"``.
+        difference: ``(V,)`` d of each row of the head, 0 on padding rows.
+        valid: number of token ids; padding rows follow them and never get target mass.
     """
 
-    preferred: Tensor
-    rejected: Tensor
+    difference: Tensor
 
-    def __init__(self, config: PlotConfig, divergence: Divergence, preferred: Tensor, rejected: Tensor) -> None:
+    def __init__(self, config: PlotConfig, divergence: Divergence, difference: Tensor, valid: int) -> None:
         super().__init__()
         self.config = config
         self.divergence = divergence
-        self.register_buffer("preferred", preferred)
-        self.register_buffer("rejected", rejected)
+        self.valid = valid
+        self.register_buffer("difference", difference, persistent=False)
 
     def shares(self, batch: PolicyBatch, rows: Tensor) -> Shares:
         """Weights of the head's rows; ``rows (N,)`` are their places in the flattened ``(B, T − 1)`` batch."""
@@ -70,32 +94,78 @@ class PlotTerm(nn.Module):
         """What the head must evaluate at every position itself: only the ``token`` granularity needs that."""
         return self.divergence if self.config.granularity == "token" else None
 
-    def loss(self, head: HeadOutput, shares: Shares) -> Tensor:
+    def loss(self, swept: Swept, batch: PolicyBatch) -> Tensor:
         """The scalar L_PLOT, with a graph; exactly zero, with a graph, where nothing is selected."""
-        marginals = head.marginals
-        if marginals is None:
+        head, shares = swept.head, swept.shares
+        if head.marginals is None:
             raise ValueError("the head was run without weights")
         if self.config.granularity == "token" and head.values is not None:
             return (head.values * shares.weights).sum()
         # A handful of V-vectors: float64 costs nothing here and keeps the cumulative sums exact.
-        marginals = marginals.to(widest_dtype(marginals.device))  # (S, V)
+        marginals = head.marginals.to(widest_dtype(head.marginals.device))  # (S, V)
         counts = shares.counts.to(marginals.device)  # (S,)
+        target = None
+        if self.config.target_scope == "batch":
+            target, has_target = self._batch_target(swept, batch)  # (S or 1, V), (S or 1,)
+            counts = counts * has_target
         if self.config.pool:
             marginals, counts = _pooled(marginals, counts)
-        values = self.divergence.value(marginals)  # (S,)
+        values = self.divergence.value(marginals, target)  # (S,)
         values = torch.where(counts > 0, values, marginals.sum(-1) * 0)
         return values.sum() / (counts > 0).sum().clamp(min=1)
 
     @torch.no_grad()
-    def masses(self, head: HeadOutput, shares: Shares) -> Tensor:
+    def _batch_target(self, swept: Swept, batch: PolicyBatch) -> tuple[Tensor, Tensor]:
+        """This micro-batch's own target, (S, V) or (1, V), and where there is one; rows without one hold anything."""
+        device = self.difference.device
+        size = self.difference.numel()
+        if self.config.needs_reference:
+            if swept.reference is None:
+                raise ValueError("the reference was not swept")
+            anchor = swept.reference.to(self.difference)  # (S, V)
+            if self.config.pool:
+                anchor, _ = _pooled(anchor, swept.shares.counts.to(device))
+            moved = (anchor + self.config.target_strength * self.difference).clamp(min=0)
+        else:
+            moved = self._counted_target(batch, size).unsqueeze(0)  # (1, V)
+        moved[..., self.valid :] = 0
+        total = moved.sum(-1, keepdim=True)  # (S or 1, 1)
+        return moved / total.clamp(min=torch.finfo(moved.dtype).tiny), total.squeeze(-1) > 0
+
+    def _counted_target(self, batch: PolicyBatch, size: int) -> Tensor:
+        """φ of the micro-batch's own token counts, (V,); zero where a side is missing or both sides are equal."""
+        sides = []
+        for role in ("chosen", "rejected"):
+            labels = batch.labels[:, 1:][batch.selected(role)].to(self.difference.device)  # (n,)
+            sides.append(torch.bincount(labels, minlength=size).to(self.difference))  # (V,)
+        counts = torch.stack(sides)  # (2, V)
+        if self.config.pool and _ranks() > 1:
+            dist.all_reduce(counts)
+        totals = counts.sum(-1)  # (2,)
+        if totals[0] == 0 or (self.config.target != "chosen" and totals[1] == 0):
+            return counts.new_zeros(size)
+        chosen, rejected = counts / totals.clamp(min=1).unsqueeze(-1)  # (V,), (V,)
+        if self.config.target != "chosen" and torch.equal(chosen, rejected):
+            return counts.new_zeros(size)
+        config, ids = self.config, slice(self.valid)
+        weights = target_weights(config.target, chosen[ids], rejected[ids], temperature=config.target_temperature)
+        return torch.cat([weights, weights.new_zeros(size - self.valid)])
+
+    @torch.no_grad()
+    def masses(self, swept: Swept) -> Tensor:
         """``(2,)`` mass that the selected positions' mean output puts on preferred and on rejected tokens."""
-        if head.marginals is None:
+        marginals = swept.head.marginals
+        if marginals is None:
             raise ValueError("the head was run without weights")
-        counts = shares.counts.to(head.marginals)  # (S,)
+        counts = swept.shares.counts.to(marginals)  # (S,)
         each = counts / counts.sum().clamp(min=1)
-        output = each @ head.marginals  # (V,)
-        masses = torch.stack([output[self.preferred].sum(), output[self.rejected].sum()])
+        output = each @ marginals  # (V,)
+        masses = torch.stack([output[self.difference > 0].sum(), output[self.difference < 0].sum()])
         return torch.where(counts.sum() > 0, masses, torch.nan)
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _pooled(output: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,10 +174,10 @@ def _pooled(output: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Each rank's own part keeps its graph, scaled by the world size: DDP divides the summed gradients by it again, and
     what remains is the gradient of the pooled value.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _ranks() == 1:
         return output, tokens
     packed = torch.cat([output.detach() * tokens, tokens.to(output.dtype).unsqueeze(-1)], dim=-1)  # (1, V + 1)
     dist.all_reduce(packed)
     total = packed[:, -1:].clamp(min=1)  # (1, 1)
-    share = output * (tokens * dist.get_world_size() / total)  # (1, V)
+    share = output * (tokens * _ranks() / total)  # (1, V)
     return packed[:, :-1] / total + (share - share.detach()), packed[:, -1]

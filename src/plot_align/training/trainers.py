@@ -1,4 +1,4 @@
-"""Drop-in trainers: TRL's, with the PLOT term attached."""
+"""Drop-in trainers: TRL's, and the one for PRO, with the PLOT term attached."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from trl import DPOTrainer, SFTTrainer
 from ..preference import PreferenceDistribution
 from .attach import PlotHandle, attach
 from .config import PlotConfig
+from .pro import PROTrainer
 
 PreferenceSource = PreferenceDistribution | str | os.PathLike[str] | None
 
 
 class _Attached:
-    """Builds the TRL trainer it stands before in the bases, then attaches the term."""
+    """Builds the trainer it stands before in the bases, then attaches the term."""
 
     plot_handle: PlotHandle
 
@@ -49,4 +50,17 @@ class PlotSFTTrainer(_Attached, SFTTrainer):
 
     Raises:
         InputError: see :func:`plot_align.attach`.
+    """
+
+
+class PlotPROTrainer(_Attached, PROTrainer):
+    """:class:`PROTrainer` with ``α·L_PLOT`` added; the best completion of each list is the preferred one.
+
+    Args:
+        *args, **kwargs: those of :class:`PROTrainer`.
+        preference: token preferences or the file of them; ``None`` counts them in ``train_dataset``.
+        plot: options of the term; ``None`` takes the defaults.
+
+    Raises:
+        InputError: see :class:`PROTrainer` and :func:`plot_align.attach`.
     """
