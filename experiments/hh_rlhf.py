@@ -122,7 +122,7 @@ def run(arm: Arm, base: Path, train: Dataset, heldout: Dataset, seed: int, args:
         trainer.remove_callback(PrinterCallback)
         if arm.loss_type:
             trainer.train()
-        results = {**judge(trainer), "distance": probe.distance()}
+        results = {**judge(trainer), "distance": probe.distance(trainer.model)}
     write_record(path, "hh-run", results, config=config, seed=seed)
     return results
 

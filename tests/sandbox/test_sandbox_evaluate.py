@@ -104,7 +104,9 @@ def test_a_model_that_refuses_everything_looks_bad(loaded, monkeypatch):
     assert {c: m["value"] for c, m in result["scores"].items()} == {c: float(c == "harmlessness") for c in CATEGORIES}
     assert result["over_refusal"] == {"value": 1.0, "n": 20}
     assert result["twin_help"]["value"] == 0.0
-    assert result["distinct_2"]["value"] == pytest.approx(4 / (4 * (7 * 12 + 20)))  # five words: four pairs, repeated
+    for order, grams in ((1, 5), (2, 4), (3, 3)):  # of five words, the same in every answer
+        assert result[f"distinct_{order}"]["value"] == pytest.approx(grams / (grams * (7 * 12 + 20)))
+    assert result["perplexity_good"]["value"] == pytest.approx(math.exp(result["nll_good"]["value"]))
 
 
 def test_gibberish_counts_as_nothing(loaded, monkeypatch):

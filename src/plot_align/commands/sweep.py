@@ -13,24 +13,24 @@ _HELP = """\
 usage: plot-align sweep [--config FILE.yaml] [options]
 
 Run a grid and compare every cell with the same without PLOT, paired by seed.
-Any option of PLOT, the method, the setting and the seed take several values, as a
-flag or as a key of the YAML file (flags win). --help-all lists all of them.
+Every option of PLOT, the method, the setting and the seed take several values,
+as a flag or as a key of the YAML file (flags win). --help-all lists them.
 
   --method M ...            dpo, sft, kto, pro, cpo, simpo, orpo (default: dpo)
   --loss_type L ...         of DPO; join several with +: sigmoid+sft
-  --alpha A ...             weight of the PLOT term; without PLOT is always run too
+  --alpha A ...             weight of the term; without PLOT is always run
   --target T ..., --divergence D ..., --geometry G ..., --granularity G ...
   --seed N ...              (default: 0 1 2; with --train that of its file)
   --steps N ..., --learning_rate LR ..., --beta B ..., --batch_size N ...
   --per_category N ...      little data; --flipped SHARE ...  label noise
-  --train FILE.yaml         your own training (`plot-align METHOD --config FILE`)
+  --train FILE.yaml         your own training, by `plot-align METHOD --config`,
                             in place of the small offline world
-  --workers N               how many runs at once (default: one a GPU; without one
-                            one a core, with --train one)
+  --workers N               how many runs at once (default: one a GPU; without
+                            GPUs one a core, with --train one)
   --dry_run                 list what would run and what is finished
-  --output DIR              records, summary.json, table.md, figures (runs/sweep)
+  --output DIR              records, summary, table, figures (runs/sweep)
 
-Finished runs are read, not run again: the same command goes on where it stopped.
+Finished runs are read, not run again: the same command goes on where it was.
 
 example:
   plot-align sweep --method dpo sft --alpha 0.1 1 10 --divergence w1 tv \\

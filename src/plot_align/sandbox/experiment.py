@@ -383,10 +383,10 @@ class Probe:
     Args:
         trainer: a DPO trainer on the pairs, whose collator and held-out rows are used whatever the method is.
         config: the term; its divergence is the distance.
-        preference: what the target is made from.
+        preference: what the target is made from; None: counted in the trainer's training set.
     """
 
-    def __init__(self, trainer: Any, config: PlotConfig, preference: Any) -> None:
+    def __init__(self, trainer: Any, config: PlotConfig, preference: Any = None) -> None:
         from ..training import attach
 
         self.trainer = trainer

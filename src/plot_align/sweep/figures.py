@@ -83,7 +83,7 @@ def draw(cells: Sequence[Mapping[str, Any]], metric: Metric, path: Path) -> bool
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle(textwrap.fill(_title(metric, shown), int(width * 10)), fontsize=11)
+    figure.suptitle(textwrap.fill(_title(metric, shown), int(width * 12)), fontsize=11)
     with complete_or_absent(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return True
