@@ -139,7 +139,7 @@ def test_a_record_depends_on_the_training_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("job", "said"),
     [
-        (Job(Cell("kto"), 0), "method is 'kto', and --train runs dpo, sft"),
+        (Job(Cell("kto"), 0), "method is 'kto', and --train runs dpo, sft, pro"),
         (Job(Cell("dpo", (("flipped", 0.1),)), 0), "flipped is the sandbox's, and --train names a.yaml"),
     ],
 )

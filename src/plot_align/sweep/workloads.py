@@ -22,7 +22,7 @@ from .grid import Cell, Job, coerce, keys, value_text
 from .summary import Metric
 
 KIND = "sweep-run"
-COMMANDS = ("dpo", "sft")  # the training commands of plot-align
+COMMANDS = ("dpo", "sft", "pro")  # the training commands of plot-align
 _FLAGS = {"steps": "max_steps", "batch_size": "per_device_train_batch_size"}  # ours → TRL's
 _SANDBOX_ONLY = ("per_category", "flipped", "heldout")
 JUDGING = 12  # a sandbox run's evaluation, in optimiser steps, for the progress bar
