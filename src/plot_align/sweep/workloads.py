@@ -89,13 +89,17 @@ class Sandbox:
         run_many(runs, self.base, self.folder, report, workers=workers)
 
     def metrics(self, job: Job) -> dict[str, float]:
-        results = read_record(self.record(job))["results"]
-        scores = {name: float(entry["value"]) for name, entry in results["scores"].items()}
-        others = {n: float(e["value"]) for n, e in results.items() if isinstance(e, dict) and "value" in e}
-        return {"mean_score": statistics.fmean(scores.values()), **scores, **others}
+        return sandbox_metrics(read_record(self.record(job))["results"])
 
     def main_metrics(self, names: Sequence[str]) -> tuple[list[Metric], list[Metric]]:
         return [m for m in self.MAIN if m.key in names], [m for m in self.BESIDE if m.key in names]
+
+
+def sandbox_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a sandbox run's record: every score, their mean as ``mean_score``, and whatever is a measure."""
+    scores = {name: float(entry["value"]) for name, entry in results["scores"].items()}
+    others = {n: float(e["value"]) for n, e in results.items() if isinstance(e, dict) and "value" in e}
+    return {"mean_score": statistics.fmean(scores.values()), **scores, **others}
 
 
 def sandbox_run(job: Job) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from ..preference import PreferenceDistribution
 from . import artifacts
 from .alpha import AlphaSchedule
 from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
+from .checks import check
 from .config import PlotConfig
 from .gradients import gradient_norms
 from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend, head_spec
@@ -62,23 +62,7 @@ def attach(
     kind = trainer_kind(trainer)
     if getattr(trainer, "_plot_handle", None) is not None:
         raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
-    if kind == "SFTTrainer" and config.positions == "rejected":
-        raise InputError(
-            "positions is 'rejected' and the trainer is an SFTTrainer, which sees no rejected completion; expected "
-            "'chosen' or 'all'."
-        )
-    if config.granularity == "sequence" and _packs_without_boundaries(trainer):
-        raise InputError(
-            "granularity is 'sequence' and packing_strategy is 'wrapped', which forgets where a sequence ends; "
-            "expected packing_strategy='bfd', packing=False, or granularity='batch'."
-        )
-    _check_scope(trainer, kind, config)
-    if getattr(trainer, "is_encoder_decoder", False):
-        raise InputError(
-            f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
-            "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
-        )
-    _warn_of_sorting_one(trainer)
+    check(trainer, kind, config)
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -384,41 +368,6 @@ def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
         return f"row {row}"
     pairs = batch.labels.size(0) // 2
     return f"the {'chosen' if row < pairs else 'rejected'} side of pair {row % pairs}"
-
-
-def _check_scope(trainer: Any, kind: str, config: PlotConfig) -> None:
-    """Refuses a target of each micro-batch's own where the trainer has nothing to make it of."""
-    if config.target_scope != "batch" or config.is_reward:
-        return
-    if config.needs_reference:
-        has_forward = kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
-        if not has_forward:
-            raise InputError(
-                f"target_scope is 'batch' with target='anchored', and this {kind} makes no reference forward in its "
-                "training step; expected a DPO or KTO trainer without precompute_ref_log_probs: use "
-                "target_scope='dataset', or target='chosen'."
-            )
-    elif kind == "SFTTrainer" and config.target != "chosen":
-        raise InputError(
-            f"target_scope is 'batch' with target={config.target!r}, and an SFTTrainer's micro-batch holds no "
-            "rejected completion to count; expected target='chosen' or target_scope='dataset'."
-        )
-
-
-def _warn_of_sorting_one(trainer: Any) -> None:
-    sorting = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
-    if sorting and trainer.args.per_device_train_batch_size == 1:
-        warnings.warn(
-            f"loss_type is {sorting[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
-            "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
-            "per_device_train_batch_size, as far as the memory goes.",
-            stacklevel=3,
-        )
-
-
-def _packs_without_boundaries(trainer: Any) -> bool:
-    args = trainer.args
-    return bool(getattr(args, "packing", False)) and getattr(args, "packing_strategy", None) == "wrapped"
 
 
 def _tokenizer(trainer: Any) -> Any:

@@ -1,0 +1,63 @@
+"""What a trainer and the term's options do not allow together, said before anything is built."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ..errors import InputError
+from .config import PlotConfig
+
+
+def makes_reference_forward(trainer: Any, kind: str) -> bool:
+    """Whether the trainer runs the reference model over the micro-batch inside its training step."""
+    return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
+
+
+def check(trainer: Any, kind: str, config: PlotConfig) -> None:
+    """Refuses options that a trainer cannot carry, and warns where a loss is not what its name says.
+
+    Raises:
+        InputError: positions, a granularity or a target that this trainer's micro-batches do not have, or an
+            encoder-decoder model.
+    """
+    if kind == "SFTTrainer" and config.positions == "rejected":
+        raise InputError(
+            "positions is 'rejected' and the trainer is an SFTTrainer, which sees no rejected completion; expected "
+            "'chosen' or 'all'."
+        )
+    packs = getattr(trainer.args, "packing", False)
+    if config.granularity == "sequence" and packs and getattr(trainer.args, "packing_strategy", None) == "wrapped":
+        raise InputError(
+            "granularity is 'sequence' and packing_strategy is 'wrapped', which forgets where a sequence ends; "
+            "expected packing_strategy='bfd', packing=False, or granularity='batch'."
+        )
+    if getattr(trainer, "is_encoder_decoder", False):
+        raise InputError(
+            f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
+            "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
+        )
+    if config.target_scope == "batch" and not config.is_reward:
+        _check_batch_target(trainer, kind, config)
+    sorts = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
+    if sorts and trainer.args.per_device_train_batch_size == 1:
+        warnings.warn(
+            f"loss_type is {sorts[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
+            "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
+            "per_device_train_batch_size, as far as the memory goes.",
+            stacklevel=3,
+        )
+
+
+def _check_batch_target(trainer: Any, kind: str, config: PlotConfig) -> None:
+    if config.needs_reference and not makes_reference_forward(trainer, kind):
+        raise InputError(
+            f"target_scope is 'batch' with target='anchored', and this {kind} makes no reference forward in its "
+            "training step; expected a DPO or KTO trainer without precompute_ref_log_probs: use "
+            "target_scope='dataset', or target='chosen'."
+        )
+    if kind == "SFTTrainer" and config.target not in ("anchored", "chosen"):
+        raise InputError(
+            f"target_scope is 'batch' with target={config.target!r}, and an SFTTrainer's micro-batch holds no "
+            "rejected completion to count; expected target='chosen' or target_scope='dataset'."
+        )
