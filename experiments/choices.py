@@ -39,7 +39,8 @@ VARIANTS: dict[str, dict] = {
 
 def arms() -> list[Arm]:
     plain = [Arm("base"), Arm("DPO", ("sigmoid",)), Arm("DPO+SFT", ("sigmoid", "sft"))]
-    return plain + [Arm(f"DPO+PLOT {name}", ("sigmoid",), PlotConfig(**o)) for name, o in VARIANTS.items()]
+    terms = {name: PlotConfig.paper(target_strength=1.0, **options) for name, options in VARIANTS.items()}
+    return plain + [Arm(f"DPO+PLOT {name}", ("sigmoid",), term) for name, term in terms.items()]
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def run(arm: Arm, base: Path, train: Dataset, heldout: Dataset, seed: int, args:
             eval_dataset=heldout,
             processing_class=AutoTokenizer.from_pretrained(base),
         )
-        probe = Probe(trainer, PlotConfig())
+        probe = Probe(trainer, PlotConfig.paper())
         if arm.plot is not None:
             attach(trainer, config=arm.plot)
         trainer.remove_callback(PrinterCallback)

@@ -15,7 +15,7 @@ from plot_align.sandbox.experiment import Arm, Run, Setting
 from plot_align.training import PlotConfig
 from tables import Seeds, differences, means, run, scores
 
-# What a user would set: SimPO's beta is on another scale, and so are PRO's and SFT's useful learning rates.
+# SimPO's beta is on another scale.
 PLAIN = (
     Arm("SFT", method="sft"),
     Arm("DPO", ("sigmoid",)),
@@ -29,7 +29,8 @@ PLAIN = (
     Arm("ORPO", method="orpo"),
 )
 DEFT_ON = ("DPO", "PRO")
-DEFT = {"log": PlotConfig(alpha=0.1, divergence="deft_log"), "prob": PlotConfig(alpha=10.0, divergence="deft_prob")}
+# Balanced as PLOT is: the same gradient ratio, so that what differs is the direction.
+DEFT = {"log": PlotConfig(divergence="deft_log"), "prob": PlotConfig(divergence="deft_prob")}
 
 
 def arms() -> list[Arm]:
@@ -42,18 +43,24 @@ def arms() -> list[Arm]:
     return found
 
 
+def without_term(name: str) -> str:
+    """The name of the arm that the term was added to."""
+    return name.split("+PLOT")[0].split("+DEFT")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="methods to run, e.g. DPO PRO; all without it")
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
-    runs = [Run(arm, Setting(), seed) for seed in range(options.seeds) for arm in arms()]
+    chosen = [arm for arm in arms() if options.only is None or without_term(arm.name) in options.only]
+    runs = [Run(arm, Setting(), seed) for seed in range(options.seeds) for arm in chosen]
     found: dict[str, Seeds] = {}
     for done, metrics in zip(runs, run(runs, options.output, options.workers), strict=True):
         found.setdefault(done.arm.name, {})[done.seed] = metrics
-    pairs = {name: (seeds, found[name.split("+PLOT")[0].split("+DEFT")[0]]) for name, seeds in found.items()
-             if "+PLOT" in name or "+DEFT" in name}  # fmt: skip
+    pairs = {name: (s, found[without_term(name)]) for name, s in found.items() if without_term(name) != name}
     print(means(found), scores(found), differences(pairs, "with less without, paired by seed"), sep="\n\n")
 
 

@@ -61,7 +61,7 @@ def test_records_of_different_runs_have_different_names(tmp_path: Path) -> None:
         dataclasses.replace(plain, learning_rate=1e-3),
         dataclasses.replace(plain, beta=0.2),
     ]
-    settings = [SETTING, Setting(steps=3), dataclasses.replace(SETTING, probe=PlotConfig(divergence="tv"))]
+    settings = [SETTING, Setting(steps=3), dataclasses.replace(SETTING, probe=PlotConfig.paper(divergence="tv"))]
     names = {
         record_path(tmp_path, arm, setting, seed, base)
         for arm in arms
@@ -158,7 +158,7 @@ def test_a_setting_that_cannot_be_is_refused(options: dict, said: str) -> None:
 
 def test_a_failed_run_loses_none_of_the_others(tiny_base: Path, tmp_path: Path) -> None:
     """KL to a target without full support is infinite in the first step; the runs around it finish."""
-    kl = Arm("DPO+KL", ("sigmoid",), PlotConfig(divergence="kl", alpha=1.0))
+    kl = Arm("DPO+KL", ("sigmoid",), PlotConfig.paper(divergence="kl", alpha=1.0))
     runs = [Run(arm, SETTING, 0) for arm in (kl, DPO)]
     with pytest.raises(RunError) as caught:
         run_many(runs, tiny_base, tmp_path, workers=1)

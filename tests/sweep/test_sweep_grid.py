@@ -41,7 +41,7 @@ GRIDS = st.fixed_dictionaries(
 def test_the_grid_is_the_product_less_what_collapses(grid: dict[str, list[Any]]) -> None:
     """The oracle loops over everything and keeps what differs as a set."""
     full = {
-        "method": ["dpo"], "seed": [0], "loss_type": [None], "steps": [None], "beta": [None], "alpha": [0.1],
+        "method": ["dpo"], "seed": [0], "loss_type": [None], "steps": [None], "beta": [None], "alpha": [None],
         "divergence": [None], "positions": [None], **grid,
     }  # fmt: skip
     expected = set()
@@ -97,12 +97,12 @@ def test_alpha_alone_is_its_default() -> None:
         (
             {"granularity": ["batch", "token"], "pool": [True]},
             {},
-            "the grid's combination alpha 0.1, granularity token, pool on is refused: pool is on with granularity",
+            "the grid's combination alpha auto, granularity token, pool on is refused: pool is on with granularity",
         ),
         (
             {"granularity": ["token"]},
             {"pool": True},
-            "the grid's combination alpha 0.1, granularity token is refused: pool is on with granularity='token'",
+            "the grid's combination alpha auto, granularity token is refused: pool is on with granularity='token'",
         ),
         ({"alpha": [1.0, -1.0]}, {}, "the grid's combination alpha -1 is refused: alpha is -1.0; expected a finite"),
         ({"alhpa": [1.0]}, {}, "unknown key 'alhpa' in the grid; did you mean 'alpha'?"),
@@ -162,11 +162,11 @@ def test_values_come_in_the_keys_type(name: str, value: object, expected: object
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("divergence", "w2", "divergence is 'w2'; expected one of w1, kl"),
+        ("divergence", "w2", "divergence is 'w2'; expected one of w1, sinkhorn"),
         ("method", "ppo", "method is 'ppo'; did you mean"),
         ("alpha", "much", "alpha is 'much', expected a number"),
         ("alpha", True, "alpha is True, expected a number"),
-        ("alpha", None, "alpha is None, expected a number"),
+        ("beta", None, "beta is None, expected a number"),
         ("steps", 1.5, "steps is 1.5, expected a whole number"),
         ("steps", "1.5", "steps is '1.5', expected a whole number"),
         ("pool", 1, "pool is 1, expected true or false"),

@@ -61,7 +61,7 @@ def test_measured_often_at_first_and_once_a_step():
                 alpha.observe(step, 1.0, 1.0)
                 measured.append(step)
     assert measured == [*range(10), 10, 15, 20]
-    assert not AlphaSchedule(PlotConfig()).wants_measurement(0)
+    assert not AlphaSchedule(PlotConfig(alpha=1.0)).wants_measurement(0)
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
@@ -171,6 +171,6 @@ def test_a_side_missing_in_the_micro_batch_costs_nothing(make_trainer, preferenc
     """KTO rows of one kind only: no preference can be counted, so the step is TRL's own."""
     trainer = make_trainer("kto")
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: row["label"])
-    attach(trainer, preference, PlotConfig(alpha=1.0, target_scope="batch"))
+    attach(trainer, preference, PlotConfig(alpha=1.0, target="relu", target_scope="batch"))
     trainer.train()
     assert logged(trainer, "plot/loss") == [0.0] * 3

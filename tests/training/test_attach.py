@@ -21,7 +21,7 @@ def logged(trainer, key):
 
 def test_logs_every_step_and_the_gradient_ratio_now_and_then(make_trainer, preference):
     trainer = make_trainer("dpo", max_steps=5)
-    attach(trainer, preference, PlotConfig(alpha=0.5, grad_ratio_steps=2))
+    attach(trainer, preference, PlotConfig.paper(alpha=0.5, grad_ratio_steps=2))
     trainer.train()
     for key in ("plot/vanilla_loss", "plot/loss", "plot/preferred_mass", "plot/rejected_mass"):
         assert len(logged(trainer, key)) == 5, key
@@ -37,7 +37,7 @@ def test_vanilla_loss_is_trls_own(make_trainer, preference):
     """The first step's ``plot/vanilla_loss`` is the loss that TRL logs without PLOT: also where it is pre-divided."""
     for method in ("dpo", "sft"):
         plain, ours = (make_trainer(method, max_steps=1, gradient_accumulation_steps=3) for _ in range(2))
-        attach(ours, preference, PlotConfig(alpha=2.0))
+        attach(ours, preference, PlotConfig.paper(alpha=2.0))
         plain.train()
         ours.train()
         assert logged(ours, "plot/vanilla_loss")[0] == pytest.approx(logged(plain, "loss")[0], rel=0.02)
@@ -46,7 +46,7 @@ def test_vanilla_loss_is_trls_own(make_trainer, preference):
 def test_masses_by_counting(make_trainer, preference):
     """The logged masses equal sums over the materialised softmax of the chosen positions."""
     trainer = make_trainer("dpo")
-    attach(trainer, preference, PlotConfig(alpha=1.0))
+    attach(trainer, preference, PlotConfig.paper(alpha=1.0))
     trainer.model.train()
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.current_gradient_accumulation_steps = 1
@@ -65,7 +65,7 @@ def test_masses_by_counting(make_trainer, preference):
 def test_gradient_ratio_against_the_definition(make_trainer, preference, backend):
     """‖∂(α·plot)/∂h‖ / ‖∂vanilla/∂h‖ with h the materialised head's input, by autograd through full logits."""
     trainer = make_trainer("sft")
-    handle = attach(trainer, preference, PlotConfig(alpha=2.0, plot_backend=backend))
+    handle = attach(trainer, preference, PlotConfig.paper(alpha=2.0, plot_backend=backend))
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -84,14 +84,14 @@ def test_gradient_ratio_against_the_definition(make_trainer, preference, backend
 def test_evaluation_loop(make_trainer, preference, method, backend):
     trainer = make_trainer(method)
     data = trainer.train_dataset.select(range(8))
-    handle = attach(trainer, preference, PlotConfig(alpha=0.5, plot_backend=backend))
+    handle = attach(trainer, preference, PlotConfig.paper(alpha=0.5, plot_backend=backend))
     metrics = trainer.evaluate(data)
     record = trainer.state.log_history[-1]
     assert record["eval_loss"] == pytest.approx(
         record["eval_plot/vanilla_loss"] + 0.5 * record["eval_plot/loss"], abs=1e-4
     )
     handle.detach()
-    other = attach(trainer, preference, PlotConfig(alpha=0.5, plot_backend="fused"))
+    other = attach(trainer, preference, PlotConfig.paper(alpha=0.5, plot_backend="fused"))
     trainer.evaluate(data)
     assert record["eval_plot/loss"] == pytest.approx(trainer.state.log_history[-1]["eval_plot/loss"], rel=1e-5)
     other.detach()
@@ -102,7 +102,7 @@ def test_evaluation_loop(make_trainer, preference, method, backend):
 
 def test_the_distance_falls(make_trainer, preference):
     trainer = make_trainer("sft", max_steps=30, learning_rate=3e-3)
-    attach(trainer, preference, PlotConfig(alpha=20.0, positions="all"))
+    attach(trainer, preference, PlotConfig.paper(alpha=20.0, positions="all"))
     trainer.train()
     distances = logged(trainer, "plot/loss")
     assert distances[-1] < 0.5 * distances[0]
@@ -112,7 +112,7 @@ def test_batch_without_chosen_costs_nothing(make_trainer, preference):
     """A KTO batch of undesirable rows only: W1(0, P) > 0 would be a constant that no model can change."""
     trainer = make_trainer("kto", extra={})
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: not row["label"])
-    attach(trainer, preference, PlotConfig(alpha=1.0))
+    attach(trainer, preference, PlotConfig.paper(alpha=1.0))
     trainer.train()
     assert logged(trainer, "plot/loss") == [0.0] * 3
     assert not logged(trainer, "plot/preferred_mass")
@@ -134,7 +134,8 @@ def test_kto_estimates_what_it_trains_on(make_trainer, preference):
 
 
 def test_saved_model_says_how_it_was_tuned(make_trainer, preference, tmp_path):
-    trainer = make_trainer("sft", cls=PlotSFTTrainer, extra={"preference": preference, "plot": PlotConfig(alpha=0.25)})
+    extra = {"preference": preference, "plot": PlotConfig.paper(alpha=0.25)}
+    trainer = make_trainer("sft", cls=PlotSFTTrainer, extra=extra)
     trainer.train()
     trainer.save_model()
     folder = tmp_path / "sft"
@@ -154,7 +155,7 @@ def test_saved_model_says_how_it_was_tuned(make_trainer, preference, tmp_path):
 def test_anchored_target_is_the_reference_shifted(make_trainer, preference):
     """P = relu(p_ref + λ·d) normalised, p_ref the mean softmax over the chosen positions of the training set."""
     trainer = make_trainer("dpo")
-    handle = attach(trainer, preference, PlotConfig(target="anchored", target_strength=0.5))
+    handle = attach(trainer, preference, PlotConfig.paper(target="anchored", target_strength=0.5))
     total = 0
     for row in trainer.train_dataset:
         ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
@@ -198,7 +199,7 @@ def test_nan_in_a_row_that_plot_does_not_select(make_trainer, preference):
 
 def test_infinite_divergence_is_named(make_trainer, preference):
     trainer = make_trainer("dpo")
-    attach(trainer, preference, PlotConfig(divergence="kl"))
+    attach(trainer, preference, PlotConfig.paper(divergence="kl"))
     with pytest.raises(RunError, match=r"infinite at step 0: kl .*target='relu'"):
         trainer.train()
 
@@ -212,14 +213,14 @@ def test_infinite_divergence_is_named(make_trainer, preference):
         ({"alpha": "0.1"}, "alpha is '0.1'; expected a number"),
         ({"alpha": True}, "alpha is True; expected a number"),
         ({"norm_order": 0.5}, "norm_order is 0.5; expected a number of 1 or more"),
-        ({"target": "reul"}, "target is 'reul'; expected one of relu, shift, softmax, chosen, anchored"),
+        ({"target": "reul"}, "target is 'reul'; expected one of auto, relu, shift, softmax, chosen, anchored"),
         ({"granularity": "token", "pool": True}, "pool is on with granularity='token'"),
         ({"target_temperature": 0.0}, "target_temperature is 0.0; expected a positive number"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        PlotConfig(**options)
+        PlotConfig.paper(**options)
 
 
 def test_unknown_trl_version(make_trainer, preference, monkeypatch):
@@ -229,7 +230,7 @@ def test_unknown_trl_version(make_trainer, preference, monkeypatch):
     with pytest.raises(InputError, match=r"trl 9\.9\.0 .* 1\.16\.x only: pip install 'trl>=1\.16,<1\.17'"):
         attach(trainer, preference)
     assert "compute_loss" not in vars(trainer)
-    attach(trainer, preference, PlotConfig(plot_backend="separate"))
+    attach(trainer, preference, PlotConfig.paper(plot_backend="separate"))
     trainer.train()
 
 
@@ -344,4 +345,4 @@ def test_wrapped_packing_has_no_sequences(make_trainer, preference):
     trainer = make_trainer("sft")
     trainer.args.packing, trainer.args.packing_strategy = True, "wrapped"
     with pytest.raises(InputError, match="packing_strategy is 'wrapped'"):
-        attach(trainer, preference, PlotConfig(granularity="sequence"))
+        attach(trainer, preference, PlotConfig.paper(granularity="sequence"))

@@ -58,32 +58,32 @@ def check_one_step(make_trainer, preference, method, config, *, extra=None, nudg
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo"], ["aot"], ["aot_unpaired"], ["sigmoid", "sft"]])
 def test_dpo(make_trainer, preference, loss_type, granularity):
-    config = PlotConfig(alpha=3.0, granularity=granularity)
+    config = PlotConfig.paper(alpha=3.0, granularity=granularity)
     check_one_step(make_trainer, preference, "dpo", config, loss_type=loss_type)
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize("method", ["sft", "kto", "pro"])
 def test_sft_kto_pro(make_trainer, preference, method, granularity):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, granularity=granularity))
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
 def test_cpo_simpo_orpo(make_trainer, preference, method, granularity):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, granularity=granularity))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, granularity=granularity))
 
 
 @pytest.mark.parametrize("positions", ["rejected", "all"])
 @pytest.mark.parametrize("method", ["dpo", "pro", "orpo"])
 def test_positions(make_trainer, preference, method, positions):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, positions=positions))
 
 
 @pytest.mark.parametrize("positions", ["all", "chosen", "rejected"])
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_online(make_trainer, preference, method, positions):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, positions=positions))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, positions=positions))
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo"])
@@ -91,29 +91,29 @@ def test_lora(make_trainer, preference, method):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0), extra=extra)
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0), extra=extra)
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_separate_backend(make_trainer, preference, method):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, plot_backend="separate"))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, plot_backend="separate"))
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize("divergence", ["deft_log", "deft_prob", "emo", "tv"])
 def test_other_terms(make_trainer, preference, divergence, granularity):
-    config = PlotConfig(alpha=3.0, divergence=divergence, granularity=granularity)
+    config = PlotConfig.paper(alpha=3.0, divergence=divergence, granularity=granularity)
     check_one_step(make_trainer, preference, "dpo", config)
 
 
 @pytest.mark.parametrize("divergence", ["deft_log", "deft_prob"])
 @pytest.mark.parametrize("method", ["pro", "sft", "cpo", "grpo"])
 def test_deft_elsewhere(make_trainer, preference, divergence, method):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, divergence=divergence))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, divergence=divergence))
 
 
 def test_vocabulary_order(make_trainer, preference):
-    check_one_step(make_trainer, preference, "dpo", PlotConfig(alpha=3.0, geometry="vocabulary"))
+    check_one_step(make_trainer, preference, "dpo", PlotConfig.paper(alpha=3.0, geometry="vocabulary"))
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence"])
@@ -121,7 +121,7 @@ def test_vocabulary_order(make_trainer, preference):
 @pytest.mark.parametrize("strength", [0.0, 0.7])
 def test_anchored_on_the_micro_batch(make_trainer, preference, method, granularity, strength):
     """The reference is made to differ from the policy, or the target would be the output itself at λ = 0."""
-    config = PlotConfig(
+    config = PlotConfig.paper(
         alpha=3.0, target="anchored", target_scope="batch", target_strength=strength, granularity=granularity
     )
     check_one_step(make_trainer, preference, method, config, nudge=True)
@@ -132,18 +132,18 @@ def test_anchored_on_the_micro_batch_with_adapters(make_trainer, preference):
     from peft import LoraConfig
 
     extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
-    config = PlotConfig(alpha=3.0, target="anchored", target_scope="batch", positions="all")
+    config = PlotConfig.paper(alpha=3.0, target="anchored", target_scope="batch", positions="all")
     check_one_step(make_trainer, preference, "dpo", config, extra=extra)
 
 
 @pytest.mark.parametrize("target", ["relu", "chosen"])
 @pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
 def test_counted_in_the_micro_batch(make_trainer, preference, method, target):
-    check_one_step(make_trainer, preference, method, PlotConfig(alpha=3.0, target=target, target_scope="batch"))
+    check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, target=target, target_scope="batch"))
 
 
 def test_sft_towards_its_own_tokens(make_trainer, preference):
-    check_one_step(make_trainer, preference, "sft", PlotConfig(alpha=3.0, target="chosen", target_scope="batch"))
+    check_one_step(make_trainer, preference, "sft", PlotConfig.paper(alpha=3.0, target="chosen", target_scope="batch"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -156,7 +156,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
     }  # fmt: skip
     if method in ("grpo", "rloo"):
         options |= {"steps_per_generation": accumulation}
-    config = PlotConfig(alpha=3.0, positions="all")
+    config = PlotConfig.paper(alpha=3.0, positions="all")
     plain, ours = (make_trainer(method, **options) for _ in range(2))
     embeddings_at_start(plain)
     original = plain.compute_loss
@@ -183,7 +183,7 @@ def test_weights_after_training(make_trainer, preference, method, accumulation):
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
 def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=5) for _ in range(2))
-    attach(ours, preference, PlotConfig(alpha=0))
+    attach(ours, preference, PlotConfig.paper(alpha=0))
     plain.train()
     ours.train()
     for (name, want), got in zip(plain.model.named_parameters(), ours.model.parameters(), strict=True):
@@ -194,7 +194,7 @@ def test_alpha_zero_is_trl_to_the_bit(make_trainer, preference, method):
 @pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
 def test_detached_is_trl_to_the_bit(make_trainer, preference, method):
     plain, ours = (make_trainer(method, max_steps=2) for _ in range(2))
-    handle = attach(ours, preference, PlotConfig(alpha=5.0))
+    handle = attach(ours, preference, PlotConfig.paper(alpha=5.0))
     handle.detach()
     handle.detach()
     plain.train()

@@ -46,7 +46,7 @@ def test_batch_is_the_trainers_own(make_trainer, method):
 @pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
 def test_logs_what_the_others_log(make_trainer, preference, method):
     trainer = make_trainer(method, max_steps=3)
-    handle = attach(trainer, preference, PlotConfig(alpha=0.5, grad_ratio_steps=2))
+    handle = attach(trainer, preference, PlotConfig.paper(alpha=0.5, grad_ratio_steps=2))
     assert isinstance(handle._backend, LogitsBackend)
     trainer.train()
     for key in ("plot/vanilla_loss", "plot/loss", "plot/preferred_mass", "plot/rejected_mass"):
@@ -66,7 +66,7 @@ def test_gradient_ratio_against_the_definition(make_trainer, preference, method,
     """‖∂(α·plot)/∂h‖ / ‖∂vanilla/∂h‖: h is offset by a leaf just before the head, and both losses differentiated."""
     trainer = make_trainer(method)
     inputs = first_batch(trainer)
-    handle = attach(trainer, preference, PlotConfig(alpha=2.0, plot_backend=backend))
+    handle = attach(trainer, preference, PlotConfig.paper(alpha=2.0, plot_backend=backend))
     trainer.compute_loss(trainer.model, dict(inputs))
     ratio = trainer._stored_metrics["train"]["plot/grad_ratio"][0]
     handle.detach()
@@ -102,7 +102,7 @@ def test_counts_what_it_trains_on(make_trainer, method):
 
 def test_anchored_target_is_the_reference_shifted(make_trainer, preference):
     trainer = make_trainer("cpo")
-    handle = attach(trainer, preference, PlotConfig(target="anchored", target_strength=0.5))
+    handle = attach(trainer, preference, PlotConfig.paper(target="anchored", target_strength=0.5))
     total = 0
     for row in trainer.train_dataset:
         with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_nan_row_is_named(make_trainer, preference, backend):
     """Row 6 of 4 chosen above 4 rejected is NaN: PLOT does not select it, and the step stops all the same."""
     trainer = make_trainer("cpo")
     inputs = first_batch(trainer)
-    attach(trainer, preference, PlotConfig(plot_backend=backend))
+    attach(trainer, preference, PlotConfig.paper(plot_backend=backend))
     forward = trainer.model.model.forward
 
     def spoilt(*args, **kwargs):
@@ -158,21 +158,21 @@ def test_hooks_are_gone_after_detach(make_trainer, preference):
 
 def test_bf16_autocast(make_trainer, preference):
     trainer = make_trainer("orpo", bf16=True)
-    attach(trainer, preference, PlotConfig(alpha=1.0))
+    attach(trainer, preference, PlotConfig.paper(alpha=1.0))
     trainer.train()
     assert all(math.isfinite(x) for x in logged(trainer, "plot/loss"))
 
 
 def test_saved_model_says_how_it_was_tuned(make_trainer, preference, tmp_path):
     trainer = make_trainer("orpo", save_strategy="steps", save_steps=3)
-    attach(trainer, preference, PlotConfig(alpha=0.25))
+    attach(trainer, preference, PlotConfig.paper(alpha=0.25))
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "orpo", tmp_path / "orpo" / "checkpoint-3"):
         assert json.loads((folder / "plot_align.json").read_text())["config"]["alpha"] == 0.25
         assert (folder / "preference.safetensors").exists()
     card = (tmp_path / "orpo" / "README.md").read_text()
-    assert "TRL's ORPOTrainer" in card
+    assert "ORPOTrainer's loss" in card
     assert "α = 0.25" in card
 
 
@@ -181,7 +181,7 @@ def test_saved_model_says_how_it_was_tuned(make_trainer, preference, tmp_path):
 def test_sorting_one_pair_is_said(make_trainer, preference, loss_type, alpha):
     trainer = make_trainer("dpo", loss_type=loss_type, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     with pytest.warns(UserWarning, match=f"loss_type is '{loss_type[-1]}' .* raise per_device_train_batch_size"):
-        attach(trainer, preference, PlotConfig(alpha=alpha))
+        attach(trainer, preference, PlotConfig.paper(alpha=alpha))
 
 
 def test_sorting_one_pair_is_plain_dpo(make_trainer):

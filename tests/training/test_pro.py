@@ -149,7 +149,7 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("plot", [None, PlotConfig(alpha=2.0, granularity="sequence", positions="chosen")])
+@pytest.mark.parametrize("plot", [None, PlotConfig.paper(alpha=2.0, granularity="sequence", positions="chosen")])
 def test_accumulation_is_the_large_batch(make_trainer, preference, plot):
     """PRO's loss is a mean over prompts: two micro-batches of 2 give the step of one batch of 4."""
     options = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e9}
@@ -541,7 +541,7 @@ def test_anchored_target_reads_the_lists(make_trainer, preference):
             p = trainer.model.eval()(ids).logits[0].double().softmax(-1)
             total[: p.size(1)] += p[len(row["prompt_ids"]) - 1 : -1].sum(0)
     torch.testing.assert_close(found, (total / total.sum())[: len(found)], rtol=1e-5, atol=1e-9)
-    attach(trainer, preference, PlotConfig(target="anchored", reference_rows=5))
+    attach(trainer, preference, PlotConfig.paper(target="anchored", reference_rows=5))
     trainer.train()
     assert len(logged(trainer, "plot/loss")) == 3
 

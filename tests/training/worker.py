@@ -28,7 +28,7 @@ def main(options: dict) -> None:
     data = Dataset.from_json(options["data"])
     config, drop_in = {"dpo": (DPOConfig, PlotDPOTrainer), "pro": (PROConfig, PlotPROTrainer)}[options["method"]]
     shared = {"args": config(**options["args"]), "processing_class": tokenizer, "train_dataset": data}
-    plot = PlotConfig(**options["plot"])
+    plot = PlotConfig.paper(**options["plot"])
     if options.get("oracle"):
         from training_oracle import embeddings_at_start, materialised_loss
 

@@ -24,7 +24,7 @@ from . import CATEGORIES, build_base
 from .experiment import Arm, Setting, make_trainer, quiet, record_path, run_all
 
 # The largest α of the scan in docs/LOG.md that costs none of the rows below much.
-PLOT = PlotConfig(alpha=1.0)
+PLOT = PlotConfig()
 BASE = Arm("base")
 ARMS = (
     Arm("DPO", ("sigmoid",)),
@@ -59,7 +59,7 @@ def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | 
     console = Console()
     chosen_seeds = list(range(seeds or (1 if quick else 3)))
     # A quick demo trains for fewer steps: what it must show is that everything works, in under three minutes.
-    setting = Setting(steps=40, probe=PLOT) if quick else Setting(probe=PLOT)
+    setting = Setting(steps=40) if quick else Setting()
     quiet()
     console.print(
         "[bold]plot-align demo[/bold]: a small offline world with programmatic truth. "

@@ -51,7 +51,7 @@ class Setting:
         default=0.0, metadata={"help": "Share of the pairs whose chosen and rejected are swapped (label noise)."}
     )
     heldout: int = field(default=60, metadata={"help": "Held-out prompts of each sub-preference."})
-    probe: PlotConfig = field(default_factory=PlotConfig)
+    probe: PlotConfig = field(default_factory=PlotConfig.paper)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "per_category", "heldout"):

@@ -33,10 +33,12 @@ def draw(cells: Sequence[Mapping[str, Any]], metric: Metric, path: Path) -> bool
     from matplotlib.figure import Figure
 
     shown = [cell for cell in cells if metric.key in cell["metrics"]]
+    # A balanced term has no α to stand over.
+    shown = [cell for cell in shown if cell["plot"] is None or cell["plot"].get("alpha") is not None]
     with_plot = [cell for cell in shown if cell["plot"] is not None]
     if not with_plot:
         return False
-    deft = has_deft(cells)
+    deft = has_deft(shown)
     axes_of_lines = [axis for axis in varying(with_plot) if axis != "alpha"]
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for cell in with_plot:

@@ -224,6 +224,8 @@ def value_text(value: Any) -> str:
     match value:
         case bool():
             return "on" if value else "off"
+        case None:
+            return "auto"
         case float() if math.isfinite(value):
             return f"{value:g}"
         case _:

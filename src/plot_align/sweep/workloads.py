@@ -181,6 +181,8 @@ class Training:
         """What runs a job."""
         flags: list[str] = []
         for name, value in [*job.cell.setting, *(job.cell.plot or (("alpha", 0.0),))]:
+            if value is None:  # left to the option's default, which no flag can say
+                continue
             values = value.split("+") if name == "loss_type" else [_flag_text(value)]
             flags += [f"--{_FLAGS.get(name, name)}", *values]
         command = [sys.executable, "-m", "plot_align.cli", job.cell.method, "--config", str(self.config), *flags]

@@ -22,7 +22,7 @@ class AlphaSchedule(TrainerCallback, ExportableState):
     ``α = alpha_end + (alpha − alpha_end)·(1 − t/T)`` or ``·(1 + cos(π·t/T))/2``. ``balance``:
     ``α = ρ·‖∇L_vanilla‖ / ‖∇L_PLOT‖`` with ρ = ``balance_ratio``. Both norms are taken at the head's input, every step
     for the first ten and every fifth from then on, and averaged over past measurements with weight 0.9. Until
-    something was measured, balance uses ``alpha``.
+    something was measured, balance uses ``alpha``, or 0 where none is given.
 
     A callback of the Trainer, so that its averages are saved with a checkpoint and a resumed run goes on with them.
     """
@@ -35,16 +35,16 @@ class AlphaSchedule(TrainerCallback, ExportableState):
 
     def value(self, step: int, steps: int) -> float:
         """α of step ``step`` of ``steps``."""
-        config = self.config
+        start, end = self.config.alpha or 0.0, self.config.alpha_end
         done = min(step / steps, 1.0) if steps > 0 else 0.0
-        match config.alpha_schedule:
+        match self.config.alpha_schedule:
             case "linear":
-                return config.alpha_end + (config.alpha - config.alpha_end) * (1 - done)
+                return end + (start - end) * (1 - done)
             case "cosine":
-                return config.alpha_end + (config.alpha - config.alpha_end) * (1 + math.cos(math.pi * done)) / 2
+                return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
             case "balance" if self.plot > 0:
-                return config.balance_ratio * self.vanilla / self.plot
-        return config.alpha
+                return self.config.balance_ratio * self.vanilla / self.plot
+        return start
 
     def wants_measurement(self, step: int) -> bool:
         """Whether the gradients of this step are to be measured: once a step, whatever the accumulation."""

@@ -40,7 +40,7 @@ def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDist
 {_HEADING}
 
 This model was tuned with `L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837)), with
-α = {config.alpha:g} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
+{_weight(config)} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
 {chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
 which data.
 
@@ -50,3 +50,10 @@ which data.
 """
     with complete_or_absent(path) as temporary:
         temporary.write_text(card + "\n" + section, encoding="utf-8")
+
+
+def _weight(config: PlotConfig) -> str:
+    if config.alpha_schedule == "balance":
+        return f"α balanced to a gradient ratio of {config.balance_ratio:g}"
+    suffix = "" if config.alpha_schedule == "constant" else f" to {config.alpha_end:g} ({config.alpha_schedule})"
+    return f"α = {config.alpha:g}{suffix}"

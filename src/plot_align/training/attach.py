@@ -20,7 +20,7 @@ from ..preference import PreferenceDistribution
 from . import artifacts
 from .alpha import AlphaSchedule
 from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
-from .checks import check
+from .checks import check, settled
 from .config import PlotConfig
 from .gradients import gradient_norms
 from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend, head_spec
@@ -62,6 +62,7 @@ def attach(
     kind = trainer_kind(trainer)
     if getattr(trainer, "_plot_handle", None) is not None:
         raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
+    config = settled(config, trainer, kind, reference)
     check(trainer, kind, config)
     tokenizer = _tokenizer(trainer)
     if preference is None:
@@ -88,7 +89,7 @@ def attach(
             backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
             anchor = causal_lm(reference_model(trainer)) if config.needs_reference else None
-            backend = FusedBackend(model, term, anchor)
+            backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast)
         case "separate":
             backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
     return PlotHandle(trainer, kind, config, preference, term, backend)

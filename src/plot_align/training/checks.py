@@ -1,9 +1,12 @@
-"""What a trainer and the term's options do not allow together, said before anything is built."""
+"""What a trainer and the term's options allow together, settled and checked before anything is built."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import InputError
 from .config import PlotConfig
@@ -12,6 +15,25 @@ from .config import PlotConfig
 def makes_reference_forward(trainer: Any, kind: str) -> bool:
     """Whether the trainer runs the reference model over the micro-batch inside its training step."""
     return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
+
+
+def settled(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
+    """``config`` without ``auto``: what is compared with the target should have its target from the same positions.
+
+    ``target="auto"`` becomes ``anchored`` on the micro-batch where its training step yields the reference's output,
+    else the micro-batch's ``chosen`` tokens; ``anchored`` on a ``reference`` that was passed; ``relu`` of the data set
+    where ``granularity="token"`` or ``target_scope="dataset"`` ask for one target for all. With any other target,
+    ``target_scope="auto"`` is ``dataset``.
+    """
+    scope = config.target_scope
+    if config.target != "auto":
+        return replace(config, target_scope="dataset" if scope == "auto" else scope)
+    if scope == "auto":
+        scope = "dataset" if config.granularity == "token" or reference is not None else "batch"
+    if scope == "dataset":
+        return replace(config, target="relu" if reference is None else "anchored", target_scope=scope)
+    is_anchored = config.plot_backend == "fused" and makes_reference_forward(trainer, kind)
+    return replace(config, target="anchored" if is_anchored else "chosen", target_scope=scope)
 
 
 def check(trainer: Any, kind: str, config: PlotConfig) -> None:

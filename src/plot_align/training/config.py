@@ -17,34 +17,39 @@ class PlotConfig:
         InputError: an option outside its range; the message names it.
     """
 
-    alpha: float = field(
-        default=0.1, metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it."}
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it. Default: balanced."},
     )
-    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] = field(
-        default="constant",
-        metadata={"help": "linear, cosine: from alpha to alpha_end over the run. balance: alpha is chosen so that "
-                          "PLOT's gradient is balance_ratio times the vanilla loss's."},
+    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] | None = field(
+        default=None,
+        metadata={"help": "linear, cosine: from alpha to alpha_end over the run. balance: alpha is chosen as training "
+                          "goes, so that PLOT's gradient is balance_ratio times the vanilla loss's. Default: constant "
+                          "where alpha is given, else balance."},
     )  # fmt: skip
     alpha_end: float = field(default=0.0, metadata={"help": "Weight at the last step of a linear or cosine schedule."})
     balance_ratio: float = field(
-        default=0.1,
+        default=0.5,
         metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head."},
     )
-    target: Literal["relu", "shift", "softmax", "chosen", "anchored"] = field(
-        default="relu",
-        metadata={"help": "How token preferences become a target distribution (relu: our reading of the paper; "
-                          "chosen: the preferred tokens' own frequencies; anchored: the reference's, shifted)."},
+    target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = field(
+        default="auto",
+        metadata={"help": "How token preferences become a target distribution. anchored: the reference model's own "
+                          "output, shifted by them. chosen: the preferred tokens' own frequencies. relu: our reading "
+                          "of the paper. auto: anchored where the training step runs the reference model (DPO, KTO), "
+                          "else chosen."},
     )  # fmt: skip
-    target_scope: Literal["dataset", "batch"] = field(
-        default="dataset",
+    target_scope: Literal["auto", "dataset", "batch"] = field(
+        default="auto",
         metadata={"help": "batch: one target a micro-batch, anchored on the reference's own output at the same "
-                          "positions, or counted in the micro-batch's own tokens."},
+                          "positions, or counted in the micro-batch's own tokens. auto: batch with target=auto, else "
+                          "dataset."},
     )  # fmt: skip
     target_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of target=softmax, in units of max|d| / ln V."}
     )
     target_strength: float = field(
-        default=1.0, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
+        default=0.1, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
     )
     reference_rows: int = field(
         default=512, metadata={"help": "Training rows from which target=anchored estimates the reference."}
@@ -98,20 +103,28 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        if self.alpha_schedule is None:
+            self.alpha_schedule = "balance" if self.alpha is None else "constant"
         for name, value in asdict(self).items():
-            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            choices = _choices(hints[name])
             if choices and value not in choices:
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        if self.alpha is None and self.alpha_schedule != "balance":
+            raise InputError(
+                f"alpha is missing with alpha_schedule={self.alpha_schedule!r}; expected the weight it starts from: "
+                "give alpha, or set alpha_schedule='balance'."
+            )
         numbers = (
             "alpha", "alpha_end", "balance_ratio", "norm_order", "target_temperature", "target_strength",
             "sinkhorn_epsilon",
         )  # fmt: skip
         for name in numbers:
             value = getattr(self, name)
-            self._require(name, isinstance(value, int | float) and not isinstance(value, bool), "a number")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            self._require(name, is_number or (name == "alpha" and value is None), "a number")
         for name in ("alpha", "alpha_end"):
             value = getattr(self, name)
-            self._require(name, value >= 0 and math.isfinite(value), "a finite number, 0 or more")
+            self._require(name, value is None or (value >= 0 and math.isfinite(value)), "a finite number, 0 or more")
         self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
         for name in ("balance_ratio", "target_temperature", "sinkhorn_epsilon"):
             value = getattr(self, name)
@@ -159,7 +172,14 @@ class PlotConfig:
     @property
     def is_off(self) -> bool:
         """Whether the term never weighs anything: α is 0 and no schedule raises it."""
-        return self.alpha == 0 and (self.alpha_schedule in ("constant", "balance") or self.alpha_end == 0)
+        return self.alpha == 0 and (self.alpha_schedule not in ("linear", "cosine") or self.alpha_end == 0)
+
+    @classmethod
+    def paper(cls, **options: Any) -> PlotConfig:
+        """Our reading of the paper: a constant α (0.1 unless given), the ``relu`` target of the whole data set, W1 of
+        embedding norms, the mean output of a micro-batch. ``options`` go over it."""
+        reading: dict[str, Any] = {"alpha": 0.1, "target": "relu", "target_scope": "dataset"}
+        return cls(**{**reading, **options})
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -171,3 +191,11 @@ class PlotConfig:
         if math.isinf(self.norm_order):
             options["norm_order"] = "inf"
         return options
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The values of a ``Literal``, also of one that may be ``None``; else empty."""
+    for kind in (hint, *get_args(hint)):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()

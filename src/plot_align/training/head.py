@@ -17,7 +17,7 @@ import inspect
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -153,17 +153,24 @@ class FusedBackend(HeadBackend):
         term: the PLOT term.
         reference: the model whose forward inside ``compute_loss`` yields the reference's output distributions: the
             trainer's own reference model, or the policy itself where PEFT's adapters are switched off for it.
+        autocast: the context that accelerate has wrapped the trainer's own reference model in.
 
     Raises:
         InputError: the TRL version is not one this was tested with, or its head does not look as it should.
     """
 
-    def __init__(self, model: nn.Module, term: PlotTerm, reference: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        term: PlotTerm,
+        reference: nn.Module | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         super().__init__(model, term)
         self.wants_reference = reference is not None
         self._heads = [_FusedForward(model, self)]
         if reference is not None and reference is not model:
-            self._heads.append(_FusedForward(reference, self))
+            self._heads.append(_FusedForward(reference, self, autocast))
 
     def remove(self) -> None:
         for head in self._heads:
@@ -177,12 +184,22 @@ class FusedBackend(HeadBackend):
 
 
 class _FusedForward:
-    """One model's forward, in which the name of TRL's head kernel means ours while a batch is pending."""
+    """One model's forward, in which the name of TRL's head kernel means ours while a batch is pending.
 
-    def __init__(self, model: nn.Module, backend: FusedBackend) -> None:
+    ``autocast``: for a model that accelerate has prepared already. Its forward is wrapped for mixed precision then,
+    and what is wrapped cannot be exchanged; so our copy runs beside the wrapper, in the same context.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: FusedBackend,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self.model = model
         self.backend = backend
-        original = _trl_forward(model)
+        before = model.forward
+        original = _trl_forward(model, before if autocast is None else getattr(model, "_original_forward", before))
         self._kernel = original.__globals__["_ChunkedLogProbFunction"]
         self._gather = original.__globals__["maybe_gather_lm_head_ctx"]
         self._mask: Tensor | None = None
@@ -195,23 +212,25 @@ class _FusedForward:
             original.__closure__,
         )
         rebuilt.__kwdefaults__ = original.__kwdefaults__
-        self._original = original
+        self._before = before
+        context = nullcontext if autocast is None else autocast
 
         @functools.wraps(original)
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             labels = kwargs.get("labels")
             if not kwargs.get("fused_lm_head"):
-                return rebuilt(module, *args, **kwargs)
+                return before(*args, **kwargs)
             if module is backend.model and backend.is_policys(labels):
                 self._refuse_unsupported(module, kwargs)
                 self._sweep = backend.sweep
             elif backend.is_references(labels):
                 self._sweep = backend.sweep_reference
             else:
-                return rebuilt(module, *args, **kwargs)
+                return before(*args, **kwargs)
             self._mask = kwargs["labels"][:, 1:] != -100  # (B, T-1)
             try:
-                return rebuilt(module, *args, **kwargs)
+                with context():
+                    return rebuilt(module, *args, **kwargs)
             finally:
                 self._mask = self._sweep = None
 
@@ -223,7 +242,7 @@ class _FusedForward:
         # Accelerate wraps `forward` for mixed precision when training starts. What it wrapped cannot be taken out
         # again, and need not be: with nothing pending it is TRL's own head to the bit.
         if self.model.forward is self._forward:
-            setattr(self.model, "forward", types.MethodType(self._original, self.model))  # noqa: B010
+            setattr(self.model, "forward", self._before)  # noqa: B010
 
     @staticmethod
     def _refuse_unsupported(module: Any, kwargs: dict[str, Any]) -> None:
@@ -408,8 +427,8 @@ def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
     )
 
 
-def _trl_forward(model: nn.Module) -> types.FunctionType:
-    """The function behind ``model.forward`` that TRL's ``add_fused_lm_head`` installed, checked name by name."""
+def _trl_forward(model: nn.Module, bound: Any) -> types.FunctionType:
+    """The function behind a model's ``bound`` forward that TRL's ``add_fused_lm_head`` installed, checked by name."""
     version = importlib.metadata.version("trl")
     if not version.startswith(f"{TESTED_TRL}."):
         raise InputError(
@@ -417,7 +436,7 @@ def _trl_forward(model: nn.Module) -> types.FunctionType:
             f"{TESTED_TRL}.x only: pip install 'trl>={TESTED_TRL},<{_next_minor(TESTED_TRL)}', or set "
             "plot_backend='separate', which costs a second head pass."
         )
-    forward = getattr(model.forward, "__func__", None)
+    forward = getattr(bound, "__func__", None)
     if not isinstance(forward, types.FunctionType) or forward.__code__.co_name != "_fused_forward":
         raise InputError(
             f"the forward of {type(model).__name__} is not the one TRL installs; expected a trainer that was just "

@@ -110,4 +110,5 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
 
 def reference_model(trainer: Any) -> Any:
     """The reference policy: the trainer's own where it keeps one, else the policy as it starts."""
-    return getattr(trainer, "ref_model", None) or trainer.model
+    own = getattr(trainer, "ref_model", None)
+    return trainer.model if own is None else trainer.accelerator.unwrap_model(own)
