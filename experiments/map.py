@@ -1,6 +1,6 @@
 """Where PLOT helps: little data, noisy labels, long training, weak and strong beta; with and without the SFT term.
 
-    python experiments/map.py --output runs/map --seeds 5
+    python experiments/map.py --output runs/sandbox --seeds 5
 
 Finished runs are read, not run again. Prints Markdown: the means of every arm in every setting, and PLOT less the same
 without it, paired by seed.
@@ -19,16 +19,13 @@ SETTINGS = {
     "standard": Setting(),
     "10 pairs a category": Setting(per_category=10),
     "30 pairs a category": Setting(per_category=30),
-    "10 % flipped": Setting(flipped=0.1),
     "20 % flipped": Setting(flipped=0.2),
     "40 % flipped": Setting(flipped=0.4),
-    "20 steps": Setting(steps=20),
-    "180 steps": Setting(steps=180),
-    "180 steps, 30 % flipped": Setting(steps=180, flipped=0.3),
+    "120 steps": Setting(steps=120),
+    "120 steps, 30 % flipped": Setting(steps=120, flipped=0.3),
     "beta 0.02": Setting(beta=0.02),
     "beta 0.3": Setting(beta=0.3),
     "beta 1": Setting(beta=1.0),
-    "beta 1, 180 steps": Setting(beta=1.0, steps=180),
     "learning rate 1e-3": Setting(learning_rate=1e-3),
     "4 pairs a step": Setting(batch_size=4),
 }
@@ -44,7 +41,7 @@ KEYS = ("mean_score", "over_refusal", "twin_help", "nll_good", "fluent", "chosen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/map"))
+    parser.add_argument("--output", type=Path, default=Path("runs/sandbox"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Every method alone and with PLOT, and DEFT on DPO and PRO, in the sandbox.
 
-    python experiments/methods.py --output runs/methods --seeds 5
+    python experiments/methods.py --output runs/sandbox --seeds 5
 
 Finished runs are read, not run again. Prints Markdown: the means, the seven scores, and PLOT less the same without it.
 """
@@ -50,7 +50,7 @@ def without_term(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--output", type=Path, default=Path("runs/sandbox"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="methods to run, e.g. DPO PRO; all without it")
     parser.add_argument("--workers", type=int)

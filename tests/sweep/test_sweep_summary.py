@@ -124,7 +124,8 @@ def test_a_figure_shows_the_means_the_bands_and_the_vanilla_level(
 def test_a_figure_of_one_point_and_one_of_many_lines(
     lines: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    figure = drawn(monkeypatch, fake({"alpha": [1.0], "reference_rows": list(range(1, lines + 1))}), tmp_path / "a.png")
+    cells = fake({"alpha": [1.0], "reference_rows": list(range(1, lines + 1))})
+    figure = drawn(monkeypatch, cells, tmp_path / "a.png")
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == [

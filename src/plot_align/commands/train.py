@@ -30,10 +30,11 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
   --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
   --output_dir DIR               where checkpoints and the model go
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
+* --balance_ratio R              without --alpha: PLOT's gradient over the loss's
 * --preference FILE              from `plot-align estimate`{default}
 * --preference_dataset DATA      estimate it from these pairs instead
-* --target T                     relu, shift, softmax, anchored
-* --divergence D                 w1, kl, js, tv
+* --target T                     auto, anchored, chosen, relu, shift, softmax
+* --divergence D                 w1, sinkhorn, emo, tv, js, kl, deft_log, ...
 * --granularity G                batch, sequence, token
   --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
   --per_device_train_batch_size N, --gradient_accumulation_steps N
@@ -44,7 +45,7 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
 
 example:
   plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \\
-    --dataset_name {data} --alpha 0.1{extra}
+    --dataset_name {data}{extra}
 """
 
 
