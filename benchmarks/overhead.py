@@ -4,8 +4,10 @@
     python benchmarks/overhead.py --shapes llama-3.2-3b llama-3.1-8b qwen2.5-7b --dtype bfloat16   # a GPU
 
 Arms are interleaved and compared round by round, so that a machine that slows down slows all of them. Ratios are to
-``off``. Other arms show what was avoided: ``two-pass`` scores and sweeps in two head passes, ``materialised`` builds
-the logits. Weights are random. The last line printed is the record's path.
+``off``. In a whole step ``on`` is the default (a target from the micro-batch), ``measured`` a step of it that balances
+alpha anew, as one in five does, and ``paper`` one target for all. Other arms show what was avoided: ``two-pass``
+scores and sweeps in two head passes, ``materialised`` builds the logits. Weights are random. The last line printed is
+the record's path.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ SHAPES = {
     "qwen2.5-7b": Shape(152_064, 3584, 28, 18944, 28, 4, 4, 1024),
 }
 HEAD_ARMS = ("off", "on", "on-all", "sequence", "token", "two-pass", "materialised")
-STEP_ARMS = ("off", "on", "separate", "trl")
+STEP_ARMS = ("off", "on", "measured", "paper", "separate", "trl")
 OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what DPO asks of the head
 
 
@@ -171,10 +173,18 @@ class StepProblem:
             case "off":
                 with without_plot(trainer):
                     yield self.step
-            case "on" | "separate":
-                name = "fused" if arm == "on" else "separate"
-                handle = attach(trainer, preference, PlotConfig(alpha=0.1, grad_ratio_steps=0, plot_backend=name))
-                yield self.step
+            case _:
+                options: dict[str, Any] = {"grad_ratio_steps": 0}
+                if arm == "separate":
+                    options["plot_backend"] = "separate"
+                config = PlotConfig.paper(**options) if arm == "paper" else PlotConfig(**options)
+                handle = attach(trainer, preference, config)
+
+                def measured() -> None:
+                    handle.alpha.last_step = -1  # as if it were a step that balances alpha anew
+                    self.step()
+
+                yield measured if arm == "measured" else self.step
                 handle.detach()
 
     def step(self) -> None:

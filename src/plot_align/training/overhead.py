@@ -16,29 +16,44 @@ from torch import Tensor
 from ..fused import HeadOutput, HeadSpec, fused_head
 from .attach import causal_lm
 from .batches import policy_batch, trainer_kind
+from .checks import makes_reference_forward
 from .head import FusedBackend
+from .marginal import reference_model
+from .term import Shares, Swept
 
 
 class _WithoutPlot(FusedBackend):
     """Our kernel in TRL's place with nothing to sweep up: what PLOT is compared with."""
 
-    def _pass(
+    def sweep(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        self._pending = None  # once a step, as with PLOT
+        head = fused_head(hidden, weight, bias, targets, spec)
+        nothing = Shares(hidden.new_zeros(0), None, hidden.new_zeros(0))
+        self.swept = Swept(head, nothing, hidden, rows)  # once a step, as with PLOT
+        return head
+
+    def sweep_reference(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
+    ) -> HeadOutput:
+        self.reference = hidden.new_zeros(0)
         return fused_head(hidden, weight, bias, targets, spec)
 
 
 @contextmanager
 def without_plot(trainer: Any) -> Iterator[None]:
-    """While open, the policy's head pass of a trainer without PLOT runs on our kernel."""
+    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's."""
     kind = trainer_kind(trainer)
-    backend = _WithoutPlot(causal_lm(trainer.model), torch.nn.Module())  # type: ignore[arg-type]
+    anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None
+    nothing: Any = torch.nn.Module()
+    backend = _WithoutPlot(causal_lm(trainer.model), nothing, anchor, trainer.accelerator.autocast)
     original = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with backend.capture(policy_batch(kind, inputs)):
-            return original(model, inputs, *args, **kwargs)
+            result = original(model, inputs, *args, **kwargs)
+        backend.take()
+        return result
 
     trainer.compute_loss = compute_loss
     try:
