@@ -61,12 +61,13 @@ class PlotConfig:
                           "deft_prob: DEFT's distribution reward in the distance's place, in its two readings."},
     )  # fmt: skip
     geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = field(
-        default="norm",
-        metadata={"help": "Of divergence=w1, a token's coordinate: norm of its embedding, its place on the first "
-                          "principal axis or on random directions (mean or largest), or its bare id (ablation)."},
+        default="sliced",
+        metadata={"help": "Of divergence=w1, a token's coordinate: its place on random directions (mean or largest "
+                          "distance), norm of its embedding (our reading of the paper), its place on the first "
+                          "principal axis, or its bare id (ablation)."},
     )  # fmt: skip
     norm_order: float = field(default=2.0, metadata={"help": "The l of geometry=norm, 1 or more; .inf is allowed."})
-    slices: int = field(default=32, metadata={"help": "Random directions of geometry=sliced and max_sliced."})
+    slices: int = field(default=16, metadata={"help": "Random directions of geometry=sliced and max_sliced."})
     geometry_seed: int = field(default=0, metadata={"help": "Of the random directions, and of sinkhorn's clusters."})
     sinkhorn_support: Literal["topk", "clusters"] = field(
         default="topk", metadata={"help": "The largest tokens of both sides and a rest, or k-means clusters."}
@@ -178,7 +179,7 @@ class PlotConfig:
     def paper(cls, **options: Any) -> PlotConfig:
         """Our reading of the paper: a constant α (0.1 unless given), the ``relu`` target of the whole data set, W1 of
         embedding norms, the mean output of a micro-batch. ``options`` go over it."""
-        reading: dict[str, Any] = {"alpha": 0.1, "target": "relu", "target_scope": "dataset"}
+        reading: dict[str, Any] = {"alpha": 0.1, "target": "relu", "target_scope": "dataset", "geometry": "norm"}
         return cls(**{**reading, **options})
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
