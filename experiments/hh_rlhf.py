@@ -184,7 +184,8 @@ def main() -> None:
     results: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
     with Progress(console=console) as progress:
         task = progress.add_task("base", total=args.seeds * (len(ARMS) + 1) + 1)
-        base = build_base(train, args.output / f"base-{args.base_steps}-steps", 0, args.base_steps)
+        data = hashlib.sha256(args.data.read_bytes()).hexdigest()[:10]
+        base = build_base(train, args.output / f"base-{data}-{args.base_steps}-steps", 0, args.base_steps)
         progress.advance(task)
         for seed in range(args.seeds):
             for arm in (BASE, *ARMS):

@@ -29,11 +29,7 @@ PLAIN = (
     Arm("ORPO", method="orpo"),
 )
 DEFT_ON = ("DPO", "PRO")
-# A reward pulls the same way at every step: at PLOT's ratio of 0.5 its log reading left no language (docs/LOG.md).
-DEFT = {
-    "log": PlotConfig(divergence="deft_log", balance_ratio=0.1),
-    "prob": PlotConfig(divergence="deft_prob", balance_ratio=0.1),
-}
+DEFT = {"log": PlotConfig(divergence="deft_log"), "prob": PlotConfig(divergence="deft_prob")}
 
 
 def arms() -> list[Arm]:

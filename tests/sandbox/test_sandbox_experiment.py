@@ -98,7 +98,7 @@ def test_plot_is_attached_with_the_preference_of_the_pairs(tiny_base: Path, tmp_
     """SFT sees one side only, and its term still has a target: on the first batch it is what KTO's is."""
     logs = {}
     for method in ("sft", "kto"):
-        record = run_arm(Arm(method, plot=PlotConfig(alpha=1.0), method=method), SETTING, 0, tiny_base, tmp_path)
+        record = run_arm(Arm(method, plot=PlotConfig.paper(alpha=1.0), method=method), SETTING, 0, tiny_base, tmp_path)
         logs[method] = next(log for log in record["results"]["train_logs"] if "plot/loss" in log)
     assert logs["sft"]["plot/loss"] == pytest.approx(logs["kto"]["plot/loss"], rel=0.2)
     assert logs["sft"]["plot/loss"] > 0
@@ -144,7 +144,7 @@ def test_an_arm_that_cannot_be_is_refused(options: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"steps": -1}, "steps is -1; expected a number of 0 or more"),
+        ({"steps": 0}, "steps is 0; expected a number of 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; expected a number of 1 or more"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; expected a positive number"),
         ({"flipped": 1.0}, "flipped is 1.0; expected a share of the pairs"),

@@ -65,14 +65,25 @@ def test_measured_often_at_first_and_once_a_step():
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
-def test_balance_holds_the_ratio(make_trainer, preference, method):
-    """At the first step the logged ratio is ρ exactly, whatever the method; later it is held on average."""
+def test_balance_holds_the_ratio(make_trainer, preference, monkeypatch, method):
+    """α of the first step is ρ times the norms' ratio by autograd through the whole head; later the mean holds."""
     trainer = make_trainer(method, max_steps=10)
-    attach(trainer, preference, PlotConfig(alpha_schedule="balance", balance_ratio=0.3, grad_ratio_steps=0))
+    config = PlotConfig(alpha_schedule="balance", balance_ratio=0.3, grad_ratio_steps=0)
+    handle = attach(trainer, preference, config)
+    measure, wanted = handle._measure, []
+
+    def measured_twice(vanilla, loss, swept):
+        norms = [
+            torch.autograd.grad(x, swept.hidden, retain_graph=True)[0].norm().item() for x in (vanilla, loss)
+        ]  # fmt: skip
+        wanted.append(0.3 * norms[0] / norms[1])
+        return measure(vanilla, loss, swept)
+
+    monkeypatch.setattr(handle, "_measure", measured_twice)
     trainer.train()
+    assert logged(trainer, "plot/alpha")[0] == pytest.approx(wanted[0], rel=1e-4)
     ratios = logged(trainer, "plot/grad_ratio")
     assert len(ratios) == 10
-    assert ratios[0] == pytest.approx(0.3, rel=1e-4)
     assert torch.tensor(ratios).log().mean().exp().item() == pytest.approx(0.3, rel=0.3)
     assert len(set(logged(trainer, "plot/alpha"))) > 1
 
@@ -91,11 +102,65 @@ def test_a_resumed_run_goes_on_with_the_averages(make_trainer, preference, tmp_p
         assert torch.equal(got, want)
 
 
-def test_a_new_run_starts_afresh():
-    """Training begins at step 0 with the trainer state of an earlier run still in the trainer's callbacks."""
-    alpha = AlphaSchedule(PlotConfig(alpha_schedule="balance"))
-    alpha.on_train_begin(None, TrainerState(stateful_callbacks=[alpha]), None)
-    assert (alpha.vanilla, alpha.last_step) == (0.0, -1)
+def test_a_new_run_starts_afresh(make_trainer, preference):
+    """A second ``train()`` of the same trainer does not begin with the first one's averages."""
+    trainer = make_trainer("dpo", max_steps=4)
+    handle = attach(trainer, preference, PlotConfig())
+    trainer.train()
+    assert handle.alpha.plot > 0
+    handle.alpha.on_train_begin(None, TrainerState(), None)
+    assert (handle.alpha.vanilla, handle.alpha.plot, handle.alpha.last_step) == (0.0, 0.0, -1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, None])
+def test_resuming_from_a_run_without_plot(make_trainer, preference, tmp_path, alpha):
+    """The checkpoint knows nothing of the averages; the run goes on, measures afresh and saves again."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path / "run")}
+    make_trainer("dpo", **options).train()
+    resumed = make_trainer("dpo", **options, restore_callback_states_from_checkpoint=True)
+    attach(resumed, preference, PlotConfig(alpha=alpha))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    again = make_trainer("dpo", **{**options, "max_steps": 6}, restore_callback_states_from_checkpoint=True)
+    attach(again, preference, PlotConfig(alpha=alpha))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert again.state.global_step == 6
+
+
+def test_an_unusable_micro_batch_does_not_use_up_the_step():
+    """GRPO with one row a micro-batch: the first has no chosen position, the second is measured."""
+    alpha = AlphaSchedule(PlotConfig())
+    alpha.observe(0, 3.0, 0.0)
+    assert alpha.wants_measurement(0)
+    alpha.observe(0, 3.0, 2.0)
+    assert not alpha.wants_measurement(0)
+    assert alpha.value(0, 10) == pytest.approx(0.5 * 3 / 2)
+
+
+def test_nothing_pulls_where_policy_and_target_agree(make_trainer, preference):
+    """λ = 0 at the first step: the target is the output itself; W1's sign must not turn rounding into a gradient."""
+    for divergence, geometry in (("w1", "norm"), ("w1", "sliced"), ("tv", "norm"), ("js", "norm")):
+        config = PlotConfig(
+            alpha=10.0, target="anchored", target_scope="batch", target_strength=0.0, divergence=divergence,
+            geometry=geometry,
+        )  # fmt: skip
+        trainer = make_trainer("dpo", max_steps=1)
+        attach(trainer, preference, config)
+        trainer.train()
+        assert abs(logged(trainer, "plot/loss")[0]) < 1e-12
+        assert logged(trainer, "plot/grad_ratio")[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_an_evaluation_is_comparable_with_the_next(make_trainer, preference):
+    """Under a weight that moves, ``eval_loss`` is the vanilla loss; under a constant one it holds the term."""
+    for config in (PlotConfig(), PlotConfig(alpha=2.0)):
+        trainer = make_trainer("dpo", max_steps=2)
+        attach(trainer, preference, config)
+        trainer.train()
+        metrics = trainer.evaluate(trainer.train_dataset.select(range(8)))
+        vanilla, plot = (trainer.state.log_history[-1][f"eval_plot/{name}"] for name in ("vanilla_loss", "loss"))
+        assert plot > 0
+        weight = 0.0 if config.alpha is None else 2.0
+        assert metrics["eval_loss"] == pytest.approx(vanilla + weight * plot, abs=1e-4)
 
 
 def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
@@ -138,6 +203,7 @@ def test_alpha_zero_with_a_schedule():
         ({"alpha_schedule": "step"}, "alpha_schedule is 'step'; expected one of constant, linear, cosine, balance"),
         ({"alpha_end": -1.0}, "alpha_end is -1.0; expected a finite number, 0 or more"),
         ({"balance_ratio": 0.0}, "balance_ratio is 0.0; expected a positive number"),
+        ({"alpha": 0.1, "alpha_end": 1.0}, "alpha_end is 1 with alpha_schedule='constant', which has no end"),
         ({"target_strength": -0.5}, "target_strength is -0.5; expected a finite number, 0 or more"),
         ({"target_scope": "batch", "granularity": "token"}, "target_scope is 'batch' with granularity='token'"),
         (
@@ -154,6 +220,12 @@ def test_wrong_options(options, message):
 @pytest.mark.parametrize(
     ("method", "target", "options", "message"),
     [
+        (
+            "kto",
+            "relu",
+            {"per_device_train_batch_size": 1, "loss_type": "apo_zero_unpaired"},
+            "one row of a KTOTrainer",
+        ),
         ("sft", "anchored", {}, "this SFTTrainer makes no reference forward"),
         ("grpo", "anchored", {}, "this GRPOTrainer makes no reference forward"),
         ("dpo", "anchored", {"precompute_ref_log_probs": True}, "this DPOTrainer makes no reference forward"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from plot_align.errors import InputError, RunError
 from plot_align.training import PlotConfig, attach
 from plot_align.training.batches import trainer_kind
 from plot_align.training.checks import settled
@@ -58,8 +59,42 @@ def test_the_defaults_train_every_method(make_trainer, preference, method):
     attach(trainer, preference)
     trainer.train()
     assert len(logged(trainer, "plot/loss")) == 3
-    ratio = logged(trainer, "plot/grad_ratio")[0]
-    assert ratio == pytest.approx(0.5, rel=1e-3)
+    assert all(alpha > 0 for alpha in logged(trainer, "plot/alpha"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target": "relu"}, {"target": "anchored", "target_scope": "batch"}, {"divergence": "deft_prob"}],
+)
+def test_a_reference_that_nothing_looks_at_is_refused(make_trainer, preference, options):
+    trainer = make_trainer("dpo")
+    with pytest.raises(InputError, match="reference was passed"):
+        attach(trainer, preference, PlotConfig(**options), reference=torch.full((300,), 1 / 300))
+
+
+def test_rejected_positions_are_not_held_to_chosen_tokens(make_trainer, preference):
+    with pytest.raises(InputError, match="positions='rejected'"):
+        attach(make_trainer("cpo"), preference, PlotConfig(positions="rejected"))
+
+
+def test_a_head_with_an_adapter(make_trainer, preference):
+    """CPO allows one; what is made from the head's weight alone would not see it."""
+    from peft import LoraConfig
+
+    extra = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"])}
+    for options in ({"divergence": "deft_log"}, {"plot_backend": "separate"}):
+        with pytest.raises(InputError, match="the LM head has an adapter"):
+            attach(make_trainer("cpo", extra=dict(extra)), preference, PlotConfig(**options))
+    attach(make_trainer("cpo", extra=dict(extra)), preference)
+
+
+def test_a_reference_without_numbers_is_named(make_trainer, preference):
+    trainer = make_trainer("dpo")
+    attach(trainer, preference)
+    with torch.no_grad():
+        trainer.ref_model.lm_head.weight[7] = torch.nan
+    with pytest.raises(RunError, match="the reference model's logits are NaN or infinite at step 0"):
+        trainer.train()
 
 
 def test_the_reference_is_reached_behind_mixed_precision(make_trainer, preference):

@@ -55,10 +55,10 @@ def run(arguments: list[str]) -> int:
 
     _check(options)
     preference = None if options.preference is None else PreferenceDistribution.load(options.preference)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     pairs = load_pairs(options.data, name=options.name, split=options.split)
     require_pairs(pairs)
     filtering.require_json(pairs)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     require_writable(options.output.parent)  # before the work rather than after it
     truncation = {"max_length": options.max_length, "truncation_mode": options.truncation_mode}
     if preference is None:
@@ -108,7 +108,8 @@ def _check(options: Any) -> None:
         raise InputError(f"--share is {options.share}, expected a share above 0 and at most 1, e.g. 0.05")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is {options.batch_size}, expected 1 or more")
-    if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+    dtype = getattr(torch, options.dtype, None)
+    if options.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"--dtype is {options.dtype!r}, expected auto, float32, bfloat16 or float16")
     written = (options.output, filtering.scores_path(options.output))  # which also checks the ending
     if any(path.exists() and Path(options.data).exists() and path.samefile(options.data) for path in written):

@@ -158,22 +158,22 @@ def split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The options in a YAML file, read safely."""
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """The options in a YAML file, read safely; ``option`` is what named it."""
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"--config {path} cannot be read ({error.strerror}); check the path") from None
+        raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"--config {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
     except UnicodeDecodeError:
-        raise InputError(f"--config {path} is not UTF-8 text; name a YAML file") from None
+        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
     if not isinstance(content, dict):
-        raise InputError(f"--config {path} holds no mapping; write one 'option: value' on each line")
+        raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
     return content
 
 

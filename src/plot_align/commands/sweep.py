@@ -18,7 +18,8 @@ as a flag or as a key of the YAML file (flags win). --help-all lists them.
 
   --method M ...            dpo, sft, kto, pro, cpo, simpo, orpo (default: dpo)
   --loss_type L ...         of DPO; join several with +: sigmoid+sft
-  --alpha A ...             weight of the term; without PLOT is always run
+  --alpha A ...             weight of the term (default: balanced, shown as
+                            auto); without PLOT is always run
   --target T ..., --divergence D ..., --geometry G ..., --granularity G ...
   --seed N ...              (default: 0 1 2; with --train that of its file)
   --steps N ..., --learning_rate LR ..., --beta B ..., --batch_size N ...
@@ -126,7 +127,7 @@ def _sweep(grid: dict[str, list[Any]], train: str | None, output: Path, workers:
 
     workload: Workload
     if train is not None:
-        content = read_yaml(train)
+        content = read_yaml(train, "--train")
         training = Training(output, Path(train), content)
         jobs = expand({"seed": [_seed(content, train)], **grid}, base=training.plot_options())
         training.check(jobs)

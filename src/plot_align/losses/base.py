@@ -13,7 +13,29 @@ from plot_align.errors import InputError
 SUM_TOLERANCE = 1e-6  # a float32 target is off by 6e-8 at most; a bfloat16 one by far more, and is refused
 
 
-class Divergence(nn.Module, ABC):
+class Constants(nn.Module):
+    """A module whose constants are float64 (float32 on devices without it), whatever ``.to(dtype)`` asks for.
+
+    They are buffers, so ``.to(device)`` moves them, but not part of ``state_dict``.
+    """
+
+    def _constant(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # where to, without the requested dtype
+            dtype = widest_dtype(device) if buffer.is_floating_point() else buffer.dtype
+            # the narrower side converts: neither leaving nor reaching MPS may pass through float64 on it
+            self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device).to(dtype)
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        return self
+
+
+class Divergence(Constants, ABC):
     """A distance of distributions over V tokens to a target P: the one given here, or one given with the call.
 
     Subclasses implement :meth:`value_and_potential`; nothing else.
@@ -94,19 +116,6 @@ class Divergence(nn.Module, ABC):
                 "a shape that broadcasts to p's is needed: pass one target for all, or one for each row of p."
             )
         return target.detach().to(torch.promote_types(target.dtype, torch.float32))
-
-    def _constant(self, name: str, tensor: Tensor) -> None:
-        self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Divergence:
-        for name, buffer in self._buffers.items():
-            if buffer is None:
-                continue
-            device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # where to, without the requested dtype
-            dtype = widest_dtype(device) if buffer.is_floating_point() else buffer.dtype
-            # the narrower side converts: neither leaving nor reaching MPS may pass through float64 on it
-            self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device).to(dtype)
-        return self
 
 
 class _Value(torch.autograd.Function):

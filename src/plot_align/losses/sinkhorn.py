@@ -217,15 +217,15 @@ class Sinkhorn(Divergence):
     def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the mean cost between two random tokens."""
         p = self._prepare(p)  # (..., V)
-        values, potentials, worst = [], [], 0.0
+        values, potentials, errors = [], [], []
         for _, _, support in self._supports(p, target):
             solved = self._solve(support)
             # of value(p / sum p): constant on the ray through p
             centred = solved.f - (solved.f * support.source).sum(-1, keepdim=True)  # (r, n)
             values.append(solved.value)
             potentials.append(self._spread(centred / support.mass, support).to(p.dtype))
-            worst = max(worst, float(solved.marginal_error.max()))
-        self._report(worst)
+            errors.append(solved.marginal_error.max())
+        self._report(float(torch.stack(errors).max()) if errors else 0.0)  # NaN stays NaN
         return torch.cat(values).to(p.dtype).reshape(p.shape[:-1]), torch.cat(potentials).reshape(p.shape)
 
     @torch.no_grad()
@@ -295,7 +295,7 @@ class Sinkhorn(Divergence):
 
     def _report(self, error: float) -> None:
         self.last_error = error
-        if error > self.tolerance:
+        if not error <= self.tolerance:
             warnings.warn(  # one digit, so that Python's filter shows a message once and not on every step
                 f"Sinkhorn stopped after {self.max_iterations} iterations with a marginal error of {error:.0e}, above "
                 f"the tolerance of {self.tolerance:g}: raise epsilon (now {self.epsilon:g}) or max_iterations.",

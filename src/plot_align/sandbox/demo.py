@@ -21,9 +21,8 @@ from ..records import mean_of, measure, write_record
 from ..training import PlotConfig, attach
 from ..training.overhead import interleaved, paired_ratio, without_plot
 from . import CATEGORIES, build_base
-from .experiment import Arm, Setting, make_trainer, quiet, record_path, run_all
+from .experiment import JUDGING, Arm, Setting, make_trainer, quiet, record_path, run_all
 
-# The largest α of the scan in docs/LOG.md that costs none of the rows below much.
 PLOT = PlotConfig()
 BASE = Arm("base")
 ARMS = (
@@ -41,7 +40,6 @@ GUARDS = (
     ("distinct_2", "distinct-2", True),
     ("distance", "distance to target", False),
 )
-JUDGING = 12  # a run's evaluation, in optimiser steps, for the progress bar
 
 
 def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | None = None) -> None:

@@ -7,6 +7,7 @@ its record is the memory of it, so that an interrupted experiment goes on where 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .._version import __version__
 from ..errors import InputError
 from ..records import measure, read_record, write_record
 from ..training import PlotConfig
@@ -28,6 +28,7 @@ from ..workers import ProcessWorker, deal, gpus, report_failures, share_out
 from . import base as base_module
 
 KIND = "sandbox-run"
+JUDGING = 12  # a run's evaluation, in optimiser steps, for progress bars
 Method = Literal["dpo", "sft", "kto", "pro", "cpo", "simpo", "orpo"]
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -55,8 +56,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "per_category", "heldout"):
-            least = 0 if name == "steps" else 1
-            _require(name, getattr(self, name), getattr(self, name) >= least, f"a number of {least} or more")
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "a number of 1 or more")
         for name in ("learning_rate", "beta"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "a positive number")
         _require("flipped", self.flipped, 0 <= self.flipped < 1, "a share of the pairs, 0 to less than 1")
@@ -124,12 +124,24 @@ def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path)
     """Where the record of a run lies; the name carries a hash of everything that decides the result.
 
     Among it the base, whose folder's name is a hash of the language and the libraries it was built with, and the
-    judges' and evaluation's source.
+    package's own code (:func:`source_digest`).
     """
     key = json.dumps(_describe(arm, setting, base), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
-    name = "".join(c if c.isalnum() else "-" for c in arm.name.lower()).strip("-")
+    name = "".join(c if c.isalnum() else "-" for c in arm.name.lower()).strip("-")[:120]
     return folder / f"{name}-seed{seed}-{digest}.json"
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of the package's code that a run's result depends on: everything but its commands and reports."""
+    package = Path(__file__).resolve().parents[1]
+    parts = ("preference.py", "estimate.py", "reading.py", "geometry.py", "losses", "fused", "training", "sandbox")
+    files = [file for part in parts for file in sorted((package / part).rglob("*.py")) or [package / part]]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def default_base() -> Path:
@@ -418,11 +430,10 @@ def quiet() -> None:
 
 def _describe(arm: Arm, setting: Setting, base: Path) -> dict[str, Any]:
     described = {**asdict(setting), "probe": setting.probe.to_dict()}
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("evaluate.py", "judges.py")]
     return {
         "base": base.name,
-        "judges": hashlib.sha256(b"".join(sources)).hexdigest()[:16],
-        "versions": {"plot_align": __version__, "trl": importlib.metadata.version("trl")},
+        "source": source_digest(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
         "arm": arm.name,
         "method": arm.method,
         "loss_type": list(arm.loss_type),

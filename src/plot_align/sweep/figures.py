@@ -34,7 +34,7 @@ def draw(cells: Sequence[Mapping[str, Any]], metric: Metric, path: Path) -> bool
 
     shown = [cell for cell in cells if metric.key in cell["metrics"]]
     # A balanced term has no α to stand over.
-    shown = [cell for cell in shown if cell["plot"] is None or cell["plot"].get("alpha") is not None]
+    shown = [cell for cell in shown if cell["plot"] is None or _has_alpha(cell["plot"])]
     with_plot = [cell for cell in shown if cell["plot"] is not None]
     if not with_plot:
         return False
@@ -89,6 +89,10 @@ def draw(cells: Sequence[Mapping[str, Any]], metric: Metric, path: Path) -> bool
     with complete_or_absent(path) as temporary:
         figure.savefig(temporary, dpi=150)
     return True
+
+
+def _has_alpha(plot: Mapping[str, Any]) -> bool:
+    return plot.get("alpha") is not None and plot.get("alpha_schedule") != "balance"
 
 
 def _title(metric: Metric, cells: Sequence[Mapping[str, Any]]) -> str:

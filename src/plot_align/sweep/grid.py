@@ -174,6 +174,8 @@ def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None 
             loss type without a method that has one.
     """
     known, base = keys(), dict(base or {})
+    if any(seed < 0 for seed in grid.get("seed", [])):
+        raise InputError(f"seed is {min(grid['seed'])}, expected 0 or more; correct it")
     for name, values in grid.items():
         if name not in known:
             raise InputError(f"unknown key {name!r} in the grid; {did_you_mean(name, known, 'see --help-all')}")
@@ -188,9 +190,7 @@ def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None 
             )
     alpha = {"alpha": [base.get("alpha", known["alpha"].default)]}
     options = [name for name, key in known.items() if key.group == "plot"]
-    terms = [None, *map(_term, _combinations(alpha | dict(grid), options))]
-    for term in terms:
-        _check_term(term, base)
+    terms = [None, *(_term(options, base) for options in _combinations(alpha | dict(grid), options))]
     names = [name for name, key in known.items() if key.group == "setting"]
     jobs = (
         Job(Cell(method, setting, term), seed)
@@ -207,16 +207,14 @@ def _combinations(grid: Mapping[str, Sequence[Any]], names: Sequence[str]) -> li
     return list(itertools.product(*axes))
 
 
-def _term(options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...] | None:
-    return None if dict(options)["alpha"] == 0 else options
-
-
-def _check_term(term: tuple[tuple[str, Any], ...] | None, base: Mapping[str, Any]) -> None:
+def _term(options: tuple[tuple[str, Any], ...], base: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """The options that change something; None where the term never weighs anything."""
     try:
-        PlotConfig(**{**base, **dict(term or ())})
+        config = PlotConfig(**{**base, **dict(options)})
     except InputError as error:
-        combination = ", ".join(f"{name} {value_text(value)}" for name, value in term or base.items())
+        combination = ", ".join(f"{name} {value_text(value)}" for name, value in options)
         raise InputError(f"the grid's combination {combination} is refused: {error}") from None
+    return None if config.is_off else tuple((name, value) for name, value in options if name not in config.unused)
 
 
 def value_text(value: Any) -> str:

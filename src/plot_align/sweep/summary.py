@@ -90,8 +90,22 @@ def markdown(cells: Sequence[Mapping[str, Any]], metrics: Sequence[Metric], titl
             entries = [entry_text(cell[part].get(metric.key)) for metric in metrics]
             lines.append(f"| {' | '.join([*values, str(len(cell['seeds'])), *entries])} |")
         lines.append("")
+    everywhere = _everywhere([cell for cell in cells if cell["plot"] is not None])
+    if everywhere:
+        lines.append(f"With PLOT everywhere: {everywhere}.")
     lines.append(f"Seeds: {', '.join(map(str, seeds))}. ↑ more is better, ↓ less is better.")
     return "\n".join(lines) + "\n"
+
+
+def _everywhere(cells: Sequence[Mapping[str, Any]]) -> str:
+    """What the grid set for all cells alike, which no column of the table says."""
+    several = varying(cells)
+    options = dict.fromkeys(name for cell in cells for name in (*cell["setting"], *cell["plot"]))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {text}"
+        for name in options
+        if name not in several and (text := next((t for t in (axis_text(c, name) for c in cells) if t), ""))
+    )
 
 
 def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:

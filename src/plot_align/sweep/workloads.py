@@ -11,11 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from .._version import __version__
 from ..errors import InputError, RunError
 from ..records import read_record, write_record
 from ..sandbox import CATEGORIES
-from ..sandbox.experiment import Arm, Run, Setting, run_many
+from ..sandbox.experiment import JUDGING, Arm, Run, Setting, run_many, source_digest
 from ..training import PlotConfig
 from ..workers import CommandWorker, deal, gpus, report_failures, share_out
 from .grid import Cell, Job, coerce, keys, value_text
@@ -25,7 +24,6 @@ KIND = "sweep-run"
 COMMANDS = ("dpo", "sft", "pro")  # the training commands of plot-align
 _FLAGS = {"steps": "max_steps", "batch_size": "per_device_train_batch_size"}  # ours → TRL's
 _SANDBOX_ONLY = ("per_category", "flipped", "heldout")
-JUDGING = 12  # a sandbox run's evaluation, in optimiser steps, for the progress bar
 Progress = Callable[[int, float], None]  # index of the job, share of it that is done
 
 
@@ -180,8 +178,9 @@ class Training:
     def command(self, job: Job) -> list[str]:
         """What runs a job."""
         flags: list[str] = []
-        for name, value in [*job.cell.setting, *(job.cell.plot or (("alpha", 0.0),))]:
-            if value is None:  # left to the option's default, which no flag can say
+        vanilla = (("alpha", 0.0), ("alpha_schedule", "constant"))  # whatever schedule the file asks for
+        for name, value in [*job.cell.setting, *(job.cell.plot or vanilla)]:
+            if value is None:  # the option's default, which no flag can say; check() refused a file that sets it
                 continue
             values = value.split("+") if name == "loss_type" else [_flag_text(value)]
             flags += [f"--{_FLAGS.get(name, name)}", *values]
@@ -208,6 +207,12 @@ class Training:
                 raise InputError(
                     f"method is {method!r}, and --train runs {', '.join(COMMANDS)}; choose among these, or leave "
                     "--train out for the sandbox"
+                )
+        for name, value in (option for job in jobs for option in job.cell.plot or ()):
+            if value is None and self.content.get(name) is not None:
+                raise InputError(
+                    f"{name} is none in the grid, and {self.config} sets it to {self.content[name]!r}, which no flag "
+                    "can take back; drop it from one of the two"
                 )
         for name, _ in (option for job in jobs for option in job.cell.setting):
             if name in _SANDBOX_ONLY:
@@ -241,7 +246,9 @@ class Training:
             "setting": dict(job.cell.setting),
             "plot": None if job.cell.plot is None else {n: _flag_text(v) for n, v in job.cell.plot},
             "seed": job.seed,
-            "versions": {"plot_align": __version__, "trl": version("trl")},
+            "files": {name: _content(value) for name, value in sorted(self.content.items()) if _is_local(value)},
+            "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
+            "source": source_digest(),
         }
 
 
@@ -258,6 +265,19 @@ def training_metrics(results: Mapping[str, Any]) -> dict[str, float]:
         if vanilla is not None:
             found[f"{prefix}loss_without_plot"] = vanilla
     return found
+
+
+def _is_local(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and Path(value).exists()
+
+
+def _content(path: str) -> str:
+    """What tells one content of a file or a folder from another: its bytes, or its files' sizes and times."""
+    if Path(path).is_file():
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    files = [(str(f.relative_to(path)), f.stat()) for f in sorted(Path(path).rglob("*")) if f.is_file()]
+    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
 
 def _flag_text(value: Any) -> str:

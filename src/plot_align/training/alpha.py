@@ -6,25 +6,25 @@ import math
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from .config import PlotConfig
 
 # The first steps set the level, so each is measured; later ones only follow it.
 _MEASURED_FIRST, _MEASURED_EVERY = 10, 5
 _DECAY = 0.9
+_KEY = "plot_align.alpha"  # in the trainer's state; no callback has such a name, so the Trainer leaves it alone
 
 
-class AlphaSchedule(TrainerCallback, ExportableState):
+class AlphaSchedule(TrainerCallback):
     """α of each optimiser step.
 
-    ``constant``: ``alpha``. ``linear`` and ``cosine``: from ``alpha`` at the first step to ``alpha_end`` at the last,
-    ``α = alpha_end + (alpha − alpha_end)·(1 − t/T)`` or ``·(1 + cos(π·t/T))/2``. ``balance``:
+    ``constant``: ``alpha``. ``linear`` and ``cosine``: from ``alpha`` at the first step to ``alpha_end`` after the
+    last, ``α = alpha_end + (alpha − alpha_end)·(1 − t/T)`` or ``·(1 + cos(π·t/T))/2``. ``balance``:
     ``α = ρ·‖∇L_vanilla‖ / ‖∇L_PLOT‖`` with ρ = ``balance_ratio``. Both norms are taken at the head's input, every step
     for the first ten and every fifth from then on, and averaged over past measurements with weight 0.9. Until
     something was measured, balance uses ``alpha``, or 0 where none is given.
 
-    A callback of the Trainer, so that its averages are saved with a checkpoint and a resumed run goes on with them.
+    The averages are part of the trainer's state: saved with every checkpoint, and a resumed run goes on with them.
     """
 
     def __init__(self, config: PlotConfig) -> None:
@@ -37,39 +37,39 @@ class AlphaSchedule(TrainerCallback, ExportableState):
         """α of step ``step`` of ``steps``."""
         start, end = self.config.alpha or 0.0, self.config.alpha_end
         done = min(step / steps, 1.0) if steps > 0 else 0.0
-        match self.config.alpha_schedule:
+        match self.config.schedule:
             case "linear":
                 return end + (start - end) * (1 - done)
             case "cosine":
                 return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
             case "balance" if self.plot > 0:
-                return self.config.balance_ratio * self.vanilla / self.plot
+                return self.config.ratio * self.vanilla / self.plot
         return start
 
     def wants_measurement(self, step: int) -> bool:
-        """Whether the gradients of this step are to be measured: once a step, whatever the accumulation."""
-        if self.config.alpha_schedule != "balance" or step == self.last_step:
+        """Whether this step's gradients are to be measured: once, on its first micro-batch that allows it."""
+        if self.config.schedule != "balance" or step == self.last_step:
             return False
-        return step < _MEASURED_FIRST or step % _MEASURED_EVERY == 0 or self.last_step < 0
+        return step < _MEASURED_FIRST or step % _MEASURED_EVERY == 0 or self.plot == 0
 
     def observe(self, step: int, vanilla: float, plot: float) -> None:
         """Takes in ‖∇L_vanilla‖ and ‖∇L_PLOT‖ of a step; a micro-batch on which either was zero is left out.
 
         The correction for the averages' start is the same factor for both, so their ratio needs none.
         """
-        self.last_step = step
         if not (math.isfinite(vanilla) and math.isfinite(plot) and vanilla > 0 and plot > 0):
             return
+        self.last_step = step
         self.vanilla = _DECAY * self.vanilla + (1 - _DECAY) * vanilla
         self.plot = _DECAY * self.plot + (1 - _DECAY) * plot
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"vanilla": self.vanilla, "plot": self.plot, "last_step": self.last_step}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the averages back from the checkpoint that training resumes from."""
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step > 0 and isinstance(saved, dict):
-            for name, value in saved["attributes"].items():
-                setattr(self, name, value)
+        """Begins afresh, or takes the averages back from the checkpoint that training resumes from."""
+        saved = (state.stateful_callbacks or {}).get(_KEY) if state.global_step > 0 else None
+        self.vanilla, self.plot, self.last_step = saved or (0.0, 0.0, -1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the averages in the state that a checkpoint after this step saves."""
+        if self.config.schedule == "balance" and not self.config.is_off:
+            averages = [self.vanilla, self.plot, self.last_step]
+            state.stateful_callbacks = {**(state.stateful_callbacks or {}), _KEY: averages}

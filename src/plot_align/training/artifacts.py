@@ -39,7 +39,7 @@ def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDist
     section = f"""
 {_HEADING}
 
-This model was tuned with `L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837)), with
+This model was tuned with {_loss(config)}, with
 {_weight(config)} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
 {chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
 which data.
@@ -52,8 +52,15 @@ which data.
         temporary.write_text(card + "\n" + section, encoding="utf-8")
 
 
+def _loss(config: PlotConfig) -> str:
+    if config.is_reward:  # DEFT's, in the distance's place
+        return "`L = L_vanilla − ω·R` ([arXiv 2604.01787](https://arxiv.org/abs/2604.01787))"
+    return "`L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837))"
+
+
 def _weight(config: PlotConfig) -> str:
-    if config.alpha_schedule == "balance":
-        return f"α balanced to a gradient ratio of {config.balance_ratio:g}"
-    suffix = "" if config.alpha_schedule == "constant" else f" to {config.alpha_end:g} ({config.alpha_schedule})"
-    return f"α = {config.alpha:g}{suffix}"
+    name = "ω" if config.is_reward else "α"
+    if config.schedule == "balance":
+        return f"{name} balanced to a gradient ratio of {config.ratio:g}"
+    suffix = "" if config.schedule == "constant" else f" to {config.alpha_end:g} ({config.schedule})"
+    return f"{name} = {config.alpha:g}{suffix}"

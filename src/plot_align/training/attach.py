@@ -63,7 +63,7 @@ def attach(
     if getattr(trainer, "_plot_handle", None) is not None:
         raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
     config = settled(config, trainer, kind, reference)
-    check(trainer, kind, config)
+    check(trainer, kind, config, reference)
     tokenizer = _tokenizer(trainer)
     if preference is None:
         preference = estimate_from(trainer)
@@ -247,7 +247,9 @@ class PlotHandle:
         norms = self._measure(vanilla * divisor, loss, swept) if training else None
         state = self.trainer.state
         alpha = self.alpha.value(state.global_step, state.max_steps)
-        total = vanilla + (alpha / divisor) * loss
+        # Evaluations are compared with each other, so a weight that changes in between is left out of their loss.
+        weighs = training or self.config.schedule == "constant"
+        total = vanilla + (alpha / divisor) * loss if weighs else vanilla
         self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
         return (total, *result[1:]) if isinstance(result, tuple) else total
 
@@ -332,9 +334,20 @@ class PlotHandle:
                 f"tokens no mass (target={self.config.target!r}); nothing of this step was applied: use divergence "
                 "'w1', 'js' or 'tv', or a target with full support (softmax)."
             )
+        if swept.reference is not None and not torch.isfinite(swept.reference).all():
+            raise RunError(
+                f"the reference model's logits are NaN or infinite at {where}, and the target with them; nothing of "
+                "this step was applied: check the reference model's weights, or use a wider dtype."
+            )
+        pooled = self.config.pool and self.trainer.accelerator.num_processes > 1
         raise RunError(
             f"the PLOT loss is NaN or infinite at {where} though this rank's logits are finite; nothing of this step "
-            "was applied: look at the other ranks' messages, whose output is pooled with this one's."
+            "was applied: "
+            + (
+                "look at the other ranks' messages, whose output is pooled with this one's."
+                if pooled
+                else f"check the target (target={self.config.target!r}, divergence={self.config.divergence!r})."
+            )
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -26,6 +26,8 @@ def settled(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | Non
     ``target_scope="auto"`` is ``dataset``.
     """
     scope = config.target_scope
+    if config.is_reward:
+        return config
     if config.target != "auto":
         return replace(config, target_scope="dataset" if scope == "auto" else scope)
     if scope == "auto":
@@ -36,13 +38,20 @@ def settled(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | Non
     return replace(config, target="anchored" if is_anchored else "chosen", target_scope=scope)
 
 
-def check(trainer: Any, kind: str, config: PlotConfig) -> None:
+def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None = None) -> None:
     """Refuses options that a trainer cannot carry, and warns where a loss is not what its name says.
 
     Raises:
-        InputError: positions, a granularity or a target that this trainer's micro-batches do not have, or an
+        InputError: positions, a granularity or a target that this trainer's micro-batches do not have, a
+            ``reference`` that nothing would look at, an adapter on the head that the term would not see, or an
             encoder-decoder model.
     """
+    if reference is not None and (config.is_reward or (config.target, config.target_scope) != ("anchored", "dataset")):
+        raise InputError(
+            f"reference was passed, and target={config.target!r} with target_scope={config.target_scope!r} does not "
+            "look at it; expected target='anchored' with target_scope='dataset', or no reference."
+        )
+    _check_head(trainer, config)
     if kind == "SFTTrainer" and config.positions == "rejected":
         raise InputError(
             "positions is 'rejected' and the trainer is an SFTTrainer, which sees no rejected completion; expected "
@@ -71,12 +80,39 @@ def check(trainer: Any, kind: str, config: PlotConfig) -> None:
         )
 
 
+def _check_head(trainer: Any, config: PlotConfig) -> None:
+    """An adapter on the LM head changes logits that are made from its weight alone elsewhere."""
+    if config.plot_backend != "separate" and config.divergence != "deft_log":
+        return
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    if hasattr(base.get_output_embeddings(), "base_layer"):
+        raise InputError(
+            "the LM head has an adapter (PEFT's target_modules name it), which "
+            + ("plot_backend='separate'" if config.plot_backend == "separate" else "divergence='deft_log'")
+            + " would not see; expected a head without one: take lm_head out of target_modules, or use another option."
+        )
+
+
 def _check_batch_target(trainer: Any, kind: str, config: PlotConfig) -> None:
     if config.needs_reference and not makes_reference_forward(trainer, kind):
         raise InputError(
             f"target_scope is 'batch' with target='anchored', and this {kind} makes no reference forward in its "
             "training step; expected a DPO or KTO trainer without precompute_ref_log_probs: use "
             "target_scope='dataset', or target='chosen'."
+        )
+    if config.target == "chosen" and config.positions == "rejected":
+        raise InputError(
+            "target is 'chosen' on the micro-batch with positions='rejected', so rejected answers would be held to "
+            f"the tokens of others; expected positions='chosen' or 'all', or another target for this {kind}."
+        )
+    counts_both = config.target in ("relu", "shift", "softmax")
+    one_side = kind in ("KTOTrainer", "GRPOTrainer", "RLOOTrainer") and trainer.args.per_device_train_batch_size == 1
+    if counts_both and one_side:
+        raise InputError(
+            f"target is {config.target!r} on the micro-batch with per_device_train_batch_size=1, and one row of a "
+            f"{kind} has one side only, so there would never be a target; expected a larger micro-batch, "
+            "target='chosen', or target_scope='dataset'."
         )
     if kind == "SFTTrainer" and config.target not in ("anchored", "chosen"):
         raise InputError(

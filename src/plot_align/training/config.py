@@ -27,11 +27,12 @@ class PlotConfig:
                           "goes, so that PLOT's gradient is balance_ratio times the vanilla loss's. Default: constant "
                           "where alpha is given, else balance."},
     )  # fmt: skip
-    alpha_end: float = field(default=0.0, metadata={"help": "Weight at the last step of a linear or cosine schedule."})
-    balance_ratio: float = field(
-        default=0.5,
-        metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head."},
-    )
+    alpha_end: float = field(default=0.0, metadata={"help": "Weight after the last step of linear and cosine."})
+    balance_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head. "
+                          "Default: 0.5; 0.1 for DEFT's reward, which pulls the same way at every step."},
+    )  # fmt: skip
     target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = field(
         default="auto",
         metadata={"help": "How token preferences become a target distribution. anchored: the reference model's own "
@@ -104,13 +105,11 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        if self.alpha_schedule is None:
-            self.alpha_schedule = "balance" if self.alpha is None else "constant"
         for name, value in asdict(self).items():
             choices = _choices(hints[name])
-            if choices and value not in choices:
+            if choices and value not in choices and not (value is None and name == "alpha_schedule"):
                 raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
-        if self.alpha is None and self.alpha_schedule != "balance":
+        if self.alpha is None and self.schedule != "balance":
             raise InputError(
                 f"alpha is missing with alpha_schedule={self.alpha_schedule!r}; expected the weight it starts from: "
                 "give alpha, or set alpha_schedule='balance'."
@@ -122,14 +121,14 @@ class PlotConfig:
         for name in numbers:
             value = getattr(self, name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            self._require(name, is_number or (name == "alpha" and value is None), "a number")
+            self._require(name, is_number or (name in ("alpha", "balance_ratio") and value is None), "a number")
         for name in ("alpha", "alpha_end"):
             value = getattr(self, name)
             self._require(name, value is None or (value >= 0 and math.isfinite(value)), "a finite number, 0 or more")
         self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
         for name in ("balance_ratio", "target_temperature", "sinkhorn_epsilon"):
             value = getattr(self, name)
-            self._require(name, value > 0 and math.isfinite(value), "a positive number")
+            self._require(name, value is None or (value > 0 and math.isfinite(value)), "a positive number")
         strength = self.target_strength
         self._require("target_strength", strength >= 0 and math.isfinite(strength), "a finite number, 0 or more")
         self._require("reference_rows", self.reference_rows >= 1, "a positive number of rows")
@@ -137,6 +136,11 @@ class PlotConfig:
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("sinkhorn_size", self.sinkhorn_size is None or self.sinkhorn_size >= 1, "1 or more, or none")
         self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
+        if self.alpha_end != 0 and self.schedule not in ("linear", "cosine"):
+            raise InputError(
+                f"alpha_end is {self.alpha_end:g} with alpha_schedule={self.schedule!r}, which has no end; expected "
+                "alpha_schedule='linear' or 'cosine', or no alpha_end."
+            )
         if self.pool and self.granularity != "batch":
             raise InputError(
                 f"pool is on with granularity={self.granularity!r}; only granularity='batch' has one distribution "
@@ -148,7 +152,7 @@ class PlotConfig:
                 "pool is on with divergence='deft_log', which reads hidden states and no output distribution that "
                 "could be averaged; leave pool off."
             )
-        if self.target_scope == "batch" and self.granularity == "token":
+        if self.target_scope == "batch" and self.granularity == "token" and not self.is_reward:
             raise InputError(
                 "target_scope is 'batch' with granularity='token'; a single position has no distribution of its own "
                 "to be compared with: expected granularity='batch' or 'sequence', or target_scope='dataset'."
@@ -173,7 +177,42 @@ class PlotConfig:
     @property
     def is_off(self) -> bool:
         """Whether the term never weighs anything: α is 0 and no schedule raises it."""
-        return self.alpha == 0 and (self.alpha_schedule not in ("linear", "cosine") or self.alpha_end == 0)
+        return self.alpha == 0 and (self.schedule not in ("linear", "cosine") or self.alpha_end == 0)
+
+    @property
+    def schedule(self) -> str:
+        """``alpha_schedule``; where none is given ``balance`` without an ``alpha``, else ``constant``."""
+        return self.alpha_schedule or ("balance" if self.alpha is None else "constant")
+
+    @property
+    def ratio(self) -> float:
+        """``balance_ratio``; where none is given 0.5, and 0.1 for DEFT's reward."""
+        return self.balance_ratio if self.balance_ratio is not None else 0.1 if self.is_reward else 0.5
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Names of the options that change nothing with the others as they are."""
+        names: set[str] = set()
+        on_lines = self.divergence == "w1"
+        on_directions = on_lines and self.geometry in ("sliced", "max_sliced")
+        for used, options in (
+            (on_lines, ("geometry", "scaled")),
+            (on_lines and self.geometry == "norm", ("norm_order",)),
+            (on_directions, ("slices",)),
+            (on_directions or self.divergence == "sinkhorn", ("geometry_seed",)),
+            (
+                self.divergence == "sinkhorn",
+                ("sinkhorn_support", "sinkhorn_size", "sinkhorn_epsilon", "sinkhorn_iterations"),
+            ),
+            (not self.is_reward, ("target", "target_scope")),
+            (not self.is_reward and self.target == "softmax", ("target_temperature",)),
+            (not self.is_reward and self.target in ("auto", "anchored"), ("target_strength", "reference_rows")),
+            (self.schedule == "balance", ("balance_ratio",)),
+            (self.schedule in ("linear", "cosine"), ("alpha_end",)),
+        ):
+            if not used:
+                names.update(options)
+        return frozenset(names)
 
     @classmethod
     def paper(cls, **options: Any) -> PlotConfig:
@@ -187,8 +226,8 @@ class PlotConfig:
             raise InputError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; an infinite ``norm_order`` becomes the string ``"inf"``."""
-        options = asdict(self)
+        """JSON-able, with the schedule and ratio that apply; an infinite ``norm_order`` becomes ``"inf"``."""
+        options = {**asdict(self), "alpha_schedule": self.schedule, "balance_ratio": self.ratio}
         if math.isinf(self.norm_order):
             options["norm_order"] = "inf"
         return options

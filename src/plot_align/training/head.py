@@ -114,7 +114,8 @@ class HeadBackend(ABC):
             }
             divergence = self.term.head_divergence()
             head = fused_head(hidden, weight, bias, targets[some], spec, divergence=divergence, **parts)
-            return dataclasses.replace(head, reward=self.term.reward(hidden, weight, bias, spec, **parts))
+            own = (weight.detach(), None if bias is None else bias.detach()) if spec.frozen else (weight, bias)
+            return dataclasses.replace(head, reward=self.term.reward(hidden, *own, spec, **parts))
 
         def some_rows(some: Tensor) -> tuple[Tensor, HeadOutput]:
             sampled = hidden.detach()[some].requires_grad_()

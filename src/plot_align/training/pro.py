@@ -271,6 +271,10 @@ class PROTrainer(_BaseTrainer):
             )
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        # Mixtures of experts: the load-balancing loss, with the architecture's own coefficient, as in TRL's trainers.
+        text_config = self.model.config.get_text_config()
+        routes = hasattr(text_config, "output_router_logits")
+        self._router_coefficient = float(getattr(text_config, "router_aux_loss_coef", 0.0)) if routes else 0.0
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._total_train_tokens = 0.0
         self.model.add_model_tags(self._tag_names)
@@ -288,6 +292,7 @@ class PROTrainer(_BaseTrainer):
             use_cache=False,
             labels=ids.masked_fill(completion == 0, -100),
             fused_lm_head=True,
+            **({"output_router_logits": True} if self._router_coefficient else {}),
         )
         scored = completion[:, 1:].bool()  # (S, T-1)
         # Prompt-learning PEFT prepends virtual tokens to the outputs; the last positions are the real ones.
@@ -323,7 +328,13 @@ class PROTrainer(_BaseTrainer):
                 correct=correct.sum(),
                 tokens=inputs["attention_mask"].sum(),
             )
-        return (result.loss, outputs) if return_outputs else result.loss
+        loss = result.loss
+        if self._router_coefficient:
+            loss = loss + self._router_coefficient * outputs.aux_loss
+            mode = "train" if self.model.training else "eval"
+            mean = self.accelerator.gather(outputs.aux_loss.detach()).mean()
+            self._metrics[mode]["aux_loss"].append(mean.item())
+        return (loss, outputs) if return_outputs else loss
 
     def _log_batch(self, **sums: Tensor) -> None:
         """Turns sums over the batch, added up over all ranks, into the metrics of the next log: one transfer."""

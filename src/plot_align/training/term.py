@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fused import HeadOutput, HeadSpec
 from ..losses import Divergence, log_reward
-from ..losses.base import widest_dtype
+from ..losses.base import Constants, widest_dtype
 from ..losses.deft import reward_scale
 from ..preference import target_weights
 from .batches import PolicyBatch
@@ -53,7 +53,7 @@ class Swept:
     some_rows: Callable[[Tensor], tuple[Tensor, HeadOutput]] | None = None
 
 
-class PlotTerm(nn.Module):
+class PlotTerm(Constants):
     """``L_PLOT`` of one micro-batch at a granularity (design: ``docs/mathematics.md``).
 
     ``batch``: D(p̄, P) with p̄ the mean over all selected positions; ``sequence``: the mean of D(p̄_s, P) over the
@@ -76,7 +76,7 @@ class PlotTerm(nn.Module):
         self.config = config
         self.divergence = divergence
         self.valid = valid
-        self.register_buffer("difference", difference, persistent=False)
+        self._constant("difference", difference)
 
     def shares(self, batch: PolicyBatch, rows: Tensor) -> Shares:
         """Weights of the head's rows; ``rows (N,)`` are their places in the flattened ``(B, T − 1)`` batch."""
@@ -163,12 +163,18 @@ class PlotTerm(nn.Module):
             moved = self._counted_target(batch, size).unsqueeze(0)  # (1, V)
         moved[..., self.valid :] = 0
         total = moved.sum(-1, keepdim=True)  # (S or 1, 1)
-        return moved / total.clamp(min=torch.finfo(moved.dtype).tiny), total.squeeze(-1) > 0
+        # A sum of softmaxes in float32 is 1 but for rounding, which W1's sign would turn into a full-size gradient
+        # where policy and target agree: the target gets the output's own sum.
+        mass = torch.ones_like(total) if swept.head.marginals is None else swept.head.marginals.to(moved).sum(-1, True)
+        found = ~(total.squeeze(-1) <= 0)  # a NaN of the reference is no missing target: it must reach the loss
+        return moved * (mass / total.clamp(min=torch.finfo(moved.dtype).tiny)), found
 
     def _counted_target(self, batch: PolicyBatch, size: int) -> Tensor:
         """φ of the micro-batch's own token counts, (V,); zero where a side is missing or both sides are equal."""
         sides = []
-        for role in ("chosen", "rejected"):
+        # The chosen tokens of the positions that are compared: all of them, where all are.
+        first = "all" if self.config.target == "chosen" and self.config.positions == "all" else "chosen"
+        for role in (first, "rejected"):
             labels = batch.labels[:, 1:][batch.selected(role)].to(self.difference.device)  # (n,)
             sides.append(torch.bincount(labels, minlength=size).to(self.difference))  # (V,)
         counts = torch.stack(sides)  # (2, V)
