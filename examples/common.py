@@ -11,7 +11,7 @@ def arguments(description: str, **choices: list[str]) -> argparse.Namespace:
     """``--steps``, ``--alpha``, ``--model``, and an option for each of ``choices``, the first value its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps")
-    parser.add_argument("--alpha", type=float, default=1.0, help="weight of the PLOT term")
+    parser.add_argument("--alpha", type=float, help="weight of the PLOT term; none: balanced")
     parser.add_argument("--model", help="a checkpoint folder with a chat template; none: the sandbox's base model")
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0], help="which one")

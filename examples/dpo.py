@@ -1,4 +1,4 @@
-"""DPO with PLOT: the drop-in trainer counts the preference in the pairs that it trains on."""
+"""DPO with PLOT, with the SFT term or without: the drop-in trainer counts the preference in its own pairs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from trl import DPOConfig
 from plot_align import PlotConfig, PlotDPOTrainer
 from plot_align.sandbox import pairs
 
-options = arguments(__doc__)
+options = arguments(__doc__, loss_type=["sigmoid", "sigmoid+sft"])
 trainer = PlotDPOTrainer(
     model=options.model,
-    args=DPOConfig(**settings(options.steps)),
+    args=DPOConfig(loss_type=options.loss_type.split("+"), **settings(options.steps)),
     train_dataset=pairs(),
     plot=PlotConfig(alpha=options.alpha),
 )

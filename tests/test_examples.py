@@ -16,7 +16,8 @@ from plot_align import sandbox
 EXAMPLES = ROOT / "examples"
 RUNS = [
     ["dpo"], ["sft"], ["kto"], ["aot"], ["aot", "--loss_type", "aot_unpaired"], ["grpo"], ["grpo", "--method", "rloo"],
-    ["cpo"], ["cpo", "--method", "simpo"], ["cpo", "--method", "orpo"],
+    ["cpo"], ["cpo", "--method", "simpo"], ["cpo", "--method", "orpo"], ["dpo", "--loss_type", "sigmoid+sft"],
+    ["pro"], ["loop"],
 ]  # fmt: skip
 
 
@@ -43,6 +44,9 @@ def test_runs(run, small_base, monkeypatch, capsys, tmp_path):
     runpy.run_path(str(EXAMPLES / f"{run[0]}.py"), run_name="__main__")
     table = capsys.readouterr().out.split("first")[-1].splitlines()[1:]
     metrics = {name: [float(value) for value in values] for name, *values in map(str.split, table)}
+    if run[0] == "loop":
+        assert all(0 < value < math.inf for name in ("loss", "vanilla_loss") for value in metrics[f"plot/{name}"])
+        return
     assert metrics["plot/alpha"] == [0.5, 0.5]
     if run[0] == "grpo":  # the judge rewards nothing that this model writes, so nothing is preferred yet
         assert metrics["plot/loss"] == [0, 0]

@@ -66,7 +66,8 @@ def run(
     finished = {job: workload.metrics(job) for job in jobs if workload.record(job).exists()}
     cells = summarise(finished)
     if cells:
-        _write(cells, workload, output, config, console)
+        missing = [str(job) for job in jobs if job not in finished]
+        _write(cells, missing, workload, output, config, console)
     if failure is not None:
         raise failure
     return cells
@@ -101,13 +102,21 @@ def _run_with_bar(jobs: Sequence[Job], workload: Workload, workers: int | None, 
 
 
 def _write(
-    cells: list[dict[str, Any]], workload: Workload, output: Path, config: Mapping[str, Any], console: Console
+    cells: list[dict[str, Any]],
+    missing: list[str],
+    workload: Workload,
+    output: Path,
+    config: Mapping[str, Any],
+    console: Console,
 ) -> None:
     names = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
     main, beside = workload.main_metrics(names)
-    path = write_record(output / "summary.json", "sweep", {"cells": cells}, config=config)
+    path = write_record(output / "summary.json", "sweep", {"cells": cells, "failed": missing}, config=config)
+    table = markdown(cells, [*main, *beside], "Sweep")
+    if missing:
+        table += "\n## Without a result: these runs failed\n\n" + "".join(f"- {name}\n" for name in missing)
     with complete_or_absent(output / "table.md") as temporary:
-        temporary.write_text(markdown(cells, [*main, *beside], "Sweep"), encoding="utf-8")
+        temporary.write_text(table, encoding="utf-8")
     figures = [output / f"{metric.key.replace('/', '-')}.png" for metric in main]
     drawn = [figure.name for metric, figure in zip(main, figures, strict=True) if draw(cells, metric, figure)]
     console.print(f"{path.name}, table.md and {', '.join(drawn) or 'no figure'} are in {output}", soft_wrap=True)

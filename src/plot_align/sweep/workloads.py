@@ -158,6 +158,11 @@ class Training:
             on_progress(index, 1.0)
         devices = gpus()
         count = workers if workers is not None else len(devices) or 1
+        if devices and len(devices) > count and len(devices) % count:
+            raise InputError(
+                f"workers is {count} and {len(devices)} GPUs are visible, so some runs would have more GPUs and with "
+                f"them a larger batch than others; expected a number that divides {len(devices)}, or more than that"
+            )
         pool = [CommandWorker(device) for device in deal(devices, count)]
 
         def work(worker: CommandWorker, index: int) -> None:
