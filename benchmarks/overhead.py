@@ -179,6 +179,7 @@ class StepProblem:
                     options["plot_backend"] = "separate"
                 config = PlotConfig.paper(**options) if arm == "paper" else PlotConfig(**options)
                 handle = attach(trainer, preference, config)
+                handle.alpha.observe(0, 1.0, 1.0)  # a step whose alpha is known
 
                 def measured() -> None:
                     handle.alpha.last_step = -1  # as if it were a step that balances alpha anew
@@ -226,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["cpu-32k", "cpu-128k"])
     parser.add_argument("--what", nargs="+", choices=["head", "step"], default=["head", "step"])
+    parser.add_argument("--arms", nargs="+", help="some of the arms, beside off; all without it")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -241,6 +243,7 @@ def main() -> None:
     for name in args.shapes:
         for what in args.what:
             arms = HEAD_ARMS if what == "head" else STEP_ARMS
+            arms = tuple(arm for arm in arms if args.arms is None or arm in ("off", *args.arms))
             with console.status(f"{name}, {what}: {args.repeats + 1} rounds of {len(arms)} arms"):
                 problem = build(what, SHAPES[name], args.device, dtype)
                 device = torch.device(args.device)

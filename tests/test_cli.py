@@ -138,9 +138,9 @@ def test_exit_codes(
         (["sweep", "--batch_size", "0"], "batch_size is 0; expected a number of 1 or more"),
         (
             ["sweep", "--pool", "on", "--granularity", "batch", "token"],
-            "the grid's combination alpha 0.1, granularity",
+            "the grid's combination alpha auto, granularity",
         ),
-        (["sweep", "--train", "nothing.yaml"], "--config nothing.yaml cannot be read"),
+        (["sweep", "--train", "nothing.yaml"], "--train nothing.yaml cannot be read"),
         (["filter", "x"], "the following arguments are required: --model; see 'plot-align filter --help'"),
         (["filter", "x", "--model", "m", "--share", "5"], "--share is 5.0, expected a share above 0 and at most 1"),
         (["filter", "x", "--model", "m", "--share", "0"], "--share is 0.0, expected a share above 0 and at most 1"),

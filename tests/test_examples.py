@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from plot_align import sandbox
 
-EXAMPLES = ROOT / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RUNS = [
     ["dpo"], ["sft"], ["kto"], ["aot"], ["aot", "--loss_type", "aot_unpaired"], ["grpo"], ["grpo", "--method", "rloo"],
     ["cpo"], ["cpo", "--method", "simpo"], ["cpo", "--method", "orpo"], ["dpo", "--loss_type", "sigmoid+sft"],

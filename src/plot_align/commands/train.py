@@ -30,7 +30,7 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
   --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
   --output_dir DIR               where checkpoints and the model go
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
-* --balance_ratio R              without --alpha: PLOT's gradient over the loss's
+* --balance_ratio R              without --alpha: PLOT's share of the gradient
 * --preference FILE              from `plot-align estimate`{default}
 * --preference_dataset DATA      estimate it from these pairs instead
 * --target T                     auto, anchored, chosen, relu, shift, softmax

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from .term import Swept
 
-# Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch, so
-# a sample says enough about their ratio and costs a small part of the head.
-_SAMPLED_ROWS = 256
+# Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch, and
+# averaged over the steps: a small sample says enough about their ratio, and costs a small part of the head.
+_SAMPLED_ROWS = 64
 
 
 def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int = 0) -> Tensor:
-    """``(‖∂L_vanilla/∂h‖, ‖∂L_PLOT/∂h‖)`` at the head's input h, ``(2,)``; exact up to 256 rows, estimated above.
+    """``(‖∂L_vanilla/∂h‖, ‖∂L_PLOT/∂h‖)`` at the head's input h, ``(2,)``; exact up to 64 rows, estimated above.
 
     A row of ∂L/∂h depends on that row alone once the derivatives in the head's outputs are known, and those are cheap.
     So an evenly spaced sample of n of the N rows is swept again, and each norm is that of the sample times sqrt(N/n).
