@@ -50,6 +50,9 @@ def main(options: dict) -> None:
         save_file(weights, options["out"])
         history = [record for record in trainer.state.log_history if "plot/loss" in record]
         Path(options["out"]).with_suffix(".json").write_text(json.dumps(history))
+    # Together, or a rank that is through tears down its threads while another still talks to it.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .term import Swept
 
-# Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch, and
-# averaged over the steps: a small sample says enough about their ratio, and costs a small part of the head.
+# Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch,
+# and averaged over the steps: a small sample says enough about their ratio, and costs a small part of the head.
 _SAMPLED_ROWS = 64
 
 
