@@ -135,6 +135,7 @@ class ProcessWorker:
         self._device = device
         self._prepare = prepare
         self._pool: ProcessPoolExecutor | None = None
+        self._busy = False
         self._stopped = False
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -150,19 +151,23 @@ class ProcessWorker:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, context, _prepare_process, (self._prepare,))
             future = self._pool.submit(function, *arguments)  # starts the process, which inherits the environment
+            self._busy = True
         try:
             return future.result()
         except BrokenProcessPool:
             self._pool = None
             raise RunError("its process died, perhaps for want of memory: try fewer workers.") from None
+        finally:
+            self._busy = False
 
     def stop(self) -> None:
         with _ENVIRONMENT:
             self._stopped = True
             if self._pool is None:
                 return
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()  # in the middle of a run it would finish it first
+            if self._busy:  # it would finish its run first; one that is idle ends by itself, and cleans up
+                for process in list((self._pool._processes or {}).values()):
+                    process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
