@@ -67,6 +67,7 @@ def test_measured_often_at_first_and_once_a_step():
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto"])
 def test_balance_holds_the_ratio(make_trainer, preference, monkeypatch, method):
     """α of the first step is ρ times the norms' ratio by autograd through the whole head; later the mean holds."""
+    monkeypatch.setattr(gradients, "_SAMPLED_ROWS", 10_000)
     trainer = make_trainer(method, max_steps=10)
     config = PlotConfig(alpha_schedule="balance", balance_ratio=0.3, grad_ratio_steps=0)
     handle = attach(trainer, preference, config)
@@ -182,6 +183,7 @@ def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
     total = trainer.compute_loss(trainer.model, dict(inputs))
     swept = kept["swept"]
     rows = swept.hidden.size(0)
+    monkeypatch.setattr(gradients, "_SAMPLED_ROWS", 10_000)
     exact = gradients.gradient_norms(total, swept.head.marginals.square().sum(), swept).double()
     stride = next(k for k in range(2, rows + 1) if rows % k == 0)
     monkeypatch.setattr(gradients, "_SAMPLED_ROWS", rows // stride)

@@ -47,7 +47,8 @@ def first_sweep(trainer, handle, monkeypatch):
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize(("options", "cls"), TERMS)
 def test_every_term(make_trainer, preference, monkeypatch, options, cls, granularity):
-    """The norms of the rows swept again are those of autograd through the whole head."""
+    """The norms of the rows swept again, all of them here, are those of autograd through the whole head."""
+    monkeypatch.setattr("plot_align.training.gradients._SAMPLED_ROWS", 10_000)
     trainer = make_trainer("dpo")
     handle = attach(trainer, preference, PlotConfig.paper(alpha=2.0, granularity=granularity, **options))
     assert type(handle.term.divergence) is cls

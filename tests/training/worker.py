@@ -20,6 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from plot_align import PlotConfig, PlotDPOTrainer, PlotPROTrainer, PROConfig, estimate
+from plot_align.training import gradients
+
+# Two ranks sample other rows than one process does; of all rows the norms must be the same.
+gradients._SAMPLED_ROWS = 10_000
 
 
 def main(options: dict) -> None:
