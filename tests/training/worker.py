@@ -10,6 +10,7 @@ instead of ours) and ``resume``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -54,9 +55,12 @@ def main(options: dict) -> None:
         save_file(weights, options["out"])
         history = [record for record in trainer.state.log_history if "plot/loss" in record]
         Path(options["out"]).with_suffix(".json").write_text(json.dumps(history))
-    # Together, or a rank that is through tears down its threads while another still talks to it.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    if trainer.accelerator.num_processes > 1:
+        # Gloo's threads now and then abort while the interpreter takes itself apart; everything is written by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
