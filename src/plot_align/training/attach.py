@@ -24,7 +24,7 @@ from .checks import check, settled
 from .config import PlotConfig
 from .gradients import gradient_norms
 from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend, head_spec
-from .marginal import reference_distribution, reference_model
+from .marginal import causal_lm, reference_distribution, reference_model
 from .term import PlotTerm, Swept
 
 
@@ -365,11 +365,6 @@ class PlotHandle:
             artifacts.extend_model_card(
                 Path(self.trainer.args.output_dir) / "README.md", self.config, self.preference, self._kind
             )
-
-
-def causal_lm(model: Any) -> Any:
-    """The causal language model itself, out of a PEFT wrapper where there is one."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .config import PlotConfig
+from .marginal import causal_lm
 
 
 def makes_reference_forward(trainer: Any, kind: str) -> bool:
@@ -84,9 +85,7 @@ def _check_head(trainer: Any, config: PlotConfig) -> None:
     """An adapter on the LM head changes logits that are made from its weight alone elsewhere."""
     if config.plot_backend != "separate" and config.divergence != "deft_log":
         return
-    model = trainer.model
-    base = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-    if hasattr(base.get_output_embeddings(), "base_layer"):
+    if hasattr(causal_lm(trainer.model).get_output_embeddings(), "base_layer"):
         raise InputError(
             "the LM head has an adapter (PEFT's target_modules name it), which "
             + ("plot_backend='separate'" if config.plot_backend == "separate" else "divergence='deft_log'")

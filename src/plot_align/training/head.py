@@ -103,15 +103,11 @@ class HeadBackend(ABC):
             raise RuntimeError("no batch is pending")
         shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
         self.term.to(hidden.device)
-        weights = shares.weights.to(hidden.device)
-        segments = None if shares.segments is None else shares.segments.to(hidden.device)
+        whole = shares.arguments(hidden.device)
 
         def run(hidden: Tensor, spec: HeadSpec, some: slice | Tensor = slice(None)) -> HeadOutput:
-            parts: dict[str, Any] = {
-                "weights": weights[some],
-                "segments": None if segments is None else segments[some],
-                "num_segments": shares.counts.numel(),
-            }
+            of_rows = {name: x[some] for name, x in whole.items() if isinstance(x, Tensor)}
+            parts = {**whole, **of_rows}
             divergence = self.term.head_divergence()
             head = fused_head(hidden, weight, bias, targets[some], spec, divergence=divergence, **parts)
             own = (weight.detach(), None if bias is None else bias.detach()) if spec.frozen else (weight, bias)
@@ -132,16 +128,7 @@ class HeadBackend(ABC):
         if self.pending is None:
             raise RuntimeError("no batch is pending")
         shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
-        head = fused_head(
-            hidden,
-            weight,
-            bias,
-            targets,
-            spec,
-            weights=shares.weights.to(hidden.device),
-            segments=None if shares.segments is None else shares.segments.to(hidden.device),
-            num_segments=shares.counts.numel(),
-        )
+        head = fused_head(hidden, weight, bias, targets, spec, **shares.arguments(hidden.device))
         self.reference = head.marginals
         return head
 
@@ -404,9 +391,7 @@ class LogitsBackend(HeadBackend):
             head.weight,
             head.bias,
             head_spec(self.model),
-            weights=shares.weights.to(hidden.device),
-            segments=None if shares.segments is None else shares.segments.to(hidden.device),
-            num_segments=shares.counts.numel(),
+            **shares.arguments(hidden.device),
         )
         head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
         self.swept = Swept(head, shares, hidden, rows)

@@ -31,8 +31,6 @@ def mean_output_distribution(
     Raises:
         InputError: no position is selected in any batch.
     """
-    from .attach import causal_lm
-
     base = causal_lm(model)
     head = base.get_output_embeddings()
     device = head.weight.device
@@ -106,6 +104,11 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
     device = trainer.accelerator.device
     model.to(device)
     return mean_output_distribution(model, collated(trainer, kind, rows), positions)
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model itself, out of a PEFT wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def reference_model(trainer: Any) -> Any:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..fused import HeadOutput, HeadSpec, fused_head
-from .attach import causal_lm
 from .batches import policy_batch, trainer_kind
 from .checks import makes_reference_forward
 from .head import FusedBackend
-from .marginal import reference_model
+from .marginal import causal_lm, reference_model
 from .term import Shares, Swept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,11 @@ class Shares:
     weights: Tensor
     segments: Tensor | None
     counts: Tensor
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """What a head pass on ``device`` is given of them."""
+        segments = None if self.segments is None else self.segments.to(device)
+        return {"weights": self.weights.to(device), "segments": segments, "num_segments": self.counts.numel()}
 
 
 @dataclass
