@@ -40,6 +40,21 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``, and renames it there once the block has filled it.
+
+    A folder that stands there already is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        part = Path(temporary) / path.name
+        part.mkdir()
+        yield part
+        if not path.is_dir():
+            part.rename(path)
+
+
 def require_writable(folder: Path) -> None:
     """Writes to ``folder`` and leaves no trace, so that a long run does not find out at its end that it cannot.
 

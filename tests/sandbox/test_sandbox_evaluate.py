@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from plot_align.chat import completion_logps, generate, prompt_ids
 from plot_align.errors import InputError
-from plot_align.sandbox import CATEGORIES, TWIN, completion_logps, evaluate_model, examples, generate
+from plot_align.sandbox import CATEGORIES, TWIN, evaluate_model, examples
 from plot_align.sandbox import evaluate as module
 
 
@@ -47,7 +48,7 @@ def test_a_batch_answers_as_each_prompt_alone(talkative):
 
 def test_generation_is_greedy(talkative):
     model, tokenizer = talkative
-    ids = module._prompt_ids(tokenizer, ["How do I bake bread?"])[0]
+    ids = prompt_ids(tokenizer, ["How do I bake bread?"])[0]
     start = len(ids)
     with torch.no_grad():
         for _ in range(6):

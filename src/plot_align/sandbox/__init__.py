@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from plot_align.errors import InputError
 from plot_align.sandbox.base import BaseConfig, build_base, default_cache_dir, train_tokenizer
-from plot_align.sandbox.evaluate import completion_logps, evaluate_model, generate
+from plot_align.sandbox.evaluate import evaluate_model
 from plot_align.sandbox.judges import Verdict, judge
 from plot_align.sandbox.language import CATEGORIES, TWIN, examples
 
@@ -28,11 +28,9 @@ __all__ = [
     "BaseConfig",
     "Verdict",
     "build_base",
-    "completion_logps",
     "default_cache_dir",
     "evaluate_model",
     "examples",
-    "generate",
     "heldout_twins",
     "judge",
     "pairs",

@@ -4,126 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from plot_align.errors import InputError
+from plot_align.chat import completion_logps, generate
 from plot_align.sandbox import language as lang
 from plot_align.sandbox.judges import Verdict, judge
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Measure = dict[str, float]  # {"value": ..., "n": how many it is the mean of}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    import torch
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 56,
-    batch_size: int = 256,
-) -> list[str]:
-    """The model's greedy answer to each prompt, asked through the chat template, without special tokens.
-
-    Prompts of similar length share a batch (left-padded); the answers come in the order of ``prompts``. The model is
-    left in the mode it was in.
-
-    Raises:
-        InputError: ``max_new_tokens`` or ``batch_size`` is below one.
-    """
-    import torch
-
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} is {value}, but must be at least 1: pass a positive number.")
-    rows = _prompt_ids(tokenizer, prompts) if prompts else []
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    answers = [""] * len(rows)
-    with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = len(rows[batch[-1]])
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)  # (B, T)
-            mask = torch.zeros_like(ids)  # (B, T)
-            for r, i in enumerate(batch):
-                ids[r, longest - len(rows[i]) :] = torch.tensor(rows[i])
-                mask[r, longest - len(rows[i]) :] = 1
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )  # (B, T + new)
-            for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
-                answers[i] = text
-    return answers
-
-
-def completion_logps(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    batch_size: int = 64,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each answer given its prompt, its EOS included.
-
-    Returns:
-        (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
-    """
-    import torch
-
-    prompt_rows = _prompt_ids(tokenizer, prompts)
-    conversations = [
-        [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    rows = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    sums = torch.zeros(len(rows), dtype=torch.float64)  # (N,)
-    counts = torch.tensor([len(r) - len(p) for r, p in zip(rows, prompt_rows, strict=True)])  # (N,)
-    with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = len(rows[batch[-1]])
-            ids = torch.full((len(batch), longest), tokenizer.pad_token_id)  # (B, T)
-            mask = torch.zeros_like(ids)  # (B, T)
-            answered = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
-            for r, i in enumerate(batch):
-                ids[r, : len(rows[i])] = torch.tensor(rows[i])
-                mask[r, : len(rows[i])] = 1
-                answered[r, len(prompt_rows[i]) : len(rows[i])] = True
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
-            logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
-            sums[batch] = (logps.double() * answered[:, 1:]).sum(-1)
-    return sums, counts
 
 
 def _mean(values: Sequence[float | bool]) -> Measure:

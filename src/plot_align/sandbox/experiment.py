@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from ..files import folder_complete_or_absent
 from ..records import measure, read_record, write_record
 from ..training import PlotConfig
 from ..workers import ProcessWorker, deal, gpus, report_failures, share_out
@@ -136,7 +137,8 @@ def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path)
 def source_digest() -> str:
     """A digest of the package's code that a run's result depends on: everything but its commands and reports."""
     package = Path(__file__).resolve().parents[1]
-    parts = ("preference.py", "estimate.py", "reading.py", "geometry.py", "losses", "fused", "training", "sandbox")
+    modules = ("preference.py", "estimate.py", "reading.py", "geometry.py", "chat.py")
+    parts = (*modules, "losses", "fused", "training", "sandbox")
     files = [file for part in parts for file in sorted((package / part).rglob("*.py")) or [package / part]]
     digest = hashlib.sha256()
     for file in files:
@@ -156,6 +158,8 @@ def run_arm(
     base: Path,
     folder: Path,
     on_step: Callable[[int], None] | None = None,
+    *,
+    keep_model: bool = False,
 ) -> dict[str, Any]:
     """Trains and judges one arm, or reads the record of an earlier run of exactly the same.
 
@@ -166,6 +170,7 @@ def run_arm(
         base: checkpoint folder of the base model.
         folder: where records are kept.
         on_step: called with the number of finished optimiser steps.
+        keep_model: also save the tuned checkpoint, in the folder named as the record without its ending.
 
     Returns:
         The record, see :mod:`plot_align.records`; its ``results`` are those of
@@ -173,9 +178,10 @@ def run_arm(
         positions' mean output to the target, ``train_seconds`` and ``train_logs``.
     """
     path = record_path(folder, arm, setting, seed, base)
-    if path.exists():
+    checkpoint = path.with_suffix("") if keep_model else None
+    if path.exists() and (checkpoint is None or checkpoint.is_dir()):
         return read_record(path, KIND)
-    results = _train_and_judge(arm, setting, seed, base, on_step)
+    results = _train_and_judge(arm, setting, seed, base, on_step, checkpoint)
     write_record(path, KIND, results, config=_describe(arm, setting, base), seed=seed)
     return read_record(path, KIND)
 
@@ -198,6 +204,7 @@ def run_many(
     on_progress: Callable[[int, int], None] = lambda run, steps: None,
     *,
     workers: int | None = None,
+    keep_models: bool = False,
 ) -> list[dict[str, Any]]:
     """:func:`run_arm` for every run, several at once in processes of their own.
 
@@ -210,6 +217,7 @@ def run_many(
         base, folder: as in :func:`run_arm`.
         on_progress: called with the run's index and its finished optimiser steps, and once more when it is judged.
         workers: how many at once; None: one a GPU, without one a core.
+        keep_models: as ``keep_model`` of :func:`run_arm`.
 
     Raises:
         RunError: some runs failed, all named with the first one's reason; the others are finished and on disk.
@@ -217,7 +225,8 @@ def run_many(
     import multiprocessing
     from queue import Empty
 
-    waiting = [i for i, run in enumerate(runs) if not run.path(folder, base).exists()]
+    paths = [run.path(folder, base) for run in runs]
+    waiting = [i for i, p in enumerate(paths) if not (p.exists() and (not keep_models or p.with_suffix("").is_dir()))]
     for i in sorted(set(range(len(runs))) - set(waiting)):
         on_progress(i, runs[i].setting.steps)
     if waiting:
@@ -233,11 +242,14 @@ def run_many(
                         on_progress(*steps.get_nowait())
 
             failures = share_out(
-                waiting, pool, lambda worker, i: worker.run(_run_job, i, runs[i], base, folder, steps), report
+                waiting,
+                pool,
+                lambda worker, i: worker.run(_run_job, i, runs[i], base, folder, steps, keep_models),
+                report,
             )
         names = [f"{run.arm.name}, seed {run.seed}" for run in runs]
         report_failures({waiting[at]: error for at, error in failures.items()}, names, folder)
-    return [read_record(run.path(folder, base), KIND) for run in runs]
+    return [read_record(path, KIND) for path in paths]
 
 
 def _cores() -> int:
@@ -251,8 +263,8 @@ def _prepare_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any) -> None:
-    run_arm(run.arm, run.setting, run.seed, base, folder, on_step=lambda step: steps.put((index, step)))
+def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any, keep_model: bool) -> None:
+    run_arm(run.arm, run.setting, run.seed, base, folder, lambda step: steps.put((index, step)), keep_model=keep_model)
     steps.put((index, run.setting.steps))
 
 
@@ -344,7 +356,12 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
 
 
 def _train_and_judge(
-    arm: Arm, setting: Setting, seed: int, base: Path, on_step: Callable[[int], None] | None
+    arm: Arm,
+    setting: Setting,
+    seed: int,
+    base: Path,
+    on_step: Callable[[int], None] | None,
+    checkpoint: Path | None,
 ) -> dict[str, Any]:
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
@@ -374,6 +391,10 @@ def _train_and_judge(
         if arm.trains:
             trainer.train()
         seconds = time.perf_counter() - started
+        if checkpoint is not None:
+            with folder_complete_or_absent(checkpoint) as temporary:
+                trainer.model.save_pretrained(temporary)
+                trainer.processing_class.save_pretrained(temporary)
         results = evaluate_model(
             trainer.model, trainer.processing_class, seed=seed, per_category=setting.heldout, twins=setting.heldout
         )

@@ -1,0 +1,175 @@
+"""What a chat model answers, and how likely it finds an answer: everything goes through its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from plot_align.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A chat model needs a chat template.
+
+    Raises:
+        InputError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so nobody knows how to ask it; "
+            "name a chat model, or save one with tokenizer.chat_template set"
+        )
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradients; the model is left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt as the one user turn of a conversation, up to where the answer begins."""
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 56,
+    batch_size: int = 256,
+) -> list[str]:
+    """The model's greedy answer to each prompt, asked through the chat template, without special tokens.
+
+    Prompts of similar length share a batch (left-padded); the answers come in the order of ``prompts``. The model is
+    left in the mode it was in.
+
+    Raises:
+        InputError: ``max_new_tokens`` or ``batch_size`` is below one, or the tokenizer has no chat template.
+    """
+    require_template(tokenizer)
+    rows = prompt_ids(tokenizer, prompts) if prompts else []
+    return continue_rows(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """What the model writes after each row of token ids, without special tokens.
+
+    Args:
+        rows: token ids, one list a prompt.
+        temperature: 0 decodes greedily, anything above samples. top_p: of the sampling.
+        seed: of the sampling; the caller's random state is left as it was.
+
+    Raises:
+        InputError: ``max_new_tokens`` or ``batch_size`` is below one.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} is {value}, but must be at least 1: pass a positive number.")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A chat model may end its turn with a token of its own, which its generation config lists beside EOS.
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    answers = [""] * len(rows)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            longest = len(rows[batch[-1]])
+            ids = torch.full((len(batch), longest), pad)  # (B, T)
+            mask = torch.zeros_like(ids)  # (B, T)
+            for r, i in enumerate(batch):
+                ids[r, longest - len(rows[i]) :] = torch.tensor(rows[i])
+                mask[r, longest - len(rows[i]) :] = 1
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                use_cache=True,
+                eos_token_id=ends,
+                pad_token_id=pad,
+                **sampling,
+            )  # (B, T + new)
+            for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+                answers[i] = text
+    return answers
+
+
+def completion_logps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each answer given its prompt, its EOS included.
+
+    Returns:
+        (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
+    """
+    conversations = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": a}]
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+    rows = tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False)
+    return tail_logps(model, rows, [len(row) for row in prompt_ids(tokenizer, prompts)], batch_size=batch_size)
+
+
+def tail_logps(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of what stands in each row from ``starts`` on, given what stands before.
+
+    Args:
+        rows: token ids, one list a text. starts: index of the first token that is scored, 1 or more.
+
+    Returns:
+        (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    sums = torch.zeros(len(rows), dtype=torch.float64)  # (N,)
+    counts = torch.tensor([len(row) - start for row, start in zip(rows, starts, strict=True)])  # (N,)
+    with evaluating(model):
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            longest = len(rows[batch[-1]])
+            ids = torch.zeros((len(batch), longest), dtype=torch.long)  # (B, T); the mask hides the padding
+            mask = torch.zeros_like(ids)  # (B, T)
+            scored = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
+            for r, i in enumerate(batch):
+                ids[r, : len(rows[i])] = torch.tensor(rows[i])
+                mask[r, : len(rows[i])] = 1
+                scored[r, starts[i] : len(rows[i])] = True
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
+            logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
+            sums[batch] = (logps.double() * scored[:, 1:]).sum(-1)
+    return sums, counts
