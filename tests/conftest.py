@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before any library reads them: no hub, no telemetry, one thread for each of several test processes.
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -17,6 +18,9 @@ _CACHE = tempfile.TemporaryDirectory(prefix="plot-align-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402 (the libraries that plugins import read the variables above)
+
+if TYPE_CHECKING:
+    from plot_align.sandbox import BaseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -105,3 +109,21 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in _PAIRS), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> BaseConfig:
+    """The sandbox's base in a few steps."""
+    from plot_align.sandbox import BaseConfig
+
+    return BaseConfig(vocab_size=400, hidden_size=32, layers=1, heads=2, intermediate_size=48, steps=6, batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, tiny_config: BaseConfig) -> Path:
+    """A checkpoint folder of the sandbox, chat template included; it has learnt next to nothing."""
+    from plot_align.sandbox import base
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "_THREADS", 1)  # two threads only slow a tiny model down
+        return base.build_base(seed=3, cache_dir=tmp_path_factory.mktemp("bases"), progress=False, config=tiny_config)

@@ -1,0 +1,77 @@
+"""The model under attack: how it is asked, what it answers, how likely it finds a target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from plot_align.chat import generate, prompt_ids, require_template, tail_logps
+from plot_align.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Victim:
+    """A causal language model with its chat template.
+
+    Args:
+        model: on its device, in its dtype; it is put into evaluation mode and asked for no parameter gradients.
+        tokenizer: with a chat template.
+        name: as it stands in files and tables.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    def __post_init__(self) -> None:
+        require_template(self.tokenizer)
+        self.model.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the weights: of shape, sum and a sample of every parameter, so that it costs one read of them."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # (≤ 8192,)
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def target_ids(self, target: str) -> list[int]:
+        """Token ids of a target, as it stands right after the chat template's generation prompt.
+
+        Raises:
+            InputError: there is no target, or it has no tokens.
+        """
+        ids = self.tokenizer(target, add_special_tokens=False).input_ids
+        if not ids or not target.strip():
+            raise InputError(
+                f"the target {target!r} has no tokens; write how a complying answer begins, e.g. 'Sure, here is'"
+            )
+        return ids
+
+    def answers(self, test_cases: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
+        """Greedy answers, one user turn each, no system message."""
+        return generate(self.model, self.tokenizer, test_cases, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    def target_losses(self, test_cases: Sequence[str], targets: Sequence[str], *, batch_size: int = 64) -> list[float]:
+        """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent."""
+        prompts = prompt_ids(self.tokenizer, test_cases)
+        rows = [prompt + self.target_ids(target) for prompt, target in zip(prompts, targets, strict=True)]
+        sums, counts = tail_logps(self.model, rows, [len(prompt) for prompt in prompts], batch_size=batch_size)
+        return (-sums / counts).tolist()
