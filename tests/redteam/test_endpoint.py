@@ -138,6 +138,7 @@ def test_usage_counts_every_try_and_the_tokens_of_answers(server: Server) -> Non
         (200, "application/json", '{"error": "overloaded"}'),
         (200, "application/json", '{"choices": []}'),
         (200, "application/json", '{"choices": [7]}'),
+        (200, "application/json", '{"choices": {"a": 1}}'),
         (200, "application/json", "[]"),
         (200, "application/json", '{"choices": [{"message": {"content": null}}]}'),
         fine(""),

@@ -1,0 +1,229 @@
+"""Who writes prompts for Zero-Shot and SFS: a model here, or one behind an endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from plot_align.chat import continue_rows, prompt_ids, require_template
+from plot_align.endpoint import Endpoint
+from plot_align.errors import InputError
+from plot_align.redteam.behaviors import Behavior
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ATTEMPTS = 3  # how often an attacker is asked for one text until it is not empty
+
+
+class Attacker(Protocol):
+    """Writes one text per instruction; the same call gives the same texts where the model behind it allows."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(
+        self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
+    ) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class LocalAttacker:
+    """A causal language model with a chat template, asked one user turn an instruction.
+
+    Args:
+        model, tokenizer: on their device. name: as it stands in files.
+        batch_size: instructions a pass; it is part of what decides the texts, as is the device.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or ``batch_size`` is below one.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        require_template(self.tokenizer)
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}, but must be at least 1: pass a positive number.")
+
+    def write(
+        self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
+    ) -> list[str]:
+        """One sampled text per instruction, in their order; ``temperature`` 0 decodes greedily.
+
+        Raises:
+            InputError: ``max_new_tokens`` is below one.
+        """
+        return continue_rows(
+            self.model,
+            self.tokenizer,
+            prompt_ids(self.tokenizer, instructions) if instructions else [],
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class EndpointAttacker:
+    """A model behind an endpoint.
+
+    Args:
+        endpoint: where it is asked.
+        workers: instructions that are asked at the same time.
+
+    Raises:
+        InputError: ``workers`` is below one.
+    """
+
+    endpoint: Endpoint
+    workers: int = 8
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"workers is {self.workers}, but must be at least 1: pass a positive number.")
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.model
+
+    def write(
+        self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
+    ) -> list[str]:
+        """One sampled text per instruction, in their order; each is asked with a seed of its own.
+
+        Raises:
+            EndpointError: the endpoint refused, or did not recover.
+        """
+
+        def ask(numbered: tuple[int, str]) -> str:
+            number, instruction = numbered
+            return self.endpoint.chat(
+                [{"role": "user", "content": instruction}],
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_new_tokens,
+                seed=_small_seed(seed, number),
+            ).text
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            try:
+                return list(pool.map(ask, enumerate(instructions)))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what has not begun need not wait for the same failure
+                raise
+
+
+def _small_seed(seed: int, number: int) -> int:
+    """A seed of 31 bits, which every server takes; the same instruction asked twice gets two."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------- texts
+
+
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "`": "`"}
+_THOUGHTS = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+_LABEL = re.compile(r"(\d{1,2}[.)]\s+|(\*\*)?(test |new )?(prompt|request)( ?\d+)?(:\*\*|(\*\*)?:)\s*)", re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """The prompt in what an attacker wrote: without thoughts, a leading "1." or "Prompt:", quotes around it all."""
+    text = _THOUGHTS.sub("", text, count=1) if _THOUGHTS.match(text) else text
+    while True:
+        before = text
+        text = text.strip()
+        if label := _LABEL.match(text):
+            text = text[label.end() :]
+        if _quoted(text):
+            text = text[1:-1]
+        if text == before:
+            return text
+
+
+def _quoted(text: str) -> bool:
+    """Whether one pair of quotes surrounds everything: not so in ``"a" and "b"``."""
+    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1]:
+        return False
+    inner = re.sub(r"(?<=\w)['’](?=\w)", "", text[1:-1])  # apostrophes are no quotes
+    return text[0] not in inner and text[-1] not in inner
+
+
+def with_context(behavior: Behavior, text: str) -> str:
+    """A test case that asks ``text`` of a behaviour: after its context, if it has one."""
+    return replace(behavior, text=text).prompt
+
+
+def fill(template: str, slots: Mapping[str, str]) -> str:
+    """``template`` with each ``{name}`` of ``slots`` replaced; other braces, and those of the values, stay."""
+    return re.sub(r"\{(" + "|".join(slots) + r")\}", lambda match: slots[match.group(1)], template)
+
+
+def require_slots(argument: str, template: str, *names: str) -> None:
+    """Raises InputError where a template lacks a slot."""
+    for name in names:
+        if f"{{{name}}}" not in template:
+            raise InputError(
+                f"{argument} is {template!r}, but must hold {{{name}}}, which is replaced: add {{{name}}} to it."
+            )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an attacker writes: temperature, nucleus, longest text in tokens.
+
+    Raises:
+        InputError: one of them is out of range.
+    """
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise InputError(f"temperature is {self.temperature}, but must not be negative: pass 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}, but must be above 0 and at most 1: pass 1 for all tokens.")
+        if self.max_new_tokens < 1:
+            raise InputError(
+                f"max_new_tokens is {self.max_new_tokens}, but must be at least 1: pass a positive number."
+            )
+
+
+def written(attacker: Attacker, instruction: str, count: int, sampling: Sampling, seeds: Sequence[int]) -> list[str]:
+    """Up to ``count`` cleaned texts for one instruction; what comes back empty is asked for again with the next seed.
+
+    Args:
+        seeds: one for each attempt.
+
+    Returns:
+        Texts that are not empty, in order; fewer than ``count`` where the attacker stayed silent in every attempt.
+
+    Raises:
+        EndpointError: from an endpoint.
+    """
+    texts: list[str] = [""] * count
+    for seed in seeds:
+        empty = [i for i, text in enumerate(texts) if not text]
+        if not empty:
+            break
+        found = attacker.write(
+            [instruction] * len(empty),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=seed,
+        )
+        for i, text in zip(empty, found, strict=True):
+            texts[i] = clean(text)
+    return [text for text in texts if text]
