@@ -34,7 +34,7 @@ FACTS = ("mathematics", "stem")
 QUESTIONS = ("helpfulness", lang.TWIN, "mathematics", "coding", "stem")
 KINDS = ("nothing", "opener", "question", "feeling", "fact", "words")
 MOST_SHOTS = 5
-_FEW_SHOT_EVERY = 2  # conversations
+_ZERO_SHOT_EVERY = 4  # conversations: examples are the harder part
 _BARE_EVERY = 5  # behaviours that are the phrase alone
 _SEED = 0
 
@@ -134,7 +134,7 @@ def conversations(count: int, seed: int) -> list[tuple[str, str]]:
     for index in range(count):
         phrase = rng.choice(asked)
         behavior = phrase if rng.randrange(_BARE_EVERY) == 0 else rng.choice(lang.HOW_TO).format(phrase)
-        if index % _FEW_SHOT_EVERY:
+        if index % _ZERO_SHOT_EVERY:
             shown = _shown(rng)
             shots = "\n".join(wrapping.around(phrase) for wrapping in shown)
             instruction = FEW_SHOT_TEMPLATE.format(shots=shots, behavior=behavior)
@@ -150,7 +150,11 @@ def conversations(count: int, seed: int) -> list[tuple[str, str]]:
 def _batches(
     tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """``config.steps`` batches of (input_ids (B, T), labels (B, T)); labels of instruction and padding are -100."""
+    """``config.steps`` batches of (input_ids (B, T), labels (B, T)); the labels of padding are -100.
+
+    Instructions are learnt too: each example of one repeats the phrase and mostly the wrapping, which teaches copying
+    at no further cost.
+    """
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -165,11 +169,10 @@ def _batches(
         rows = [part[i : i + config.batch_size] for i in range(0, len(part), config.batch_size)]
         rng.shuffle(rows)
         for row in rows:
-            ids = [torch.tensor(prompts[i] + answers[i]) for i in row]
-            labels = [torch.tensor([-100] * len(prompts[i]) + answers[i]) for i in row]
+            texts = [torch.tensor(prompts[i] + answers[i]) for i in row]
             yield (
-                pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-                pad_sequence(labels, batch_first=True, padding_value=-100),
+                pad_sequence(texts, batch_first=True, padding_value=tokenizer.pad_token_id),
+                pad_sequence(texts, batch_first=True, padding_value=-100),
             )
 
 
