@@ -44,7 +44,7 @@ class Victim:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the weights: of shape, sum and a sample of every parameter, so that it costs one read of them."""
+        """A digest of the weights: of the shape and a sample of every parameter."""
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             flat = parameter.detach().flatten()

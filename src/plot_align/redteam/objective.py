@@ -1,0 +1,304 @@
+"""The objective that PEZ, GBDA, UAT and GCG share: how unlikely a target is after a suffix.
+
+    loss(suffix) = mean_j  −log p(target_j | before, suffix, after, target_<j)
+
+``before`` is the chat template and the behaviour, ``after`` what the template puts between the user's turn and the
+answer. Three things make it fast, and none of them changes a loss by more than rounding: the keys and values of
+``before`` are computed once; those of the suffix's first tokens are shared by the candidates that keep them; and
+the head sees the target's positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
+
+from plot_align.errors import InputError
+from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.victim import Victim
+
+_FILLERS = ("x", "!", "a", "the", "I", "and", "of")
+_CPU_BATCH = 64  # candidates a pass: more do not run faster on a CPU, and their activations leave its caches
+
+KeysValues = list[tuple[Tensor, Tensor]]  # a layer: (1, heads, T, head width) each
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which tokens an attack may use.
+
+    Attributes:
+        anywhere: (V,) bool: text of its own, no special token, no padding row of the model, and by default printable
+            ASCII only.
+        first: (V,) bool: those that keep the suffix apart from the behaviour by a space.
+    """
+
+    anywhere: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, victim: Victim, *, non_ascii: bool = False) -> Vocabulary:
+        """``non_ascii`` allows any character."""
+        tokenizer = victim.tokenizer
+        rows = victim.model.get_input_embeddings().weight.size(0)
+        size = min(len(tokenizer), rows)
+        texts = _texts_in_context(tokenizer, torch.arange(size)[:, None])
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        anywhere = torch.zeros(rows, dtype=torch.bool)  # (V,)
+        first = torch.zeros(rows, dtype=torch.bool)  # (V,)
+        for token, text in enumerate(texts):
+            written = bool(text.strip()) and "\ufffd" not in text
+            if token in special or not written or not (non_ascii or (text.isascii() and text.isprintable())):
+                continue
+            anywhere[token] = True
+            first[token] = text.startswith(" ")
+        return cls(anywhere.to(victim.device), first.to(victim.device))
+
+
+class TargetObjective:
+    """The loss of a target after ``behavior + " " + suffix``, for many suffixes at once.
+
+    Args:
+        victim: the model under attack.
+        behavior: what is asked for.
+        target: how a complying answer begins.
+        length: tokens of the suffix.
+        vocabulary: the tokens it may consist of.
+        batch_size: candidates a pass; None: all at once on an accelerator, halved where memory runs out.
+        prefix_cache: keep the keys and values of what does not change; False computes every token every time.
+
+    Raises:
+        InputError: the target has no tokens, or no filler makes a suffix of exactly ``length`` tokens.
+    """
+
+    def __init__(
+        self,
+        victim: Victim,
+        behavior: Behavior,
+        target: str,
+        length: int,
+        vocabulary: Vocabulary,
+        *,
+        batch_size: int | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.victim = victim
+        self.model = victim.model
+        self.length = length
+        self.vocabulary = vocabulary
+        self.prompt = behavior.prompt.strip()  # many templates trim a turn
+        self.batch_size = batch_size or (_CPU_BATCH if victim.device.type == "cpu" else 2**31)
+        self._target_length = len(victim.target_ids(target))
+        self._layout(target)
+        self._crop_head = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.prefix_cache = prefix_cache
+        self._before_kv = self._keys_values(self.before[None]) if prefix_cache else None
+        self._focus: tuple[Tensor, KeysValues] | None = None  # a suffix and the keys and values up to its end
+
+    # ------------------------------------------------------------------------------------------ text and tokens
+
+    def _layout(self, target: str) -> None:
+        """Splits the rendered conversation into ``before``, ``after`` and the initial suffix."""
+        tokenizer, device = self.victim.tokenizer, self.victim.device
+        found = None
+        for filler in (*_FILLERS, *self._vocabulary_fillers()):
+            if (found := self._split(" ".join([filler] * self.length))) is not None:
+                break
+        if found is None:
+            raise InputError(
+                f"no text makes a suffix of exactly {self.length} tokens with the tokenizer of "
+                f"{tokenizer.name_or_path!r}; choose another number of suffix tokens"
+            )
+        before, suffix, after, self._head_text, self._tail_text = found
+        self.before = torch.tensor(before, device=device)  # (T_before,)
+        self.initial = torch.tensor(suffix, device=device)  # (L,)
+        self.after = torch.tensor(after, device=device)  # (T_after,)
+        self.target = torch.tensor(self.victim.target_ids(target), device=device)  # (T_target,)
+        # The target's last token is predicted and never read.
+        self._tail = torch.cat([self.after, self.target[:-1]])  # (T_after + T_target - 1,)
+        # A tokenizer that writes the separating space as a token of its own has it in ``before``.
+        joined = _texts_in_context(tokenizer, self.initial[None, :1])[0].startswith(" ")
+        self.first = self.vocabulary.first if joined else self.vocabulary.anywhere  # (V,)
+
+    def _vocabulary_fillers(self) -> list[str]:
+        tokens = self.vocabulary.first.nonzero()[:200]  # (≤ 200, 1)
+        return [text.strip() for text in _texts_in_context(self.victim.tokenizer, tokens.cpu())]
+
+    def _split(self, suffix: str) -> tuple[list[int], list[int], list[int], str, str] | None:
+        """(before, suffix, after) as token ids, and the text around the suffix; None where tokens cross a border."""
+        tokenizer = self.victim.tokenizer
+        content = f"{self.prompt} {suffix}"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        at = text.rfind(content)
+        if at < 0:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} rewrites the user's turn, so no suffix fits "
+                "into it; give the model a template that keeps it as it is"
+            )
+        start, end = at + len(self.prompt) + 1, at + len(content)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [a < end and b > start for a, b in encoded.offset_mapping]
+        if sum(inside) != self.length:
+            return None
+        first = inside.index(True)
+        last = first + self.length
+        if not all(inside[first:last]) or any(b > end for _, b in encoded.offset_mapping[first:last]):
+            return None
+        ids = encoded.input_ids
+        return ids[:first], ids[first:last], ids[last:], text[: start - 1], text[end:]
+
+    def suffix_texts(self, suffixes: Tensor) -> list[str]:
+        """What stands between the behaviour and the end of the user's turn. suffixes: (B, L)."""
+        texts = _texts_in_context(self.victim.tokenizer, suffixes)
+        return texts if self.first is self.vocabulary.first else [f" {text}" for text in texts]
+
+    def test_cases(self, suffixes: Tensor) -> list[str]:
+        """The whole user turn of each suffix. suffixes: (B, L)."""
+        return [self.prompt + text for text in self.suffix_texts(suffixes)]
+
+    def survive(self, suffixes: Tensor) -> Tensor:
+        """Which suffixes come back from text as the tokens they were, within the whole conversation.
+
+        Args:
+            suffixes: (B, L).
+
+        Returns:
+            (B,) bool, on the CPU.
+        """
+        texts = self.suffix_texts(suffixes)
+        whole = [self._head_text + text + self._tail_text for text in texts]
+        rows = _encode(self.victim.tokenizer, whole)
+        head, tail = self.before.tolist(), self.after.tolist()
+        wanted = [head + row + tail for row in suffixes.tolist()]
+        # A template that trims the turn would eat a trailing space.
+        return torch.tensor(
+            [got == want and text == text.rstrip() for got, want, text in zip(rows, wanted, texts, strict=True)]
+        )
+
+    # ------------------------------------------------------------------------------------------ losses
+
+    @torch.no_grad()
+    def losses(self, suffixes: Tensor) -> Tensor:
+        """Loss of each suffix. suffixes: (B, L) → (B,) float32, nats a token."""
+        shared = self._shared(suffixes)  # (B,) leading tokens that equal the focused suffix's
+        order = shared.argsort()
+        found = torch.empty(len(suffixes), device=suffixes.device)  # (B,)
+        start = 0
+        while start < len(order):
+            rows = order[start : start + self.batch_size]
+            try:
+                found[rows] = self._batch_losses(suffixes[rows], int(shared[rows[0]]))
+            except RuntimeError as error:
+                if self.batch_size == 1 or not should_reduce_batch_size(error):
+                    raise
+                self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            start += len(rows)
+        return found
+
+    def _shared(self, suffixes: Tensor) -> Tensor:
+        """How many leading tokens each suffix shares with the focused one, whose keys and values are known; (B,)."""
+        if self._focus is None:
+            return torch.zeros(len(suffixes), dtype=torch.long, device=suffixes.device)
+        return (suffixes == self._focus[0]).long().cumprod(-1).sum(-1)
+
+    def _batch_losses(self, suffixes: Tensor, shared: int) -> Tensor:
+        shared = min(shared, self.length - 1)
+        known = None
+        if self._focus is not None:
+            end = len(self.before) + shared
+            known = [(k[:, :, :end], v[:, :, :end]) for k, v in self._focus[1]]
+        else:
+            known, shared = self._before_kv, 0
+        ids = torch.cat([suffixes[:, shared:], self._tail.expand(len(suffixes), -1)], 1)  # (B, T)
+        embeds = self.model.get_input_embeddings()(ids)  # (B, T, H)
+        return self._forward(embeds, known)[0]
+
+    def soft_losses(self, embeds: Tensor) -> Tensor:
+        """Loss of suffixes given as embeddings, differentiable. embeds: (B, L, H) → (B,)."""
+        tail = self.model.get_input_embeddings()(self._tail)  # (T_tail, H)
+        row = torch.cat([embeds.to(tail.dtype), tail.expand(len(embeds), -1, -1)], 1)  # (B, T, H)
+        return self._forward(row, self._before_kv)[0]
+
+    def gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
+        """The loss of one suffix and its gradient with respect to the one-hot rows of its tokens.
+
+        Also remembers the suffix's keys and values, which the candidates of :meth:`losses` then share.
+
+        Args:
+            suffix: (L,).
+
+        Returns:
+            (loss, gradient (L, V) float32).
+        """
+        table = self.embedding_table
+        rows = self.model.get_input_embeddings()(suffix)[None].detach().requires_grad_()  # (1, L, H)
+        tail = self.model.get_input_embeddings()(self._tail)[None]  # (1, T_tail, H)
+        losses, cache = self._forward(torch.cat([rows, tail], 1), self._before_kv)
+        (slope,) = torch.autograd.grad(losses.sum(), rows)  # (1, L, H)
+        if cache is not None:
+            end = len(self.before) + self.length
+            known = [(k[:, :, :end].detach(), v[:, :, :end].detach()) for k, v in cache]
+            self._focus = (suffix.clone(), known)
+        return float(losses.detach()), (slope[0] @ table.T).float()
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """(V, H): what each token id looks like to the model; some models scale their embedding's rows."""
+        if not hasattr(self, "_table"):
+            embedding = self.model.get_input_embeddings()
+            weight = embedding.weight.detach()
+            with torch.no_grad():
+                plain = torch.equal(embedding(torch.zeros(1, dtype=torch.long, device=weight.device))[0], weight[0])
+                self._table = weight if plain else embedding(torch.arange(len(weight), device=weight.device))
+        return self._table
+
+    def _forward(self, embeds: Tensor, known: KeysValues | None) -> tuple[Tensor, KeysValues | None]:
+        """Losses (B,) after ``known`` tokens, and the keys and values of all; without ``known``, after ``before``."""
+        wanted = self._target_length
+        options: dict[str, object] = {"logits_to_keep": wanted} if self._crop_head else {}
+        cache = None
+        if known is not None:
+            batch = len(embeds)
+            cache = DynamicCache([(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in known])
+        elif not self.prefix_cache:
+            before = self.model.get_input_embeddings()(self.before)  # (T_before, H)
+            embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], 1)  # (B, T, H)
+        out = self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **options)
+        logits = out.logits[:, -wanted:].float()  # (B, T_target, V)
+        target = self.target.expand(len(embeds), -1)  # (B, T_target)
+        losses = cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(-1)  # (B,)
+        return losses, None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
+
+    @torch.no_grad()
+    def _keys_values(self, ids: Tensor) -> KeysValues:
+        """Of every layer, for one row of ids (1, T)."""
+        cache = self.model(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _texts_in_context(tokenizer: object, rows: Tensor) -> list[str]:
+    """Text of each row (B, L) as it stands after other text: SentencePiece drops a leading space at the start."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids  # type: ignore[operator]
+    prefix = len(tokenizer.decode(anchor))  # type: ignore[attr-defined]
+    texts = tokenizer.batch_decode([anchor + row for row in rows.tolist()], clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+    return [text[prefix:] for text in texts]
+
+
+def _encode(tokenizer: object, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, special tokens only where the text spells them."""
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        return [row.ids for row in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return tokenizer(list(texts), add_special_tokens=False).input_ids  # type: ignore[operator]
