@@ -87,7 +87,7 @@ def test_the_first_steps_tokens_are_those_of_a_loop(victim: Victim) -> None:
     objective = make(victim)
     _, gradient = objective.gradient(objective.initial)
     anywhere, first = objective.vocabulary.anywhere, objective.first
-    found = promising_tokens(gradient, anywhere, first, 9).tolist()
+    found = promising_tokens(gradient, objective.allowed_by_place(), 9).tolist()
     for place in range(objective.length):
         allowed = first if place == 0 else anywhere
         ranked = sorted((float(gradient[place, v]), v) for v in range(gradient.size(1)) if allowed[v])

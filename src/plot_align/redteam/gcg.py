@@ -118,7 +118,7 @@ class GCG:
         Returns:
             (search_width, L), ordered by the place that differs.
         """
-        promising = promising_tokens(gradient, objective.vocabulary.anywhere, objective.first, self.top_k)  # (L, K)
+        promising = promising_tokens(gradient, objective.allowed_by_place(), self.top_k)  # (L, K)
         width = self.search_width
         places = torch.arange(width) * len(current) // width  # (B,)
         picks = torch.randint(promising.size(1), (width,), generator=generator)  # (B,)
@@ -127,17 +127,15 @@ class GCG:
         return drawn
 
 
-def promising_tokens(gradient: Tensor, anywhere: Tensor, first: Tensor, top_k: int) -> Tensor:
+def promising_tokens(gradient: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     """For every place the allowed tokens with the most negative gradient, the most promising first.
 
     Args:
-        gradient: (L, V). anywhere, first: (V,) bool, the tokens allowed at any place and at the first one.
+        gradient: (L, V). allowed: (L, V) bool.
         top_k: how many; fewer where fewer are allowed.
 
     Returns:
         (L, K) token ids, K at most ``top_k``.
     """
-    allowed = anywhere.repeat(len(gradient), 1)  # (L, V)
-    allowed[0] = first
     count = min(top_k, int(allowed.sum(1).min()))
-    return gradient.masked_fill(~allowed, float("inf")).topk(count, largest=False).indices
+    return gradient.masked_fill(~allowed, torch.inf).topk(count, largest=False).indices

@@ -11,16 +11,17 @@ the head sees the target's positions only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from transformers import DynamicCache
 
 from plot_align.errors import InputError
+from plot_align.redteam.attack import Attacked, OnStep, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
 
@@ -184,6 +185,23 @@ class TargetObjective:
             [got == want and text == text.rstrip() for got, want, text in zip(rows, wanted, texts, strict=True)]
         )
 
+    def allowed_by_place(self) -> Tensor:
+        """(L, V) bool: the tokens each place may hold."""
+        allowed = self.vocabulary.anywhere.repeat(self.length, 1)
+        allowed[0] = self.first
+        return allowed
+
+    def random_suffixes(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` suffixes of allowed tokens, drawn evenly (count, L); ``generator`` is on the CPU."""
+        weights = self.allowed_by_place().float().cpu()  # (L, V)
+        return weights.multinomial(count, replacement=True, generator=generator).T.contiguous().to(self.initial)
+
+    def nearest(self, embeds: Tensor) -> Tensor:
+        """The allowed token of each place with the largest cosine similarity. embeds: (C, L, H) → (C, L)."""
+        table = normalize(self.embedding_table.float(), dim=-1)  # (V, H)
+        similarity = normalize(embeds.float(), dim=-1) @ table.T  # (C, L, V)
+        return similarity.masked_fill(~self.allowed_by_place(), -torch.inf).argmax(-1)
+
     # ------------------------------------------------------------------------------------------ losses
 
     @torch.no_grad()
@@ -286,6 +304,36 @@ class TargetObjective:
         """Of every layer, for one row of ids (1, T)."""
         cache = self.model(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def best_of_each(
+    objective: TargetObjective,
+    start: Tensor,
+    update: Callable[[int], Tensor],
+    steps: int,
+    request: Request,
+    on_step: OnStep,
+) -> Attacked:
+    """Runs ``steps`` updates of several suffixes at once and keeps the best tokens each has had.
+
+    Args:
+        start: (C, L).
+        update: given the step, 1 to ``steps``, changes the suffixes and returns their tokens (C, L).
+    """
+    best, least = start.clone(), objective.losses(start)  # (C, L), (C,)
+    trace = [float(least.mean())]
+    snapshots: dict[int, list[str]] = {}
+    for step in range(1, steps + 1):
+        tokens = update(step)
+        losses = objective.losses(tokens)  # (C,)
+        better = losses < least
+        best[better], least[better] = tokens[better], losses[better]
+        trace.append(float(least.mean()))
+        if step in request.snapshots:
+            snapshots[step] = objective.test_cases(best)
+        on_step(step)
+    cases = objective.test_cases(best)
+    return Attacked(cases, least.tolist(), trace, {step: snapshots.get(step, cases) for step in request.snapshots})
 
 
 def _texts_in_context(tokenizer: object, rows: Tensor) -> list[str]:
