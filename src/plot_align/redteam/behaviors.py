@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plot_align.errors import InputError
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
+CATEGORIES = ("standard", "contextual", "copyright")
+COLUMNS = ("Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID")
 
 
 @dataclass(frozen=True)
@@ -22,3 +32,137 @@ class Behavior:
     def prompt(self) -> str:
         """The behaviour as it is asked for: the context first, then the separator."""
         return f"{self.context}{CONTEXT_SEPARATOR}{self.text}" if self.context else self.text
+
+
+class Behaviors(NamedTuple):
+    """What a file holds, and the ids of the copyright rows that were left out."""
+
+    rows: list[Behavior]
+    skipped: list[str]
+
+
+def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False) -> Behaviors:
+    """HarmBench's behaviours file: a CSV with the columns :data:`COLUMNS`, of which Behavior and BehaviorID must be.
+
+    Args:
+        path: the file, UTF-8, with or without a byte-order mark.
+        skip_copyright: leave out rows of category copyright or tagged ``hash_check``, which only HarmBench's hashes of
+            the protected texts can judge; otherwise they are refused, and never counted silently.
+
+    Raises:
+        InputError: the file cannot be read, or a row is wrong; the message names its line and id.
+    """
+    path = Path(path)
+    rows: dict[str, Behavior] = {}
+    skipped: list[str] = []
+    for where, row in _read_rows(path):
+        behavior = _behavior(where, row)
+        if behavior.id in rows or behavior.id in skipped:
+            raise InputError(f"{where}: BehaviorID {behavior.id!r} stands in an earlier row too; give each its own")
+        if behavior.functional_category == "copyright" or "hash_check" in behavior.tags:
+            if not skip_copyright:
+                raise InputError(
+                    f"{where}: {behavior.id!r} is about copyrighted text, which no judge here can decide; leave such "
+                    "rows out with skip_copyright"
+                )
+            skipped.append(behavior.id)
+        else:
+            rows[behavior.id] = behavior
+    if not rows:
+        raise InputError(f"{path} has no behaviours to attack; write one row or more below the line of column names")
+    return Behaviors(list(rows.values()), skipped)
+
+
+def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Where each row stands, in words, and its fields by column; missing optional columns are empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            missing = [name for name in ("Behavior", "BehaviorID") if name not in header]
+            if missing:
+                raise InputError(
+                    f"{path} has no column {missing[0]}; expected the columns {', '.join(COLUMNS)} in its first line"
+                )
+            found = []
+            line = reader.line_num + 1
+            for fields in reader:
+                where = f"{path}, line {line}"
+                line = reader.line_num + 1  # a row may hold line breaks
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise InputError(
+                        f"{where}: {len(fields)} fields came, expected {len(header)} as in the first line; put fields "
+                        "that hold commas or line breaks in double quotes"
+                    )
+                found.append((where, dict.fromkeys(COLUMNS, "") | dict(zip(header, fields, strict=True))))
+            return found
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); close every double quote") from None
+    except OSError as error:
+        raise InputError(f"behaviours {path} cannot be read ({error.strerror}); check the path") from None
+
+
+def _behavior(where: str, row: Mapping[str, str]) -> Behavior:
+    identity = row["BehaviorID"].strip()
+    # The id names a folder.
+    if not identity or identity in (".", "..") or any(c in identity for c in "/\\\0"):
+        raise InputError(
+            f"{where}: BehaviorID is {row['BehaviorID']!r}, expected a name without slashes; give the row one"
+        )
+    if not row["Behavior"].strip():
+        raise InputError(f"{where}: {identity!r} has an empty Behavior; write what is asked for, or delete the row")
+    category = row["FunctionalCategory"].strip() or "standard"
+    if category not in CATEGORIES:
+        raise InputError(
+            f"{where}: {identity!r} has the FunctionalCategory {category!r}, expected {', '.join(CATEGORIES)}"
+        )
+    if category == "contextual" and not row["ContextString"].strip():
+        raise InputError(f"{where}: {identity!r} is contextual and has no ContextString; add it")
+    tags = tuple(tag.strip() for tag in row["Tags"].split(",") if tag.strip())
+    return Behavior(identity, row["Behavior"], category, row["SemanticCategory"].strip(), tags, row["ContextString"])
+
+
+def read_targets(path: str | os.PathLike[str]) -> dict[str, str]:
+    """HarmBench's targets file: ``{BehaviorID: "Sure, here …"}``.
+
+    Raises:
+        InputError: the file cannot be read, is no such JSON object, names an id twice, or has an empty target.
+    """
+    try:
+        pairs = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+    except OSError as error:
+        raise InputError(f"targets {path} cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise InputError(f'targets {path} is not complete JSON; expected {{"BehaviorID": "Sure, here …"}}') from None
+    if not isinstance(pairs, _Pairs):
+        raise InputError(f'targets {path} is not a JSON object; expected {{"BehaviorID": "Sure, here …"}}')
+    targets: dict[str, str] = {}
+    for identity, target in pairs:
+        if identity in targets:
+            raise InputError(f"targets {path} names {identity!r} twice; keep one of them")
+        if not isinstance(target, str) or not target.strip():
+            raise InputError(
+                f"targets {path}: that of {identity!r} is not a text; write how a complying answer begins"
+            )
+        targets[identity] = target
+    return targets
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object with its repeated keys."""
+
+
+def require_targets(behaviors: Sequence[Behavior], targets: Mapping[str, str], attack: str) -> None:
+    """Every behaviour has a target.
+
+    Raises:
+        InputError: some have none; the first ones are named.
+    """
+    missing = [behavior.id for behavior in behaviors if behavior.id not in targets]
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(f"{attack} needs a target for every behaviour, and there is none for {shown}; add them")
