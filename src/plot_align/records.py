@@ -37,6 +37,7 @@ _PACKAGES = (
     "accelerate",
     "peft",
     "numpy",
+    "scipy",
     "safetensors",
 )
 _FLOAT = "$float"
@@ -114,25 +115,33 @@ def paired(treated: Mapping[int, float], control: Mapping[int, float], *, unit: 
 
 
 def share_of(hits: int, n: int) -> dict[str, Any]:
-    """Share ``hits / n`` with its 95 % Wilson score interval.
-
-    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    """Share ``hits / n`` with its 95 % Wilson score interval (:func:`wilson`).
 
     Raises:
         InputError: ``hits`` is not between 0 and ``n``.
     """
     if not 0 <= hits <= n:
         raise InputError(f"share_of: hits is {hits}, expected 0 to n = {n}; count hits among the n cases only")
+    share = hits / n if n else math.nan
+    return measure(share, n, interval=wilson(share, n))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval (low, high) of a share of ``n`` cases; (0, 1) where there are none.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+
+    Args:
+        share: in [0, 1]; not looked at where ``n`` is 0.
+        n: number of independent cases.
+    """
     if n == 0:
-        return measure(math.nan, 0, interval=(0.0, 1.0))
+        return 0.0, 1.0
     z = statistics.NormalDist().inv_cdf(0.975)
-    share = hits / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
-    low = 0.0 if hits == 0 else middle - half
-    high = 1.0 if hits == n else middle + half
-    return measure(share, n, interval=(low, high))
+    # Rounding can leave 1e-17 beyond the share or beyond the ends.
+    return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
 
 
 def write_record(
