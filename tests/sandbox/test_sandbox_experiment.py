@@ -218,3 +218,22 @@ def test_the_verdict_says_worse_where_it_is_worse(capsys: pytest.CaptureFixture)
     assert "humanity" in line.split("no clear sign in")[1]
     assert "| stem ↑ |" in demo._markdown(summary, 3)
     assert summary["plot_minus_without"]["DPO+PLOT"]["stem"]["value"] == pytest.approx(-0.1)
+
+
+def test_a_kept_checkpoint_is_the_model_that_was_judged(tiny_base: Path, tmp_path: Path) -> None:
+    """Its log-probabilities are the record's; a record without its checkpoint is trained again."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plot_align.sandbox import evaluate_model
+
+    run = Run(DPO, SETTING, 0)
+    run_arm(DPO, SETTING, 0, tiny_base, tmp_path)
+    checkpoint = run.path(tmp_path, tiny_base).with_suffix("")
+    assert not checkpoint.exists()
+    record = run_arm(DPO, SETTING, 0, tiny_base, tmp_path, keep_model=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    found = evaluate_model(model, tokenizer, per_category=SETTING.heldout, twins=SETTING.heldout)
+    assert found["chosen_logp"]["value"] == pytest.approx(record["results"]["chosen_logp"]["value"], rel=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    before = evaluate_model(base, tokenizer, per_category=SETTING.heldout, twins=SETTING.heldout)
+    assert before["chosen_logp"]["value"] != pytest.approx(found["chosen_logp"]["value"], rel=1e-6)
