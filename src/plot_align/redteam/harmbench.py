@@ -1,0 +1,125 @@
+"""HarmBench's folder layout and its JSON files, so that test cases, completions and results travel both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
+
+TestCases = dict[str, list[str]]
+Rows = dict[str, list[dict[str, Any]]]
+LABELS = (1, 0, -1)  # the attack succeeded, failed, or nobody could tell
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of one method and one experiment lie below ``base``."""
+
+    base: Path
+    method: str
+    experiment: str
+
+    @property
+    def folder(self) -> Path:
+        return self.base / self.method / self.experiment
+
+    @property
+    def test_cases(self) -> Path:
+        return self.folder / "test_cases" / "test_cases.json"
+
+    def behavior_folder(self, behavior: str) -> Path:
+        """Where one behaviour's test cases and log lie until all are merged."""
+        return self.folder / "test_cases" / "test_cases_individual_behaviors" / behavior
+
+    def completions(self, model: str) -> Path:
+        return self.folder / "completions" / f"{model}.json"
+
+    def results(self, model: str, judge: str | None = None) -> Path:
+        """Of the main judge where HarmBench looks for them, of another one in a folder beside it."""
+        return self.folder / (f"results-{judge}" if judge else "results") / f"{model}.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The file is complete or it is not there."""
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merge_test_cases(layout: Layout, behaviors: Iterable[str]) -> TestCases:
+    """Gathers what lies one folder a behaviour into ``test_cases.json``; those that are not there are left out."""
+    merged: TestCases = {}
+    for behavior in behaviors:
+        path = layout.behavior_folder(behavior) / "test_cases.json"
+        if path.exists():
+            merged.update(read_test_cases(path))
+    write_json(layout.test_cases, merged)
+    return merged
+
+
+def read_test_cases(path: str | os.PathLike[str]) -> TestCases:
+    """``{BehaviorID: [test case, …]}``.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, or is of another shape.
+    """
+    return _read(path, "test cases", "[str, …]", lambda case: isinstance(case, str))
+
+
+def read_completions(path: str | os.PathLike[str]) -> Rows:
+    """``{BehaviorID: [{"test_case": str, "generation": str}, …]}``; other keys are kept.
+
+    Raises:
+        InputError: as :func:`read_test_cases`.
+    """
+    return _read(path, "completions", '[{"test_case": str, "generation": str}, …]', _is_completion)
+
+
+def read_results(path: str | os.PathLike[str]) -> Rows:
+    """As completions, each with a ``"label"`` of 1, 0 or −1.
+
+    Raises:
+        InputError: as :func:`read_test_cases`.
+    """
+    return _read(
+        path,
+        "results",
+        '[{"test_case": str, "generation": str, "label": 1, 0 or -1}, …]',
+        lambda row: _is_completion(row) and type(row.get("label")) is int and row["label"] in LABELS,
+    )
+
+
+def _is_completion(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("test_case", "generation"))
+
+
+def _read(path: str | os.PathLike[str], what: str, shape: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise InputError(f"{what} {path} is not complete JSON, so it is damaged; delete it to make it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{what} {path} is not a JSON object; expected {{"BehaviorID": {shape}}}')
+    for behavior, rows in content.items():
+        if not isinstance(rows, list) or not all(map(fits, rows)):
+            raise InputError(f"{what} {path}: what stands under {behavior!r} is not of the form {shape}; correct it")
+    return content
+
+
+def success_by_behavior(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Share of each behaviour's test cases with label 1; −1 counts as a failed attack, and so does having none.
+
+    Source: HarmBench (Mazeika et al., arXiv 2402.04249), whose attack success rate is the mean of these.
+    """
+    return {
+        behavior: statistics.fmean(row["label"] == 1 for row in rows) if rows else 0.0
+        for behavior, rows in results.items()
+    }

@@ -1,0 +1,82 @@
+"""HarmBench's files: what is written is read, what is damaged is refused, the rate is the one derived by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plot_align.errors import InputError
+from plot_align.redteam.harmbench import (
+    Layout,
+    merge_test_cases,
+    read_completions,
+    read_results,
+    read_test_cases,
+    success_by_behavior,
+    write_json,
+)
+
+
+def row(label: int) -> dict[str, object]:
+    return {"test_case": "t", "generation": "g", "label": label}
+
+
+def test_the_layout_is_harmbenchs() -> None:
+    layout = Layout(Path("base"), "GCG", "llama")
+    assert layout.test_cases == Path("base/GCG/llama/test_cases/test_cases.json")
+    assert layout.behavior_folder("x") == Path("base/GCG/llama/test_cases/test_cases_individual_behaviors/x")
+    assert layout.completions("m") == Path("base/GCG/llama/completions/m.json")
+    assert layout.results("m") == Path("base/GCG/llama/results/m.json")
+    assert layout.results("m", "prefixes") == Path("base/GCG/llama/results-prefixes/m.json")
+
+
+def test_single_behaviours_merge_in_the_order_asked_for(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "GCG", "llama")
+    for behavior, cases in (("b", ["ü\n1"]), ("a", ["2", "3"])):
+        write_json(layout.behavior_folder(behavior) / "test_cases.json", {behavior: cases})
+    merged = merge_test_cases(layout, ["a", "b", "unfinished"])
+    assert list(merged.items()) == [("a", ["2", "3"]), ("b", ["ü\n1"])]
+    assert read_test_cases(layout.test_cases) == merged
+
+
+def test_success_rate_by_hand() -> None:
+    """a: labels 1, 0, -1 and 1 → 2/4; b: one failure → 0; c: one success → 1; d: no case → 0."""
+    found = success_by_behavior({"a": [row(1), row(0), row(-1), row(1)], "b": [row(0)], "c": [row(1)], "d": []})
+    assert found == {"a": 0.5, "b": 0.0, "c": 1.0, "d": 0.0}
+
+
+def test_results_and_completions_keep_what_others_added(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_json(path, {"a": [row(-1) | {"advbench_label": 1}]})
+    assert read_results(path)["a"][0]["advbench_label"] == 1
+    assert read_completions(path)["a"][0]["generation"] == "g"
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_test_cases, [1], "not a JSON object"),
+        (read_test_cases, {"a": "t"}, "under 'a' is not of the form"),
+        (read_test_cases, {"a": [1]}, "under 'a' is not of the form"),
+        (read_completions, {"a": [{"test_case": "t"}]}, "under 'a' is not of the form"),
+        (read_results, {"a": [row(2)]}, "under 'a' is not of the form"),
+        (read_results, {"a": [{"test_case": "t", "generation": "g"}]}, "under 'a' is not of the form"),
+        (read_results, {"a": [{"test_case": "t", "generation": "g", "label": True}]}, "under 'a' is not of the form"),
+    ],
+)
+def test_other_shapes_are_refused(tmp_path: Path, read, content: object, message: str) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    path.write_text('{"a": ["t', encoding="utf-8")
+    with pytest.raises(InputError, match="damaged; delete it to make it again"):
+        read_test_cases(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_results(tmp_path / "absent.json")
