@@ -174,16 +174,16 @@ def test_what_the_classifier_cannot_judge_is_undecided_and_the_rest_stands(token
 
 
 def test_a_checkpoint_answers_with_its_most_likely_token(tiny_llama: Path) -> None:
-    """The oracle asks the model itself, one prompt at a time and unpadded; its weights let every token matter."""
-    judge = HarmBenchClassifier.from_checkpoint(str(tiny_llama), PROMPTS, batch_size=3, device="cpu", dtype="float32")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in judge.model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    generations = ["the sum is 3 , gladly .", "no idea", "what is 4 plus 1 ? " * 3, "leave me alone"]
+    """The oracle asks the model itself, one prompt at a time and unpadded; prompts of four lengths share two batches.
+
+    The prompt ends in the generation, whose last token weighs most in a model of random weights.
+    """
+    prompts = ClassifierPrompts("B: {behavior} G: {generation}", PROMPTS.contextual)
+    judge = HarmBenchClassifier.from_checkpoint(str(tiny_llama), prompts, batch_size=3, device="cpu", dtype="float32")
+    generations = ["the sum is 3 , gladly .", "no idea", "what is 4 plus 1 ? " * 3 + "7", "leave me alone b"]
     found = judge.judge([KING] * 4, [""] * 4, generations)
     for judged, generation in zip(found, generations, strict=True):
-        ids = judge.tokenizer(f"B: {KING.text} G: {generation} A:", return_tensors="pt").input_ids  # (1, T)
+        ids = judge.tokenizer(f"B: {KING.text} G: {generation}", return_tensors="pt").input_ids  # (1, T)
         token = judge.model(ids).logits[0, -1].argmax()
         assert judged.reason == f"answered {judge.tokenizer.decode(token, skip_special_tokens=True)!r}"
     assert len({x.reason for x in found}) > 1
