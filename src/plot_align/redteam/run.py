@@ -1,0 +1,158 @@
+"""From behaviours to results, in HarmBench's folders: test cases, completions, labels; each goes on where it stopped.
+
+A behaviour's test cases, and a block of completions, are on disk completely or not at all. Nothing depends on what ran
+before, so that an interrupted run and an uninterrupted one give the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError
+from plot_align.redteam import harmbench
+from plot_align.redteam.attack import Attack, Request
+from plot_align.redteam.behaviors import Behavior, require_targets
+from plot_align.redteam.harmbench import Layout, Rows, TestCases
+from plot_align.redteam.judges import Judge
+from plot_align.redteam.victim import Victim
+
+OnBehavior = Callable[[str], None]
+BLOCK = 32  # behaviours answered together: fixed, as the batch can move a rounding and so an answer
+
+
+def describe(attack: Attack) -> dict[str, Any]:
+    """The attack's options as JSON; whoever writes its prompts is told by name."""
+    values = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
+    return {name: getattr(value, "name", value) for name, value in values.items()}
+
+
+def make_test_cases(
+    victim: Victim,
+    attack: Attack,
+    behaviors: Sequence[Behavior],
+    targets: Mapping[str, str],
+    layout: Layout,
+    *,
+    cases: int | None = None,
+    seed: int = 0,
+    snapshots: Sequence[int] = (),
+    on_behavior: OnBehavior = lambda behavior: None,
+) -> tuple[TestCases, dict[str, str]]:
+    """Attack every behaviour that has no test cases yet.
+
+    Args:
+        targets: BehaviorID to how a complying answer begins; may lack any for an attack that needs none.
+        cases: test cases a behaviour; None: HarmBench's number.
+        snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``.
+        on_behavior: called with the id of each one that is finished.
+
+    Returns:
+        All test cases, and why an attack failed for each behaviour that has none: tried again by the next run.
+
+    Raises:
+        InputError: a target is missing, or the folder holds cases made with other options or for other weights.
+    """
+    if attack.needs_target:
+        require_targets(behaviors, targets, attack.name)
+    count = attack.default_cases if cases is None else cases
+    if count < 1:
+        raise InputError(f"cases is {cases}, expected how many test cases a behaviour, 1 or more")
+    made_by = {
+        "attack": {"name": attack.name, **describe(attack)},
+        "model": victim.fingerprint if attack.white_box else None,
+        "cases": count,
+        "seed": seed,
+        "snapshots": list(snapshots),
+    }
+    _same_or_new(layout.folder / "options.json", made_by)
+    failed: dict[str, str] = {}
+    for behavior in behaviors:
+        folder = layout.behavior_folder(behavior.id)
+        target = targets.get(behavior.id, "") if attack.needs_target else ""
+        asked = {"behavior": asdict(behavior), "target": target}
+        if (folder / "test_cases.json").exists():
+            _same_or_new(folder / "request.json", asked)
+            on_behavior(behavior.id)
+            continue
+        request = Request(behavior, target, count, seed, tuple(snapshots))
+        result = attack.run(victim, request)
+        if result.failed is not None:
+            failed[behavior.id] = result.failed
+        else:
+            log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
+            harmbench.write_json(folder / "request.json", asked)
+            harmbench.write_json(folder / "logs.json", log)
+            harmbench.write_json(folder / "test_cases.json", {behavior.id: result.cases})  # last: it says finished
+        on_behavior(behavior.id)
+    return harmbench.merge_test_cases(layout, [behavior.id for behavior in behaviors]), failed
+
+
+def complete(
+    victim: Victim,
+    test_cases: Mapping[str, Sequence[str]],
+    path: Path,
+    *,
+    max_new_tokens: int = 512,
+    batch_size: int = 32,
+    on_behavior: OnBehavior = lambda behavior: None,
+) -> Rows:
+    """The model's greedy answers to all test cases, those that ``path`` holds already read.
+
+    An answer stands only as long as its test cases do: a behaviour whose cases changed is answered again.
+    """
+    found = harmbench.read_completions(path) if path.exists() else {}
+
+    def current(behavior: str) -> bool:
+        return [row["test_case"] for row in found.get(behavior, [])] == list(test_cases[behavior])
+
+    names = list(test_cases)
+    for start in range(0, len(names), BLOCK):
+        block = names[start : start + BLOCK]
+        if not all(map(current, block)):
+            flat = [(name, case) for name in block for case in test_cases[name]]
+            answers = victim.answers([c for _, c in flat], max_new_tokens=max_new_tokens, batch_size=batch_size)
+            found.update({name: [] for name in block})
+            for (name, case), answer in zip(flat, answers, strict=True):
+                found[name].append({"test_case": case, "generation": answer})
+            harmbench.write_json(path, found)
+        for name in block:
+            on_behavior(name)
+    return {name: found[name] for name in names}
+
+
+def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
+    """The judge's labels, in HarmBench's results file; ``reason`` stands beside a label where the judge gives one."""
+    flat = [(behavior, row) for behavior in behaviors for row in completions.get(behavior.id, [])]
+    judged = judge.judge([b for b, _ in flat], [r["test_case"] for _, r in flat], [r["generation"] for _, r in flat])
+    results: Rows = {behavior.id: [] for behavior in behaviors if behavior.id in completions}
+    for (behavior, row), verdict in zip(flat, judged, strict=True):
+        reason = {"reason": verdict.reason} if verdict.reason else {}
+        results[behavior.id].append({**row, "label": verdict.label, **reason})
+    harmbench.write_json(path, results)
+    return results
+
+
+def _same_or_new(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes ``content``, or checks that it is what stands there.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    plain = json.loads(json.dumps(content))
+    if not path.exists():
+        harmbench.write_json(path, plain)
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{path} is damaged; delete its folder to make the test cases again") from None
+    if there != plain:
+        differing = [key for key in plain if not isinstance(there, dict) or there.get(key) != plain[key]]
+        raise InputError(
+            f"{path.parent} holds test cases made with another {' and '.join(differing)}; choose another output or "
+            "experiment, or delete the folder to make them again"
+        )
