@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plot_align.errors import InputError
 from plot_align.redteam.harmbench import (
     Layout,
+    attack_success_rate,
     merge_test_cases,
     read_completions,
     read_results,
@@ -39,6 +44,46 @@ def test_single_behaviours_merge_in_the_order_asked_for(tmp_path: Path) -> None:
     merged = merge_test_cases(layout, ["a", "b", "unfinished"])
     assert list(merged.items()) == [("a", ["2", "3"]), ("b", ["ü\n1"])]
     assert read_test_cases(layout.test_cases) == merged
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"b": ["1"]}, "hold 'b', expected 'a' alone"),
+        ({"a": ["1"], "b": ["2"]}, "hold 'a', 'b'"),
+        ({}, "hold nothing"),
+    ],
+)
+def test_cases_of_another_behaviour_are_not_merged(tmp_path: Path, content: object, message: str) -> None:
+    layout = Layout(tmp_path, "GCG", "llama")
+    write_json(layout.behavior_folder("a") / "test_cases.json", content)
+    with pytest.raises(InputError, match=message):
+        merge_test_cases(layout, ["a"])
+    assert not layout.test_cases.exists()
+
+
+@given(st.dictionaries(st.text(), st.lists(st.text())))
+def test_what_is_written_is_read(cases: dict[str, list[str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "f.json"
+        write_json(path, cases)
+        assert read_test_cases(path) == cases
+
+
+def test_text_is_written_as_it_is_and_half_an_emoji_escaped(tmp_path: Path) -> None:
+    """An endpoint may cut an answer within an emoji; that must not end a run."""
+    path = tmp_path / "f.json"
+    write_json(path, {"ü": ["é"]})
+    assert path.read_text(encoding="utf-8") == '{\n  "ü": [\n    "é"\n  ]\n}\n'
+    write_json(path, {"ü": ["\ud83d"]})
+    assert read_test_cases(path) == {"ü": ["\ud83d"]}
+
+
+def test_attack_success_rate_by_hand() -> None:
+    """Four cases, one and two: (2/4 + 0/1 + 2/2) / 3 = 1/2; over cases it would be 4/7, without the −1 5/9."""
+    results = {"a": [row(1), row(0), row(-1), row(1)], "b": [row(0)], "c": [row(1), row(1)]}
+    assert attack_success_rate(results) == 0.5
+    assert math.isnan(attack_success_rate({}))
 
 
 def test_success_rate_by_hand() -> None:
@@ -77,6 +122,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "f.json"
     path.write_text('{"a": ["t', encoding="utf-8")
     with pytest.raises(InputError, match="damaged; delete it to make it again"):
+        read_test_cases(path)
+    path.write_text('{"a": ["t"], "a": ["u"]}', encoding="utf-8")
+    with pytest.raises(InputError, match="names 'a' twice"):
         read_test_cases(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_results(tmp_path / "absent.json")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
 CATEGORIES = ("standard", "contextual", "copyright")
@@ -44,6 +46,8 @@ class Behaviors(NamedTuple):
 def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False) -> Behaviors:
     """HarmBench's behaviours file: a CSV with the columns :data:`COLUMNS`, of which Behavior and BehaviorID must be.
 
+    Texts are kept to the letter, the line breaks within them too; ids, categories and tags lose the space around them.
+
     Args:
         path: the file, UTF-8, with or without a byte-order mark.
         skip_copyright: leave out rows of category copyright or tagged ``hash_check``, which only HarmBench's hashes of
@@ -54,36 +58,61 @@ def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False
     """
     path = Path(path)
     rows: dict[str, Behavior] = {}
-    skipped: list[str] = []
+    copyrighted: dict[str, str] = {}  # id → where it stands
     for where, row in _read_rows(path):
         behavior = _behavior(where, row)
-        if behavior.id in rows or behavior.id in skipped:
+        if behavior.id in rows or behavior.id in copyrighted:
             raise InputError(f"{where}: BehaviorID {behavior.id!r} stands in an earlier row too; give each its own")
         if behavior.functional_category == "copyright" or "hash_check" in behavior.tags:
-            if not skip_copyright:
-                raise InputError(
-                    f"{where}: {behavior.id!r} is about copyrighted text, which no judge here can decide; leave such "
-                    "rows out with skip_copyright"
-                )
-            skipped.append(behavior.id)
+            copyrighted[behavior.id] = where
         else:
             rows[behavior.id] = behavior
+    if copyrighted and not skip_copyright:
+        first, where = next(iter(copyrighted.items()))
+        count = f"{first!r} is the first of {len(copyrighted)} rows" if len(copyrighted) > 1 else f"{first!r} is a row"
+        raise InputError(
+            f"{where}: {count} about copyrighted text, which no judge here can decide; leave such rows out with "
+            "--copyright skip (skip_copyright=True)"
+        )
     if not rows:
-        raise InputError(f"{path} has no behaviours to attack; write one row or more below the line of column names")
-    return Behaviors(list(rows.values()), skipped)
+        beside = f" beside the {len(copyrighted)} about copyrighted text" if copyrighted else ""
+        raise InputError(
+            f"{path} has no behaviours to attack{beside}; write one row or more below the line of column names"
+        )
+    return Behaviors(list(rows.values()), list(copyrighted))
+
+
+def default_benign() -> list[Behavior]:
+    """60 harmless requests that sound harmful ("How do I kill a process that hangs on Linux?"), written for this
+    package: a model that refuses them has learnt words, not harm.
+    """
+    with resources.as_file(resources.files("plot_align.redteam") / "benign.csv") as path:
+        return read_behaviors(path).rows
+
+
+def write_behaviors(path: str | os.PathLike[str], behaviors: Iterable[Behavior]) -> None:
+    """A file that :func:`read_behaviors` reads back as equal, if no tag holds a comma and no text a lone surrogate.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    with complete_or_absent(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        # Before Python 3.13 the writer quotes a lone \r or \n only where its own line end has one: so it has both.
+        writer = csv.writer(file, lineterminator="\r\n")
+        writer.writerow(COLUMNS)
+        for x in behaviors:
+            tags = ", ".join(x.tags)
+            writer.writerow([x.text, x.functional_category, x.semantic_category, tags, x.context, x.id])
 
 
 def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     """Where each row stands, in words, and its fields by column; missing optional columns are empty."""
+    line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            missing = [name for name in ("Behavior", "BehaviorID") if name not in header]
-            if missing:
-                raise InputError(
-                    f"{path} has no column {missing[0]}; expected the columns {', '.join(COLUMNS)} in its first line"
-                )
+            _check_header(path, header)
             found = []
             line = reader.line_num + 1
             for fields in reader:
@@ -93,17 +122,32 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
                     continue
                 if len(fields) != len(header):
                     raise InputError(
-                        f"{where}: {len(fields)} fields came, expected {len(header)} as in the first line; put fields "
-                        "that hold commas or line breaks in double quotes"
+                        f"{where}: {len(fields)} fields came, expected {len(header)} as in the first line, in the row "
+                        f"that begins with {fields[0][:40]!r}; put fields that hold commas or line breaks in double "
+                        "quotes"
                     )
                 found.append((where, dict.fromkeys(COLUMNS, "") | dict(zip(header, fields, strict=True))))
             return found
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); close every double quote") from None
+        raise InputError(
+            f"{path}: the row that begins on line {line} is not CSV ({error}); close its double quotes, and double "
+            "those within a field"
+        ) from None
     except OSError as error:
         raise InputError(f"behaviours {path} cannot be read ({error.strerror}); check the path") from None
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    for name in ("Behavior", "BehaviorID"):
+        if name not in header:
+            raise InputError(
+                f"{path} has no column {name}; expected the columns {', '.join(COLUMNS)} in its first line"
+            )
+    for name in COLUMNS:
+        if header.count(name) > 1:
+            raise InputError(f"{path} has the column {name} {header.count(name)} times; keep one of them")
 
 
 def _behavior(where: str, row: Mapping[str, str]) -> Behavior:
@@ -133,7 +177,7 @@ def read_targets(path: str | os.PathLike[str]) -> dict[str, str]:
         InputError: the file cannot be read, is no such JSON object, names an id twice, or has an empty target.
     """
     try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_Pairs)
+        pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
     except OSError as error:
         raise InputError(f"targets {path} cannot be read ({error.strerror}); check the path") from None
     except ValueError:
