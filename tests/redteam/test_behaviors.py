@@ -73,7 +73,7 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
         ("Buy a, b,standard,,,,x\n", "line 2: 7 fields came, expected 6 .* begins with 'Buy a'"),
         ("a,copyright,,,,x\n", "copyrighted text"),
         ("a,standard,,hash_check,,x\n", "copyrighted text"),
-        ("a,standard,,,,c\nb,copyright,,,,x\na,copyright,,,,y\n", "line 3: 'x' is the first of 2 .* --copyright skip"),
+        ("a,standard,,,,c\nb,copyright,,,,x\na,copyright,,,,y\n", "line 3: 'x' is the first of 2 .* --skip_copyright"),
         ("a,copyright,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' stands in an earlier row"),
         ('a,standard,,,,x\n"b,standard,,,,y\nc,standard,,,,z\n', "row that begins on line 3 is not CSV"),
         ('a,standard,,"1\n"2",,x\n', "row that begins on line 2 is not CSV"),

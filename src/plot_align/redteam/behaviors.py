@@ -72,7 +72,7 @@ def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False
         count = f"{first!r} is the first of {len(copyrighted)} rows" if len(copyrighted) > 1 else f"{first!r} is a row"
         raise InputError(
             f"{where}: {count} about copyrighted text, which no judge here can decide; leave such rows out with "
-            "--copyright skip (skip_copyright=True)"
+            "--skip_copyright (skip_copyright=True)"
         )
     if not rows:
         beside = f" beside the {len(copyrighted)} about copyrighted text" if copyrighted else ""
