@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep")
+_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep", "redteam")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -26,6 +26,7 @@ commands:
   pro        ranking optimisation (PRO) with the PLOT term, of ranked lists
   demo       DPO with and without PLOT on a small offline world, judged
   sweep      a grid over PLOT's options, methods and seeds: table and figures
+  redteam    attack your own model: success rate, with over-refusal beside it
 
 options:
   -h, --help  this text; `plot-align COMMAND --help` for each command
@@ -106,6 +107,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.sweep import run as sweep
 
             return sweep(_without_debug(rest))
+        case "redteam":
+            from plot_align.commands.redteam import run as redteam
+
+            return redteam(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -73,10 +73,10 @@ class Attack(Protocol):
         steps: update steps; 0 where there are none.
     """
 
-    name: str
-    default_cases: int
-    needs_target: bool
-    white_box: bool
+    name: ClassVar[str]
+    default_cases: ClassVar[int]
+    needs_target: ClassVar[bool]
+    white_box: ClassVar[bool]
 
     @property
     def steps(self) -> int: ...

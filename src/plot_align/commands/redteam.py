@@ -1,0 +1,322 @@
+"""``plot-align redteam``: attack success rate and over-refusal of one's own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plot_align.commands.common import Parser, did_you_mean, first_line, load_tokenizer
+from plot_align.commands.options import read_yaml
+from plot_align.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from plot_align.redteam.attack import Attack
+    from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.victim import Victim
+
+ATTACKS = ("direct", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
+JUDGES = ("prefixes", "likelihood", "sandbox")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "redteam",
+        "Attack your own model and measure how often it complies, with over-refusal of\n"
+        "benign requests beside it. Files are HarmBench's; an interrupted run goes on\n"
+        "where it stopped.",
+        "  plot-align redteam my-model --behaviors behaviors.csv --targets targets.json \\\n"
+        "    --benign benign.csv --attacks direct,gcg --compare my-model-with-plot",
+    )
+    parser.usage = "plot-align redteam MODEL --behaviors FILE [options]"
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model")
+    parser.add_argument("--compare", metavar="MODEL", help="a second model, with the same seed and budget")
+    parser.add_argument("--behaviors", required=True, metavar="FILE", help="HarmBench's behaviours, .csv")
+    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same form (default: 60 of our own)")
+    parser.add_argument("--targets", metavar="FILE", help="HarmBench's targets, .json")
+    parser.add_argument("--skip_copyright", action="store_true", help="leave copyright rows out instead of refusing")
+    parser.add_argument(
+        "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
+    )
+    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. gcg: {steps: 100}")
+    parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
+    parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
+    parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
+    parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
+    parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    parser.add_argument("--output", type=Path, default=Path("runs/redteam"), metavar="DIR", help="(%(default)s)")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Parse ``arguments``, attack, judge, and write HarmBench's files, a record and a table."""
+    options = make_parser().parse(arguments)
+
+    from plot_align.files import require_writable
+    from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
+
+    harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
+    benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
+    targets = {} if options.targets is None else read_targets(options.targets)
+    for name in filter(None, (options.judge, options.second_judge)):
+        if name not in JUDGES:
+            raise InputError(f"judge is {name!r}; {did_you_mean(name, JUDGES, 'expected ' + ', '.join(JUDGES))}")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    attacks = _attacks(options)
+    for attack in attacks:
+        if attack.needs_target:
+            require_targets(harmful, targets, attack.name)
+    require_writable(options.output)
+
+    models = [options.model] + ([options.compare] if options.compare else [])
+    names = [Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        raise InputError(f"both models are called {names[0]!r}, and their files would be the same; rename one folder")
+    measured = [_measure(load_victim(model, options), harmful, benign, targets, attacks, options) for model in models]
+    _report(dict(zip(names, measured, strict=True)), skipped, options)
+    return 0
+
+
+def load_victim(model: str, options: Any) -> Victim:
+    """The chat model on its device.
+
+    Raises:
+        InputError: it cannot be loaded, or has no chat template.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from plot_align.redteam.victim import Victim
+
+    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        )
+        device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
+        return Victim(loaded.to(device), tokenizer, Path(model).name)
+    except (OSError, KeyError, RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"no model could be loaded from {model!r} ({first_line(error)}); name a hub id or a folder, and "
+            "a device that this machine has"
+        ) from error
+
+
+def _attacks(options: Any) -> list[Attack]:
+    """The attacks asked for, with the options of the YAML file.
+
+    Raises:
+        InputError: an unknown attack or option, or an attacker that is missing.
+    """
+    wanted = [name.strip() for name in options.attacks.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ATTACKS:
+            raise InputError(
+                f"unknown attack {name!r}; {did_you_mean(name, ATTACKS, 'expected ' + ', '.join(ATTACKS))}"
+            )
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise InputError(f"--attacks is {options.attacks!r}, expected attacks of {', '.join(ATTACKS)}, each once")
+    given = {} if options.options is None else read_yaml(options.options, "--options")
+    for name in given:
+        if name not in ATTACKS or not isinstance(given[name], dict):
+            advice = did_you_mean(str(name), ATTACKS, f"expected {', '.join(ATTACKS)}, each with its options")
+            raise InputError(f"{name!r} in {options.options} is no attack with options; {advice}")
+    return [_attack(name, given.get(name, {}), options) for name in wanted]
+
+
+def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
+    from plot_align.redteam.direct import DirectRequest
+    from plot_align.redteam.gbda import GBDA
+    from plot_align.redteam.gcg import GCG
+    from plot_align.redteam.pez import PEZ
+    from plot_align.redteam.sfs import SFS
+    from plot_align.redteam.uat import UAT
+    from plot_align.redteam.zero_shot import ZeroShot
+
+    kind: Any = {
+        "direct": DirectRequest, "gcg": GCG, "pez": PEZ, "gbda": GBDA, "uat": UAT, "zero_shot": ZeroShot, "sfs": SFS,
+    }[name]  # fmt: skip
+    known = [field.name for field in fields(kind) if field.name != "attacker"]
+    for key in given:
+        if key not in known:
+            raise InputError(f"{name} has no option {key!r}; {did_you_mean(str(key), known, 'see the attack')}")
+    extra = {"attacker": _attacker(name, options)} if name in ("zero_shot", "sfs") else {}
+    try:
+        return kind(**extra, **given)
+    except TypeError as error:
+        raise InputError(
+            f"an option of {name} in {options.options} is of the wrong type ({error}); correct it"
+        ) from None
+
+
+def _attacker(attack: str, options: Any) -> Any:
+    from plot_align.redteam.attackers import EndpointAttacker, LocalAttacker
+
+    if options.attacker is None:
+        raise InputError(f"{attack} needs a model that writes its prompts; name one with --attacker")
+    if options.attacker_url is not None:
+        from plot_align.endpoint import Endpoint
+
+        return EndpointAttacker(Endpoint(options.attacker_url, options.attacker))
+    loaded = load_victim(options.attacker, options)
+    return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
+
+
+def _judge(name: str, victim: Victim, targets: dict[str, str]) -> Any:
+    from plot_align.redteam.judges import RefusalPrefixes, SandboxJudge, TargetLikelihood
+
+    match name:
+        case "prefixes":
+            return RefusalPrefixes()
+        case "sandbox":
+            return SandboxJudge()
+    return TargetLikelihood(victim, targets)
+
+
+def _measure(
+    victim: Victim,
+    harmful: list[Behavior],
+    benign: list[Behavior],
+    targets: dict[str, str],
+    attacks: list[Attack],
+    options: Any,
+) -> dict[str, Any]:
+    """Per attack the success of every behaviour and the judges' agreement; of the benign ones refused and helped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from plot_align.redteam.direct import DirectRequest
+    from plot_align.redteam.harmbench import Layout, success_by_behavior
+    from plot_align.redteam.judges import agreement
+    from plot_align.redteam.run import complete, label, make_test_cases
+
+    answering = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
+    judge = _judge(options.judge, victim, targets)
+    second = _judge(options.second_judge, victim, targets) if options.second_judge else None
+    found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for attack in attacks:
+            layout = Layout(options.output, attack.name, victim.name)
+            advance = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
+            cases, failed = make_test_cases(
+                victim, attack, harmful, targets, layout,
+                cases=options.cases, seed=options.seed, on_behavior=advance,
+            )  # fmt: skip
+            answers = complete(
+                victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
+            )  # fmt: skip
+            results = label(judge, harmful, answers, layout.results(victim.name))
+            found["attacks"][attack.name] = success_by_behavior(results)
+            found["failed"][attack.name] = failed
+            if second is not None:
+                other = label(second, harmful, answers, layout.results(victim.name, options.second_judge))
+                pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
+                found["agreement"][attack.name] = agreement(*pairs)
+        layout = Layout(options.output, "Benign", victim.name)
+        advance = _bar(progress, f"{victim.name}: benign requests", len(benign))
+        cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
+        answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
+        generations = [answers[behavior.id][0]["generation"] for behavior in benign]
+        # A judge of success alone cannot tell a refusal; the prefixes always can.
+        able = judge if options.judge == "sandbox" else _judge("prefixes", victim, targets)
+        verdicts = able.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
+    found["refused"] = {b.id: float(bool(v.refused)) for b, v in zip(benign, verdicts, strict=True)}
+    found["helped"] = {b.id: float(bool(v.helped)) for b, v in zip(benign, verdicts, strict=True)}
+    return found
+
+
+def _bar(progress: Progress, description: str, total: int) -> Callable[[str], None]:
+    """A bar, and what moves it by one behaviour."""
+    task = progress.add_task(description, total=total)
+
+    def advance(behavior: str) -> None:
+        progress.advance(task)
+
+    return advance
+
+
+def balance(success: float, helped: float) -> float:
+    """Harmonic mean of 1 − ASR and the share of benign requests helped with: 0 for a model that refuses everything."""
+    safe = 1 - success
+    return 2 * safe * helped / (safe + helped) if safe + helped > 0 else 0.0
+
+
+def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from plot_align.records import write_record
+    from plot_align.statistics import holm, paired_difference, share
+
+    console = Console(highlight=False)
+    table = Table("", *measured, title="95 % intervals over behaviours", title_justify="left")
+    shown: dict[str, dict[str, Any]] = {}
+    first = next(iter(measured.values()))
+    for attack in first["attacks"]:
+        shown[f"ASR, {attack}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
+    for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
+        shown[heading] = {m: share(list(r[key].values())) for m, r in measured.items()}
+    for heading, entries in shown.items():
+        table.add_row(heading, *(_cell(entry) for entry in entries.values()))
+    balances = {
+        m: {
+            a: balance(shown[f"ASR, {a}"][m]["value"], shown["benign requests helped"][m]["value"])
+            for a in r["attacks"]
+        }
+        for m, r in measured.items()
+    }
+    for attack in first["attacks"]:
+        table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
+    console.print(table)
+    console.print("balance: harmonic mean of 1 − ASR and benign requests helped; refusing everything gives 0")
+    paired: dict[str, Any] = {}
+    if len(measured) == 2:
+        control, treated = measured.values()
+        kinds = {f"ASR, {a}": (treated["attacks"][a], control["attacks"][a]) for a in control["attacks"]}
+        kinds["over-refusal"] = (treated["refused"], control["refused"])
+        paired = {name: paired_difference(*both, seed=options.seed) for name, both in kinds.items()}
+        adjusted = holm({name: entry["p"] for name, entry in paired.items()})
+        console.print(
+            f"{options.compare} less {options.model}, paired by behaviour, p after Holm's correction:", markup=False
+        )
+        for name, entry in paired.items():
+            entry["p_holm"] = adjusted[name]
+            low, high = entry["interval"]
+            console.print(f"  {name}: {entry['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {adjusted[name]:.3g}")
+    for model, result in measured.items():
+        for attack, entry in result["agreement"].items():
+            console.print(
+                f"{model}, {attack}: {options.judge} and {options.second_judge} agree on "
+                f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}", markup=False,
+            )  # fmt: skip
+        for attack, failed in result["failed"].items():
+            for behavior, reason in failed.items():
+                console.print(f"{model}, {attack}: {behavior} has no test case: {reason}", markup=False)
+    if skipped:
+        console.print(f"{len(skipped)} copyright rows were left out and are not counted")
+    record = write_record(
+        options.output / f"redteam-{'-'.join(measured)}.json",
+        "redteam",
+        {"rates": shown, "balance": balances, "paired": paired, "models": measured, "skipped": skipped},
+        config=vars(options),
+        seed=options.seed,
+    )
+    console.print(f"record: {record}", markup=False, soft_wrap=True)
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.2f} ({low:.2f}–{high:.2f}), n {entry['n']}"
