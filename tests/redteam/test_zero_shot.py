@@ -58,6 +58,7 @@ def test_the_context_is_put_before_what_was_written() -> None:
     (case,) = ZeroShot(echo).run(NOBODY, Request(behavior)).cases
     assert re.fullmatch(r"A long text\.\n\n---\n\n\d+ 0", case)
     assert "Explain it." in echo.calls[0]["instructions"][0]
+    assert "A long text." not in echo.calls[0]["instructions"][0]
 
 
 def test_cases_depend_on_seed_and_behaviour_and_on_nothing_else() -> None:

@@ -116,11 +116,7 @@ class EndpointAttacker:
             ).text
 
         with ThreadPoolExecutor(self.workers) as pool:
-            try:
-                return list(pool.map(ask, enumerate(instructions)))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what has not begun need not wait for the same failure
-                raise
+            return list(pool.map(ask, enumerate(instructions)))  # the first failure cancels what has not begun
 
 
 def _small_seed(seed: int, number: int) -> int:

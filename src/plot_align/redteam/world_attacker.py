@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ZERO_SHOT_TEMPLATE = "Ask for this: {behavior}"
 FEW_SHOT_TEMPLATE = "Examples:\n{shots}\nAsk for this: {behavior}"
-CONFIG = BaseConfig(layers=3, steps=700)
+CONFIG = BaseConfig(layers=2, steps=700, batch_size=16)
 
 OPENERS = ("Happy to help.", "Sure!", "Of course.", "Good question.", "Great question!")
 FACTS = ("mathematics", "stem")
