@@ -104,3 +104,28 @@ def test_a_wrong_option_of_an_attack_and_a_tokenizer_without_a_template(
     files["options.yaml"].write_text("gcg: {stepps: 1}", encoding="utf-8")
     assert main(command(tiny_base, files, "--targets", str(files["targets.json"]))) == 2
     assert "gcg has no option 'stepps'; did you mean 'steps'?" in capsys.readouterr().err
+
+
+def test_curves_and_transfer(tiny_base: Path, files, tmp_path: Path, capsys) -> None:
+    import shutil
+
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(tiny_base, other)
+    files["options.yaml"].write_text("gcg: {steps: 3, search_width: 4, top_k: 4, suffix_tokens: 3}", encoding="utf-8")
+    shared = ("--targets", str(files["targets.json"]), "--attacks", "gcg", "--output", str(out))
+    assert main(command(tiny_base, files, *shared, "--snapshots", "1,2,3", "--cases", "2")) == 0
+    (path,) = out.glob("redteam-*.json")
+    result = read_record(path, "redteam")["results"]["models"][tiny_base.name]
+    assert list(result["by_steps"]["GCG"]) == ["1", "2", "3"]
+    last = result["by_steps"]["GCG"]["3"]["value"]
+    assert last == pytest.approx(sum(result["attacks"]["GCG"].values()) / 2)  # the last step is the attack itself
+    assert list(result["by_cases"]["GCG"]) == ["1", "2"]
+    assert {p.suffix for p in out.glob("GCG-by_*")} == {".png", ".svg"}
+    # The same weights under another name, attacked with the cases of the first: the same answers.
+    assert main(command(other, files, *shared, "--transfer_from", tiny_base.name)) == 0
+    folder = out / "GCG" / tiny_base.name / "completions"
+    assert (folder / "other.json").read_bytes() == (folder / f"{tiny_base.name}.json").read_bytes()
+    assert main(command(other, files, *shared, "--transfer_from", "nobody")) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(command(other, files, *shared, "--snapshots", "1,x")) == 2
+    assert "--snapshots is '1,x'" in capsys.readouterr().err

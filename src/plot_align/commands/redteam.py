@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from plot_align.redteam.attack import Attack
     from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.harmbench import Layout
     from plot_align.redteam.victim import Victim
 
 ATTACKS = ("direct", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
@@ -43,6 +44,8 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. gcg: {steps: 100}")
     parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
+    parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
+    parser.add_argument("--transfer_from", metavar="NAME", help="replay the test cases made on this model here")
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
     parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
@@ -73,9 +76,10 @@ def run(arguments: list[str]) -> int:
     for name in ("max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    options.snapshots = _steps(options.snapshots)
     attacks = _attacks(options)
     for attack in attacks:
-        if attack.needs_target:
+        if attack.needs_target and options.transfer_from is None:
             require_targets(harmful, targets, attack.name)
     require_writable(options.output)
 
@@ -111,6 +115,13 @@ def load_victim(model: str, options: Any) -> Victim:
             f"no model could be loaded from {model!r} ({first_line(error)}); name a hub id or a folder, and "
             "a device that this machine has"
         ) from error
+
+
+def _steps(text: str | None) -> tuple[int, ...]:
+    steps = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(step.isdecimal() and int(step) > 0 for step in steps):
+        raise InputError(f"--snapshots is {text!r}, expected update steps such as 10,50,100")
+    return tuple(sorted({int(step) for step in steps}))
 
 
 def _attacks(options: Any) -> list[Attack]:
@@ -196,31 +207,43 @@ def _measure(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from plot_align.redteam.curves import snapshot_cases, success_at_cases
     from plot_align.redteam.direct import DirectRequest
     from plot_align.redteam.harmbench import Layout, success_by_behavior
     from plot_align.redteam.judges import agreement
     from plot_align.redteam.run import complete, label, make_test_cases
+    from plot_align.statistics import share
 
     answering = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     judge = _judge(options.judge, victim, targets)
     second = _judge(options.second_judge, victim, targets) if options.second_judge else None
-    found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}}
+    found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}, "by_cases": {}, "by_steps": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for attack in attacks:
-            layout = Layout(options.output, attack.name, victim.name)
+            layout = Layout(options.output, attack.name, options.transfer_from or victim.name)
             advance = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
-            cases, failed = make_test_cases(
-                victim, attack, harmful, targets, layout,
-                cases=options.cases, seed=options.seed, on_behavior=advance,
-            )  # fmt: skip
+            steps = () if options.transfer_from else tuple(s for s in options.snapshots if s <= attack.steps)
+            if options.transfer_from is None:
+                cases, failed = make_test_cases(
+                    victim, attack, harmful, targets, layout,
+                    cases=options.cases, seed=options.seed, snapshots=steps, on_behavior=advance,
+                )  # fmt: skip
+            else:
+                cases, failed = _replayed(layout, harmful), {}
             answers = complete(
                 victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
             )  # fmt: skip
             results = label(judge, harmful, answers, layout.results(victim.name))
             found["attacks"][attack.name] = success_by_behavior(results)
             found["failed"][attack.name] = failed
+            found["by_cases"][attack.name] = success_at_cases(results)
+            for step in steps:
+                path = layout.folder / "steps" / f"{step}.json"
+                then = complete(victim, snapshot_cases(layout, list(cases), step), path, **answering)
+                rates = success_by_behavior(label(judge, harmful, then, path.with_suffix(".results.json")))
+                found["by_steps"].setdefault(attack.name, {})[step] = share(list(rates.values()))
             if second is not None:
                 other = label(second, harmful, answers, layout.results(victim.name, options.second_judge))
                 pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
@@ -236,6 +259,21 @@ def _measure(
     found["refused"] = {b.id: float(bool(v.refused)) for b, v in zip(benign, verdicts, strict=True)}
     found["helped"] = {b.id: float(bool(v.helped)) for b, v in zip(benign, verdicts, strict=True)}
     return found
+
+
+def _replayed(layout: Layout, harmful: list[Behavior]) -> dict[str, list[str]]:
+    """The test cases made on another model, of the behaviours asked for.
+
+    Raises:
+        InputError: there are none, or not of all.
+    """
+    from plot_align.redteam.harmbench import read_test_cases
+
+    there = read_test_cases(layout.test_cases)
+    missing = [behavior.id for behavior in harmful if behavior.id not in there]
+    if missing:
+        raise InputError(f"{layout.test_cases} has no test cases for {missing[0]!r}; attack that model with it first")
+    return {behavior.id: there[behavior.id] for behavior in harmful}
 
 
 def _bar(progress: Progress, description: str, total: int) -> Callable[[str], None]:
@@ -305,16 +343,42 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
                 console.print(f"{model}, {attack}: {behavior} has no test case: {reason}", markup=False)
+    _draw(measured, options.output)
     if skipped:
         console.print(f"{len(skipped)} copyright rows were left out and are not counted")
     record = write_record(
         options.output / f"redteam-{'-'.join(measured)}.json",
         "redteam",
-        {"rates": shown, "balance": balances, "paired": paired, "models": measured, "skipped": skipped},
+        {
+            "rates": shown,
+            "balance": balances,
+            "paired": paired,
+            "models": _with_text_keys(measured),
+            "skipped": skipped,
+        },
         config=vars(options),
         seed=options.seed,
     )
     console.print(f"record: {record}", markup=False, soft_wrap=True)
+
+
+def _draw(measured: dict[str, dict[str, Any]], output: Path) -> None:
+    """A curve an attack: against the cases where there are several, against the steps where they were asked for."""
+    from plot_align.redteam.curves import draw
+
+    for key, xlabel in (("by_cases", "test cases a behaviour"), ("by_steps", "update steps")):
+        for attack in next(iter(measured.values()))[key]:
+            curves = {model: result[key][attack] for model, result in measured.items()}
+            if all(len(curve) > 1 for curve in curves.values()):
+                for ending in ("png", "svg"):
+                    draw(curves, xlabel, output / f"{attack}-{key}-{'-'.join(measured)}.{ending}")
+
+
+def _with_text_keys(value: Any) -> Any:
+    """JSON has no numbers as keys."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    return value
 
 
 def _cell(entry: dict[str, Any]) -> str:

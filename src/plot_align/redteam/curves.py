@@ -1,0 +1,66 @@
+"""The two curves of an attack: success against the number of cases, and against its update steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError
+from plot_align.files import complete_or_absent
+from plot_align.redteam.harmbench import Layout, Rows, TestCases
+from plot_align.statistics import share
+
+
+def success_at_cases(results: Rows) -> dict[int, dict[str, Any]]:
+    """How often at least one of k test cases succeeds, for every k up to the fewest cases a behaviour has.
+
+    With c successes among n cases, a draw of k without replacement has one with probability 1 − C(n−c, k) / C(n, k):
+    every draw counts, not only the first k, so the curve is unbiased and rises (Chen et al., arXiv 2107.03374, eq. 1).
+
+    Returns:
+        k → the mean over behaviours with its interval; empty where a behaviour has no case.
+    """
+    counts = [(len(rows), sum(row["label"] == 1 for row in rows)) for rows in results.values()]
+    most = min((n for n, _ in counts), default=0)
+    return {k: share([1 - comb(n - c, k) / comb(n, k) for n, c in counts]) for k in range(1, most + 1)}
+
+
+def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestCases:
+    """The best test cases of every behaviour after ``step`` updates.
+
+    Raises:
+        InputError: a behaviour's log is missing or damaged, or holds no such step.
+    """
+    found: TestCases = {}
+    for behavior in behaviors:
+        path = layout.behavior_folder(behavior) / "logs.json"
+        try:
+            found[behavior] = json.loads(path.read_text(encoding="utf-8"))["snapshots"][str(step)]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{path} holds no test cases of step {step}; delete {path.parent} to make them again"
+            ) from None
+    return found
+
+
+def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, path: Path) -> None:
+    """One line a model with its 95 % interval, as a PNG or SVG by the ending of ``path``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        steps = sorted(curve)
+        values = [curve[step]["value"] for step in steps]
+        low, high = zip(*(curve[step]["interval"] for step in steps), strict=True)
+        (line,) = axes.plot(steps, values, marker="o", label=name)
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+    axes.set(xlabel=xlabel, ylabel="attack success rate", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with complete_or_absent(path) as temporary:
+        figure.savefig(temporary, dpi=150)

@@ -1,0 +1,46 @@
+"""Curves: the share of draws with a success against every draw enumerated, snapshots read back, figures written."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from plot_align.errors import InputError
+from plot_align.redteam.curves import draw, snapshot_cases, success_at_cases
+from plot_align.redteam.harmbench import Layout, write_json
+
+
+def rows(*labels: int) -> list[dict[str, object]]:
+    return [{"test_case": "t", "generation": "g", "label": label} for label in labels]
+
+
+def test_success_at_cases_equals_every_draw_enumerated() -> None:
+    results = {"a": rows(1, 0, -1, 0), "b": rows(0, 0, 0), "c": rows(1, 1, 0, 1, 0)}
+    found = success_at_cases(results)
+    assert sorted(found) == [1, 2, 3]
+    for k, entry in found.items():
+        rates = []
+        for cases in results.values():
+            draws = list(combinations([row["label"] == 1 for row in cases], k))
+            rates.append(sum(map(any, draws)) / len(draws))
+        assert entry["value"] == pytest.approx(sum(rates) / 3)
+        assert entry["n"] == 3
+    assert success_at_cases({"a": rows(1), "b": []}) == {}
+
+
+def test_snapshots_are_those_of_the_log(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "GCG", "m")
+    write_json(layout.behavior_folder("a") / "logs.json", {"snapshots": {"2": ["two"], "5": ["five"]}})
+    assert snapshot_cases(layout, ["a"], 5) == {"a": ["five"]}
+    with pytest.raises(InputError, match="no test cases of step 3"):
+        snapshot_cases(layout, ["a"], 3)
+    with pytest.raises(InputError, match="no test cases of step 2"):
+        snapshot_cases(layout, ["b"], 2)
+
+
+def test_a_figure_is_written(tmp_path: Path) -> None:
+    draw({"m": success_at_cases({"a": rows(1, 0)})}, "test cases", tmp_path / "c.svg")
+    text = (tmp_path / "c.svg").read_text(encoding="utf-8")
+    assert text.startswith("<?xml")
