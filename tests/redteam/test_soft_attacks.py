@@ -13,6 +13,7 @@ from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.gbda import GBDA, temperature
 from plot_align.redteam.objective import TargetObjective, Vocabulary
 from plot_align.redteam.pez import PEZ, straight_through
+from plot_align.redteam.random_suffix import RandomSuffix
 from plot_align.redteam.uat import UAT
 from plot_align.redteam.victim import Victim
 
@@ -103,3 +104,17 @@ def test_a_sweep_of_uat_never_raises_the_loss(victim: Victim) -> None:
 def test_bad_options_are_refused(make, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_random_suffixes_are_evenly_drawn_and_of_the_length_asked_for(victim: Victim) -> None:
+    result = RandomSuffix(suffix_tokens=5).run(victim, Request(BEHAVIOR, TARGET, cases=300, seed=1))
+    objective = TargetObjective(victim, BEHAVIOR, TARGET, 5, Vocabulary.of(victim))
+    suffixes = objective.random_suffixes(300, Request(BEHAVIOR, seed=1).generator("cpu", "RandomSuffix"))
+    assert result.cases == objective.test_cases(suffixes)
+    allowed = objective.allowed_by_place()
+    assert bool(allowed.gather(1, suffixes.T).all())
+    # 300 draws at each of five places: about as many different tokens as a uniform draw has.
+    for place in range(5):
+        kinds = int(allowed[place].sum())
+        expected = kinds * (1 - (1 - 1 / kinds) ** 300)
+        assert len(suffixes[:, place].unique()) == pytest.approx(expected, rel=0.15)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from plot_align.redteam.harmbench import Layout
     from plot_align.redteam.victim import Victim
 
-ATTACKS = ("direct", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
+ATTACKS = ("direct", "random", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
 JUDGES = ("prefixes", "likelihood", "sandbox")
 
 
@@ -151,12 +151,14 @@ def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
     from plot_align.redteam.gbda import GBDA
     from plot_align.redteam.gcg import GCG
     from plot_align.redteam.pez import PEZ
+    from plot_align.redteam.random_suffix import RandomSuffix
     from plot_align.redteam.sfs import SFS
     from plot_align.redteam.uat import UAT
     from plot_align.redteam.zero_shot import ZeroShot
 
     kind: Any = {
-        "direct": DirectRequest, "gcg": GCG, "pez": PEZ, "gbda": GBDA, "uat": UAT, "zero_shot": ZeroShot, "sfs": SFS,
+        "direct": DirectRequest, "random": RandomSuffix, "gcg": GCG, "pez": PEZ, "gbda": GBDA, "uat": UAT,
+        "zero_shot": ZeroShot, "sfs": SFS,
     }[name]  # fmt: skip
     known = [field.name for field in fields(kind) if field.name != "attacker"]
     for key in given:
