@@ -85,6 +85,11 @@ def test_balance_by_hand() -> None:
         (["--attacks", "gcg"], "GCG needs a target for every behaviour, and there is none for a, b"),
         (["--attacks", "zero_shot"], "zero_shot needs a model that writes its prompts; name one with --attacker"),
         (["--judge", "prefix"], "did you mean 'prefixes'?"),
+        (["--judge", "harmbench"], "name a checkout of it with --harmbench"),
+        (["--judge", "endpoint"], "give --judge_url and --judge_model"),
+        (["--judge", "endpoint", "--judge_url", "nowhere", "--judge_model", "m"], "base_url is 'nowhere'"),
+        (["--judge", "likelihood"], "name their file with --targets"),
+        (["--second_judge", "prefixes"], "name another or none"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
     ],
@@ -129,3 +134,49 @@ def test_curves_and_transfer(tiny_base: Path, files, tmp_path: Path, capsys) -> 
     assert "cannot be read" in capsys.readouterr().err
     assert main(command(other, files, *shared, "--snapshots", "1,x")) == 2
     assert "--snapshots is '1,x'" in capsys.readouterr().err
+
+
+def test_an_endpoint_judges_and_its_password_is_kept_nowhere(tiny_base: Path, files, tmp_path: Path, capsys) -> None:
+    """A real server: it says yes to every harmful case, and of benign requests that they were refused."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            prompt = body["messages"][-1]["content"]
+            asked.append(prompt)
+            reply = "[[yes]]" if len(asked) <= 2 else "[[refused: yes]] [[helped: no]]"
+            content = {
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]
+            }
+            payload = json.dumps(
+                {"id": "1", "object": "chat.completion", "created": 0, "model": "m", **content}
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://user:hunter2@127.0.0.1:{server.server_port}/v1"
+    try:
+        judge = ("--judge", "endpoint", "--judge_url", url, "--judge_model", "m")
+        code = main(command(tiny_base, files, "--attacks", "direct", *judge, "--output", str(tmp_path / "out")))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert code == 0
+    assert len(asked) == 5
+    (path,) = (tmp_path / "out").glob("redteam-*.json")
+    rates = read_record(path, "redteam")["results"]["rates"]
+    assert rates["ASR, DirectRequest"][tiny_base.name]["value"] == 1.0
+    assert rates["over-refusal"][tiny_base.name]["value"] == 1.0
+    assert "hunter2" not in path.read_text(encoding="utf-8") + capsys.readouterr().out

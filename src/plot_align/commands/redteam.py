@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from plot_align.redteam.victim import Victim
 
 ATTACKS = ("direct", "random", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
-JUDGES = ("prefixes", "likelihood", "sandbox")
+JUDGES = ("prefixes", "likelihood", "harmbench", "endpoint", "sandbox")
+CLASSIFIER = "cais/HarmBench-Llama-2-13b-cls"
+_TELL_REFUSALS = ("prefixes", "endpoint", "sandbox")  # the others know success only
 
 
 def make_parser() -> Parser:
@@ -50,6 +52,10 @@ def make_parser() -> Parser:
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
     parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
     parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
+    parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
+    parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
+    parser.add_argument("--judge_url", metavar="URL", help="of judge endpoint, OpenAI-compatible")
+    parser.add_argument("--judge_model", metavar="NAME", help="the model asked there")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
@@ -70,9 +76,7 @@ def run(arguments: list[str]) -> int:
     harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
     benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
     targets = {} if options.targets is None else read_targets(options.targets)
-    for name in filter(None, (options.judge, options.second_judge)):
-        if name not in JUDGES:
-            raise InputError(f"judge is {name!r}; {did_you_mean(name, JUDGES, 'expected ' + ', '.join(JUDGES))}")
+    _check_judges(options)
     for name in ("max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
@@ -186,15 +190,51 @@ def _attacker(attack: str, options: Any) -> Any:
     return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
 
 
-def _judge(name: str, victim: Victim, targets: dict[str, str]) -> Any:
-    from plot_align.redteam.judges import RefusalPrefixes, SandboxJudge, TargetLikelihood
+def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any) -> Any:
+    """The judge of that name.
+
+    Raises:
+        InputError: what it needs is not given or not there.
+    """
+    from plot_align.redteam import judges
 
     match name:
         case "prefixes":
-            return RefusalPrefixes()
+            return judges.RefusalPrefixes()
         case "sandbox":
-            return SandboxJudge()
-    return TargetLikelihood(victim, targets)
+            return judges.SandboxJudge()
+        case "likelihood":
+            return judges.TargetLikelihood(victim, targets)
+        case "harmbench":
+            prompts = judges.ClassifierPrompts.from_harmbench(options.harmbench)
+            return judges.HarmBenchClassifier.from_checkpoint(options.classifier, prompts, device=options.device)
+    from plot_align.endpoint import Endpoint
+
+    return judges.EndpointJudge(Endpoint(options.judge_url, options.judge_model))
+
+
+def _check_judges(options: Any) -> None:
+    """Before any attack, which may take hours, that each judge has what it needs."""
+    wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
+    for name in wanted:
+        if name not in JUDGES:
+            raise InputError(f"judge is {name!r}; {did_you_mean(name, JUDGES, 'expected ' + ', '.join(JUDGES))}")
+    if len(set(wanted)) < len(wanted):
+        raise InputError(f"--second_judge is {options.second_judge!r}, as the first one is; name another or none")
+    if "harmbench" in wanted:
+        from plot_align.redteam.judges import ClassifierPrompts
+
+        if options.harmbench is None:
+            raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
+        ClassifierPrompts.from_harmbench(options.harmbench)
+    if "likelihood" in wanted and options.targets is None:
+        raise InputError("judge likelihood needs the targets; name their file with --targets")
+    if "endpoint" in wanted:
+        from plot_align.endpoint import Endpoint
+
+        if options.judge_url is None or options.judge_model is None:
+            raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
+        Endpoint(options.judge_url, options.judge_model)
 
 
 def _measure(
@@ -217,8 +257,8 @@ def _measure(
     from plot_align.statistics import share
 
     answering = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
-    judge = _judge(options.judge, victim, targets)
-    second = _judge(options.second_judge, victim, targets) if options.second_judge else None
+    judge = _judge(options.judge, victim, targets, options)
+    second = _judge(options.second_judge, victim, targets, options) if options.second_judge else None
     found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}, "by_cases": {}, "by_steps": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
@@ -256,7 +296,7 @@ def _measure(
         answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
         generations = [answers[behavior.id][0]["generation"] for behavior in benign]
         # A judge of success alone cannot tell a refusal; the prefixes always can.
-        able = judge if options.judge == "sandbox" else _judge("prefixes", victim, targets)
+        able = judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options)
         verdicts = able.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
     found["refused"] = {b.id: float(bool(v.refused)) for b, v in zip(benign, verdicts, strict=True)}
     found["helped"] = {b.id: float(bool(v.helped)) for b, v in zip(benign, verdicts, strict=True)}
@@ -358,10 +398,21 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
             "models": _with_text_keys(measured),
             "skipped": skipped,
         },
-        config=vars(options),
+        config={**vars(options), **_addresses(options)},
         seed=options.seed,
     )
     console.print(f"record: {record}", markup=False, soft_wrap=True)
+
+
+def _addresses(options: Any) -> dict[str, str | None]:
+    """The endpoints as a record may hold them: an address can carry a password."""
+    from plot_align.endpoint import Endpoint
+
+    given = {
+        "attacker_url": (options.attacker_url, options.attacker),
+        "judge_url": (options.judge_url, options.judge_model),
+    }
+    return {name: Endpoint(url, model).label if url and model else None for name, (url, model) in given.items()}
 
 
 def _draw(measured: dict[str, dict[str, Any]], output: Path) -> None:

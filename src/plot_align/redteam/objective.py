@@ -295,8 +295,9 @@ class TargetObjective:
             embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], 1)  # (B, T, H)
         out = self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **options)
         logits = out.logits[:, -wanted:].float()  # (B, T_target, V)
-        target = self.target.expand(len(embeds), -1)  # (B, T_target)
-        losses = cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(-1)  # (B,)
+        target = self.target.repeat(len(embeds))  # (B * T_target,)
+        # Flat: with the vocabulary in the middle, as torch takes (B, V, T), the softmax strides through memory.
+        losses = cross_entropy(logits.flatten(0, 1), target, reduction="none").view(-1, wanted).mean(-1)  # (B,)
         return losses, None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
 
     @torch.no_grad()
