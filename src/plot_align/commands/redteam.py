@@ -261,16 +261,17 @@ def _measure(
     second = _judge(options.second_judge, victim, targets, options) if options.second_judge else None
     found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}, "by_cases": {}, "by_steps": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for attack in attacks:
             layout = Layout(options.output, attack.name, options.transfer_from or victim.name)
-            advance = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
+            advance, update = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
             steps = () if options.transfer_from else tuple(s for s in options.snapshots if s <= attack.steps)
             if options.transfer_from is None:
                 cases, failed = make_test_cases(
                     victim, attack, harmful, targets, layout,
-                    cases=options.cases, seed=options.seed, snapshots=steps, on_behavior=advance,
+                    cases=options.cases, seed=options.seed, snapshots=steps,
+                    on_behavior=advance, on_update=update,
                 )  # fmt: skip
             else:
                 cases, failed = _replayed(layout, harmful), {}
@@ -291,7 +292,7 @@ def _measure(
                 pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
                 found["agreement"][attack.name] = agreement(*pairs)
         layout = Layout(options.output, "Benign", victim.name)
-        advance = _bar(progress, f"{victim.name}: benign requests", len(benign))
+        advance, _ = _bar(progress, f"{victim.name}: benign requests", len(benign))
         cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
         answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
         generations = [answers[behavior.id][0]["generation"] for behavior in benign]
@@ -318,14 +319,17 @@ def _replayed(layout: Layout, harmful: list[Behavior]) -> dict[str, list[str]]:
     return {behavior.id: there[behavior.id] for behavior in harmful}
 
 
-def _bar(progress: Progress, description: str, total: int) -> Callable[[str], None]:
-    """A bar, and what moves it by one behaviour."""
-    task = progress.add_task(description, total=total)
+def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[str], None], Callable[[str, int], None]]:
+    """A bar: what moves it by one behaviour, and what shows the update step of the one under attack."""
+    task = progress.add_task(description, total=total, update="")
 
     def advance(behavior: str) -> None:
-        progress.advance(task)
+        progress.update(task, advance=1, update="")
 
-    return advance
+    def update(behavior: str, step: int) -> None:
+        progress.update(task, update=f"update {step}")
+
+    return advance, update
 
 
 def balance(success: float, helped: float) -> float:

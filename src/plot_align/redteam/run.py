@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from plot_align.redteam.judges import Judge
 from plot_align.redteam.victim import Victim
 
 OnBehavior = Callable[[str], None]
+OnUpdate = Callable[[str, int], None]
 BLOCK = 32  # behaviours answered together: fixed, as the batch can move a rounding and so an answer
 
 
@@ -41,6 +43,7 @@ def make_test_cases(
     seed: int = 0,
     snapshots: Sequence[int] = (),
     on_behavior: OnBehavior = lambda behavior: None,
+    on_update: OnUpdate = lambda behavior, step: None,
 ) -> tuple[TestCases, dict[str, str]]:
     """Attack every behaviour that has no test cases yet.
 
@@ -49,6 +52,7 @@ def make_test_cases(
         cases: test cases a behaviour; None: HarmBench's number.
         snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``.
         on_behavior: called with the id of each one that is finished.
+        on_update: called with the id of the one under attack and its update step.
 
     Returns:
         All test cases, and why an attack failed for each behaviour that has none: tried again by the next run.
@@ -79,7 +83,7 @@ def make_test_cases(
             on_behavior(behavior.id)
             continue
         request = Request(behavior, target, count, seed, tuple(snapshots))
-        result = attack.run(victim, request)
+        result = attack.run(victim, request, partial(on_update, behavior.id))
         if result.failed is not None:
             failed[behavior.id] = result.failed
         else:
