@@ -92,8 +92,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not _is_address(self.base_url):
             raise InputError(
-                f"base_url is {self.base_url!r}, but must be an address such as 'http://localhost:8000/v1': "
-                "pass it with http:// or https://."
+                "base_url is no address such as 'http://localhost:8000/v1': pass it with http:// or https:// "
+                "(what came is not shown, as it may hold a password)."
             )
         if not self.model:
             raise InputError("model is empty, but an endpoint is asked for a model by name: pass the server's name.")

@@ -87,7 +87,9 @@ def test_balance_by_hand() -> None:
         (["--judge", "prefix"], "did you mean 'prefixes'?"),
         (["--judge", "harmbench"], "name a checkout of it with --harmbench"),
         (["--judge", "endpoint"], "give --judge_url and --judge_model"),
-        (["--judge", "endpoint", "--judge_url", "nowhere", "--judge_model", "m"], "base_url is 'nowhere'"),
+        (["--judge", "endpoint", "--judge_url", "me:hunter2@nowhere", "--judge_model", "m"], "base_url is no address"),
+        (["--judge", "sandbox"], "sandbox"),
+        (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
         (["--second_judge", "prefixes"], "name another or none"),
         (["--attacks", "direct,direct"], "each once"),
@@ -99,6 +101,7 @@ def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, more: list[st
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert "hunter2" not in error
 
 
 def test_a_wrong_option_of_an_attack_and_a_tokenizer_without_a_template(
@@ -109,6 +112,9 @@ def test_a_wrong_option_of_an_attack_and_a_tokenizer_without_a_template(
     files["options.yaml"].write_text("gcg: {stepps: 1}", encoding="utf-8")
     assert main(command(tiny_base, files, "--targets", str(files["targets.json"]))) == 2
     assert "gcg has no option 'stepps'; did you mean 'steps'?" in capsys.readouterr().err
+    files["options.yaml"].write_text("gcg: {top_k: 2.5}", encoding="utf-8")
+    assert main(command(tiny_base, files, "--targets", str(files["targets.json"]))) == 2
+    assert "gcg: top_k is 2.5, expected int" in capsys.readouterr().err
 
 
 def test_curves_and_transfer(tiny_base: Path, files, tmp_path: Path, capsys) -> None:
@@ -180,3 +186,12 @@ def test_an_endpoint_judges_and_its_password_is_kept_nowhere(tiny_base: Path, fi
     assert rates["ASR, DirectRequest"][tiny_base.name]["value"] == 1.0
     assert rates["over-refusal"][tiny_base.name]["value"] == 1.0
     assert "hunter2" not in path.read_text(encoding="utf-8") + capsys.readouterr().out
+
+
+def test_a_silent_judge_is_no_proof_of_safety(tiny_base: Path, files, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Nobody listens at the address: the run fails and says so, and the answers are kept."""
+    monkeypatch.setattr("plot_align.endpoint.FIRST_WAIT", 0.0)
+    judge = ("--judge", "endpoint", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m")
+    assert main(command(tiny_base, files, "--attacks", "direct", *judge, "--output", str(tmp_path / "out"))) == 1
+    assert "the judge decided none of 2 answers" in capsys.readouterr().err
+    assert list((tmp_path / "out").glob("DirectRequest/default/completions/*.json"))

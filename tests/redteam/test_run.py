@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -101,6 +102,8 @@ def test_answers_are_given_once_a_block_and_again_where_cases_changed(victim: Vi
     asked: list[str] = []
 
     class Counting:
+        identity: ClassVar[dict[str, str]] = {"model": "m"}
+
         def answers(self, test_cases: list[str], **_: object) -> list[str]:
             asked.extend(test_cases)
             return [case.upper() for case in test_cases]
@@ -115,3 +118,22 @@ def test_answers_are_given_once_a_block_and_again_where_cases_changed(victim: Vi
     again = complete(Counting(), cases, path)  # type: ignore[arg-type]
     assert asked[BLOCK + 1 :] == ["another"]
     assert again[f"id{BLOCK}"] == [{"test_case": "another", "generation": "ANOTHER"}]
+
+
+def test_answers_of_other_weights_or_another_length_are_refused(
+    victim: Victim, tmp_path: Path, tiny_base: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path / "completions" / "tiny.json"
+    complete(victim, {"a": ["Hi"]}, path, max_new_tokens=3)
+    with pytest.raises(InputError, match="the answers there were made with another max_new_tokens"):
+        complete(victim, {"a": ["Hi"]}, path, max_new_tokens=4)
+    trained = AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        trained.lm_head.weight.add_(1e-3)
+    with pytest.raises(InputError, match="made with another model"):
+        complete(Victim(trained, victim.tokenizer, "tiny"), {"a": ["Hi"]}, path, max_new_tokens=3)
+    path.unlink()
+    complete(victim, {"a": ["Hi"]}, path, max_new_tokens=4)  # made again

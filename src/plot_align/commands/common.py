@@ -57,6 +57,19 @@ def length(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{text!r} came, expected a whole number or none") from None
 
 
+def check_dtype(name: str) -> None:
+    """The value of an option ``--dtype``.
+
+    Raises:
+        InputError: it is neither auto nor a floating-point dtype of torch.
+    """
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"--dtype is {name!r}, expected auto, float32, bfloat16 or float16")
+
+
 def first_line(error: BaseException) -> str:
     """The message of a foreign exception, shortened to one line for the user."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plot_align.commands.common import Parser, first_line, length, load_tokenizer
+from plot_align.commands.common import Parser, check_dtype, first_line, length, load_tokenizer
 from plot_align.errors import InputError
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -108,9 +108,7 @@ def _check(options: Any) -> None:
         raise InputError(f"--share is {options.share}, expected a share above 0 and at most 1, e.g. 0.05")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is {options.batch_size}, expected 1 or more")
-    dtype = getattr(torch, options.dtype, None)
-    if options.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputError(f"--dtype is {options.dtype!r}, expected auto, float32, bfloat16 or float16")
+    check_dtype(options.dtype)
     written = (options.output, filtering.scores_path(options.output))  # which also checks the ending
     if any(path.exists() and Path(options.data).exists() and path.samefile(options.data) for path in written):
         raise InputError(f"--output {options.output} would overwrite the data it is made from; name another file")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import Parser, did_you_mean, first_line, load_tokenizer
+from plot_align.commands.common import Parser, check_dtype, did_you_mean, first_line, load_tokenizer
 from plot_align.commands.options import read_yaml
-from plot_align.errors import InputError
+from plot_align.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,12 +51,14 @@ def make_parser() -> Parser:
     parser.add_argument("--transfer_from", metavar="NAME", help="replay the test cases made on this model here")
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
+    parser.add_argument("--attacker_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
     parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
     parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
     parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
     parser.add_argument("--judge_url", metavar="URL", help="of judge endpoint, OpenAI-compatible")
     parser.add_argument("--judge_model", metavar="NAME", help="the model asked there")
+    parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
@@ -76,7 +79,9 @@ def run(arguments: list[str]) -> int:
     harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
     benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
     targets = {} if options.targets is None else read_targets(options.targets)
-    _check_judges(options)
+    _check_judges(options, harmful, benign, targets)
+    _check_addresses(options)
+    check_dtype(options.dtype)
     for name in ("max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
@@ -168,13 +173,26 @@ def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
     for key in given:
         if key not in known:
             raise InputError(f"{name} has no option {key!r}; {did_you_mean(str(key), known, 'see the attack')}")
-    extra = {"attacker": _attacker(name, options)} if name in ("zero_shot", "sfs") else {}
-    try:
-        return kind(**extra, **given)
-    except TypeError as error:
-        raise InputError(
-            f"an option of {name} in {options.options} is of the wrong type ({error}); correct it"
-        ) from None
+    for key, value in given.items():
+        _check_type(name, key, value, str(next(field.type for field in fields(kind) if field.name == key)))
+    extra = {}
+    if name in ("zero_shot", "sfs"):
+        extra["attacker"] = None if options.transfer_from else _attacker(name, options)
+    return kind(**extra, **given)
+
+
+def _check_type(attack: str, option: str, value: Any, hint: str) -> None:
+    """Before the run, that a YAML value is of the option's type; ``hint`` as the class has it: ``int | None``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        "int": number and isinstance(value, int),
+        "float": number,
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    if not any(fits[part.strip()] for part in hint.split("|")):
+        raise InputError(f"{attack}: {option} is {value!r}, expected {hint.replace('None', 'null')}; correct it")
 
 
 def _attacker(attack: str, options: Any) -> Any:
@@ -185,7 +203,7 @@ def _attacker(attack: str, options: Any) -> Any:
     if options.attacker_url is not None:
         from plot_align.endpoint import Endpoint
 
-        return EndpointAttacker(Endpoint(options.attacker_url, options.attacker))
+        return EndpointAttacker(Endpoint(options.attacker_url, options.attacker, options.attacker_key))
     loaded = load_victim(options.attacker, options)
     return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
 
@@ -210,11 +228,14 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any) -> 
             return judges.HarmBenchClassifier.from_checkpoint(options.classifier, prompts, device=options.device)
     from plot_align.endpoint import Endpoint
 
-    return judges.EndpointJudge(Endpoint(options.judge_url, options.judge_model))
+    return judges.EndpointJudge(Endpoint(options.judge_url, options.judge_model, options.judge_key))
 
 
-def _check_judges(options: Any) -> None:
+def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior], targets: dict[str, str]) -> None:
     """Before any attack, which may take hours, that each judge has what it needs."""
+    from plot_align.redteam.behaviors import require_targets
+    from plot_align.redteam.judges import SandboxJudge
+
     wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
     for name in wanted:
         if name not in JUDGES:
@@ -227,14 +248,25 @@ def _check_judges(options: Any) -> None:
         if options.harmbench is None:
             raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
         ClassifierPrompts.from_harmbench(options.harmbench)
-    if "likelihood" in wanted and options.targets is None:
-        raise InputError("judge likelihood needs the targets; name their file with --targets")
-    if "endpoint" in wanted:
-        from plot_align.endpoint import Endpoint
+    if "likelihood" in wanted:
+        if options.targets is None:
+            raise InputError("judge likelihood needs the targets; name their file with --targets")
+        require_targets(harmful, targets, "judge likelihood")
+    if "sandbox" in wanted:  # it refuses a request that is not of its world
+        SandboxJudge().judge(harmful, [b.prompt for b in harmful], [""] * len(harmful))
+    if options.judge == "sandbox":
+        SandboxJudge().judge_benign(benign, [b.prompt for b in benign], [""] * len(benign))
+    if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
+        raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
 
-        if options.judge_url is None or options.judge_model is None:
-            raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
-        Endpoint(options.judge_url, options.judge_model)
+
+def _check_addresses(options: Any) -> None:
+    """That each endpoint is an address, and that the package for them is there."""
+    import importlib.util
+
+    labels = _addresses(options)
+    if any(labels.values()) and importlib.util.find_spec("openai") is None:
+        raise InputError('endpoints need the package openai, which is not installed; pip install "plot-align[api]"')
 
 
 def _measure(
@@ -259,12 +291,19 @@ def _measure(
     answering = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     judge = _judge(options.judge, victim, targets, options)
     second = _judge(options.second_judge, victim, targets, options) if options.second_judge else None
-    found: dict[str, Any] = {"attacks": {}, "failed": {}, "agreement": {}, "by_cases": {}, "by_steps": {}}
+    found: dict[str, Any] = {
+        "attacks": {},
+        "failed": {},
+        "agreement": {},
+        "by_cases": {},
+        "by_steps": {},
+        "undecided": {},
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for attack in attacks:
-            layout = Layout(options.output, attack.name, options.transfer_from or victim.name)
+            layout = Layout(options.output, attack.name, options.transfer_from or _experiment(attack, victim))
             advance, update = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
             steps = () if options.transfer_from else tuple(s for s in options.snapshots if s <= attack.steps)
             if options.transfer_from is None:
@@ -279,6 +318,10 @@ def _measure(
                 victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
             )  # fmt: skip
             results = label(judge, harmful, answers, layout.results(victim.name))
+            rows = [row for of_one in results.values() for row in of_one]
+            unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
+            _decided(f"{attack.name}'s cases", unsure, len(rows))
+            found["undecided"][attack.name] = {"n": len(unsure), "first": unsure[0] if unsure else None}
             found["attacks"][attack.name] = success_by_behavior(results)
             found["failed"][attack.name] = failed
             found["by_cases"][attack.name] = success_at_cases(results)
@@ -291,7 +334,7 @@ def _measure(
                 other = label(second, harmful, answers, layout.results(victim.name, options.second_judge))
                 pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
                 found["agreement"][attack.name] = agreement(*pairs)
-        layout = Layout(options.output, "Benign", victim.name)
+        layout = Layout(options.output, "Benign", _experiment(DirectRequest(), victim))
         advance, _ = _bar(progress, f"{victim.name}: benign requests", len(benign))
         cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
         answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
@@ -299,9 +342,34 @@ def _measure(
         # A judge of success alone cannot tell a refusal; the prefixes always can.
         able = judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options)
         verdicts = able.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
-    found["refused"] = {b.id: float(bool(v.refused)) for b, v in zip(benign, verdicts, strict=True)}
-    found["helped"] = {b.id: float(bool(v.helped)) for b, v in zip(benign, verdicts, strict=True)}
+    unsure = [v.reason for v in verdicts if v.refused is None]
+    _decided("benign requests", unsure, len(verdicts))
+    found["undecided"]["benign requests"] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+    decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
+    found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
+    found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
     return found
+
+
+def _experiment(attack: Attack, victim: Victim) -> str:
+    """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
+    if attack.white_box:
+        return victim.name
+    return Path(str(getattr(getattr(attack, "attacker", None), "name", "default"))).name
+
+
+def _decided(what: str, reasons: list[str], n: int) -> int:
+    """How many of ``n`` verdicts there are.
+
+    Raises:
+        RunError: none, and so no rate; the first reason is named.
+    """
+    if n and len(reasons) == n:
+        raise RunError(
+            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); the answers "
+            "are kept, so mend the judge and run the same again"
+        )
+    return n - len(reasons)
 
 
 def _replayed(layout: Layout, harmful: list[Behavior]) -> dict[str, list[str]]:
@@ -335,6 +403,8 @@ def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[st
 def balance(success: float, helped: float) -> float:
     """Harmonic mean of 1 − ASR and the share of benign requests helped with: 0 for a model that refuses everything."""
     safe = 1 - success
+    if math.isnan(safe + helped):
+        return math.nan
     return 2 * safe * helped / (safe + helped) if safe + helped > 0 else 0.0
 
 
@@ -346,7 +416,7 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
     from plot_align.statistics import holm, paired_difference, share
 
     console = Console(highlight=False)
-    table = Table("", *measured, title="95 % intervals over behaviours", title_justify="left")
+    table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
     for attack in first["attacks"]:
@@ -365,12 +435,16 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
     for attack in first["attacks"]:
         table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
     console.print(table)
+    if options.transfer_from:
+        console.print(f"test cases made on {options.transfer_from}", markup=False)
     console.print("balance: harmonic mean of 1 − ASR and benign requests helped; refusing everything gives 0")
     paired: dict[str, Any] = {}
     if len(measured) == 2:
         control, treated = measured.values()
         kinds = {f"ASR, {a}": (treated["attacks"][a], control["attacks"][a]) for a in control["attacks"]}
         kinds["over-refusal"] = (treated["refused"], control["refused"])
+        kinds["benign requests helped"] = (treated["helped"], control["helped"])
+        kinds = {name: (a, b) for name, (a, b) in kinds.items() if a.keys() & b.keys()}
         paired = {name: paired_difference(*both, seed=options.seed) for name, both in kinds.items()}
         adjusted = holm({name: entry["p"] for name, entry in paired.items()})
         console.print(
@@ -386,14 +460,20 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
                 f"{model}, {attack}: {options.judge} and {options.second_judge} agree on "
                 f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}", markup=False,
             )  # fmt: skip
+        for what, entry in result["undecided"].items():
+            if entry["n"]:
+                console.print(
+                    f"{model}: {entry['n']} verdicts on {what} undecided, counted as no success: {entry['first']}",
+                    markup=False,
+                )
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
                 console.print(f"{model}, {attack}: {behavior} has no test case: {reason}", markup=False)
-    _draw(measured, options.output)
+    _draw(measured, options.output, "-".join(measured) + _source(options))
     if skipped:
         console.print(f"{len(skipped)} copyright rows were left out and are not counted")
     record = write_record(
-        options.output / f"redteam-{'-'.join(measured)}.json",
+        options.output / f"redteam-{_what(measured, options)}.json",
         "redteam",
         {
             "rates": shown,
@@ -419,7 +499,17 @@ def _addresses(options: Any) -> dict[str, str | None]:
     return {name: Endpoint(url, model).label if url and model else None for name, (url, model) in given.items()}
 
 
-def _draw(measured: dict[str, dict[str, Any]], output: Path) -> None:
+def _source(options: Any) -> str:
+    return f"-cases-of-{options.transfer_from}" if options.transfer_from else ""
+
+
+def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
+    """Models, attacks and where the cases came from: another run of them must not overwrite this one's record."""
+    attacks = "-".join(name.strip() for name in options.attacks.split(","))
+    return f"{'-'.join(measured)}-{attacks}{_source(options)}"
+
+
+def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
     """A curve an attack: against the cases where there are several, against the steps where they were asked for."""
     from plot_align.redteam.curves import draw
 
@@ -428,7 +518,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path) -> None:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):
                 for ending in ("png", "svg"):
-                    draw(curves, xlabel, output / f"{attack}-{key}-{'-'.join(measured)}.{ending}")
+                    draw(curves, xlabel, output / f"{attack}-{key}-{name}.{ending}")
 
 
 def _with_text_keys(value: Any) -> Any:

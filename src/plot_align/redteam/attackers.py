@@ -135,6 +135,7 @@ _LABEL = re.compile(r"(\d{1,2}[.)]\s+|(\*\*)?(test |new )?(prompt|request)( ?\d+
 def clean(text: str) -> str:
     """The prompt in what an attacker wrote: without thoughts, a leading "1." or "Prompt:", quotes around it all."""
     text = _THOUGHTS.sub("", text, count=1) if _THOUGHTS.match(text) else text
+    text = text.encode("utf-8", "replace").decode()  # half an emoji, which no tokenizer reads
     while True:
         before = text
         text = text.strip()

@@ -2,6 +2,10 @@
 
 A suffix is a distribution over tokens at each place, softmax(θ / τ) of θ plus Gumbel noise; θ is optimised through the
 expected embedding while τ falls, and the answer is the most likely token of each place.
+
+Our reading in three points: θ starts at 12 for random tokens (the authors start at the text to be changed), ``noise``
+scales the Gumbel noise of every update, and the best tokens ever seen are returned. Ports of HarmBench start at small
+random θ with full noise, let the learning rate fall by a cosine, and return the last.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ class GCG:
         for name in ("steps", "search_width", "top_k", "suffix_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; expected 1 or more, or none for what fits.")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; each case has a random stream of its own."""

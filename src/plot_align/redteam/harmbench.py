@@ -16,6 +16,7 @@ from plot_align.files import complete_or_absent
 
 TestCases = dict[str, list[str]]
 Rows = dict[str, list[dict[str, Any]]]
+_FOLDERS = {"SFS": "FewShot"}  # HarmBench's name for it in files
 LABELS = (1, 0, -1)  # the attack succeeded, failed, or nobody could tell
 
 
@@ -29,7 +30,7 @@ class Layout:
 
     @property
     def folder(self) -> Path:
-        return self.base / self.method / self.experiment
+        return self.base / _FOLDERS.get(self.method, self.method) / self.experiment
 
     @property
     def test_cases(self) -> Path:

@@ -67,7 +67,7 @@ def make_test_cases(
         raise InputError(f"cases is {cases}, expected how many test cases a behaviour, 1 or more")
     made_by = {
         "attack": {"name": attack.name, **describe(attack)},
-        "model": victim.fingerprint if attack.white_box else None,
+        "victim": victim.identity if attack.white_box else None,
         "cases": count,
         "seed": seed,
         "snapshots": list(snapshots),
@@ -107,7 +107,14 @@ def complete(
     """The model's greedy answers to all test cases, those that ``path`` holds already read.
 
     An answer stands only as long as its test cases do: a behaviour whose cases changed is answered again.
+
+    Raises:
+        InputError: ``path`` holds answers of other weights, another chat template, dtype or length.
     """
+    answered_by = path.parent.parent / "answered_by" / path.name
+    if not path.exists():
+        answered_by.unlink(missing_ok=True)
+    _same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, "answers")
     found = harmbench.read_completions(path) if path.exists() else {}
 
     def current(behavior: str) -> bool:
@@ -140,7 +147,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     return results
 
 
-def _same_or_new(path: Path, content: Mapping[str, Any]) -> None:
+def _same_or_new(path: Path, content: Mapping[str, Any], what: str = "test cases") -> None:
     """Writes ``content``, or checks that it is what stands there.
 
     Raises:
@@ -153,10 +160,10 @@ def _same_or_new(path: Path, content: Mapping[str, Any]) -> None:
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise InputError(f"{path} is damaged; delete its folder to make the test cases again") from None
+        raise InputError(f"{path} is damaged; delete {path.parent.parent} to make the {what} again") from None
     if there != plain:
         differing = [key for key in plain if not isinstance(there, dict) or there.get(key) != plain[key]]
         raise InputError(
-            f"{path.parent} holds test cases made with another {' and '.join(differing)}; choose another output or "
-            "experiment, or delete the folder to make them again"
+            f"{path.parent} says that the {what} there were made with another {' and '.join(differing)}; choose "
+            f"another output, or delete {path.parent.parent} to make them again"
         )

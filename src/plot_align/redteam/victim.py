@@ -52,6 +52,12 @@ class Victim:
             digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What decides an answer besides the question: weights, chat template, dtype."""
+        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+        return {"model": self.fingerprint, "template": template, "dtype": str(self.model.dtype)}
+
     def target_ids(self, target: str) -> list[int]:
         """Token ids of a target, as it stands right after the chat template's generation prompt.
 
