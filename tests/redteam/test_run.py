@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.harmbench import Layout
-from plot_align.redteam.judges import RefusalPrefixes
+from plot_align.redteam.judges import Judged, RefusalPrefixes
 from plot_align.redteam.run import BLOCK, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 
@@ -137,3 +137,43 @@ def test_answers_of_other_weights_or_another_length_are_refused(
         complete(Victim(trained, victim.tokenizer, "tiny"), {"a": ["Hi"]}, path, max_new_tokens=3)
     path.unlink()
     complete(victim, {"a": ["Hi"]}, path, max_new_tokens=4)  # made again
+
+
+ASKED: list[str] = []
+
+
+@dataclass(frozen=True)
+class Costly:
+    """Says 1 to answers with an x and −1 to those with a question mark; what it is asked stands in ASKED."""
+
+    version: int = 1
+    name: str = "costly"
+
+    def judge(self, behaviors: list[Behavior], test_cases: list[str], generations: list[str]) -> list[Judged]:
+        if "stop" in generations:
+            raise KeyboardInterrupt
+        ASKED.extend(generations)
+        return [Judged(-1 if "?" in g else int("x" in g), None, None, "seen") for g in generations]
+
+    def judge_benign(self, *_: object) -> list[Judged]:
+        return []
+
+
+def test_labels_are_paid_for_once(tmp_path: Path) -> None:
+    behaviors = [Behavior(f"id{i}", "a") for i in range(BLOCK + 1)]
+    answers = {b.id: [{"test_case": "t", "generation": f"x{i}"}] for i, b in enumerate(behaviors)}
+    answers["id0"][0]["generation"] = "?"
+    last = answers[f"id{BLOCK}"][0]
+    last["generation"] = "stop"
+    path = tmp_path / "results" / "m.json"
+    ASKED.clear()
+    with pytest.raises(KeyboardInterrupt):  # in the second block
+        label(Costly(), behaviors, answers, path)
+    assert len(ASKED) == BLOCK
+    last["generation"] = "no"
+    results = label(Costly(), behaviors, answers, path)
+    assert ASKED[BLOCK:] == ["?", "no"]  # the undecided one again, and the one that is new
+    assert [row["label"] for rows in results.values() for row in rows] == [-1] + [1] * (BLOCK - 1) + [0]
+    assert harmbench.read_results(path) == results
+    label(Costly(version=2), behaviors, answers, path)
+    assert len(ASKED) == BLOCK + 2 + BLOCK + 1  # another judge is asked everything

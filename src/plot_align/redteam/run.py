@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,73 @@ def complete(
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
-    """The judge's labels, in HarmBench's results file; ``reason`` stands beside a label where the judge gives one."""
-    flat = [(behavior, row) for behavior in behaviors for row in completions.get(behavior.id, [])]
-    judged = judge.judge([b for b, _ in flat], [r["test_case"] for _, r in flat], [r["generation"] for _, r in flat])
-    results: Rows = {behavior.id: [] for behavior in behaviors if behavior.id in completions}
-    for (behavior, row), verdict in zip(flat, judged, strict=True):
-        reason = {"reason": verdict.reason} if verdict.reason else {}
-        results[behavior.id].append({**row, "label": verdict.label, **reason})
-    harmbench.write_json(path, results)
+    """The judge's labels, in HarmBench's results file; ``reason`` stands beside a label where the judge gives one.
+
+    Labels that the same judge gave to the same answers are kept, those of −1 are asked for again; each block of
+    behaviours is on disk before the next, as a judge may cost money.
+    """
+    judged_by = path.parent.parent / "judged_by" / path.parent.name / path.name
+    same = path.exists() and _content(judged_by) == json.loads(json.dumps(_identity(judge)))
+    known = _labels(harmbench.read_results(path)) if same else {}
+    harmbench.write_json(judged_by, _identity(judge))
+    wanted = [behavior for behavior in behaviors if behavior.id in completions]
+    results: Rows = {}
+    for start in range(0, len(wanted), BLOCK):
+        block = wanted[start : start + BLOCK]
+        flat = [(behavior, row) for behavior in block for row in completions[behavior.id]]
+        new = [(b, row) for b, row in flat if _key(b.id, row) not in known]
+        verdicts = judge.judge(
+            [b for b, _ in new], [r["test_case"] for _, r in new], [r["generation"] for _, r in new]
+        )
+        for (behavior, row), verdict in zip(new, verdicts, strict=True):
+            reason = {"reason": verdict.reason} if verdict.reason else {}
+            known[_key(behavior.id, row)] = {"label": verdict.label, **reason}
+        results.update({behavior.id: [] for behavior in block})
+        for behavior, row in flat:
+            results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
+        harmbench.write_json(path, results)
+    if not wanted:
+        harmbench.write_json(path, results)
     return results
+
+
+def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return behavior, row["test_case"], row["generation"]
+
+
+def _labels(results: Rows) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What is known already, by behaviour, test case and answer; undecided ones are not."""
+    return {
+        _key(behavior, row): {name: row[name] for name in ("label", "reason") if name in row}
+        for behavior, rows in results.items()
+        for row in rows
+        if row["label"] != -1
+    }
+
+
+def _identity(judge: Judge) -> dict[str, Any]:
+    """The judge's name and those of its options that JSON can hold; models and endpoints by their names."""
+    found: dict[str, Any] = {"name": judge.name}
+    for field in fields(judge):  # type: ignore[arg-type]
+        value = getattr(judge, field.name)
+        if isinstance(value, Victim):
+            value = value.identity
+        elif hasattr(value, "label"):  # an endpoint, whose address may hold a password
+            value = value.label
+        elif is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
+        elif not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
+            value = str(getattr(value, "name_or_path", type(value).__name__))
+        found[field.name] = value
+    return found
+
+
+def _content(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _same_or_new(path: Path, content: Mapping[str, Any], what: str = "test cases") -> None:
