@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Request
+from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.gbda import GBDA, temperature
 from plot_align.redteam.objective import TargetObjective, Vocabulary
@@ -82,6 +83,89 @@ def test_it_optimises_and_its_losses_are_those_of_its_cases(victim: Victim, atta
     assert result.snapshots[attack.steps] == result.cases
     assert all(case.startswith("How do I kill the king? ") for case in result.cases)
     assert attack.run(victim, request) == result
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, attack: PEZ | GBDA, victim: Victim, request: Request) -> list[list]:
+    """The tokens that each update of the attack arrives at."""
+    module = f"plot_align.redteam.{attack.name.lower()}"
+    tokens: list[list] = []
+
+    def spy(objective, start, update, steps, request, on_step):
+        tokens.append(start.tolist())
+        tokens.extend(update(step).tolist() for step in range(1, steps + 1))
+        return Attacked([])
+
+    monkeypatch.setattr(f"{module}.best_of_each", spy)
+    attack.run(victim, request)
+    return tokens
+
+
+def plain_loss(victim: Victim, objective: TargetObjective, rows: torch.Tensor) -> torch.Tensor:
+    """Sum over the cases of the target's mean cross-entropy, the whole conversation as embeddings. rows: (C, L, H)."""
+    embed = victim.model.get_input_embeddings()
+    total = rows.new_zeros(())
+    for row in rows:
+        whole = torch.cat([embed(objective.before), row, embed(objective.after), embed(objective.target)])
+        logps = victim.model(inputs_embeds=whole[None]).logits[0].log_softmax(-1)
+        start = len(whole) - len(objective.target)
+        total = total - torch.stack([logps[start - 1 + i, t] for i, t in enumerate(objective.target)]).mean()
+    return total
+
+
+class Adam:
+    """Kingma and Ba's algorithm 1, written out."""
+
+    def __init__(self) -> None:
+        self.m = self.v = 0.0
+        self.t = 0
+
+    def step(self, gradient: torch.Tensor, rate: float) -> torch.Tensor:
+        self.t += 1
+        self.m = 0.9 * self.m + 0.1 * gradient
+        self.v = 0.999 * self.v + 0.001 * gradient**2
+        return rate * (self.m / (1 - 0.9**self.t)) / ((self.v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+
+
+def test_pezs_updates_are_those_of_a_loop(victim: Victim, monkeypatch) -> None:
+    """Gradient at the nearest tokens, applied to the free embeddings, the rate falling by a cosine."""
+    steps, rate = 6, 0.3
+    request = Request(BEHAVIOR, TARGET, cases=2, seed=5)
+    found = captured(monkeypatch, PEZ(steps=steps, learning_rate=rate, suffix_tokens=4), victim, request)
+    objective = TargetObjective(victim, BEHAVIOR, TARGET, 4, Vocabulary.of(victim))
+    table = objective.embedding_table
+    free, adam = table[torch.tensor(found[0])].clone(), Adam()
+    expected = [found[0]]
+    for step in range(steps):
+        seen = table[objective.nearest(free)].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(plain_loss(victim, objective, seen), seen)
+        free = free - adam.step(gradient, rate * (1 + math.cos(math.pi * step / steps)) / 2)
+        expected.append(objective.nearest(free).tolist())
+    assert found == expected
+    assert found[0] != found[-1]
+
+
+def test_gbdas_updates_are_those_of_a_loop(victim: Victim, monkeypatch) -> None:
+    """θ through softmax((θ + noise · Gumbel) / τ), τ from 1 to 0.1; the noise drawn again from the same stream."""
+    steps, rate, noise = 6, 4.0, 0.7
+    request = Request(BEHAVIOR, TARGET, cases=2, seed=5)
+    attack = GBDA(steps=steps, learning_rate=rate, noise=noise, suffix_tokens=4)
+    found = captured(monkeypatch, attack, victim, request)
+    objective = TargetObjective(victim, BEHAVIOR, TARGET, 4, Vocabulary.of(victim))
+    table, allowed = objective.embedding_table, objective.allowed_by_place()
+    generator = request.generator("cpu", "GBDA")
+    assert objective.random_suffixes(2, generator).tolist() == found[0]
+    theta = torch.nn.functional.one_hot(torch.tensor(found[0]), len(table)) * 12.0  # (C, L, V)
+    adam, expected = Adam(), [found[0]]
+    for step in range(steps):
+        theta = theta.clone().requires_grad_()
+        uniform = torch.empty(theta.shape).exponential_(generator=generator)
+        scores = ((theta - noise * uniform.log()).double() / (1 - 0.9 * step / (steps - 1))).exp() * allowed
+        rows = (scores / scores.sum(-1, keepdim=True)).float() @ table
+        (gradient,) = torch.autograd.grad(plain_loss(victim, objective, rows), theta)
+        theta = theta.detach() - adam.step(gradient, rate)
+        expected.append(theta.masked_fill(~allowed, -torch.inf).argmax(-1).tolist())
+    assert found == expected
+    assert found[0] != found[-1]
 
 
 def test_a_sweep_of_uat_never_raises_the_loss(victim: Victim) -> None:
