@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from plot_align.cli import main
-from plot_align.commands.redteam import balance
 from plot_align.records import read_record
 from plot_align.redteam.behaviors import COLUMNS
 from plot_align.redteam.harmbench import read_results
+from plot_align.redteam.measure import balance
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align.commands.common import Parser, check_dtype, did_you_mean, first_line, load_tokenizer
 from plot_align.commands.options import read_yaml
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from plot_align.redteam.attack import Attack
     from plot_align.redteam.behaviors import Behavior
-    from plot_align.redteam.harmbench import Layout
     from plot_align.redteam.victim import Victim
 
 ATTACKS = ("direct", "random", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
@@ -96,7 +94,7 @@ def run(arguments: list[str]) -> int:
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
         raise InputError(f"both models are called {names[0]!r}, and their files would be the same; rename one folder")
-    measured = [_measure(load_victim(model, options), harmful, benign, targets, attacks, options) for model in models]
+    measured = [_measured(load_victim(model, options), harmful, benign, targets, attacks, options) for model in models]
     _report(dict(zip(names, measured, strict=True)), skipped, options)
     return 0
 
@@ -269,7 +267,7 @@ def _check_addresses(options: Any) -> None:
         raise InputError('endpoints need the package openai, which is not installed; pip install "plot-align[api]"')
 
 
-def _measure(
+def _measured(
     victim: Victim,
     harmful: list[Behavior],
     benign: list[Behavior],
@@ -277,114 +275,35 @@ def _measure(
     attacks: list[Attack],
     options: Any,
 ) -> dict[str, Any]:
-    """Per attack the success of every behaviour and the judges' agreement; of the benign ones refused and helped."""
+    """:func:`plot_align.redteam.measure.measure` under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from plot_align.redteam.curves import snapshot_cases, success_at_cases
-    from plot_align.redteam.direct import DirectRequest
-    from plot_align.redteam.harmbench import Layout, success_by_behavior
-    from plot_align.redteam.judges import agreement
-    from plot_align.redteam.run import complete, label, make_test_cases
-    from plot_align.statistics import share
+    from plot_align.redteam.measure import Budget, Judges, measure
 
-    answering = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size}
     judge = _judge(options.judge, victim, targets, options)
-    second = _judge(options.second_judge, victim, targets, options) if options.second_judge else None
-    found: dict[str, Any] = {
-        "attacks": {},
-        "failed": {},
-        "agreement": {},
-        "by_cases": {},
-        "by_steps": {},
-        "undecided": {},
-    }
+    judges = Judges(
+        judge,
+        # A judge of success alone cannot tell a refusal; the prefixes always can.
+        judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options),
+        _judge(options.second_judge, victim, targets, options) if options.second_judge else None,
+    )
+    budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        for attack in attacks:
-            layout = Layout(options.output, attack.name, options.transfer_from or _experiment(attack, victim))
-            advance, update = _bar(progress, f"{victim.name}: {attack.name}", 2 * len(harmful))
-            steps = () if options.transfer_from else tuple(s for s in options.snapshots if s <= attack.steps)
-            if options.transfer_from is None:
-                cases, failed = make_test_cases(
-                    victim, attack, harmful, targets, layout,
-                    cases=options.cases, seed=options.seed, snapshots=steps,
-                    on_behavior=advance, on_update=update,
-                )  # fmt: skip
-            else:
-                cases, failed = _replayed(layout, harmful), {}
-            answers = complete(
-                victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
-            )  # fmt: skip
-            results = label(judge, harmful, answers, layout.results(victim.name))
-            rows = [row for of_one in results.values() for row in of_one]
-            unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
-            _decided(f"{attack.name}'s cases", unsure, len(rows))
-            found["undecided"][attack.name] = {"n": len(unsure), "first": unsure[0] if unsure else None}
-            found["attacks"][attack.name] = success_by_behavior(results)
-            found["failed"][attack.name] = failed
-            found["by_cases"][attack.name] = success_at_cases(results)
-            for step in steps:
-                path = layout.folder / "steps" / f"{step}.json"
-                then = complete(victim, snapshot_cases(layout, list(cases), step), path, **answering)
-                rates = success_by_behavior(label(judge, harmful, then, path.with_suffix(".results.json")))
-                found["by_steps"].setdefault(attack.name, {})[step] = share(list(rates.values()))
-            if second is not None:
-                other = label(second, harmful, answers, layout.results(victim.name, options.second_judge))
-                pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
-                found["agreement"][attack.name] = agreement(*pairs)
-        layout = Layout(options.output, "Benign", _experiment(DirectRequest(), victim))
-        advance, _ = _bar(progress, f"{victim.name}: benign requests", len(benign))
-        cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
-        answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
-        generations = [answers[behavior.id][0]["generation"] for behavior in benign]
-        # A judge of success alone cannot tell a refusal; the prefixes always can.
-        able = judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options)
-        verdicts = able.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
-    unsure = [v.reason for v in verdicts if v.refused is None]
-    _decided("benign requests", unsure, len(verdicts))
-    found["undecided"]["benign requests"] = {"n": len(unsure), "first": unsure[0] if unsure else None}
-    decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
-    found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
-    found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
-    return found
-
-
-def _experiment(attack: Attack, victim: Victim) -> str:
-    """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
-    if attack.white_box:
-        return victim.name
-    return Path(str(getattr(getattr(attack, "attacker", None), "name", "default"))).name
-
-
-def _decided(what: str, reasons: list[str], n: int) -> int:
-    """How many of ``n`` verdicts there are.
-
-    Raises:
-        RunError: none, and so no rate; the first reason is named.
-    """
-    if n and len(reasons) == n:
-        raise RunError(
-            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); the answers "
-            "are kept, so mend the judge and run the same again"
+        return measure(
+            victim,
+            harmful,
+            benign,
+            targets,
+            attacks,
+            judges,
+            budget,
+            options.output,
+            transfer_from=options.transfer_from,
+            bar=lambda description, total: _bar(progress, f"{victim.name}: {description}", total),
         )
-    return n - len(reasons)
-
-
-def _replayed(layout: Layout, harmful: list[Behavior]) -> dict[str, list[str]]:
-    """The test cases made on another model, of the behaviours asked for.
-
-    Raises:
-        InputError: there are none, or not of all.
-    """
-    from plot_align.redteam.harmbench import read_test_cases
-
-    there = read_test_cases(layout.test_cases)
-    missing = [behavior.id for behavior in harmful if behavior.id not in there]
-    if missing:
-        raise InputError(f"{layout.test_cases} has no test cases for {missing[0]!r}; attack that model with it first")
-    return {behavior.id: there[behavior.id] for behavior in harmful}
 
 
 def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[str], None], Callable[[str, int], None]]:
@@ -400,19 +319,12 @@ def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[st
     return advance, update
 
 
-def balance(success: float, helped: float) -> float:
-    """Harmonic mean of 1 − ASR and the share of benign requests helped with: 0 for a model that refuses everything."""
-    safe = 1 - success
-    if math.isnan(safe + helped):
-        return math.nan
-    return 2 * safe * helped / (safe + helped) if safe + helped > 0 else 0.0
-
-
 def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from plot_align.records import write_record
+    from plot_align.redteam.measure import balance
     from plot_align.statistics import holm, paired_difference, share
 
     console = Console(highlight=False)

@@ -1,0 +1,174 @@
+"""Everything that is measured of one model: success under each attack, and what happens to benign requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError, RunError
+from plot_align.redteam.attack import Attack
+from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.curves import snapshot_cases, success_at_cases
+from plot_align.redteam.direct import DirectRequest
+from plot_align.redteam.harmbench import Layout, read_test_cases, success_by_behavior
+from plot_align.redteam.judges import Judge, agreement
+from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
+from plot_align.redteam.victim import Victim
+from plot_align.statistics import share
+
+Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Who decides: ``main`` on attacks, ``benign`` on refusals, ``second`` on attacks too, for the agreement."""
+
+    main: Judge
+    benign: Judge
+    second: Judge | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every model of a comparison is given alike.
+
+    Args:
+        cases: test cases a behaviour; None: HarmBench's number for each attack.
+        seed: of the attacks.
+        snapshots: update steps of the curve, ascending.
+        max_new_tokens: of an answer. batch_size: answers a pass.
+    """
+
+    cases: int | None = None
+    seed: int = 0
+    snapshots: tuple[int, ...] = ()
+    max_new_tokens: int = 512
+    batch_size: int = 32
+
+
+def _no_bar(description: str, total: int) -> tuple[OnBehavior, OnUpdate]:
+    return (lambda behavior: None), (lambda behavior, step: None)
+
+
+def measure(
+    victim: Victim,
+    harmful: Sequence[Behavior],
+    benign: Sequence[Behavior],
+    targets: Mapping[str, str],
+    attacks: Sequence[Attack],
+    judges: Judges,
+    budget: Budget,
+    output: Path,
+    *,
+    transfer_from: str | None = None,
+    bar: Bar = _no_bar,
+) -> dict[str, Any]:
+    """Attack, answer and judge, in HarmBench's folders below ``output``; whatever is there is not done again.
+
+    Args:
+        harmful, benign: what is asked for, with and without attacks.
+        targets: as in :func:`plot_align.redteam.run.make_test_cases`.
+        transfer_from: replay the test cases made on the model of this name in place of making any.
+        bar: called with a description and a total; returns what moves it.
+
+    Returns:
+        By attack: ``attacks`` (behaviour → success rate), ``failed`` (behaviour → why it has no case), ``by_cases``
+        and ``by_steps`` (the curves), ``agreement`` of the judges; ``undecided`` (n and the first reason);
+        ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+
+    Raises:
+        InputError: as in :mod:`plot_align.redteam.run`. RunError: a judge decided nothing.
+    """
+    answering: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
+    kinds = ("attacks", "failed", "agreement", "by_cases", "by_steps", "undecided")
+    found: dict[str, Any] = {kind: {} for kind in kinds}
+    for attack in attacks:
+        layout = Layout(output, attack.name, transfer_from or _experiment(attack, victim))
+        advance, update = bar(attack.name, 2 * len(harmful))
+        steps = () if transfer_from else tuple(s for s in budget.snapshots if s <= attack.steps)
+        if transfer_from is None:
+            cases, failed = make_test_cases(
+                victim, attack, harmful, targets, layout,
+                cases=budget.cases, seed=budget.seed, snapshots=steps,
+                on_behavior=advance, on_update=update,
+            )  # fmt: skip
+        else:
+            cases, failed = _replayed(layout, harmful), {}
+        answers = complete(
+            victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
+        )  # fmt: skip
+        results = label(judges.main, harmful, answers, layout.results(victim.name))
+        rows = [row for of_one in results.values() for row in of_one]
+        unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
+        _decided(f"{attack.name}'s cases", unsure, len(rows))
+        found["undecided"][attack.name] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+        found["attacks"][attack.name] = success_by_behavior(results)
+        found["failed"][attack.name] = failed
+        found["by_cases"][attack.name] = success_at_cases(results)
+        for step in steps:
+            path = layout.folder / "steps" / f"{step}.json"
+            then = complete(victim, snapshot_cases(layout, list(cases), step), path, **answering)
+            rates = success_by_behavior(label(judges.main, harmful, then, path.with_suffix(".results.json")))
+            found["by_steps"].setdefault(attack.name, {})[step] = share(list(rates.values()))
+        if judges.second is not None:
+            other = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
+            pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
+            found["agreement"][attack.name] = agreement(*pairs)
+    layout = Layout(output, "Benign", _experiment(DirectRequest(), victim))
+    advance, _ = bar("benign requests", len(benign))
+    cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
+    answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
+    generations = [answers[behavior.id][0]["generation"] for behavior in benign]
+    verdicts = judges.benign.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
+    unsure = [v.reason for v in verdicts if v.refused is None]
+    _decided("benign requests", unsure, len(verdicts))
+    found["undecided"]["benign requests"] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+    decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
+    found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
+    found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
+    return found
+
+
+def _experiment(attack: Attack, victim: Victim) -> str:
+    """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
+    if attack.white_box:
+        return victim.name
+    return Path(str(getattr(getattr(attack, "attacker", None), "name", "default"))).name
+
+
+def _decided(what: str, reasons: list[str], n: int) -> int:
+    """How many of ``n`` verdicts there are.
+
+    Raises:
+        RunError: none, and so no rate; the first reason is named.
+    """
+    if n and len(reasons) == n:
+        raise RunError(
+            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); the answers "
+            "are kept, so mend the judge and run the same again"
+        )
+    return n - len(reasons)
+
+
+def _replayed(layout: Layout, harmful: Sequence[Behavior]) -> dict[str, list[str]]:
+    """The test cases made on another model, of the behaviours asked for.
+
+    Raises:
+        InputError: there are none, or not of all.
+    """
+    there = read_test_cases(layout.test_cases)
+    missing = [behavior.id for behavior in harmful if behavior.id not in there]
+    if missing:
+        raise InputError(f"{layout.test_cases} has no test cases for {missing[0]!r}; attack that model with it first")
+    return {behavior.id: there[behavior.id] for behavior in harmful}
+
+
+def balance(success: float, helped: float) -> float:
+    """Harmonic mean of 1 − ASR and the share of benign requests helped with: 0 for a model that refuses everything."""
+    safe = 1 - success
+    if math.isnan(safe + helped):
+        return math.nan
+    return 2 * safe * helped / (safe + helped) if safe + helped > 0 else 0.0
