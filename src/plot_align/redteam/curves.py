@@ -50,17 +50,17 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, pat
     """One line a model with its 95 % interval, as a PNG or SVG by the ending of ``path``."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():
         steps = sorted(curve)
         values = [curve[step]["value"] for step in steps]
         low, high = zip(*(curve[step]["interval"] for step in steps), strict=True)
         (line,) = axes.plot(steps, values, marker="o", label=name)
-        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+        axes.fill_between(steps, low, high, alpha=0.3 / max(2, len(curves)), color=line.get_color())
     axes.set(xlabel=xlabel, ylabel="attack success rate", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     with complete_or_absent(path) as temporary:
         figure.savefig(temporary, dpi=150)
