@@ -59,6 +59,7 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, pat
         (line,) = axes.plot(steps, values, marker="o", label=name)
         axes.fill_between(steps, low, high, alpha=0.3 / max(2, len(curves)), color=line.get_color())
     axes.set(xlabel=xlabel, ylabel="attack success rate", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
