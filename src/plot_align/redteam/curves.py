@@ -49,6 +49,7 @@ def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestC
 def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, path: Path) -> None:
     """One line a model with its 95 % interval, as a PNG or SVG by the ending of ``path``."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -59,7 +60,7 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, pat
         (line,) = axes.plot(steps, values, marker="o", label=name)
         axes.fill_between(steps, low, high, alpha=0.3 / max(2, len(curves)), color=line.get_color())
     axes.set(xlabel=xlabel, ylabel="attack success rate", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
