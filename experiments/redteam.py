@@ -183,7 +183,8 @@ def main() -> None:
         output = options.output / f"seed{seed}"  # the base is attacked anew for every seed's requests
         for arm in (BASE, *ARMS):
             folder = folders.get((arm.name, seed), base)
-            jobs.append((folder, arm.name, attacker, seed, options.requests, output, output / f"{folder.name}.json"))
+            record = output / f"{folder.name}-{options.requests}.json"
+            jobs.append((folder, arm.name, attacker, seed, options.requests, output, record))
     waiting = [job for job in jobs if not job[-1].exists()]
     pool = [ProcessWorker(device, _prepare) for device in deal([], options.workers)]
     with Progress(console=Console(stderr=True)) as progress:

@@ -136,6 +136,10 @@ def test_curves_and_transfer(tiny_base: Path, files, tmp_path: Path, capsys) -> 
     assert main(command(other, files, *shared, "--transfer_from", tiny_base.name)) == 0
     folder = out / "GCG" / tiny_base.name / "completions"
     assert (folder / "other.json").read_bytes() == (folder / f"{tiny_base.name}.json").read_bytes()
+    # Attacks that look at no model run as always.
+    both = ("--attacks", "direct,gcg", "--output", str(out), "--transfer_from", tiny_base.name)
+    assert main(command(other, files, *both)) == 0
+    assert list((out / "DirectRequest" / "default" / "completions").glob("other.json"))
     assert main(command(other, files, *shared, "--transfer_from", "nobody")) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(command(other, files, *shared, "--snapshots", "1,x")) == 2

@@ -46,7 +46,7 @@ def make_parser() -> Parser:
     parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. gcg: {steps: 100}")
     parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
     parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
-    parser.add_argument("--transfer_from", metavar="NAME", help="replay the test cases made on this model here")
+    parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
     parser.add_argument("--attacker_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
     options.snapshots = _steps(options.snapshots)
     attacks = _attacks(options)
     for attack in attacks:
-        if attack.needs_target and options.transfer_from is None:
+        if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
     require_writable(options.output)
 
@@ -175,7 +175,8 @@ def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
         _check_type(name, key, value, str(next(field.type for field in fields(kind) if field.name == key)))
     extra = {}
     if name in ("zero_shot", "sfs"):
-        extra["attacker"] = None if options.transfer_from else _attacker(name, options)
+        replayed = options.transfer_from and kind.white_box
+        extra["attacker"] = None if replayed else _attacker(name, options)
     return kind(**extra, **given)
 
 
@@ -348,7 +349,7 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
         table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
     console.print(table)
     if options.transfer_from:
-        console.print(f"test cases made on {options.transfer_from}", markup=False)
+        console.print(f"white-box test cases made on {options.transfer_from}", markup=False)
     console.print("balance: harmonic mean of 1 − ASR and benign requests helped; refusing everything gives 0")
     paired: dict[str, Any] = {}
     if len(measured) == 2:

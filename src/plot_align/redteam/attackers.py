@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from plot_align.chat import continue_rows, prompt_ids, require_template
 from plot_align.endpoint import Endpoint
 from plot_align.errors import InputError
 from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.victim import model_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +27,10 @@ class Attacker(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def identity(self) -> object:
+        """What decides its texts, as JSON can hold it: prompts of two attackers are never mixed."""
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
@@ -52,6 +58,11 @@ class LocalAttacker:
         require_template(self.tokenizer)
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, but must be at least 1: pass a positive number.")
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Who writes, as it decides the texts."""
+        return {"name": self.name, **model_identity(self.model, self.tokenizer)}
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
@@ -95,6 +106,11 @@ class EndpointAttacker:
     @property
     def name(self) -> str:
         return self.endpoint.model
+
+    @property
+    def identity(self) -> str:
+        """Model and address, without what is secret in it."""
+        return self.endpoint.label
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int

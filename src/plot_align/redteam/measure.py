@@ -71,7 +71,7 @@ def measure(
     Args:
         harmful, benign: what is asked for, with and without attacks.
         targets: as in :func:`plot_align.redteam.run.make_test_cases`.
-        transfer_from: replay the test cases made on the model of this name in place of making any.
+        transfer_from: replay the white-box test cases made on the model of this name in place of making any.
         bar: called with a description and a total; returns what moves it.
 
     Returns:
@@ -86,10 +86,11 @@ def measure(
     kinds = ("attacks", "failed", "agreement", "by_cases", "by_steps", "undecided")
     found: dict[str, Any] = {kind: {} for kind in kinds}
     for attack in attacks:
-        layout = Layout(output, attack.name, transfer_from or _experiment(attack, victim))
+        replayed = transfer_from is not None and attack.white_box  # the cases of others are for any model
+        layout = Layout(output, attack.name, str(transfer_from) if replayed else _experiment(attack, victim))
         advance, update = bar(attack.name, 2 * len(harmful))
-        steps = () if transfer_from else tuple(s for s in budget.snapshots if s <= attack.steps)
-        if transfer_from is None:
+        steps = () if replayed else tuple(s for s in budget.snapshots if s <= attack.steps)
+        if not replayed:
             cases, failed = make_test_cases(
                 victim, attack, harmful, targets, layout,
                 cases=budget.cases, seed=budget.seed, snapshots=steps,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,8 @@ BLOCK = 32  # behaviours answered together: fixed, as the batch can move a round
 
 
 def describe(attack: Attack) -> dict[str, Any]:
-    """The attack's options as JSON; whoever writes its prompts is told by name."""
-    values = {field.name: getattr(attack, field.name) for field in fields(attack)}  # type: ignore[arg-type]
-    return {name: getattr(value, "name", value) for name, value in values.items()}
+    """The attack's options as JSON; whoever writes its prompts stands there as its identity."""
+    return {name: getattr(value, "identity", value) for name, value in vars(attack).items()}
 
 
 def make_test_cases(
@@ -72,14 +71,14 @@ def make_test_cases(
         "seed": seed,
         "snapshots": list(snapshots),
     }
-    _same_or_new(layout.folder / "options.json", made_by)
+    _same_or_new(layout.folder / "options.json", made_by, layout.folder)
     failed: dict[str, str] = {}
     for behavior in behaviors:
         folder = layout.behavior_folder(behavior.id)
         target = targets.get(behavior.id, "") if attack.needs_target else ""
         asked = {"behavior": asdict(behavior), "target": target}
         if (folder / "test_cases.json").exists():
-            _same_or_new(folder / "request.json", asked)
+            _same_or_new(folder / "request.json", asked, folder)
             on_behavior(behavior.id)
             continue
         request = Request(behavior, target, count, seed, tuple(snapshots))
@@ -111,10 +110,10 @@ def complete(
     Raises:
         InputError: ``path`` holds answers of other weights, another chat template, dtype or length.
     """
-    answered_by = path.parent.parent / "answered_by" / path.name
+    answered_by = _beside(path, "answered_by")
     if not path.exists():
         answered_by.unlink(missing_ok=True)
-    _same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, "answers")
+    _same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, path)
     found = harmbench.read_completions(path) if path.exists() else {}
 
     def current(behavior: str) -> bool:
@@ -138,13 +137,18 @@ def complete(
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
     """The judge's labels, in HarmBench's results file; ``reason`` stands beside a label where the judge gives one.
 
-    Labels that the same judge gave to the same answers are kept, those of −1 are asked for again; each block of
-    behaviours is on disk before the next, as a judge may cost money.
+    Labels that the same judge gave to the same answers are kept, those of −1 are asked for again, those of another
+    judge are made anew. Each block of behaviours is on disk before the next, as a judge may cost money.
     """
-    judged_by = path.parent.parent / "judged_by" / path.parent.name / path.name
-    same = path.exists() and _content(judged_by) == json.loads(json.dumps(_identity(judge)))
-    known = _labels(harmbench.read_results(path)) if same else {}
-    harmbench.write_json(judged_by, _identity(judge))
+    judged_by = _beside(path, "judged_by")
+    identity = _plain(_identity(judge))
+    before: Rows = {}
+    if path.exists() and _content(judged_by) == identity:
+        before = harmbench.read_results(path)
+    else:
+        path.unlink(missing_ok=True)  # first: killed here, no label of another judge passes for this one's
+        harmbench.write_json(judged_by, identity)
+    known = _labels(before)
     wanted = [behavior for behavior in behaviors if behavior.id in completions]
     results: Rows = {}
     for start in range(0, len(wanted), BLOCK):
@@ -160,10 +164,20 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
         results.update({behavior.id: [] for behavior in block})
         for behavior, row in flat:
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
-        harmbench.write_json(path, results)
-    if not wanted:
-        harmbench.write_json(path, results)
+        if new:
+            harmbench.write_json(path, {**before, **results})  # what is paid for and not yet reached stays
+    harmbench.write_json(path, results)
     return results
+
+
+def _beside(path: Path, what: str) -> Path:
+    """Where it stands who made ``path``: apart from HarmBench's own folders, whose files a program may list."""
+    return path.parent.parent / what / path.parent.name / path.name
+
+
+def _plain(content: Mapping[str, Any]) -> Any:
+    """As it reads back from JSON."""
+    return json.loads(json.dumps(content))
 
 
 def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -183,8 +197,7 @@ def _labels(results: Rows) -> dict[tuple[str, str, str], dict[str, Any]]:
 def _identity(judge: Judge) -> dict[str, Any]:
     """The judge's name and those of its options that JSON can hold; models and endpoints by their names."""
     found: dict[str, Any] = {"name": judge.name}
-    for field in fields(judge):  # type: ignore[arg-type]
-        value = getattr(judge, field.name)
+    for name, value in vars(judge).items():
         if isinstance(value, Victim):
             value = value.identity
         elif hasattr(value, "label"):  # an endpoint, whose address may hold a password
@@ -193,7 +206,7 @@ def _identity(judge: Judge) -> dict[str, Any]:
             value = asdict(value)
         elif not isinstance(value, (str, int, float, dict, list, tuple, type(None))):
             value = str(getattr(value, "name_or_path", type(value).__name__))
-        found[field.name] = value
+        found[name] = value
     return found
 
 
@@ -205,23 +218,22 @@ def _content(path: Path) -> Any:
         return None
 
 
-def _same_or_new(path: Path, content: Mapping[str, Any], what: str = "test cases") -> None:
-    """Writes ``content``, or checks that it is what stands there.
+def _same_or_new(record: Path, content: Mapping[str, Any], made: Path) -> None:
+    """Writes who made ``made`` into ``record``, or checks that it is who stands there.
 
     Raises:
         InputError: something else stands there.
     """
-    plain = json.loads(json.dumps(content))
-    if not path.exists():
-        harmbench.write_json(path, plain)
+    plain = _plain(content)
+    if not record.exists():
+        harmbench.write_json(record, plain)
         return
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} is damaged; delete {path.parent.parent} to make the {what} again") from None
-    if there != plain:
-        differing = [key for key in plain if not isinstance(there, dict) or there.get(key) != plain[key]]
+    there = _content(record)
+    if not isinstance(there, dict):
+        raise InputError(f"{record} is damaged, so nobody knows who made {made}; delete both to make them again")
+    differing = [key for key in plain if there.get(key) != plain[key]]
+    if differing:
         raise InputError(
-            f"{path.parent} says that the {what} there were made with another {' and '.join(differing)}; choose "
-            f"another output, or delete {path.parent.parent} to make them again"
+            f"{made} was made with another {' and '.join(differing)}; choose another output, or delete {made} to make "
+            "it again"
         )

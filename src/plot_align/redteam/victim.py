@@ -43,20 +43,9 @@ class Victim:
         return self.model.device
 
     @cached_property
-    def fingerprint(self) -> str:
-        """A digest of the weights: of the shape and a sample of every parameter."""
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # (≤ 8192,)
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-    @property
     def identity(self) -> dict[str, str]:
-        """What decides an answer besides the question: weights, chat template, dtype."""
-        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
-        return {"model": self.fingerprint, "template": template, "dtype": str(self.model.dtype)}
+        """See :func:`model_identity`."""
+        return model_identity(self.model, self.tokenizer)
 
     def target_ids(self, target: str) -> list[int]:
         """Token ids of a target, as it stands right after the chat template's generation prompt.
@@ -81,3 +70,17 @@ class Victim:
         rows = [prompt + self.target_ids(target) for prompt, target in zip(prompts, targets, strict=True)]
         sums, counts = tail_logps(self.model, rows, [len(prompt) for prompt in prompts], batch_size=batch_size)
         return (-sums / counts).tolist()
+
+
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What decides an answer besides the question: weights, chat template, dtype.
+
+    The weights as a digest of the shape and a sample of every parameter: folders may share a name.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # (≤ 8192,)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
+    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+    return {"model": digest.hexdigest()[:16], "template": template, "dtype": str(model.dtype)}
