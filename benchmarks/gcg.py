@@ -57,8 +57,9 @@ class Ours(Checkpoint):
     def start(self, prompt: str, target: str, suffix_tokens: int) -> dict[str, Any]:
         """The text of the initial suffix, which nanoGCG is then given."""
         from plot_align.redteam.behaviors import Behavior
-        from plot_align.redteam.objective import TargetObjective, Vocabulary
+        from plot_align.redteam.objective import TargetObjective
         from plot_align.redteam.victim import Victim
+        from plot_align.redteam.vocabulary import Vocabulary
 
         self.victim = Victim(self.model, self.tokenizer, "victim")
         self.behavior = Behavior(id="benchmark", text=prompt)

@@ -94,7 +94,10 @@ def run(arguments: list[str]) -> int:
     names = [Path(model).name for model in models]
     if len(set(names)) < len(names):
         raise InputError(f"both models are called {names[0]!r}, and their files would be the same; rename one folder")
-    measured = [_measured(load_victim(model, options), harmful, benign, targets, attacks, options) for model in models]
+    loaded: dict[str, Any] = {}
+    measured = [
+        _measured(load_victim(model, options), harmful, benign, targets, attacks, options, loaded) for model in models
+    ]
     _report(dict(zip(names, measured, strict=True)), skipped, options)
     return 0
 
@@ -207,12 +210,22 @@ def _attacker(attack: str, options: Any) -> Any:
     return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
 
 
-def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any) -> Any:
-    """The judge of that name.
+def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loaded: dict[str, Any]) -> Any:
+    """The judge of that name; but for the one that looks at the victim, ``loaded`` keeps it for the next model.
 
     Raises:
         InputError: what it needs is not given or not there.
     """
+    from plot_align.redteam.judges import TargetLikelihood
+
+    if name == "likelihood":
+        return TargetLikelihood(victim, targets)
+    if name not in loaded:
+        loaded[name] = _load_judge(name, options)
+    return loaded[name]
+
+
+def _load_judge(name: str, options: Any) -> Any:
     from plot_align.redteam import judges
 
     match name:
@@ -220,8 +233,6 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any) -> 
             return judges.RefusalPrefixes()
         case "sandbox":
             return judges.SandboxJudge()
-        case "likelihood":
-            return judges.TargetLikelihood(victim, targets)
         case "harmbench":
             prompts = judges.ClassifierPrompts.from_harmbench(options.harmbench)
             return judges.HarmBenchClassifier.from_checkpoint(options.classifier, prompts, device=options.device)
@@ -275,6 +286,7 @@ def _measured(
     targets: dict[str, str],
     attacks: list[Attack],
     options: Any,
+    loaded: dict[str, Any],
 ) -> dict[str, Any]:
     """:func:`plot_align.redteam.measure.measure` under a progress bar."""
     from rich.console import Console
@@ -282,12 +294,12 @@ def _measured(
 
     from plot_align.redteam.measure import Budget, Judges, measure
 
-    judge = _judge(options.judge, victim, targets, options)
+    judge = _judge(options.judge, victim, targets, options, loaded)
     judges = Judges(
         judge,
         # A judge of success alone cannot tell a refusal; the prefixes always can.
-        judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options),
-        _judge(options.second_judge, victim, targets, options) if options.second_judge else None,
+        judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
+        _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
     )
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from plot_align.errors import InputError
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
 
@@ -60,6 +61,18 @@ class Attacked:
     trace: list[float] = field(default_factory=list)
     snapshots: dict[int, list[str]] = field(default_factory=dict)
     failed: str | None = None
+
+
+def require_counts(attack: object, *names: str) -> None:
+    """Each of the attack's options ``names`` is 1 or more.
+
+    Raises:
+        InputError: one is less.
+    """
+    for name in names:
+        value = getattr(attack, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; expected 1 or more.")
 
 
 class Attack(Protocol):

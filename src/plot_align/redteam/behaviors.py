@@ -176,28 +176,50 @@ def read_targets(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         InputError: the file cannot be read, is no such JSON object, names an id twice, or has an empty target.
     """
-    try:
-        pairs = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_Pairs)
-    except OSError as error:
-        raise InputError(f"targets {path} cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
-        raise InputError(f'targets {path} is not complete JSON; expected {{"BehaviorID": "Sure, here …"}}') from None
-    if not isinstance(pairs, _Pairs):
-        raise InputError(f'targets {path} is not a JSON object; expected {{"BehaviorID": "Sure, here …"}}')
-    targets: dict[str, str] = {}
-    for identity, target in pairs:
-        if identity in targets:
-            raise InputError(f"targets {path} names {identity!r} twice; keep one of them")
+    targets = read_json_object(path, "targets", '"Sure, here …"')
+    for identity, target in targets.items():
         if not isinstance(target, str) or not target.strip():
             raise InputError(
                 f"targets {path}: that of {identity!r} is not a text; write how a complying answer begins"
             )
-        targets[identity] = target
     return targets
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object with its repeated keys."""
+def read_json_object(path: str | os.PathLike[str], what: str, shape: str) -> dict[str, Any]:
+    """A JSON file of HarmBench: an object by BehaviorID.
+
+    Args:
+        what: what the file holds, ``shape``: how a value looks, both for the message.
+
+    Raises:
+        InputError: the file cannot be read, is damaged, is no object, or names a key twice.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    except _RepeatedKeyError as error:
+        raise InputError(f"{what} {path} names {error.args[0]!r} twice; keep one of them") from None
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise InputError(
+            f"{what} {path} is not complete JSON, so it is damaged; delete it to make it again, or get it anew"
+        ) from None
+    if not isinstance(content, dict):
+        raise InputError(f'{what} {path} is not a JSON object; expected {{"BehaviorID": {shape}}}')
+    return content
+
+
+class _RepeatedKeyError(Exception):
+    """Of a JSON object; Python's reader would keep the last value and say nothing."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _RepeatedKeyError(key)
+        found[key] = value
+    return found
 
 
 def require_targets(behaviors: Sequence[Behavior], targets: Mapping[str, str], attack: str) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
-from plot_align.redteam.objective import TargetObjective, Vocabulary, best_of_each
+from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary
 
 START = 12.0  # of θ at the initial tokens, 0 elsewhere, as the authors begin
 
@@ -48,9 +49,7 @@ class GBDA:
     white_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "suffix_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        require_counts(self, "steps", "suffix_tokens")
         if not self.learning_rate > 0 or self.noise < 0:
             raise InputError(
                 f"learning_rate is {self.learning_rate} and noise {self.noise}; expected a positive rate and a noise "

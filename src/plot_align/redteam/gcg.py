@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
-from plot_align.redteam.objective import TargetObjective, Vocabulary
+from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,7 @@ class GCG:
     white_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "search_width", "top_k", "suffix_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; expected 1 or more, or none for what fits.")
+        require_counts(self, "steps", "search_width", "top_k", "suffix_tokens", "batch_size")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; each case has a random stream of its own."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from plot_align.errors import InputError
 from plot_align.files import complete_or_absent
+from plot_align.redteam.behaviors import read_json_object
 
 TestCases = dict[str, list[str]]
 Rows = dict[str, list[dict[str, Any]]]
@@ -116,33 +117,11 @@ def _is_completion(row: Any) -> bool:
 
 
 def _read(path: str | os.PathLike[str], what: str, shape: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except _RepeatedKeyError as error:
-        raise InputError(f"{what} {path} names {error.args[0]!r} twice; keep one of them") from None
-    except OSError as error:
-        raise InputError(f"{what} {path} cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
-        raise InputError(f"{what} {path} is not complete JSON, so it is damaged; delete it to make it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f'{what} {path} is not a JSON object; expected {{"BehaviorID": {shape}}}')
+    content = read_json_object(path, what, shape)
     for behavior, rows in content.items():
         if not isinstance(rows, list) or not all(map(fits, rows)):
             raise InputError(f"{what} {path}: what stands under {behavior!r} is not of the form {shape}; correct it")
     return content
-
-
-class _RepeatedKeyError(Exception):
-    """Of a JSON object; Python's reader would keep the last value and say nothing."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _RepeatedKeyError(key)
-        found[key] = value
-    return found
 
 
 def success_by_behavior(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, float]:

@@ -11,56 +11,25 @@ the head sees the target's positions only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from plot_align.errors import InputError
 from plot_align.redteam.attack import Attacked, OnStep, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary, encode, texts_in_context
 
 _FILLERS = ("x", "!", "a", "the", "I", "and", "of")
 _CPU_BATCH = 64  # candidates a pass: more do not run faster on a CPU, and their activations leave its caches
 
 KeysValues = list[tuple[Tensor, Tensor]]  # a layer: (1, heads, T, head width) each
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Which tokens an attack may use.
-
-    Attributes:
-        anywhere: (V,) bool: text of its own, no special token, no padding row of the model, and by default printable
-            ASCII only.
-        first: (V,) bool: those that keep the suffix apart from the behaviour by a space.
-    """
-
-    anywhere: Tensor
-    first: Tensor
-
-    @classmethod
-    def of(cls, victim: Victim, *, non_ascii: bool = False) -> Vocabulary:
-        """``non_ascii`` allows any character."""
-        tokenizer = victim.tokenizer
-        rows = victim.model.get_input_embeddings().weight.size(0)
-        size = min(len(tokenizer), rows)
-        texts = _texts_in_context(tokenizer, torch.arange(size)[:, None])
-        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        anywhere = torch.zeros(rows, dtype=torch.bool)  # (V,)
-        first = torch.zeros(rows, dtype=torch.bool)  # (V,)
-        for token, text in enumerate(texts):
-            written = bool(text.strip()) and "\ufffd" not in text
-            if token in special or not written or not (non_ascii or (text.isascii() and text.isprintable())):
-                continue
-            anywhere[token] = True
-            first[token] = text.startswith(" ")
-        return cls(anywhere.to(victim.device), first.to(victim.device))
 
 
 class TargetObjective:
@@ -125,12 +94,12 @@ class TargetObjective:
         # The target's last token is predicted and never read.
         self._tail = torch.cat([self.after, self.target[:-1]])  # (T_after + T_target - 1,)
         # A tokenizer that writes the separating space as a token of its own has it in ``before``.
-        joined = _texts_in_context(tokenizer, self.initial[None, :1])[0].startswith(" ")
+        joined = texts_in_context(tokenizer, self.initial[None, :1])[0].startswith(" ")
         self.first = self.vocabulary.first if joined else self.vocabulary.anywhere  # (V,)
 
     def _vocabulary_fillers(self) -> list[str]:
         tokens = self.vocabulary.first.nonzero()[:200]  # (≤ 200, 1)
-        return [text.strip() for text in _texts_in_context(self.victim.tokenizer, tokens.cpu())]
+        return [text.strip() for text in texts_in_context(self.victim.tokenizer, tokens.cpu())]
 
     def _split(self, suffix: str) -> tuple[list[int], list[int], list[int], str, str] | None:
         """(before, suffix, after) as token ids, and the text around the suffix; None where tokens cross a border."""
@@ -159,7 +128,7 @@ class TargetObjective:
 
     def suffix_texts(self, suffixes: Tensor) -> list[str]:
         """What stands between the behaviour and the end of the user's turn. suffixes: (B, L)."""
-        texts = _texts_in_context(self.victim.tokenizer, suffixes)
+        texts = texts_in_context(self.victim.tokenizer, suffixes)
         return texts if self.first is self.vocabulary.first else [f" {text}" for text in texts]
 
     def test_cases(self, suffixes: Tensor) -> list[str]:
@@ -177,7 +146,7 @@ class TargetObjective:
         """
         texts = self.suffix_texts(suffixes)
         whole = [self._head_text + text + self._tail_text for text in texts]
-        rows = _encode(self.victim.tokenizer, whole)
+        rows = encode(self.victim.tokenizer, whole)
         head, tail = self.before.tolist(), self.after.tolist()
         wanted = [head + row + tail for row in suffixes.tolist()]
         # A template that trims the turn would eat a trailing space.
@@ -198,8 +167,8 @@ class TargetObjective:
 
     def nearest(self, embeds: Tensor) -> Tensor:
         """The allowed token of each place with the largest cosine similarity. embeds: (C, L, H) → (C, L)."""
-        table = normalize(self.embedding_table.float(), dim=-1)  # (V, H)
-        similarity = normalize(embeds.float(), dim=-1) @ table.T  # (C, L, V)
+        # The length of an embedding moves all its similarities alike, and so not their order.
+        similarity = embeds.float() @ self.embedding_table.float().T / self._table_norms  # (C, L, V)
         return similarity.masked_fill(~self.allowed_by_place(), -torch.inf).argmax(-1)
 
     # ------------------------------------------------------------------------------------------ losses
@@ -271,16 +240,19 @@ class TargetObjective:
             self._focus = (suffix.clone(), known)
         return float(losses.detach()), (slope[0] @ table.T).float()
 
-    @property
+    @cached_property
     def embedding_table(self) -> Tensor:
         """(V, H): what each token id looks like to the model; some models scale their embedding's rows."""
-        if not hasattr(self, "_table"):
-            embedding = self.model.get_input_embeddings()
-            weight = embedding.weight.detach()
-            with torch.no_grad():
-                plain = torch.equal(embedding(torch.zeros(1, dtype=torch.long, device=weight.device))[0], weight[0])
-                self._table = weight if plain else embedding(torch.arange(len(weight), device=weight.device))
-        return self._table
+        embedding = self.model.get_input_embeddings()
+        weight = embedding.weight.detach()
+        with torch.no_grad():
+            plain = torch.equal(embedding(torch.zeros(1, dtype=torch.long, device=weight.device))[0], weight[0])
+            return weight if plain else embedding(torch.arange(len(weight), device=weight.device))
+
+    @cached_property
+    def _table_norms(self) -> Tensor:
+        """(V,); not zero, which a row of padding may be."""
+        return self.embedding_table.float().norm(dim=-1).clamp_min(1e-12)
 
     def _forward(self, embeds: Tensor, known: KeysValues | None) -> tuple[Tensor, KeysValues | None]:
         """Losses (B,) after ``known`` tokens, and the keys and values of all; without ``known``, after ``before``."""
@@ -335,19 +307,3 @@ def best_of_each(
         on_step(step)
     cases = objective.test_cases(best)
     return Attacked(cases, least.tolist(), trace, {step: snapshots.get(step, cases) for step in request.snapshots})
-
-
-def _texts_in_context(tokenizer: object, rows: Tensor) -> list[str]:
-    """Text of each row (B, L) as it stands after other text: SentencePiece drops a leading space at the start."""
-    anchor = tokenizer("a", add_special_tokens=False).input_ids  # type: ignore[operator]
-    prefix = len(tokenizer.decode(anchor))  # type: ignore[attr-defined]
-    texts = tokenizer.batch_decode([anchor + row for row in rows.tolist()], clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
-    return [text[prefix:] for text in texts]
-
-
-def _encode(tokenizer: object, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, special tokens only where the text spells them."""
-    if getattr(tokenizer, "is_fast", False):
-        backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-        return [row.ids for row in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    return tokenizer(list(texts), add_special_tokens=False).input_ids  # type: ignore[operator]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
-from plot_align.redteam.objective import TargetObjective, Vocabulary, best_of_each
+from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class PEZ:
     white_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "suffix_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        require_counts(self, "steps", "suffix_tokens")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number.")
 
@@ -57,14 +56,17 @@ class PEZ:
         optimizer = torch.optim.Adam([free], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
 
+        tokens = objective.nearest(free.detach())  # (C, L)
+
         def update(step: int) -> Tensor:
-            tokens = objective.nearest(free.detach())  # (C, L)
+            nonlocal tokens
             seen = straight_through(free, table[tokens])  # (C, L, H)
             losses = objective.soft_losses(seen)  # (C,)
             (free.grad,) = torch.autograd.grad(losses.sum(), free)
             optimizer.step()
             schedule.step()
-            return objective.nearest(free.detach())
+            tokens = objective.nearest(free.detach())
+            return tokens
 
         return best_of_each(objective, start, update, self.steps, request, on_step)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
-from plot_align.redteam.objective import TargetObjective, Vocabulary
+from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class RandomSuffix:
     steps: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if self.suffix_tokens < 1:
-            raise InputError(f"suffix_tokens is {self.suffix_tokens}; expected 1 or more.")
+        require_counts(self, "suffix_tokens")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """One draw a case."""

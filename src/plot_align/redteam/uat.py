@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
+from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
 from plot_align.redteam.gcg import promising_tokens
-from plot_align.redteam.objective import TargetObjective, Vocabulary, best_of_each
+from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
+from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class UAT:
     white_box: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "candidates", "suffix_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+        require_counts(self, "steps", "candidates", "suffix_tokens")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; the first case starts from the filler, the others from random tokens of their own."""

@@ -1,0 +1,72 @@
+"""Which tokens an attack may use, and text and tokens of many suffixes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from plot_align.redteam.victim import Victim
+
+# Reading a vocabulary of 100,000 tokens takes a second, and every behaviour of a run asks for the same one.
+_READ: WeakKeyDictionary[Any, dict[bool, Vocabulary]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which tokens an attack may use.
+
+    Attributes:
+        anywhere: (V,) bool: text of its own, no special token, no padding row of the model, and by default printable
+            ASCII only.
+        first: (V,) bool: those that keep the suffix apart from the behaviour by a space.
+    """
+
+    anywhere: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, victim: Victim, *, non_ascii: bool = False) -> Vocabulary:
+        """``non_ascii`` allows any character. Read once for a victim's model."""
+        read = _READ.setdefault(victim.model, {})
+        if non_ascii not in read:
+            read[non_ascii] = cls._read(victim, non_ascii)
+        return read[non_ascii]
+
+    @classmethod
+    def _read(cls, victim: Victim, non_ascii: bool) -> Vocabulary:
+        tokenizer = victim.tokenizer
+        rows = victim.model.get_input_embeddings().weight.size(0)
+        size = min(len(tokenizer), rows)
+        texts = texts_in_context(tokenizer, torch.arange(size)[:, None])
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        anywhere = torch.zeros(rows, dtype=torch.bool)  # (V,)
+        first = torch.zeros(rows, dtype=torch.bool)  # (V,)
+        for token, text in enumerate(texts):
+            written = bool(text.strip()) and "\ufffd" not in text
+            if token in special or not written or not (non_ascii or (text.isascii() and text.isprintable())):
+                continue
+            anywhere[token] = True
+            first[token] = text.startswith(" ")
+        return cls(anywhere.to(victim.device), first.to(victim.device))
+
+
+def texts_in_context(tokenizer: Any, rows: Tensor) -> list[str]:
+    """Text of each row (B, L) as it stands after other text: SentencePiece drops a leading space at the start."""
+    anchor = tokenizer("a", add_special_tokens=False).input_ids
+    prefix = len(tokenizer.decode(anchor))
+    texts = tokenizer.batch_decode([anchor + row for row in rows.tolist()], clean_up_tokenization_spaces=False)
+    return [text[prefix:] for text in texts]
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, special tokens only where the text spells them."""
+    if tokenizer.is_fast:
+        return [
+            row.ids for row in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
+    return tokenizer(list(texts), add_special_tokens=False).input_ids
