@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from plot_align.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Victim:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    vocabularies: dict[bool, Vocabulary] = field(default_factory=dict, init=False, repr=False)  # see Vocabulary.of
 
     def __post_init__(self) -> None:
         require_template(self.tokenizer)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from plot_align.redteam.victim import Victim
-
-# Reading a vocabulary of 100,000 tokens takes a second, and every behaviour of a run asks for the same one.
-_READ: WeakKeyDictionary[Any, dict[bool, Vocabulary]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,10 @@ class Vocabulary:
 
     @classmethod
     def of(cls, victim: Victim, *, non_ascii: bool = False) -> Vocabulary:
-        """``non_ascii`` allows any character. Read once for a victim's model."""
-        read = _READ.setdefault(victim.model, {})
-        if non_ascii not in read:
-            read[non_ascii] = cls._read(victim, non_ascii)
-        return read[non_ascii]
+        """``non_ascii`` allows any character. A victim keeps it: every behaviour of a run asks for the same one."""
+        if non_ascii not in victim.vocabularies:
+            victim.vocabularies[non_ascii] = cls._read(victim, non_ascii)
+        return victim.vocabularies[non_ascii]
 
     @classmethod
     def _read(cls, victim: Victim, non_ascii: bool) -> Vocabulary:
