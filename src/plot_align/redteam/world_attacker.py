@@ -177,45 +177,8 @@ def _batches(
 
 
 def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, progress: bool) -> Any:
-    """The attacker, trained from random weights as the sandbox's base is. Leaves the caller's random state alone."""
-    import torch
-    from rich.progress import track
-    from torch.nn.functional import cross_entropy
-    from transformers import LlamaForCausalLM
-
-    architecture = base._architecture(
-        config, vocab_size=len(tokenizer), eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id
-    )
-    with base._fixed_threads(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        model = LlamaForCausalLM(architecture).train()
-        matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-        ]
-        warmup = max(1, min(100, config.steps // 10))
-
-        def rate(step: int) -> float:
-            return min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
-
-        schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-        batches = _batches(tokenizer, config, _SEED)
-        label = "Building the sandbox's attacker"
-        for ids, labels in track(batches, label, total=config.steps, disable=not progress):
-            # Padding is on the right and attention is causal, so no attention mask is needed.
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
-            learnt = labels[:, 1:] != -100  # (B, T-1)
-            loss = cross_entropy(model.lm_head(hidden[learnt]), labels[:, 1:][learnt])
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                optimizer.step()
-                schedule.step()
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return model.eval()
+    batches = _batches(tokenizer, config, _SEED)
+    return base.train_from_scratch(tokenizer, config, _SEED, batches, "Building the sandbox's attacker", progress)
 
 
 def _key(config: BaseConfig) -> str:

@@ -234,8 +234,24 @@ def _architecture(config: BaseConfig, *, vocab_size: int, eos: int, pad: int) ->
     )
 
 
-def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, progress: bool) -> Any:
-    """The base model, trained from random weights. Leaves the caller's random state as it was."""
+Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
+
+
+def train_from_scratch(
+    tokenizer: PreTrainedTokenizerBase,
+    config: BaseConfig,
+    seed: int,
+    batches: Batches,
+    description: str,
+    progress: bool,
+) -> Any:
+    """A Llama of ``config``, trained from random weights. Leaves the caller's random state as it was.
+
+    Args:
+        seed: of the initial weights.
+        batches: ``config.steps`` of (input_ids (B, T), labels (B, T)), padded on the right; -100 is not learnt.
+        description: what the progress bar says.
+    """
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from torch.nn.functional import cross_entropy
@@ -267,8 +283,8 @@ def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, pr
             return min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
 
         schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-        task = bar.add_task("Building the sandbox's base model", total=config.steps, loss="-")
-        for ids, labels in _batches(tokenizer, config, seed):
+        task = bar.add_task(description, total=config.steps, loss="-")
+        for ids, labels in batches:
             # Padding is on the right and attention is causal, so no attention mask is needed.
             hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T-1, H)
             learnt = labels[:, 1:] != -100  # (B, T-1)
@@ -282,6 +298,11 @@ def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, pr
             bar.update(task, advance=1, loss=f"{loss.item():.3f}")
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.eval()
+
+
+def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, progress: bool) -> Any:
+    batches = _batches(tokenizer, config, seed)
+    return train_from_scratch(tokenizer, config, seed, batches, "Building the sandbox's base model", progress)
 
 
 def default_cache_dir() -> Path:
