@@ -1,6 +1,7 @@
-"""Statistics of rates: a share with its interval, paired arms, several tests at once.
+"""Means with their intervals, paired arms, several tests at once.
 
-The unit is the behaviour (or whatever a rate belongs to), never the single case: cases of one behaviour are alike.
+The unit is the item (a behaviour, a question, a text), never the single case: cases of one behaviour are alike.
+Resampling is done with matrix products, as a report compares hundreds of pairs; the tests hold it against SciPy's.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap, permutation_test
 
 from plot_align.errors import InputError
 from plot_align.records import measure, wilson
 
 _RESAMPLES = 9999  # scipy.stats' own default; sign flips are enumerated where 2^n is no more
-_BATCH = 1000  # resamples held in memory at once
+_CELLS = 4_000_000  # of a matrix of resamples: 32 MB
 _SAME = 1e-12  # differences of rates closer than this differ by rounding only
 
 
@@ -38,33 +39,81 @@ def share(values: Sequence[float]) -> dict[str, Any]:
     """
     rates = [_rate("share", f"values[{index}]", value) for index, value in enumerate(values)]
     # Rounding must not carry the mean past the ends.
-    mean = min(max(statistics.fmean(rates), 0.0), 1.0) if rates else math.nan
-    return measure(mean, len(rates), interval=wilson(mean, len(rates)))
+    middle = _within(statistics.fmean(rates), 0.0, 1.0) if rates else math.nan
+    return measure(middle, len(rates), interval=wilson(middle, len(rates)))
 
 
-def paired_difference(treated: Mapping[str, float], control: Mapping[str, float], *, seed: int = 0) -> dict[str, Any]:
-    """Mean of ``treated − control`` over the behaviours that both have, its interval and its p-value.
+def mean(
+    values: Sequence[float],
+    *,
+    weights: Sequence[float] | None = None,
+    bounds: tuple[float, float] | None = None,
+    unit: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """(Weighted) mean of one value per item with its 95 % percentile bootstrap interval over the items.
 
-    The interval is the 95 % percentile bootstrap's over behaviours. Where all differences are equal (d) the bootstrap
-    knows no spread, so the rule of three takes its place: a behaviour of another kind, at a rate of q = min(1, 3 / n)
-    at most, could lie anywhere in [−1, 1], which puts the mean between d − q(1 + d) and d + q(1 − d).
+    Where all values are equal (v) the bootstrap knows no spread. Of values within ``bounds`` the rule of three takes
+    its place: items of another kind, up to a share of q = min(1, 3 / n) of them, could lie anywhere within the bounds,
+    which puts the mean between v − q(v − low) and v + q(high − v). Without bounds one item says nothing (the interval
+    is all numbers), and several equal ones are taken as they are.
 
-    The p-value is that of the two-sided sign-flip permutation test: exact where the 2ⁿ sign flips are few enough to
-    be enumerated (n ≤ 13), from 9,999 random ones otherwise.
+    Args:
+        values: one an item, finite.
+        weights: one an item, not negative and not all 0, e.g. its number of tokens; resampled with it.
+        bounds: (smallest, largest) possible value; None where there are none.
+        unit: of the values.
+        seed: of the resampling.
+
+    Returns:
+        A :func:`plot_align.records.measure`; NaN, with all numbers (or the bounds) as interval, without values.
+
+    Raises:
+        InputError: a value that is not finite or outside the bounds, or weights that are none.
+    """
+    found = np.array([_finite("mean", f"values[{i}]", value, bounds) for i, value in enumerate(values)])  # (n,)
+    heavy = np.ones(len(found)) if weights is None else np.array(weights, dtype=float)  # (n,)
+    if heavy.shape != found.shape or not np.isfinite(heavy).all() or (heavy < 0).any():
+        raise InputError(
+            f"mean: weights has {len(heavy)} entries for {len(found)} values, expected one finite number, 0 or more, each"
+        )
+    if not len(found):
+        return measure(math.nan, 0, interval=bounds or (-math.inf, math.inf), unit=unit)
+    if not heavy.any():
+        raise InputError("mean: weights are 0 throughout, expected a positive one among them; count the items again")
+    middle = _within(float((heavy * found).sum() / heavy.sum()), float(found.min()), float(found.max()))
+    return measure(middle, len(found), interval=_interval(found, heavy, bounds, seed), unit=unit)
+
+
+def paired_difference(
+    treated: Mapping[str, float],
+    control: Mapping[str, float],
+    *,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    weights: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """(Weighted) mean of ``treated − control`` over the items that both have, its interval and its p-value.
+
+    The interval is that of :func:`mean`, the differences lying within ±(high − low) of ``bounds``. The p-value is that
+    of the two-sided sign-flip permutation test: exact where the 2ⁿ sign flips are few enough to be enumerated
+    (n ≤ 13), from 9,999 random ones and the observed one otherwise.
 
     Sources: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993); R. A. Fisher, "The Design of
     Experiments" (1935); J. A. Hanley and A. Lippman-Hand, "If nothing goes wrong, is everything all right?",
     JAMA 249 (1983).
 
     Args:
-        treated, control: behaviour to rate in [0, 1].
+        treated, control: item (e.g. a behaviour) to value.
+        bounds: (smallest, largest) possible value; rates by default; None where there are none.
+        weights: item to weight, as in :func:`mean`.
         seed: of the resampling.
 
     Returns:
         A :func:`plot_align.records.measure` (value, n, interval) with the entry ``p`` besides.
 
     Raises:
-        InputError: no behaviour is in both, or a rate is outside [0, 1].
+        InputError: no item is in both, or a value is not finite or outside the bounds.
     """
     keys = sorted(treated.keys() & control.keys())
     if not keys:
@@ -74,15 +123,17 @@ def paired_difference(treated: Mapping[str, float], control: Mapping[str, float]
         )
     differences = np.array(
         [
-            _rate("paired_difference", f"treated[{key!r}]", treated[key])
-            - _rate("paired_difference", f"control[{key!r}]", control[key])
+            _finite("paired_difference", f"treated[{key!r}]", treated[key], bounds)
+            - _finite("paired_difference", f"control[{key!r}]", control[key], bounds)
             for key in keys
         ]
     )  # (n,)
     differences[np.abs(differences) < _SAME] = 0.0
-    mean = float(differences.mean())
-    entry = measure(mean, len(keys), interval=_interval(differences, seed))
-    return {**entry, "p": _sign_flip_p(differences, seed)}
+    width = None if bounds is None else bounds[1] - bounds[0]
+    heavy = None if weights is None else [weights[key] for key in keys]
+    entry = mean(differences.tolist(), weights=heavy, bounds=None if width is None else (-width, width), seed=seed)
+    scaled = differences if heavy is None else differences * np.array(heavy)
+    return {**entry, "p": _sign_flip_p(scaled, seed)}
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -115,34 +166,73 @@ def _rate(function: str, name: str, value: float) -> float:
     return float(value)
 
 
-def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of ``differences`` (n,)."""
-    if np.ptp(differences) < _SAME:
-        mean, rate = float(differences.mean()), min(1.0, 3 / len(differences))
-        return mean - rate * (1 + mean), mean + rate * (1 - mean)
-    found = bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=_BATCH,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+def _finite(function: str, name: str, value: float, bounds: tuple[float, float] | None) -> float:
+    if bounds == (0.0, 1.0):
+        return _rate(function, name, value)
+    if not math.isfinite(value):
+        raise InputError(f"{function}: {name} is {value}, expected a finite number; leave undecided items out")
+    if bounds is not None and not bounds[0] - _SAME <= value <= bounds[1] + _SAME:
+        raise InputError(f"{function}: {name} is {value}, expected {bounds[0]:g} to {bounds[1]:g}; check its scale")
+    return float(value)
+
+
+def _within(value: float, low: float, high: float) -> float:
+    """``value``, which rounding may have carried past the ends."""
+    return min(max(value, low), high)
+
+
+def _interval(
+    values: np.ndarray, weights: np.ndarray, bounds: tuple[float, float] | None, seed: int
+) -> tuple[float, float]:
+    """95 % interval of the weighted mean of ``values`` (n,)."""
+    n = len(values)
+    if np.ptp(values) < _SAME:
+        middle, share_of_others = float(values.mean()), min(1.0, 3 / n)
+        if bounds is None:
+            return (middle, middle) if n > 1 else (-math.inf, math.inf)
+        low, high = bounds
+        return middle - share_of_others * (middle - low), middle + share_of_others * (high - middle)
+    columns = np.stack([weights * values, weights], axis=1)  # (n, 2)
+    sums = np.concatenate([_draws(n, seed, batch) @ columns for batch in _batches(n)])  # (resamples, 2)
+    with np.errstate(invalid="ignore"):  # a resample of weight 0 has no mean
+        low, high = np.nanquantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _batches(n: int) -> list[range]:
+    """The numbers of the resamples, in pieces whose matrix (piece, n) fits memory."""
+    size = max(1, _CELLS // n)
+    return [range(start, min(start + size, _RESAMPLES)) for start in range(0, _RESAMPLES, size)]
+
+
+@lru_cache(maxsize=4)  # a report compares many pairs over the same items
+def _draws(n: int, seed: int, batch: range) -> np.ndarray:
+    """How often each item is drawn in each resample of n with replacement: (batch, n) float64."""
+    rng = np.random.default_rng((seed, 0, batch.start))
+    return rng.multinomial(n, np.full(n, 1 / n), size=len(batch)).astype(float)
+
+
+@lru_cache(maxsize=4)
+def _signs(n: int, seed: int, batch: range) -> np.ndarray:
+    """Random signs: (batch, n) float64 of ±1."""
+    rng = np.random.default_rng((seed, 1, batch.start))
+    return 2.0 * rng.integers(0, 2, size=(len(batch), n)) - 1.0
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
-    """Two-sided p-value of the mean of ``differences`` (n,) when every sign could as well be the other."""
-    if len(differences) == 1 or not differences.any():
-        return 1.0  # SciPy wants two observations; of one, both sign flips are as extreme
-    return float(
-        permutation_test(
-            (differences,),
-            np.mean,
-            permutation_type="samples",
-            n_resamples=_RESAMPLES,
-            batch=_BATCH,
-            alternative="two-sided",
-            random_state=np.random.default_rng(seed),
-        ).pvalue
-    )
+    """Two-sided p-value of the mean of ``differences`` (n,) when every sign could as well be the other.
+
+    Twice the smaller tail, as SciPy's ``permutation_test`` has it; a sum within rounding of the observed one is a tie.
+    """
+    n, observed = len(differences), float(differences.sum())
+    if not differences.any():
+        return 1.0
+    exact = 2**n <= _RESAMPLES
+    if exact:
+        flips = (1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)) @ differences  # (2^n,)
+    else:
+        flips = np.concatenate([_signs(n, seed, batch) @ differences for batch in _batches(n)])  # (resamples,)
+    slack = 1e-12 * float(np.abs(differences).sum())
+    extra = 0 if exact else 1  # the observed arrangement is one of the random ones
+    tails = (np.sum(flips <= observed + slack), np.sum(flips >= observed - slack))
+    return min(1.0, 2 * (int(min(tails)) + extra) / (len(flips) + extra))

@@ -1,0 +1,103 @@
+"""One measured quantity as a record of kind ``evaluation`` holds it, and two models compared on it.
+
+A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) with what a report needs
+besides: ``title``, ``better`` (``"higher"``, ``"lower"`` or None: neither is), ``bounds``, and, where it is a mean over
+items, ``items`` (item id → value) and ``weights`` (item id → weight), so that two models are compared item by item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from plot_align.errors import InputError
+from plot_align.records import measure
+from plot_align.statistics import mean, paired_difference
+
+KIND = "evaluation"
+CATEGORIES = ("harmlessness", "helpfulness", "humanity", "mathematics", "reasoning", "coding", "stem")
+GUARDS = "guards"  # the section of what must not get worse
+SECTIONS = (*CATEGORIES, GUARDS)
+
+Better = Literal["higher", "lower"] | None
+Quantity = dict[str, Any]
+
+
+def of_items(
+    title: str,
+    items: Mapping[str, float],
+    *,
+    better: Better,
+    bounds: tuple[float, float] | None = None,
+    weights: Mapping[str, float] | None = None,
+    unit: str | None = None,
+    seed: int = 0,
+) -> Quantity:
+    """The (weighted) mean over items, with a bootstrap interval over them.
+
+    Args:
+        title: as in tables, e.g. ``"GSM8K, exact match"``.
+        items: item id → value; the ids are the same for every model. better: which way is.
+        bounds: (smallest, largest) possible value of an item; None where there are none.
+        weights: item id → weight.
+        unit: of the values. seed: of the resampling.
+
+    Raises:
+        InputError: as :func:`plot_align.statistics.mean`.
+    """
+    heavy = None if weights is None else [weights[name] for name in items]
+    entry = mean(list(items.values()), weights=heavy, bounds=bounds, unit=unit, seed=seed)
+    return {
+        "title": title,
+        "better": better,
+        **entry,
+        "bounds": None if bounds is None else list(bounds),
+        "items": dict(items),
+        "weights": None if weights is None else {name: weights[name] for name in items},
+    }
+
+
+def of_whole(
+    title: str,
+    value: float,
+    n: int,
+    *,
+    better: Better,
+    interval: tuple[float, float] | None = None,
+    bounds: tuple[float, float] | None = None,
+    unit: str | None = None,
+) -> Quantity:
+    """A number that is no mean over items (distinct-n of all answers, a distance of two distributions)."""
+    return {
+        "title": title,
+        "better": better,
+        **measure(value, n, interval=interval, unit=unit),
+        "bounds": None if bounds is None else list(bounds),
+        "items": None,
+        "weights": None,
+    }
+
+
+def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str, Any] | None:
+    """``treated − control``, item by item, with its interval and p-value; None where that cannot be said.
+
+    That is where one of the two is no mean over items, or they share none.
+    """
+    if not treated["items"] or not control["items"] or not treated["items"].keys() & control["items"].keys():
+        return None
+    bounds = treated["bounds"]
+    if control["bounds"] != bounds:
+        raise InputError(
+            f"{treated['title']}: one record has the bounds {bounds} and the other {control['bounds']}, so they were "
+            "not measured alike; measure both with one version"
+        )
+    weights = treated["weights"]
+    if weights is not None and weights != control["weights"]:
+        weights = None  # each model has weights of its own (tokens of its own answers): items count alike
+    return paired_difference(
+        treated["items"],
+        control["items"],
+        bounds=None if bounds is None else tuple(bounds),
+        weights=weights,
+        seed=seed,
+    )
