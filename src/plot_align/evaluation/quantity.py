@@ -1,8 +1,8 @@
 """One measured quantity as a record of kind ``evaluation`` holds it, and two models compared on it.
 
 A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) with what a report needs
-besides: ``title``, ``better`` (``"higher"``, ``"lower"`` or None: neither is), ``bounds``, and, where it is a mean over
-items, ``items`` (item id → value) and ``weights`` (item id → weight), so that two models are compared item by item.
+besides: ``title``, ``better`` (``"higher"``, ``"lower"`` or None: neither is), ``bounds``, and, where it is a mean
+over items, ``items`` (item id → value) and ``weights`` (item id → weight), so that two models are compared by item.
 """
 
 from __future__ import annotations
@@ -95,9 +95,5 @@ def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str,
     if weights is not None and weights != control["weights"]:
         weights = None  # each model has weights of its own (tokens of its own answers): items count alike
     return paired_difference(
-        treated["items"],
-        control["items"],
-        bounds=None if bounds is None else tuple(bounds),
-        weights=weights,
-        seed=seed,
+        treated["items"], control["items"], bounds=tuple(bounds) if bounds else None, weights=weights, seed=seed
     )
