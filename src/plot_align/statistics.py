@@ -75,7 +75,7 @@ def mean(
     heavy = np.ones(len(found)) if weights is None else np.array(weights, dtype=float)  # (n,)
     if heavy.shape != found.shape or not np.isfinite(heavy).all() or (heavy < 0).any():
         raise InputError(
-            f"mean: weights has {len(heavy)} entries for {len(found)} values, expected one each, finite and not negative"
+            f"mean: weights has {len(heavy)} entries for {len(found)} values, expected one each, 0 or more"
         )
     if not len(found):
         return measure(math.nan, 0, interval=bounds or (-math.inf, math.inf), unit=unit)
