@@ -245,9 +245,7 @@ def _scorer(
     model: Any, tokenizer: Any, preference: PreferenceDistribution, reading: str
 ) -> Callable[[Sequence[ScoredSequence]], list[float]]:
     """The function that scores one batch of sequences; everything that does not fit is refused here."""
-    from plot_align.fused import fused_head
-    from plot_align.training.head import head_spec
-    from plot_align.training.marginal import causal_lm
+    from plot_align.fused import causal_lm, fused_head, head_spec
 
     base = causal_lm(model)
     head = base.get_output_embeddings()

@@ -6,5 +6,14 @@ one block of them and matches it. ``logits.py`` starts from logits that exist al
 
 from .chunked import HeadOutput, HeadSpec, fused_head
 from .logits import output_distribution, target_log_probs
+from .model import causal_lm, head_spec
 
-__all__ = ["HeadOutput", "HeadSpec", "fused_head", "output_distribution", "target_log_probs"]
+__all__ = [
+    "HeadOutput",
+    "HeadSpec",
+    "causal_lm",
+    "fused_head",
+    "head_spec",
+    "output_distribution",
+    "target_log_probs",
+]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, RunError
+from ..fused import causal_lm, head_spec
 from ..geometry import Geometry, line, slices
 from ..losses import DistributionReward, Divergence, Sinkhorn, make_divergence
 from ..losses.deft import reward_scale
@@ -23,8 +24,8 @@ from .batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
 from .checks import check, settled
 from .config import PlotConfig
 from .gradients import gradient_norms
-from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend, head_spec
-from .marginal import causal_lm, reference_distribution, reference_model
+from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
+from .marginal import reference_distribution, reference_model
 from .term import PlotTerm, Swept
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
+from ..fused import causal_lm
 from .config import PlotConfig
-from .marginal import causal_lm
 
 
 def makes_reference_forward(trainer: Any, kind: str) -> bool:

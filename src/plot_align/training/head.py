@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, RunError
-from ..fused import HeadOutput, HeadSpec, fused_head, output_distribution, target_log_probs
+from ..fused import HeadOutput, HeadSpec, fused_head, head_spec, output_distribution, target_log_probs
 from .batches import PolicyBatch
 from .term import PlotTerm, Swept
 
@@ -395,22 +395,6 @@ class LogitsBackend(HeadBackend):
         )
         head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
         self.swept = Swept(head, shares, hidden, rows)
-
-
-def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
-    """What the model's own forward does to its logits, read from its configuration as TRL reads it."""
-    config = model.config.get_text_config()
-    scale = None
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(config, name, None) if scale is None else scale
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-    return HeadSpec(
-        temperature=temperature,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=1.0 if scale is None else scale,
-    )
 
 
 def _trl_forward(model: nn.Module, bound: Any) -> types.FunctionType:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..fused import fused_head
+from ..fused import causal_lm, fused_head, head_spec
 from .batches import PolicyBatch, model_inputs, policy_batch
-from .head import head_spec
 
 
 @torch.no_grad()
@@ -104,11 +103,6 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
     device = trainer.accelerator.device
     model.to(device)
     return mean_output_distribution(model, collated(trainer, kind, rows), positions)
-
-
-def causal_lm(model: Any) -> Any:
-    """The causal language model itself, out of a PEFT wrapper where there is one."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def reference_model(trainer: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fused import HeadOutput, HeadSpec, fused_head
+from ..fused import HeadOutput, HeadSpec, causal_lm, fused_head
 from .batches import policy_batch, trainer_kind
 from .checks import makes_reference_forward
 from .head import FusedBackend
-from .marginal import causal_lm, reference_model
+from .marginal import reference_model
 from .term import Shares, Swept
 
 
