@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ import torch
 from plot_align.errors import InputError
 from plot_align.files import complete_or_absent
 from plot_align.preference import PreferenceDistribution, require_preference
+from plot_align.text import readable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 # What leaves the date out of each kind of figure, so that the same preference gives the same file.
 _UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-_LONGEST_LABEL = 24
 
 
 @dataclass(frozen=True)
@@ -140,31 +138,6 @@ def token_text(tokenizer: Any, index: int) -> str:
     if raw.startswith("▁") and not text.startswith(" "):
         return " " + text  # SentencePiece's decoder drops the space at the start of a text
     return text
-
-
-def readable(text: str, has_glyph: Callable[[str], bool] = lambda character: True) -> str:
-    """``text`` on one line: spaces as ␣, control characters and those that cannot be drawn as escapes, cut to fit.
-
-    Args:
-        text: any token.
-        has_glyph: whether a character can be drawn.
-    """
-    shown = []
-    for character in text:
-        if character == " ":
-            shown.append("␣")
-        elif character.isprintable() and has_glyph(character):
-            shown.append(character)
-        else:
-            shown.append(json.dumps(character)[1:-1] if ord(character) > 0x7F else repr(character)[1:-1])
-    if sum(map(len, shown)) <= _LONGEST_LABEL:
-        return "".join(shown)
-    length = 0
-    for position, part in enumerate(shown):
-        length += len(part)
-        if length > _LONGEST_LABEL - 1:
-            return "".join(shown[:position]) + "…"
-    raise AssertionError("unreachable: the text is longer than the limit")
 
 
 def render(inspection: Inspection) -> RenderableType:
