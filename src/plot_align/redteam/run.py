@@ -71,14 +71,14 @@ def make_test_cases(
         "seed": seed,
         "snapshots": list(snapshots),
     }
-    _same_or_new(layout.folder / "options.json", made_by, layout.folder)
+    same_or_new(layout.folder / "options.json", made_by, layout.folder)
     failed: dict[str, str] = {}
     for behavior in behaviors:
         folder = layout.behavior_folder(behavior.id)
         target = targets.get(behavior.id, "") if attack.needs_target else ""
         asked = {"behavior": asdict(behavior), "target": target}
         if (folder / "test_cases.json").exists():
-            _same_or_new(folder / "request.json", asked, folder)
+            same_or_new(folder / "request.json", asked, folder)
             on_behavior(behavior.id)
             continue
         request = Request(behavior, target, count, seed, tuple(snapshots))
@@ -113,7 +113,7 @@ def complete(
     answered_by = _beside(path, "answered_by")
     if not path.exists():
         answered_by.unlink(missing_ok=True)
-    _same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, path)
+    same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, path)
     found = harmbench.read_completions(path) if path.exists() else {}
 
     def current(behavior: str) -> bool:
@@ -218,7 +218,7 @@ def _content(path: Path) -> Any:
         return None
 
 
-def _same_or_new(record: Path, content: Mapping[str, Any], made: Path) -> None:
+def same_or_new(record: Path, content: Mapping[str, Any], made: Path) -> None:
     """Writes who made ``made`` into ``record``, or checks that it is who stands there.
 
     Raises:

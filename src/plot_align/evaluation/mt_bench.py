@@ -1,0 +1,402 @@
+"""MT-Bench: two-turn answers to open questions, each turn rated from 1 to 10 by a judge behind an endpoint.
+
+Files are FastChat's (:mod:`plot_align.evaluation.fastchat`), so answers and judgements travel both ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import statistics
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+from plot_align.chat import continue_rows
+from plot_align.commands.common import did_you_mean
+from plot_align.endpoint import Endpoint, EndpointError
+from plot_align.errors import InputError, RunError
+from plot_align.evaluation import fastchat
+from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
+from plot_align.evaluation.quantity import Quantity, of_items
+from plot_align.evaluation.subject import Found, OnItem, Subject
+from plot_align.redteam.run import same_or_new
+
+BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it
+_EXCERPT = 200  # characters of a judgement in the details
+
+Place = tuple[int, int]  # question id, turn
+
+
+@dataclass
+class MTBench:
+    """MT-Bench as a measure; several of one suite share answers and judgements below ``subject.folder``.
+
+    The score is the mean over questions of the mean of their two turns' ratings. A turn without a rating is left out
+    of its question's mean, and a question without any is left out of the score. FastChat takes the mean of all
+    ratings: the same number where every turn has one.
+
+    Args:
+        folder: with FastChat's ``question.jsonl``, ``judge_prompts.jsonl`` and reference answers.
+        judge_url: an OpenAI-compatible endpoint, up to and without ``/chat/completions``. judge_model: its model.
+        categories: whose questions are asked; None for all.
+        max_new_tokens: of an answer's turn.
+        judge_key: the environment variable that holds the endpoint's key. judge_max_tokens: of a judgement.
+        judge_timeout: seconds until a request counts as failed; a judge thinks before it rates.
+        concurrency: judgements asked for at a time.
+        prices: per million prompt tokens and per million completion tokens, for the cost of what was asked.
+    """
+
+    kind: ClassVar[str] = "mt_bench"
+
+    folder: str | os.PathLike[str]
+    judge_url: str = field(repr=False)  # it may hold a password
+    judge_model: str
+    categories: tuple[str, ...] | None = None
+    max_new_tokens: int = 1024
+    judge_key: str = "OPENAI_API_KEY"
+    judge_max_tokens: int = 2048
+    judge_timeout: float = 300.0
+    concurrency: int = 8
+    prices: tuple[float, float] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The options as a record may hold them: the judge's address without its password."""
+        return {**asdict(self), "judge_url": self._endpoint().label}
+
+    def check(self) -> None:
+        """See :class:`plot_align.evaluation.subject.Measure`."""
+        for name in ("max_new_tokens", "judge_max_tokens", "concurrency"):
+            _require_positive(name, getattr(self, name))
+        if self.categories is not None:
+            _require_categories(self.categories)
+        if self.prices is not None and not _are_prices(self.prices):
+            raise InputError(
+                f"prices is {self.prices!r}, expected two numbers, per million prompt tokens and per million "
+                "completion tokens; pass both"
+            )
+        self._endpoint()
+        if find_spec("openai") is None:
+            raise InputError(
+                "MT-Bench asks its judge with the package openai, which is not installed; "
+                'pip install "plot-align[api]"'
+            )
+        fastchat.read_bench(self.folder, self.categories)
+
+    def run(self, subject: Subject) -> Found:
+        """Answer what is not answered yet, ask the judge for what is not judged yet, and average.
+
+        Raises:
+            InputError: the files of an earlier run were made with other options, or the folder's files are malformed.
+            RunError: the judge gave no judgement at all.
+        """
+        bench = fastchat.read_bench(self.folder, self.categories)
+        endpoint = self._endpoint()
+        folder = subject.folder / "mt_bench"
+        answers = answer_questions(
+            subject,
+            bench,
+            folder / "model_answer" / f"{subject.name}.jsonl",
+            max_new_tokens=self.max_new_tokens,
+            on_item=subject.bar("MT-Bench answers", len(bench.questions)),
+        )
+        judged = judge_answers(
+            bench,
+            answers,
+            endpoint,
+            folder / "model_judgment" / f"{_file_name(self.judge_model)}_single.jsonl",
+            model=subject.name,
+            max_tokens=self.judge_max_tokens,
+            concurrency=self.concurrency,
+            on_item=subject.bar("MT-Bench judge", 2 * len(bench.questions)),
+        )
+        usage = asdict(endpoint.usage)
+        details = {"judge": endpoint.label, **judged.details(), "usage": usage}
+        if self.prices is not None:
+            tokens = (usage["prompt_tokens"], usage["completion_tokens"])
+            details["cost"] = sum(price * count / 1e6 for price, count in zip(self.prices, tokens, strict=True))
+        return Found(scores(bench, judged, seed=subject.seed), details)
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.judge_url, self.judge_model, key_variable=self.judge_key, timeout=self.judge_timeout)
+
+
+def _file_name(model: str) -> str:
+    """A model's name without what separates folders."""
+    return re.sub(r"[^\w.-]", "_", model)
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise InputError(f"{name} is {value!r}, expected a whole number, 1 or more; pass a positive number")
+
+
+def _require_categories(categories: Any) -> None:
+    if isinstance(categories, str) or not isinstance(categories, Iterable) or not categories:
+        raise InputError(
+            f"categories is {categories!r}, expected a list of {', '.join(TEMPERATURES)}; name at least one"
+        )
+    for category in categories:
+        if category not in TEMPERATURES:
+            advice = did_you_mean(str(category), TEMPERATURES, f"expected one of {', '.join(TEMPERATURES)}")
+            raise InputError(f"categories has {category!r}, which MT-Bench has not; {advice}")
+
+
+def _are_prices(prices: Any) -> bool:
+    try:
+        return len(prices) == 2 and all(price >= 0 and math.isfinite(price) for price in prices)
+    except TypeError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def answer_questions(
+    subject: Subject,
+    bench: Bench,
+    path: Path,
+    *,
+    max_new_tokens: int = 1024,
+    on_item: OnItem = lambda done: None,
+) -> dict[int, Turns]:
+    """The model's answers, those that ``path`` holds already read; question id → both turns.
+
+    Each category has FastChat's temperature. Ten questions of one category are answered together, with a seed of
+    their own, and are on disk before the next: neither an interruption nor other categories change an answer.
+
+    Raises:
+        InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or other
+            questions, or nobody knows who wrote it.
+    """
+    record = _made_by(path)
+    if path.exists() and not record.exists():
+        raise InputError(
+            f"{path} holds answers, and nothing beside it says which model gave them; move the file away "
+            "(judge_answers judges answers of any origin)"
+        )
+    made_by = {"max_new_tokens": max_new_tokens, "seed": subject.seed, "questions": bench.digest}
+    same_or_new(record, {**subject.identity, **made_by}, path)
+    rows = fastchat.read_answer_rows(path) if path.exists() else {}
+    for block in _blocks(bench.questions):
+        if not all(question.id in rows for question in block):
+            for question, turns in zip(block, _answer(subject, block, max_new_tokens), strict=True):
+                rows[question.id] = fastchat.answer_row(subject.name, question, turns)
+            fastchat.write_answers(path, rows)
+        on_item(len(block))
+    answers = fastchat.read_answers(path)
+    return {question.id: answers[question.id] for question in bench.questions}
+
+
+def _blocks(questions: Iterable[Question]) -> list[list[Question]]:
+    """Questions answered together: up to ten of one category, in the order of the file."""
+    by_category: dict[str, list[Question]] = {}
+    for question in questions:
+        by_category.setdefault(question.category, []).append(question)
+    return [asked[i : i + BLOCK] for asked in by_category.values() for i in range(0, len(asked), BLOCK)]
+
+
+def _answer(subject: Subject, block: list[Question], max_new_tokens: int) -> list[Turns]:
+    """Both turns; the second sees the first answer."""
+    conversations: list[list[dict[str, str]]] = [[] for _ in block]
+    for turn in (0, 1):
+        for conversation, question in zip(conversations, block, strict=True):
+            conversation.append({"role": "user", "content": question.turns[turn]})
+        answers = continue_rows(
+            subject.model,
+            subject.tokenizer,
+            subject.tokenizer.apply_chat_template(
+                conversations, add_generation_prompt=True, tokenize=True, return_dict=False
+            ),
+            max_new_tokens=max_new_tokens,
+            batch_size=subject.batch_size,
+            temperature=TEMPERATURES[block[0].category],
+            seed=_seed(subject.seed, block[0].id, turn),
+        )
+        for conversation, answer in zip(conversations, answers, strict=True):
+            conversation.append({"role": "assistant", "content": answer.strip()})  # as FastChat strips it
+    return [(conversation[1]["content"], conversation[3]["content"]) for conversation in conversations]
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------- judgements
+
+
+@dataclass
+class Judged:
+    """What a judge said of the answers.
+
+    Args:
+        judgments: (question id, turn) → its words. failed: likewise → why there are none.
+        asked: judgements that this run got; the others stood in the file.
+    """
+
+    judgments: dict[Place, str] = field(default_factory=dict)
+    failed: dict[Place, str] = field(default_factory=dict)
+    asked: int = 0
+
+    @property
+    def ratings(self) -> dict[Place, float]:
+        """(question id, turn) → rating, of the judgements that hold one."""
+        found = ((place, fastchat.rating(text)) for place, text in self.judgments.items())
+        return {place: float(score) for place, score in found if score is not None}
+
+    def details(self) -> dict[str, Any]:
+        """Counts, and what is left out of the means: judgements without a rating, and requests that failed."""
+        rated = self.ratings
+        unparsable = {place: text for place, text in self.judgments.items() if place not in rated}
+        return {
+            "judgments": len(self.judgments),
+            "asked": self.asked,
+            "unparsable": _left_out(unparsable),
+            "failed": _left_out(self.failed),
+        }
+
+
+def _left_out(places: Mapping[Place, str]) -> dict[str, Any]:
+    ordered = sorted(places)
+    return {
+        "n": len(places),
+        "where": [{"question_id": question, "turn": turn} for question, turn in ordered],
+        "first": places[ordered[0]][:_EXCERPT] if ordered else None,
+    }
+
+
+def judge_answers(
+    bench: Bench,
+    answers: Mapping[int, Turns],
+    endpoint: Endpoint,
+    path: str | os.PathLike[str],
+    *,
+    model: str,
+    max_tokens: int = 2048,
+    concurrency: int = 8,
+    on_item: OnItem = lambda done: None,
+) -> Judged:
+    """Have both turns of every answer rated, those judgements that ``path`` holds already read.
+
+    A judgement stands as long as the judge would be asked the very same: one of a changed answer is asked for again.
+    Each is on disk before its thread asks for the next. What failed is asked for again by the next run.
+
+    Args:
+        bench: :func:`plot_align.evaluation.fastchat.read_bench`. answers: question id → both turns, of any origin,
+            e.g. :func:`plot_align.evaluation.fastchat.read_answers` of a file that FastChat wrote.
+        path: the judgement file; rows of other models, questions and judges in it stay.
+        model: whose answers they are, as it stands in the file.
+        max_tokens: of a judgement. concurrency: how many are asked for at a time.
+        on_item: called with how many more are judged.
+
+    Raises:
+        InputError: a question has no answer, or ``path`` is malformed or holds judgements of another endpoint, length
+            or system prompts.
+        RunError: the judge gave no judgement at all.
+    """
+    path = Path(path)
+    requests = bench.requests(answers)
+    systems = {name: prompt.system for name, prompt in bench.prompts.items()}
+    same_or_new(_made_by(path), {"judge": endpoint.label, "max_tokens": max_tokens, "system_prompts": systems}, path)
+    known, others = _known(path, requests, model=model, judge=endpoint.model)
+    judged = Judged({place: row["judgment"] for place, row in known.items()})
+    wanted = [request for request in requests if (request.question, request.turn) not in known]
+    on_item(len(known))
+    if wanted:
+        fastchat.write_judgments(path, [*others, *known.values()])  # whole lines only, for others to follow
+    lock = threading.Lock()
+
+    def ask(request: Request) -> None:
+        place = (request.question, request.turn)
+        try:
+            reply = endpoint.chat(request.messages, temperature=0.0, max_tokens=max_tokens)
+        except EndpointError as error:
+            with lock:
+                judged.failed[place] = str(error)
+            return
+        row = fastchat.judgment_row(model, endpoint.model, request, reply.text)
+        with lock:
+            fastchat.append_judgment(path, row)
+            known[place] = row
+            judged.judgments[place] = reply.text
+            judged.asked += 1
+
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        for future in as_completed([pool.submit(ask, request) for request in wanted]):
+            future.result()
+            on_item(1)
+            # A dead server is not waited for a hundred times over.
+            if not judged.judgments and len(judged.failed) >= min(2 * concurrency, len(wanted)):
+                raise RunError(
+                    f"MT-Bench: none of {len(judged.failed)} judgements came, the first failed as "
+                    f"{next(iter(judged.failed.values()))}"
+                )
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if known:
+            fastchat.write_judgments(path, [*others, *known.values()])
+    return judged
+
+
+def _known(
+    path: Path, requests: Iterable[Request], *, model: str, judge: str
+) -> tuple[dict[Place, fastchat.Row], list[fastchat.Row]]:
+    """The rows of ``path`` that answer a request, and those that are none of this run's business.
+
+    What this judge said of another answer to the same turn is neither: it is left out.
+    """
+    wanted = {(request.question, request.turn): request for request in requests}
+    known: dict[Place, fastchat.Row] = {}
+    others: list[fastchat.Row] = []
+    for row in fastchat.read_judgments(path) if path.exists() else []:
+        place = (row["question_id"], row["turn"])
+        request = wanted.get(place)
+        if request is None or row["model"] != model or row["judge"][0] != judge:
+            others.append(row)
+        elif row["judge"][1] == request.prompt.name and row["user_prompt"] == request.text:
+            known[place] = row
+    return known, others
+
+
+def _made_by(path: Path) -> Path:
+    """Where it stands who made ``path``; none where there is no such file. FastChat looks at .jsonl files only."""
+    record = path.with_suffix(".made_by.json")
+    if not path.exists():
+        record.unlink(missing_ok=True)
+    return record
+
+
+# ---------------------------------------------------------------------------------------------- the numbers
+
+
+def scores(bench: Bench, judged: Judged, *, seed: int = 0) -> dict[str, Quantity]:
+    """``score``, ``turn 1``, ``turn 2`` and, where there are several, each category by its name.
+
+    An item is a question, and its value the mean of its ratings, of those turns that have one.
+    """
+    ratings = judged.ratings
+    categories = tuple(dict.fromkeys(question.category for question in bench.questions))
+    title = "MT-Bench" if len(categories) == len(TEMPERATURES) else f"MT-Bench {', '.join(categories)}"
+
+    def mean(title: str, turns: tuple[int, ...], wanted: Collection[str] = categories) -> Quantity:
+        items = {}
+        for question in bench.questions:
+            found = [ratings[question.id, turn] for turn in turns if (question.id, turn) in ratings]
+            if found and question.category in wanted:
+                items[str(question.id)] = statistics.fmean(found)
+        bounds = (float(fastchat.WORST), float(fastchat.BEST))
+        return of_items(title, items, better="higher", bounds=bounds, seed=seed)
+
+    quantities = {"score": mean(title, (1, 2))}
+    quantities |= {f"turn {turn}": mean(f"{title}, turn {turn}", (turn,)) for turn in (1, 2)}
+    if len(categories) > 1:
+        for category in categories:
+            quantities[category] = mean(f"MT-Bench {category}", (1, 2), (category,))
+    return quantities
