@@ -305,7 +305,7 @@ def test_filter_after_an_interrupt_writes_the_same_bytes(
     from plot_align import filtering
 
     calls, stop_at = 0, 3
-    collate = filtering._collate
+    collate = filtering.collate
 
     def interrupted(batch: Any) -> Any:
         nonlocal calls
@@ -321,7 +321,7 @@ def test_filter_after_an_interrupt_writes_the_same_bytes(
         )
 
     assert command("whole")[0] == 0
-    monkeypatch.setattr(filtering, "_collate", interrupted)
+    monkeypatch.setattr(filtering, "collate", interrupted)
     code, _, err = command("resumed")
     assert code == 130
     assert "interrupted" in err

@@ -245,7 +245,7 @@ def test_out_of_memory_says_what_to_change(
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(filtering, "_collate", exhausted)
+    monkeypatch.setattr(filtering, "collate", exhausted)
     with pytest.raises(
         RunError, match=r"out of memory at 16 completions of up to \d+ tokens; use a smaller batch_size"
     ):
@@ -376,7 +376,7 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.stop_at = 0, 0
-        collate = filtering._collate
+        collate = filtering.collate
 
         def counted(batch: Any) -> Any:
             self.count += 1
@@ -384,7 +384,7 @@ class Passes:
                 raise KeyboardInterrupt
             return collate(batch)
 
-        monkeypatch.setattr(filtering, "_collate", counted)
+        monkeypatch.setattr(filtering, "collate", counted)
 
     def of(self, *arguments: Any, stop_at: int = 0, **options: Any) -> tuple[int, torch.Tensor | None]:
         self.count, self.stop_at = 0, stop_at

@@ -10,7 +10,7 @@ from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep", "redteam")
+_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep", "redteam", "evaluate", "report")
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -27,6 +27,7 @@ commands:
   demo       DPO with and without PLOT on a small offline world, judged
   sweep      a grid over PLOT's options, methods and seeds: table and figures
   redteam    attack your own model: success rate, with over-refusal beside it
+  evaluate   models on the seven sub-preferences and on what must not get worse
 
 options:
   -h, --help  this text; `plot-align COMMAND --help` for each command
@@ -111,6 +112,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.redteam import run as redteam
 
             return redteam(_without_debug(rest))
+        case "evaluate":
+            from plot_align.commands.evaluate import run as evaluate
+
+            return evaluate(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 

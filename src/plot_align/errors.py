@@ -19,3 +19,9 @@ class InputError(PlotAlignError, ValueError):
 
 class RunError(PlotAlignError, RuntimeError):
     """The input was right and the run failed all the same, e.g. NaN logits (exit code 1)."""
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a foreign exception, shortened to one line for the user."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".;") if lines else type(error).__name__

@@ -27,6 +27,7 @@ from plot_align.estimate import ScoredSequence, progress_bar, scored_pairs
 from plot_align.files import complete_or_absent
 from plot_align.losses.deft import READINGS, DistributionReward, log_reward, reward_scale
 from plot_align.preference import PreferenceDistribution, require_preference
+from plot_align.scoring import collate
 
 __all__ = ["DIRECTIONS", "SCORES", "keep_pairs", "pair_scores", "score_pairs", "scores_path", "write_pairs"]
 
@@ -262,7 +263,7 @@ def _scorer(
     difference = cost.difference  # on the device, as wide as it can be there
 
     def score(batch: Sequence[ScoredSequence]) -> list[float]:
-        inputs, rows, columns, weights = (part.to(device) for part in _collate(batch))
+        inputs, rows, columns, weights = (part.to(device) for part in collate(batch))
         ids, mask = inputs  # (B, T) each
         hidden = base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state  # (B, T, H)
         hidden = hidden[rows, columns]  # (N, H)
@@ -279,24 +280,6 @@ def _scorer(
         return rewards.tolist()  # (B,)
 
     return score
-
-
-def _collate(batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids and attention mask (2, B, T), padded on the right; and of the N positions that predict a scored token the
-    row (N,), the column (N,) and the share in its sequence (N,)."""
-    longest = max(len(sequence.ids) for sequence in batch)
-    inputs = np.zeros((2, len(batch), longest), np.int64)
-    for row, sequence in enumerate(batch):
-        inputs[0, row, : len(sequence.ids)] = sequence.ids
-        inputs[1, row, : len(sequence.ids)] = 1
-    counts = np.array([sequence.stop - sequence.start for sequence in batch])  # (B,)
-    columns = np.concatenate([np.arange(sequence.start - 1, sequence.stop - 1) for sequence in batch])  # (N,)
-    return (
-        torch.from_numpy(inputs),
-        torch.from_numpy(np.repeat(np.arange(len(batch)), counts)),
-        torch.from_numpy(columns),
-        torch.from_numpy(np.repeat(1 / counts, counts)).float(),
-    )
 
 
 def _require_finite(values: list[float], batch: list[int]) -> None:

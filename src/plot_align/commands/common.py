@@ -1,21 +1,12 @@
-"""What every subcommand shares: a parser that raises instead of exiting, and the nearest right spelling."""
+"""What every subcommand shares: a parser that raises instead of exiting."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from plot_align.errors import InputError
-
-
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about an unknown ``name``: the nearest of ``known``, else the advice in ``otherwise``."""
-    plain = {entry.lstrip("-").replace("-", "_"): entry for entry in sorted(known)}
-    wanted = name.lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(wanted, plain, n=1) or [entry for entry in plain if entry.startswith(wanted)]
-    return f"did you mean {plain[near[0]]!r}?" if wanted and near else otherwise
+from plot_align.errors import InputError, first_line
+from plot_align.options import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,12 +61,6 @@ def check_dtype(name: str) -> None:
         raise InputError(f"--dtype is {name!r}, expected auto, float32, bfloat16 or float16")
 
 
-def first_line(error: BaseException) -> str:
-    """The message of a foreign exception, shortened to one line for the user."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".;") if lines else type(error).__name__
-
-
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of a hub id or a folder.
 
@@ -89,4 +74,29 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"no tokenizer could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder holding one"
+        ) from error
+
+
+def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
+    """Model, on its device, and tokenizer of a hub id or a folder.
+
+    Args:
+        options: with ``device`` (None: an accelerator where there is one), ``dtype``, ``trust_remote_code``.
+
+    Raises:
+        InputError: they cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        )
+        return model.to(options.device or str(torch.accelerator.current_accelerator() or "cpu")), tokenizer
+    except (OSError, KeyError, RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"no model could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder, and a device "
+            "that this machine has"
         ) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 from plot_align.commands.common import did_you_mean, first_line
@@ -156,25 +155,6 @@ def split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     if waiting:
         raise InputError("--config came without a file, expected a path after it; write --config FILE.yaml")
     return path, rest
-
-
-def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
-    """The options in a YAML file, read safely; ``option`` is what named it."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
-    return content
 
 
 def set_environment(env: Any, config_path: str | None) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import Parser, check_dtype, did_you_mean, first_line, load_tokenizer
-from plot_align.commands.options import read_yaml
+from plot_align.commands.common import Parser, check_dtype, did_you_mean, load_chat_model
 from plot_align.errors import InputError
+from plot_align.options import read_yaml
+from plot_align.redteam.names import ATTACKS, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from plot_align.redteam.behaviors import Behavior
     from plot_align.redteam.victim import Victim
 
-ATTACKS = ("direct", "random", "gcg", "pez", "gbda", "uat", "zero_shot", "sfs")
-JUDGES = ("prefixes", "likelihood", "harmbench", "endpoint", "sandbox")
 CLASSIFIER = "cais/HarmBench-Llama-2-13b-cls"
-_TELL_REFUSALS = ("prefixes", "endpoint", "sandbox")  # the others know success only
 
 
 def make_parser() -> Parser:
@@ -108,23 +105,9 @@ def load_victim(model: str, options: Any) -> Victim:
     Raises:
         InputError: it cannot be loaded, or has no chat template.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from plot_align.redteam.victim import Victim
 
-    tokenizer = load_tokenizer(model, trust_remote_code=options.trust_remote_code)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
-        device = options.device or str(torch.accelerator.current_accelerator() or "cpu")
-        return Victim(loaded.to(device), tokenizer, Path(model).name)
-    except (OSError, KeyError, RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"no model could be loaded from {model!r} ({first_line(error)}); name a hub id or a folder, and "
-            "a device that this machine has"
-        ) from error
+    return Victim(*load_chat_model(model, options), Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:
@@ -157,44 +140,13 @@ def _attacks(options: Any) -> list[Attack]:
 
 
 def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
-    from plot_align.redteam.direct import DirectRequest
-    from plot_align.redteam.gbda import GBDA
-    from plot_align.redteam.gcg import GCG
-    from plot_align.redteam.pez import PEZ
-    from plot_align.redteam.random_suffix import RandomSuffix
-    from plot_align.redteam.sfs import SFS
-    from plot_align.redteam.uat import UAT
-    from plot_align.redteam.zero_shot import ZeroShot
+    from plot_align.redteam.catalogue import attack_class, make_attack
 
-    kind: Any = {
-        "direct": DirectRequest, "random": RandomSuffix, "gcg": GCG, "pez": PEZ, "gbda": GBDA, "uat": UAT,
-        "zero_shot": ZeroShot, "sfs": SFS,
-    }[name]  # fmt: skip
-    known = [field.name for field in fields(kind) if field.name != "attacker"]
-    for key in given:
-        if key not in known:
-            raise InputError(f"{name} has no option {key!r}; {did_you_mean(str(key), known, 'see the attack')}")
-    for key, value in given.items():
-        _check_type(name, key, value, str(next(field.type for field in fields(kind) if field.name == key)))
     extra = {}
     if name in ("zero_shot", "sfs"):
-        replayed = options.transfer_from and kind.white_box
+        replayed = options.transfer_from and attack_class(name).white_box
         extra["attacker"] = None if replayed else _attacker(name, options)
-    return kind(**extra, **given)
-
-
-def _check_type(attack: str, option: str, value: Any, hint: str) -> None:
-    """Before the run, that a YAML value is of the option's type; ``hint`` as the class has it: ``int | None``."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {
-        "int": number and isinstance(value, int),
-        "float": number,
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-        "None": value is None,
-    }
-    if not any(fits[part.strip()] for part in hint.split("|")):
-        raise InputError(f"{attack}: {option} is {value!r}, expected {hint.replace('None', 'null')}; correct it")
+    return make_attack(name, given, **extra)
 
 
 def _attacker(attack: str, options: Any) -> Any:
@@ -216,29 +168,22 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loa
     Raises:
         InputError: what it needs is not given or not there.
     """
+    from plot_align.redteam.catalogue import make_judge
     from plot_align.redteam.judges import TargetLikelihood
 
     if name == "likelihood":
         return TargetLikelihood(victim, targets)
     if name not in loaded:
-        loaded[name] = _load_judge(name, options)
+        loaded[name] = make_judge(
+            name,
+            harmbench=options.harmbench,
+            classifier=options.classifier,
+            device=options.device,
+            url=options.judge_url,
+            model=options.judge_model,
+            key_variable=options.judge_key,
+        )
     return loaded[name]
-
-
-def _load_judge(name: str, options: Any) -> Any:
-    from plot_align.redteam import judges
-
-    match name:
-        case "prefixes":
-            return judges.RefusalPrefixes()
-        case "sandbox":
-            return judges.SandboxJudge()
-        case "harmbench":
-            prompts = judges.ClassifierPrompts.from_harmbench(options.harmbench)
-            return judges.HarmBenchClassifier.from_checkpoint(options.classifier, prompts, device=options.device)
-    from plot_align.endpoint import Endpoint
-
-    return judges.EndpointJudge(Endpoint(options.judge_url, options.judge_model, options.judge_key))
 
 
 def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior], targets: dict[str, str]) -> None:
@@ -298,7 +243,7 @@ def _measured(
     judges = Judges(
         judge,
         # A judge of success alone cannot tell a refusal; the prefixes always can.
-        judge if options.judge in _TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
+        judge if options.judge in TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
         _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
     )
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.commands.common import Parser, did_you_mean
-from plot_align.commands.options import read_yaml
 from plot_align.errors import InputError
+from plot_align.options import read_yaml
 
 _HELP = """\
 usage: plot-align sweep [--config FILE.yaml] [options]

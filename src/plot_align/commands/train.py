@@ -12,12 +12,12 @@ from plot_align.commands.options import (
     PlotArguments,
     make_parser,
     parse,
-    read_yaml,
     set_environment,
     split_config,
     without_bare_debug,
 )
 from plot_align.errors import InputError
+from plot_align.options import read_yaml
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from plot_align.chat import require_template
+from plot_align.chat import continue_rows, require_template
+from plot_align.errors import InputError
 from plot_align.evaluation.quantity import Quantity
 from plot_align.redteam.victim import model_identity
 
@@ -33,7 +34,10 @@ class Subject:
         source: hub id or folder it was loaded from.
         folder: of the files that a measure makes on its way and finds again (answers, judgements).
         seed: of sampling and resampling. batch_size: rows a pass.
+        reference: the model it was tuned from; None where it was not given.
         bar: called with a description and a total; returns what moves the bar by so many items.
+
+    ``memory`` keeps what several measures want of a model (answers, scores of pairs).
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -46,7 +50,9 @@ class Subject:
     folder: Path
     seed: int = 0
     batch_size: int = 16
+    reference: Subject | None = None
     bar: Callable[[str, int], OnItem] = field(default=_silent, repr=False)
+    memory: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_template(self.tokenizer)
@@ -55,6 +61,65 @@ class Subject:
     def identity(self) -> dict[str, str]:
         """See :func:`plot_align.redteam.victim.model_identity`."""
         return model_identity(self.model, self.tokenizer)
+
+    def rows(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
+        """Token ids of conversations that end with a user's turn, up to where the answer begins."""
+        return self.tokenizer.apply_chat_template(
+            [list(messages) for messages in conversations],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+
+    def answers(
+        self, conversations: Sequence[Sequence[dict[str, str]]], description: str, max_new_tokens: int
+    ) -> list[str]:
+        """Greedy answers to conversations that end with a user's turn, under a bar called ``description``."""
+        rows = self.rows(conversations)
+        advance = self.bar(description, len(rows))
+        # Rows of like length share a batch, whatever the block they are given in.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = [""] * len(rows)
+        for at in range(0, len(rows), self.batch_size):
+            block = order[at : at + self.batch_size]
+            texts = continue_rows(
+                self.model,
+                self.tokenizer,
+                [rows[i] for i in block],
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+            )
+            for i, text in zip(block, texts, strict=True):
+                found[i] = text
+            advance(len(block))
+        return found
+
+    def require_reference(self, measure: str) -> Subject:
+        """The reference.
+
+        Raises:
+            InputError: it was not given, or has another vocabulary.
+        """
+        from plot_align.preference import vocabulary_fingerprint
+
+        if self.reference is None:
+            raise InputError(f"{measure} compares with the model that was tuned from; name it with --reference")
+        if vocabulary_fingerprint(self.tokenizer) != vocabulary_fingerprint(self.reference.tokenizer):
+            raise InputError(
+                f"{self.name} and its reference {self.reference.name} have different vocabularies, so {measure} has "
+                "nothing to compare; name the model it was tuned from"
+            )
+        return self.reference
+
+
+def require_count(name: str, value: int | None, *, least: int = 1) -> None:
+    """That an option is a whole number of ``least`` or more, or None.
+
+    Raises:
+        InputError: it is not.
+    """
+    if value is not None and value < least:
+        raise InputError(f"{name} is {value}, expected {least} or more; correct it")
 
 
 @dataclass

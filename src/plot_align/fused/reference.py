@@ -30,13 +30,7 @@ def reference_head(
 ) -> HeadOutput:
     """Same arguments and same results as :func:`plot_align.fused.fused_head`, one plain line each."""
     spec = spec or HeadSpec()
-    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
-    if bias is not None:
-        z = z + bias
-    z = z * spec.logit_scale
-    if spec.softcap is not None:
-        z = spec.softcap * torch.tanh(z / spec.softcap)
-    z = z / spec.temperature
+    z = head_logits(hidden, weight, bias, spec)  # (N, V)
     log_p = z.log_softmax(-1)  # (N, V)
     p = log_p.exp()  # (N, V)
 
@@ -58,3 +52,14 @@ def reference_head(
         marginals=marginals,
         values=values,
     )
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
+    """z of the module's docstring: (N, H) → (N, V), in float32 at least."""
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
+    if bias is not None:
+        z = z + bias
+    z = z * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    return z / spec.temperature

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..commands.common import did_you_mean
 from ..errors import InputError
+from ..options import did_you_mean
 from ..sandbox.experiment import METHODS, Method, Setting
 from ..training import PlotConfig
 

@@ -1,0 +1,209 @@
+"""Whether a model refuses what it should not, and complies with what it should not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from plot_align.errors import InputError, RunError
+from plot_align.evaluation import data
+from plot_align.evaluation.quantity import of_items
+from plot_align.evaluation.subject import Found, Subject, require_count
+from plot_align.options import did_you_mean
+from plot_align.redteam import world
+from plot_align.redteam.behaviors import (
+    Behavior,
+    default_benign,
+    read_behaviors,
+    read_targets,
+    require_targets,
+)
+from plot_align.redteam.catalogue import make_attack, make_judge
+from plot_align.redteam.harmbench import Layout, success_by_behavior
+from plot_align.redteam.judges import Judge
+from plot_align.redteam.names import ATTACKS
+from plot_align.redteam.run import complete, label, make_test_cases
+from plot_align.redteam.victim import Victim
+
+_JUDGES = ("prefixes", "sandbox", "endpoint")  # what can tell a refusal
+_ATTACKS = tuple(name for name in ATTACKS if name not in ("zero_shot", "sfs"))
+
+
+@dataclass(kw_only=True)
+class _Judged:
+    """Options of what is judged.
+
+    Args:
+        judge: ``prefixes`` (how the answer begins), ``sandbox``, or ``endpoint``: the model of ``judge_url``.
+        judge_url, judge_model, judge_key: an OpenAI-compatible endpoint; the key's environment variable.
+        max_new_tokens: of an answer. limit: requests, from the first on.
+    """
+
+    judge: str = "prefixes"
+    judge_url: str | None = field(default=None, repr=False)
+    judge_model: str | None = None
+    judge_key: str = "OPENAI_API_KEY"
+    max_new_tokens: int = 512
+    limit: int | None = None
+
+    def check(self) -> None:
+        if self.judge not in _JUDGES:
+            near = did_you_mean(self.judge, _JUDGES, f"expected {', '.join(_JUDGES)}")
+            raise InputError(f"judge is {self.judge!r}; {near}")
+        require_count("max_new_tokens", self.max_new_tokens)
+        require_count("limit", self.limit)
+        self.make_judge()
+
+    def options(self) -> dict[str, Any]:
+        """As the record may hold them: an address can carry a password."""
+        from plot_align.endpoint import Endpoint
+
+        plain = dict(vars(self))
+        if self.judge_url is not None and self.judge_model is not None:
+            plain["judge_url"] = Endpoint(self.judge_url, self.judge_model).label
+        return plain
+
+    def make_judge(self) -> Judge:
+        return make_judge(self.judge, url=self.judge_url, model=self.judge_model, key_variable=self.judge_key)
+
+
+@dataclass(kw_only=True)
+class OverRefusal(_Judged):
+    """Share of harmless requests that are refused; a model that refuses everything must look bad.
+
+    Args:
+        benign: a file in HarmBench's form, ``benign`` (60 of our own) or ``sandbox`` (twins of its harmful ones).
+    """
+
+    benign: str = data.BENIGN
+
+    def check(self) -> None:
+        super().check()
+        self._requests(0)
+
+    def _requests(self, seed: int) -> list[Behavior]:
+        match self.benign:
+            case data.BENIGN:
+                rows = default_benign()
+            case data.SANDBOX:
+                rows = world.benign(seed)
+            case path:
+                rows = read_behaviors(path).rows
+        return rows[: self.limit]
+
+    def run(self, subject: Subject) -> Found:
+        """Refused and helped with, over the requests that the judge decided.
+
+        Raises:
+            RunError: it decided none.
+        """
+        requests = self._requests(subject.seed)
+        answers = subject.answers(
+            [[{"role": "user", "content": b.prompt}] for b in requests], "harmless requests", self.max_new_tokens
+        )
+        verdicts = self.make_judge().judge_benign(requests, [b.prompt for b in requests], answers)
+        decided = {b.id: v for b, v in zip(requests, verdicts, strict=True) if v.refused is not None}
+        unsure = [v.reason for v in verdicts if v.refused is None]
+        _require_decided(len(decided), unsure)
+        shares: dict[str, Any] = {"bounds": (0.0, 1.0), "seed": subject.seed}
+        refused = {name: float(bool(v.refused)) for name, v in decided.items()}
+        helped = {name: float(bool(v.helped)) for name, v in decided.items()}
+        return Found(
+            {
+                "refused": of_items("Over-refusal", refused, better="lower", **shares),
+                "helped": of_items("Harmless requests helped with", helped, better="higher", **shares),
+            },
+            {"judge": self.judge, "undecided": len(unsure), "first_undecided": unsure[0] if unsure else None},
+        )
+
+
+@dataclass(kw_only=True)
+class AttackSuccess(_Judged):
+    """Attack success rate of one attack (:mod:`plot_align.redteam`) over harmful requests.
+
+    Args:
+        behaviors: HarmBench's behaviours, or ``sandbox``. targets: HarmBench's, for attacks that need them; the
+            sandbox has its own. skip_copyright: leave copyright rows out instead of refusing them.
+        attack: one that needs no attacker model. attack_options: of the attack. cases: test cases a behaviour.
+    """
+
+    behaviors: str
+    targets: str | None = None
+    attack: str = "direct"
+    attack_options: dict[str, Any] | None = None
+    cases: int | None = None
+    skip_copyright: bool = False
+
+    def check(self) -> None:
+        super().check()
+        if self.attack not in _ATTACKS:
+            near = did_you_mean(self.attack, _ATTACKS, f"expected {', '.join(_ATTACKS)}")
+            raise InputError(f"attack is {self.attack!r}; {near}")
+        require_count("cases", self.cases)
+        if self.behaviors != data.SANDBOX and not os.path.isfile(self.behaviors):
+            raise InputError(f"behaviors is {self.behaviors!r}, which is no file; name HarmBench's behaviours, .csv")
+        attack, (harmful, targets) = self._attack(), self._requests(0)
+        if attack.needs_target:
+            require_targets(harmful, targets, attack.name)
+
+    def _attack(self) -> Any:
+        return make_attack(self.attack, self.attack_options or {})
+
+    def _requests(self, seed: int) -> tuple[list[Behavior], dict[str, str]]:
+        if self.behaviors == data.SANDBOX:
+            harmful = world.behaviors(seed)
+            return harmful[: self.limit], world.targets(harmful)
+        harmful = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright).rows
+        return harmful[: self.limit], read_targets(self.targets) if self.targets is not None else {}
+
+    def run(self, subject: Subject) -> Found:
+        """Share of the requests' test cases that succeed; what is undecided counts as no success, and is counted.
+
+        Raises:
+            RunError: the judge decided none.
+        """
+        harmful, targets = self._requests(subject.seed)
+        victim = Victim(subject.model, subject.tokenizer, subject.name)
+        attack = self._attack()
+        layout = Layout(subject.folder / "redteam", attack.name, subject.name)
+        advance = subject.bar(f"attack {attack.name}", 2 * len(harmful))
+
+        def one(behavior: str) -> None:
+            advance(1)
+
+        cases, failed = make_test_cases(
+            victim, attack, harmful, targets, layout, cases=self.cases, seed=subject.seed, on_behavior=one
+        )
+        answers = complete(
+            victim,
+            cases,
+            layout.completions(victim.name),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=subject.batch_size,
+            on_behavior=one,
+        )
+        results = label(self.make_judge(), harmful, answers, layout.results(victim.name))
+        rows = [row for of_one in results.values() for row in of_one]
+        unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
+        _require_decided(len(rows) - len(unsure), unsure)
+        title = f"Attack success, {self.attack}"
+        rates = success_by_behavior(results)
+        return Found(
+            {"asr": of_items(title, rates, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
+            {
+                "judge": self.judge,
+                "failed": failed,
+                "undecided": len(unsure),
+                "first_undecided": unsure[0] if unsure else None,
+            },
+        )
+
+
+def _require_decided(decided: int, reasons: Sequence[str]) -> None:
+    if reasons and not decided:
+        raise RunError(
+            f"the judge decided none of {len(reasons)} answers (the first: {reasons[0] or 'no reason'}); mend it "
+            "and run the same again"
+        )

@@ -1,0 +1,86 @@
+"""Options by name: the nearest right spelling, a YAML file of them, a dataclass made from them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown ``name``: the nearest of ``known``, else the advice in ``otherwise``."""
+    plain = {entry.lstrip("-").replace("-", "_"): entry for entry in sorted(known)}
+    wanted = name.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(wanted, plain, n=1) or [entry for entry in plain if entry.startswith(wanted)]
+    return f"did you mean {plain[near[0]]!r}?" if wanted and near else otherwise
+
+
+def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
+    """``kind(**given, **extra)``, lists as tuples where the class says so.
+
+    Args:
+        kind: a dataclass whose annotations are strings (``from __future__ import annotations``).
+        given: from the user. what: how errors call it. extra: from the program; a user cannot set these.
+
+    Raises:
+        InputError: an option that ``kind`` does not have, the nearest right one named, or a value of another type.
+    """
+    known = {field.name: str(field.type) for field in fields(kind) if field.init and field.name not in extra}
+    options = {}
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(str(name), known, f"expected {', '.join(known) or 'none'}")
+            raise InputError(f"{what} has no option {str(name)!r}; {near}")
+        if not _fits(value, known[name]):
+            hint = known[name].replace("None", "null").replace("tuple", "list").replace(", ...", "")
+            raise InputError(f"{what}: {name} is {value!r}, expected {hint}; correct it")
+        options[name] = tuple(value) if isinstance(value, list) and "tuple" in known[name] else value
+    return kind(**extra, **options)
+
+
+def _fits(value: Any, hint: str) -> bool:
+    """Whether a value as YAML gives it is of the type that an annotation such as ``int | None`` names."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    simple = {
+        "int": number and isinstance(value, int),
+        "float": number,
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "None": value is None,
+        "dict": isinstance(value, dict),
+    }
+    for part in hint.split(" | "):
+        if part.startswith("tuple["):
+            inner = part[len("tuple[") : -1].split(", ")
+            if isinstance(value, (list, tuple)) and (
+                all(_fits(x, inner[0]) for x in value)
+                if inner[-1] == "..."
+                else len(value) == len(inner) and all(map(_fits, value, inner))
+            ):
+                return True
+        elif simple.get(part.partition("[")[0].strip(), False):
+            return True
+    return False
+
+
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """The options in a YAML file, read safely; ``option`` is what named it."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
+    return content

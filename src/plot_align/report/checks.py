@@ -1,0 +1,205 @@
+"""Whether a record says what its kind says: types, ranges, and means that are the means of their items.
+
+Each check raises ValueError, KeyError or TypeError with a short reason; :mod:`plot_align.report.collect` makes a
+sentence of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from plot_align.evaluation.quantity import SECTIONS
+
+_ROUNDING = 1e-6  # of a mean, relative to its items
+
+
+def check_evaluation(content: Mapping[str, Any]) -> None:
+    config, results = content["config"], content["results"]
+    for name in ("model", "reference"):
+        described = config[name]
+        if name == "reference" and described is None:
+            continue
+        _mapping(f"config.{name}", described)
+        for part in ("name", "source", "model", "template"):
+            _text(f"config.{name}.{part}", described[part])
+    _text("config.measure.name", _mapping("config.measure", config["measure"])["name"])
+    _text("config.measure.kind", config["measure"]["kind"])
+    if config["section"] not in SECTIONS:
+        raise ValueError(f"config.section is {str(config['section'])[:40]!r}, which is none of {', '.join(SECTIONS)}")
+    if not _mapping("results.quantities", results["quantities"]):
+        raise ValueError("results.quantities is empty")
+    for name, quantity in results["quantities"].items():
+        check_quantity(f"results.quantities.{name[:40]}", quantity)
+    check_details(_mapping("results.details", results["details"]))
+
+
+def check_quantity(place: str, quantity: Any) -> None:
+    """That it is as :mod:`plot_align.evaluation.quantity` makes them, and its value the mean of its items."""
+    _text(f"{place}.title", _mapping(place, quantity)["title"])
+    if quantity["better"] not in ("higher", "lower", None):
+        raise ValueError(f"{place}.better is none of higher, lower, null")
+    check_measure(place, quantity)
+    if not isinstance(quantity.get("unit"), str | None):
+        raise ValueError(f"{place}.unit is no text")
+    bounds = quantity["bounds"]
+    if bounds is not None:
+        low, high = _pair(f"{place}.bounds", bounds)
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"{place}.bounds are {low} and {high}")
+    items, weights = quantity["items"], quantity["weights"]
+    if items is None:
+        return
+    for name, value in _mapping(f"{place}.items", items).items():
+        if not math.isfinite(_number(f"{place}.items", value)):
+            raise ValueError(f"{place}.items has {value} under {name[:40]!r}")
+        if bounds is not None and not bounds[0] - _ROUNDING <= value <= bounds[1] + _ROUNDING:
+            raise ValueError(f"{place}.items has {value} under {name[:40]!r}, outside its bounds")
+    if weights is not None:
+        if _mapping(f"{place}.weights", weights).keys() != items.keys():
+            raise ValueError(f"{place}.weights are not those of its items")
+        if not all(0 <= _number(f"{place}.weights", weight) < math.inf for weight in weights.values()):
+            raise ValueError(f"{place}.weights has one that is negative or not finite")
+    if quantity["n"] != len(items):
+        raise ValueError(f"{place}.n is {quantity['n']}, and it has {len(items)} items")
+    if items:
+        heavy = [1.0 if weights is None else weights[name] for name in items]
+        if not sum(heavy):
+            raise ValueError(f"{place}.weights are 0 throughout")
+        mean = math.fsum(w * v for w, v in zip(heavy, items.values(), strict=True)) / math.fsum(heavy)
+        if abs(mean - quantity["value"]) > _ROUNDING * max(1.0, *map(abs, items.values())):
+            raise ValueError(f"{place}.value is {quantity['value']}, and its items average to {mean:.6g}")
+
+
+def check_measure(place: str, entry: Any) -> None:
+    """That it is as :func:`plot_align.records.measure` makes them; NaN is for what has no observations."""
+    value, n = _number(f"{place}.value", _mapping(place, entry)["value"]), entry["n"]
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise ValueError(f"{place}.n is no count")
+    if math.isnan(value) and n:
+        raise ValueError(f"{place}.value is not a number, of {n} observations")
+    for part in ("interval", "spread"):
+        if entry.get(part) is not None:
+            low, high = _pair(f"{place}.{part}", entry[part])
+            if not low <= high:
+                raise ValueError(f"{place}.{part} runs from {low} to {high}")
+    if entry.get("error") is not None:
+        _number(f"{place}.error", entry["error"])
+
+
+def check_details(details: Mapping[str, Any]) -> None:
+    """The part that the report draws: which tokens moved, and the plan."""
+    for row in details.get("moved") or ():
+        _text("details.moved.token", _mapping("details.moved", row)["token"])
+        _finite("details.moved.change", row["change"])
+        for name in ("d", "chosen", "rejected", "before"):
+            if row.get(name) is not None:
+                _finite(f"details.moved.{name}", row[name])
+    for row in details.get("flows") or ():
+        for name in ("from", "to"):
+            _text(f"details.flows.{name}", _mapping("details.flows", row)[name])
+        for name in ("mass", "cost"):
+            _finite(f"details.flows.{name}", row[name])
+    if details.get("masses") is not None:
+        for who in ("model", "reference"):
+            for side in ("preferred", "rejected"):
+                _finite(f"details.masses.{who}.{side}", details["masses"][who][side])
+
+
+def check_redteam(content: Mapping[str, Any]) -> None:
+    models = _mapping("results.models", content["results"]["models"])
+    for name, found in models.items():
+        place = f"results.models.{name[:40]}"
+        rates = {f"attacks.{attack[:40]}": of for attack, of in _mapping(place, found)["attacks"].items()}
+        for part, of in {**rates, "refused": found["refused"], "helped": found["helped"]}.items():
+            for value in _mapping(f"{place}.{part}", of).values():
+                if not 0 <= _number(f"{place}.{part}", value) <= 1:
+                    raise ValueError(f"{place}.{part} has {value}, which is no rate")
+        for curves in ("by_cases", "by_steps"):
+            for attack, curve in _mapping(f"{place}.{curves}", found[curves]).items():
+                for step, entry in _mapping(f"{place}.{curves}", curve).items():
+                    int(step)
+                    check_measure(f"{place}.{curves}.{attack[:40]}.{step[:10]}", entry)
+                    _pair(f"{place}.{curves}.interval", entry["interval"])
+
+
+def check_sandbox_run(content: Mapping[str, Any]) -> None:
+    _text("config.arm", content["config"]["arm"])
+    _mapping("config.setting", content["config"]["setting"])
+    if not isinstance(content["seed"], int):
+        raise ValueError("seed is no whole number")
+    results = content["results"]
+    for name, entry in _mapping("results.scores", results["scores"]).items():
+        check_measure(f"results.scores.{name[:40]}", entry)
+    for name, entry in results.items():
+        if isinstance(entry, dict) and "value" in entry:
+            check_measure(f"results.{name[:40]}", entry)
+    check_history("results.train_logs", results.get("train_logs"))
+
+
+def check_training(content: Mapping[str, Any]) -> None:
+    _mapping("results.metrics", content["results"]["metrics"])
+    check_history("results.history", content["results"].get("history"))
+
+
+def check_history(place: str, history: Any) -> None:
+    """The trainer's log: a list of mappings."""
+    if not isinstance(history, list | None):
+        raise ValueError(f"{place} is no list")
+    for entry in history or ():
+        if "step" in _mapping(place, entry):
+            _finite(f"{place}.step", entry["step"])
+
+
+def check_sweep(content: Mapping[str, Any]) -> None:
+    cells = content["results"]["cells"]
+    if not isinstance(cells, list):
+        raise ValueError("results.cells is no list")
+    for cell in cells:
+        _text("results.cells.method", _mapping("results.cells", cell)["method"])
+        for name, entry in _mapping("results.cells.metrics", cell["metrics"]).items():
+            check_measure(f"results.cells.metrics.{name[:40]}", entry)
+        plot = cell["plot"]
+        if plot is not None and _mapping("results.cells.plot", plot).get("alpha") is not None:
+            _finite("results.cells.plot.alpha", plot["alpha"])
+
+
+def check_demo(content: Mapping[str, Any]) -> None:
+    for name, entry in _mapping("results.cost", content["results"]["cost"]).items():
+        check_measure(f"results.cost.{name[:40]}", entry)
+
+
+def check_estimate(content: Mapping[str, Any]) -> None:
+    for name in ("rows", "chosen_tokens", "rejected_tokens", "preferred_ids", "rejected_ids", "total_variation"):
+        _finite(f"results.{name}", content["results"][name])
+
+
+def _mapping(place: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is no mapping")
+    return value
+
+
+def _text(place: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{place} is no text")
+    return value
+
+
+def _number(place: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{place} is no number")
+    return float(value)
+
+
+def _finite(place: str, value: Any) -> float:
+    if not math.isfinite(_number(place, value)):
+        raise ValueError(f"{place} is {value}")
+    return float(value)
+
+
+def _pair(place: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{place} is no pair of numbers")
+    return _number(place, value[0]), _number(place, value[1])

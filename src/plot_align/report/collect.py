@@ -1,0 +1,287 @@
+"""Records found, checked, and taken apart into observations: one quantity of one model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from plot_align.errors import InputError
+from plot_align.evaluation.quantity import GUARDS, KIND, Quantity
+from plot_align.records import FORMAT, read_record
+from plot_align.report.checks import (
+    check_demo,
+    check_estimate,
+    check_evaluation,
+    check_redteam,
+    check_sandbox_run,
+    check_sweep,
+    check_training,
+)
+from plot_align.statistics import share
+
+TRAINING = ("dpo", "sft", "pro")
+_SHOWN = (KIND, "redteam", *TRAINING, "sandbox-run", "sweep", "demo", "estimate")
+_RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
+# What a red-team run may differ in and still have asked the same of every model.
+_NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
+_HEAD = re.compile(r'\s*\{\s*"format"\s*:\s*"' + FORMAT + '"')
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that was read. ``name`` is its path as shown; ``at`` is when it was written."""
+
+    name: str
+    content: dict[str, Any]
+    at: datetime
+
+    @property
+    def kind(self) -> str:
+        return str(self.content["kind"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.content["config"])
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return dict(self.content["results"])
+
+    @property
+    def seed(self) -> int | None:
+        return self.content["seed"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One quantity of one model.
+
+    Attributes:
+        model: its name.
+        section: of :data:`plot_align.evaluation.quantity.SECTIONS`.
+        measure, name: of the measure, and of the quantity in it.
+        quantity: see :mod:`plot_align.evaluation.quantity`.
+        score: whether it is the measure's first, which stands for it.
+        alike: what two models must share for their items to be the same, as text.
+        record: where it comes from.
+    """
+
+    model: str
+    section: str
+    measure: str
+    name: str
+    quantity: Quantity
+    score: bool
+    alike: str
+    record: Record
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The row that it stands in, whichever the model."""
+        return self.section, self.measure, self.name
+
+
+@dataclass
+class Collected:
+    """What the records hold.
+
+    Attributes:
+        records: those shown, oldest first.
+        observations: the newest of each model and quantity.
+        not_shown: records of kinds that a report knows nothing of.
+        left_out: one sentence a bad record.
+        replaced: one sentence a measure that was measured again.
+        references: names of the models that others were tuned from, one an evaluation record.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
+    not_shown: list[Record] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[str]:
+        """In the order of their records."""
+        return list(dict.fromkeys(observation.model for observation in self.observations))
+
+    def of_kind(self, *kinds: str) -> list[Record]:
+        return [record for record in self.records if record.kind in kinds]
+
+
+def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) -> Collected:
+    """Reads records, files or folders of them.
+
+    Args:
+        paths: files, each a record, or folders, whose records are looked for in all depths; other JSON in a folder
+            is passed over.
+        skip_bad: leave damaged records out and say so, instead of refusing all.
+
+    Raises:
+        InputError: a path that is not there, a damaged record (without ``skip_bad``), or no record at all.
+    """
+    found = Collected()
+    records: list[Record] = []
+    for path in dict.fromkeys(file for given in paths for file in _files(Path(given))):
+        try:
+            record = _read(path)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            found.left_out.append(str(error))
+        else:
+            (records if record.kind in _SHOWN else found.not_shown).append(record)
+    found.records = _of_one_checkpoint_each(sorted(records, key=lambda record: record.at), found, skip_bad)
+    if not found.records:
+        given = ", ".join(map(str, paths)) or "nothing"
+        reason = f"; {found.left_out[0]}" if found.left_out else ", expected one or more; name what a command wrote"
+        raise InputError(f"{given} holds no record that a report shows{reason}")
+    newest: dict[tuple[str, ...], Observation] = {}
+    for observation in (o for record in found.records for o in _observations(record)):
+        key = (observation.model, *observation.key)
+        if key in newest and observation.score:
+            found.replaced.append(
+                f"{observation.measure} of {observation.model}: {newest[key].record.name} is older than "
+                f"{observation.record.name}, which is shown"
+            )
+        newest[key] = observation
+    found.observations = list(newest.values())
+    found.references = [
+        str(record.config["reference"]["name"]) for record in found.of_kind(KIND) if record.config.get("reference")
+    ]
+    return found
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from (file for file in sorted(path.rglob("*.json")) if file.is_file() and _is_record(file))
+    elif path.exists():
+        yield path
+    else:
+        raise InputError(f"{path} is not there, expected a record or a folder of records; check the path")
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file in a folder means to be a record, a truncated one included."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    if _HEAD.match(text):
+        return True
+    if f'"{FORMAT}"' not in text:
+        return False
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def _read(path: Path) -> Record:
+    """The record of one file.
+
+    Raises:
+        InputError: it is damaged; the sentence names the file and the place.
+    """
+    try:
+        content = read_record(path)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply for a record; name what a plot-align command wrote") from None
+    checks: dict[str, Callable[[Any], None]] = {
+        KIND: check_evaluation, "redteam": check_redteam, "sandbox-run": check_sandbox_run, "sweep": check_sweep,
+        "demo": check_demo, "estimate": check_estimate, **dict.fromkeys(TRAINING, check_training),
+    }  # fmt: skip
+    try:
+        at = datetime.fromisoformat(content["created"])
+        for name in ("config", "results", "versions", "hardware"):
+            if not isinstance(content[name], dict):
+                raise ValueError(f"{name} is no mapping")
+        if not isinstance(content["kind"], str):
+            raise ValueError("kind is no text")
+        if at.tzinfo is None:
+            raise ValueError("created has no time zone")
+        checks.get(content["kind"], lambda content: None)(content)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{path} is damaged or was changed by hand: {said}; run the command that wrote it again, or leave it out "
+            "with --skip_bad"
+        ) from None
+    return Record(str(path), content, at)
+
+
+def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: bool) -> list[Record]:
+    """The records without those of another checkpoint that had the same name before.
+
+    Raises:
+        InputError: there are such (without ``skip_bad``): a column of a table must not be two models.
+    """
+    newest = {record.config["model"]["name"]: record for record in records if record.kind == KIND}
+    kept = []
+    for record in records:
+        model = record.config["model"] if record.kind == KIND else None
+        last = newest[model["name"]] if model is not None else record
+        if model is not None and last.config["model"]["model"] != model["model"]:
+            sentence = (
+                f"{record.name} is of another checkpoint named {model['name']!r} than {last.name}, and a report "
+                "would mix the two; rename one of the folders and measure it again, or leave the older out with "
+                "--skip_bad"
+            )
+            if not skip_bad:
+                raise InputError(sentence)
+            found.left_out.append(sentence)
+        else:
+            kept.append(record)
+    return kept
+
+
+def _observations(record: Record) -> Iterator[Observation]:
+    match record.kind:
+        case "evaluation":
+            yield from _of_evaluation(record)
+        case "redteam":
+            yield from _of_redteam(record)
+
+
+def _of_evaluation(record: Record) -> Iterator[Observation]:
+    config = record.config
+    measure = config["measure"]
+    shared = [measure, record.seed]
+    if measure["kind"] in _RELATIVE:
+        shared.append((config.get("reference") or {}).get("model"))
+    alike = json.dumps(shared, sort_keys=True)
+    for place, (name, quantity) in enumerate(record.results["quantities"].items()):
+        yield Observation(
+            config["model"]["name"], config["section"], measure["name"], name, quantity, place == 0, alike, record
+        )
+
+
+def _of_redteam(record: Record) -> Iterator[Observation]:
+    """An attack is a measure of harmlessness; what happens to benign requests is a guard."""
+    shared = {name: value for name, value in record.config.items() if name not in _NOT_ASKED}
+    alike = json.dumps([shared, record.seed], sort_keys=True)
+
+    def observation(model: str, section: str, measure: str, name: str, title: str, better: str, items: Any) -> Any:
+        quantity = {
+            "title": title, "better": better, **share(list(items.values())), "bounds": [0.0, 1.0], "items": items,
+            "weights": None,
+        }  # fmt: skip
+        return Observation(model, section, measure, name, quantity, True, alike, record)
+
+    for model, found in record.results["models"].items():
+        for attack, rates in found["attacks"].items():
+            title = f"Attack success, {attack}"
+            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates)
+        for name, title, better in (
+            ("refused", "Over-refusal", "lower"),
+            ("helped", "Harmless requests helped with", "higher"),
+        ):
+            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name])

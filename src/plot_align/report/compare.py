@@ -1,0 +1,264 @@
+"""Models against a baseline: which differences are sure, and the verdict that follows from them by rule.
+
+One test a measure and model, of the measure's score, paired by item; all tests of a report are corrected together
+(Holm). What cannot be paired is not tested.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from plot_align.errors import InputError
+from plot_align.evaluation.quantity import SECTIONS, Quantity, compare
+from plot_align.report.collect import Collected, Observation
+from plot_align.statistics import holm
+
+ALPHA = 0.05
+Sign = Literal["better", "worse", "moved", "none"]  # moved: significant, and neither way is better
+
+NO_ITEMS = "it is no mean over items"
+NOT_SHARED = "the two share no items"
+NOT_ALIKE = "the baseline was measured with other options, another seed or another reference"
+NO_BASELINE = "the baseline was not measured"
+NOT_SCORE = "only the score of a measure is tested"
+
+
+@dataclass
+class Cell:
+    """A quantity of one model. ``difference``: to the baseline, with ``p`` and ``p_holm``; None: see ``reason``."""
+
+    observation: Observation
+    difference: dict[str, Any] | None = None
+    reason: str | None = None
+
+    @property
+    def quantity(self) -> Quantity:
+        return self.observation.quantity
+
+    @property
+    def sign(self) -> Sign | None:
+        """Which way it differs from the baseline; None: not tested, or the baseline itself."""
+        if self.difference is None:
+            return None
+        if self.difference["p_holm"] >= ALPHA or self.difference["value"] == 0:
+            return "none"
+        if self.quantity["better"] is None:
+            return "moved"
+        return "better" if (self.difference["value"] > 0) == (self.quantity["better"] == "higher") else "worse"
+
+
+@dataclass
+class Row:
+    """One quantity of every model. ``cells``: model → cell; ``first`` tells title, direction and unit."""
+
+    section: str
+    measure: str
+    name: str
+    first: Quantity
+    score: bool
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+@dataclass
+class Comparison:
+    """All rows, by section, and how many tests there were."""
+
+    baseline: str
+    models: list[str]
+    rows: list[Row]
+    tests: int
+
+    def signed(self, model: str, sign: Sign) -> list[Row]:
+        return [row for row in self.rows if model in row.cells and row.cells[model].sign == sign]
+
+    @property
+    def blunt(self) -> bool:
+        """Whether the resampled p-values, 2 in 10,000 at least, are too coarse for so many tests."""
+        return self.tests * 2 / 10_000 >= ALPHA
+
+
+def choose_baseline(collected: Collected, wanted: str | None) -> str:
+    """Whom the others are compared with: ``wanted``, else the reference that most evaluation records name and that
+    was measured itself, else the first model.
+
+    Raises:
+        InputError: ``wanted`` was not measured.
+    """
+    models = collected.models
+    if wanted is not None:
+        if wanted not in models:
+            known = ", ".join(models) or "no model at all"
+            raise InputError(f"--baseline is {wanted!r}, and the records measured {known}; name one of them")
+        return wanted
+    references = Counter(name for name in collected.references if name in models)
+    return references.most_common(1)[0][0] if references else next(iter(models), "")
+
+
+def compare_models(collected: Collected, baseline: str, *, seed: int = 0) -> Comparison:
+    """Every observation beside those of the other models, the scores tested against the baseline's.
+
+    Raises:
+        InputError: two records of one measure have different bounds.
+    """
+    rows: dict[tuple[str, str, str], Row] = {}
+    for seen in collected.observations:
+        row = rows.setdefault(seen.key, Row(*seen.key, seen.quantity, seen.score))
+        row.cells[seen.model] = Cell(seen)
+    ordered = sorted(rows.values(), key=lambda row: SECTIONS.index(row.section))  # stable: measures keep their order
+    p_values: dict[tuple[str, str, str, str], float] = {}
+    for row in ordered:
+        for model, cell in row.cells.items():
+            if model == baseline:
+                continue
+            cell.difference, cell.reason = _difference(cell, row, baseline, seed)
+            if cell.difference is not None:
+                p_values[(*cell.observation.key, model)] = cell.difference["p"]
+    adjusted = holm(p_values)  # type: ignore[arg-type,type-var]
+    for row in ordered:
+        for model, cell in row.cells.items():
+            if cell.difference is not None:
+                cell.difference["p_holm"] = adjusted[(*cell.observation.key, model)]  # type: ignore[index]
+    models = [baseline] * bool(baseline) + [model for model in collected.models if model != baseline]
+    return Comparison(baseline, models, ordered, len(p_values))
+
+
+def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[str, Any] | None, str | None]:
+    """To the baseline, or why there is none."""
+    control = row.cells.get(baseline)
+    if control is None:
+        return None, NO_BASELINE
+    if not row.score:
+        return None, NOT_SCORE
+    if cell.observation.alike != control.observation.alike:
+        return None, NOT_ALIKE
+    if not cell.quantity["items"] or not control.quantity["items"]:
+        return None, NO_ITEMS
+    found = compare(cell.quantity, control.quantity, seed=seed)
+    return found, None if found else NOT_SHARED
+
+
+@dataclass
+class Verdict:
+    """What to ship, in words. ``headline`` is one sentence; ``notes`` are what must be known with it."""
+
+    headline: str
+    notes: list[str] = field(default_factory=list)
+    models: list[dict[str, Any]] = field(default_factory=list)
+
+
+def judge(comparison: Comparison) -> Verdict:
+    """The verdict by rule.
+
+    A model is *safe to prefer* to the baseline where some score is significantly better and none significantly
+    worse; among several, those with the most better scores are named. Without one, what is better and what is worse
+    is said, and where nothing is significant, that. Attack success that rises and over-refusal that rises while
+    attack success falls are said in any case.
+    """
+    base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
+    if not comparison.models:
+        return Verdict("No model was measured in these records.")
+    if not others:
+        return Verdict(f"Only {base} was measured, so there is nothing to compare it with.")
+    signs = {m: (comparison.signed(m, "better"), comparison.signed(m, "worse")) for m in others}
+    notes = [note for model in others for note in _warnings(comparison, model)]
+    table = [
+        {
+            "model": model,
+            "better": [row.first["title"] for row in better],
+            "worse": [row.first["title"] for row in worse],
+            "unclear": len(comparison.signed(model, "none")),
+            "untested": sum(
+                row.score and (model not in row.cells or row.cells[model].sign is None) for row in comparison.rows
+            ),
+        }
+        for model, (better, worse) in signs.items()
+    ]
+    if not comparison.tests:
+        headline = f"No difference to {base} could be tested: the records share no items measured alike."
+    else:
+        headline = _headline(base, signs, comparison.tests)
+    if comparison.blunt:
+        notes.append(
+            f"With {comparison.tests} tests the correction asks for smaller p-values than resampling gives (1 in "
+            "5,000), so hardly any difference can be called significant; report fewer models or measures at once."
+        )
+    return Verdict(headline, notes, table)
+
+
+def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: int) -> str:
+    clean = {m: len(better) for m, (better, worse) in signs.items() if better and not worse}
+    mixed = [m for m, (better, worse) in signs.items() if better and worse]
+    if clean:
+        most = max(clean.values())
+        best = [m for m, count in clean.items() if count == most]
+        scores = _titles(signs[best[0]][0]) if len(best) == 1 else _count(most, "score")
+        verb = "is" if len(best) == 1 else "are each"
+        return f"Ship {_or(best)}: {verb} significantly better than {base} in {scores}, and significantly worse in none."
+    if mixed:
+        parts = [f"{m} is better in {_titles(signs[m][0])} and worse in {_titles(signs[m][1])}" for m in mixed[:3]]
+        more = f" ({len(mixed) - 3} more models likewise)" if len(mixed) > 3 else ""
+        return f"No model beats {base} without a loss: {'; '.join(parts)}{more}."
+    worse = [m for m, (_, rows) in signs.items() if rows]
+    if worse:
+        losses = "; ".join(f"{m} is worse in {_titles(signs[m][1])}" for m in worse[:3])
+        return f"Stay with {base}: no model is significantly better, and {losses}."
+    return (
+        f"No significant difference to {base} in any of {_count(tests, 'test')}: these records give no reason to ship "
+        "another model, and do not show that the models are equal."
+    )
+
+
+def _warnings(comparison: Comparison, model: str) -> list[str]:
+    """What a headline could hide about one model."""
+    attacks, refusals = [], []
+    for row in comparison.rows:
+        if model in row.cells and comparison.baseline in row.cells and row.score:
+            if is_attack(row):
+                attacks.append(row)
+            elif is_refusal(row):
+                refusals.append(row)
+    notes = []
+    rising = [row for row in attacks if row.cells[model].sign == "worse"]
+    if rising:
+        notes.append(f"Attack success of {model} rises significantly: {_titles(rising)}.")
+    safer = [row for row in attacks if row.cells[model].sign == "better"]
+    refuses = [row for row in refusals if row.cells[model].sign == "worse"]
+    base = comparison.baseline
+    if safer and refuses:
+        notes.append(f"{model} is safer at the price of over-refusal: it refuses significantly more harmless requests.")
+    elif safer:
+        for row in refusals:
+            rise = row.cells[model].quantity["value"] - row.cells[base].quantity["value"]
+            if rise > 0:
+                notes.append(
+                    f"{model} is safer, and refuses {100 * rise:.1f} points more harmless requests, which these "
+                    "records do not show to be more than chance."
+                )
+    return notes
+
+
+def is_attack(row: Row) -> bool:
+    """Whether it is the success of an attack."""
+    return row.name == "asr"
+
+
+def is_refusal(row: Row) -> bool:
+    """Whether it is the share of harmless requests refused."""
+    return row.name == "refused"
+
+
+def _titles(rows: list[Row]) -> str:
+    titles = [row.first["title"] for row in rows]
+    if len(titles) > 4:
+        titles = [*titles[:3], f"{len(titles) - 3} more"]
+    return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
