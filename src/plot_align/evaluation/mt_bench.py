@@ -29,7 +29,7 @@ from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.redteam.run import same_or_new
 
 BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it
-_EXCERPT = 200  # characters of a judgement in the details
+_EXCERPT = 400  # characters of a judgement in the details
 
 Place = tuple[int, int]  # question id, turn
 
@@ -40,7 +40,8 @@ class MTBench:
 
     The score is the mean over questions of the mean of their two turns' ratings. A turn without a rating is left out
     of its question's mean, and a question without any is left out of the score. FastChat takes the mean of all
-    ratings: the same number where every turn has one.
+    ratings: the same number where every turn has one. What the details say of requests, tokens and cost is of this
+    run alone: an earlier one paid for what it left on disk.
 
     Args:
         folder: with FastChat's ``question.jsonl``, ``judge_prompts.jsonl`` and reference answers.
@@ -117,7 +118,8 @@ class MTBench:
             on_item=subject.bar("MT-Bench judge", 2 * len(bench.questions)),
         )
         usage = asdict(endpoint.usage)
-        details = {"judge": endpoint.label, **judged.details(), "usage": usage}
+        prompts = sorted({request.prompt.name for request in bench.requests(answers)})
+        details = {"judge": endpoint.label, "prompts": prompts, **judged.details(), "usage": usage}
         if self.prices is not None:
             tokens = (usage["prompt_tokens"], usage["completion_tokens"])
             details["cost"] = sum(price * count / 1e6 for price, count in zip(self.prices, tokens, strict=True))
@@ -169,7 +171,8 @@ def answer_questions(
     """The model's answers, those that ``path`` holds already read; question id → both turns.
 
     Each category has FastChat's temperature. Ten questions of one category are answered together, with a seed of
-    their own, and are on disk before the next: neither an interruption nor other categories change an answer.
+    their own, and are on disk before the next: neither an interruption nor other categories change an answer. (The
+    batch size may change a sampled one.)
 
     Raises:
         InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or other
@@ -308,7 +311,7 @@ def judge_answers(
     judged = Judged({place: row["judgment"] for place, row in known.items()})
     wanted = [request for request in requests if (request.question, request.turn) not in known]
     on_item(len(known))
-    if wanted:
+    if wanted and path.exists():
         fastchat.write_judgments(path, [*others, *known.values()])  # whole lines only, for others to follow
     lock = threading.Lock()
 
