@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plot_align import records
 from plot_align.errors import InputError
-from plot_align.statistics import holm, paired_difference, share
+from plot_align.statistics import holm, mean, paired_difference, share
 
 _RATES = st.floats(0, 1)
 
@@ -178,3 +180,70 @@ def test_holm_is_the_closed_test_of_bonferroni(values: list[float]) -> None:
 def test_holm_wants_p_values() -> None:
     with pytest.raises(InputError, match=r"holm: p_values\['a'\] is 5, expected a number from 0 to 1"):
         holm({"a": 5})
+
+
+def test_a_mean_has_the_interval_that_scipy_gives() -> None:
+    """SciPy's percentile bootstrap of the same 80 values: both ends within a twentieth of the width."""
+    values = np.random.default_rng(3).gamma(2.0, size=80)
+    found = mean(values.tolist(), seed=5)
+    reference = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    low, high = reference.confidence_interval
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
+
+
+def test_a_weighted_mean_resamples_weights_with_their_values() -> None:
+    """SciPy's paired bootstrap of a ratio."""
+    rng = np.random.default_rng(4)
+    weights = rng.integers(1, 40, size=60).astype(float)
+    values = rng.normal(2.0, 1.0, size=60) + weights / 20
+    found = mean(values.tolist(), weights=weights.tolist(), seed=1)
+
+    def ratio(v: np.ndarray, w: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (v * w).sum(axis) / w.sum(axis)
+
+    reference = scipy.stats.bootstrap(
+        (values, weights), ratio, paired=True, method="percentile", rng=np.random.default_rng(0)
+    )
+    low, high = reference.confidence_interval
+    assert found["value"] == pytest.approx(float(ratio(values, weights)))
+    assert found["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
+
+
+def test_the_p_value_is_scipys() -> None:
+    """40 differences: SciPy's sign-flip permutation test with its own random signs."""
+    rng = np.random.default_rng(6)
+    d = rng.normal(0.15, 1.0, size=40)
+    found = paired_difference(_by_name(list(d)), _by_name([0.0] * 40), bounds=None, seed=2)
+    reference = scipy.stats.permutation_test((d,), np.mean, permutation_type="samples", rng=np.random.default_rng(0))
+    assert found["p"] == pytest.approx(reference.pvalue, abs=0.02)
+
+
+def test_no_spread_within_bounds_is_the_rule_of_three_and_without_them_what_is_known() -> None:
+    """Ten ratings of 4 on a scale from 1 to 10: q = 0.3, so 4 − 0.3·3 to 4 + 0.3·6."""
+    assert mean([4.0] * 10, bounds=(1.0, 10.0))["interval"] == pytest.approx([3.1, 5.8])
+    assert mean([4.0] * 10)["interval"] == [4.0, 4.0]
+    assert mean([4.0])["interval"] == [-math.inf, math.inf]
+    assert mean([], bounds=(0.0, 1.0))["interval"] == [0.0, 1.0]
+    assert math.isnan(mean([])["value"])
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ([1.0, math.nan], {}, r"values\[1\] is nan, expected a finite number"),
+        ([0.5, 11.0], {"bounds": (1.0, 10.0)}, r"values\[0\] is 0.5, expected 1 to 10"),
+        ([1.0, 2.0], {"weights": [1.0]}, "weights has 1 entries for 2 values"),
+        ([1.0, 2.0], {"weights": [1.0, -1.0]}, "0 or more"),
+        ([1.0, 2.0], {"weights": [0.0, 0.0]}, "weights are 0 throughout"),
+    ],
+)
+def test_a_mean_refuses(values: list[float], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mean(values, **options)
+
+
+def test_weights_move_a_paired_difference() -> None:
+    """Differences 1 and 0 with weights 3 and 1: ¾."""
+    found = paired_difference({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, weights={"a": 3.0, "b": 1.0})
+    assert found["value"] == pytest.approx(0.75)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
         given: from the user. what: how errors call it. extra: from the program; a user cannot set these.
 
     Raises:
-        InputError: an option that ``kind`` does not have, the nearest right one named, or a value of another type.
+        InputError: an option that ``kind`` does not have, the nearest right one named, a value of another type, or one
+            that is missing.
     """
     known = {field.name: str(field.type) for field in fields(kind) if field.init and field.name not in extra}
     options = {}
@@ -39,6 +40,10 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
             hint = known[name].replace("None", "null").replace("tuple", "list").replace(", ...", "")
             raise InputError(f"{what}: {name} is {value!r}, expected {hint}; correct it")
         options[name] = tuple(value) if isinstance(value, list) and "tuple" in known[name] else value
+    for field in fields(kind):
+        required = field.init and field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in {*options, *extra}:
+            raise InputError(f"{what} lacks {field.name}, expected {known[field.name]}; add it")
     return kind(**extra, **options)
 
 

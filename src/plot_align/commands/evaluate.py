@@ -282,8 +282,11 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
 
 
 def number(entry: dict[str, Any]) -> str:
-    """``0.71 (0.65 to 0.77)``; three significant digits at least."""
+    """``0.71 (.65–.77)``: short enough for four models in a terminal; small numbers to four places."""
     value, (low, high) = entry["value"], entry.get("interval") or (math.nan, math.nan)
     places = 2 if abs(value) >= 0.1 or value == 0 else 4
     text = f"{value:.{places}f}"
-    return f"{text} ({low:.{places}f} to {high:.{places}f})" if math.isfinite(low) and math.isfinite(high) else text
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return text
+    ends = (f"{end:.{places}f}".replace("0.", ".", 1) if abs(end) < 1 else f"{end:.{places}f}" for end in (low, high))
+    return f"{text} ({'–'.join(ends)})"

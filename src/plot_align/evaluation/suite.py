@@ -154,14 +154,34 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
         return lacking
     cls = _class(kind)
     if given.limit is not None:
-        known = {field.name for field in fields(cls)}
-        for size in known & set(_SIZES):
-            spec[size] = min(given.limit, spec.get(size) or given.limit)
+        for size in fields(cls):
+            if size.name in _SIZES:
+                spec[size.name] = min(given.limit, spec.get(size.name, size.default) or given.limit)
     measure = build(cls, spec, name)
-    if kind == "lm_eval" and not given.allow_code_execution and measure.executes_code():
-        return "it runs code that the model wrote, with the rights of this user; give --allow_code_execution"
+    if kind == "lm_eval":
+        lacking = _task_lacks(measure)
+        if lacking is not None:
+            return lacking
     measure.check()
     return measure
+
+
+def _task_lacks(measure: Any) -> str | None:
+    """What a task of lm-eval lacks here, in words; that the task exists is for its check to say."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        return 'it needs lm-eval, which is not installed; pip install "plot-align[eval]"'
+    from plot_align.evaluation.harness_tasks import configs_of, missing_packages, modules_of, runs_code
+
+    configs = configs_of(measure.task, measure.include_path)
+    modules = modules_of(configs)
+    if runs_code(configs, modules) and not measure.allow_code_execution:
+        return "it runs code that the model wrote, with the rights of this user; give --allow_code_execution"
+    missing = missing_packages(modules)
+    if missing:
+        return "its packages are not installed; pip install " + " ".join(f'"{package}"' for package in missing)
+    return None
 
 
 def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:

@@ -1,0 +1,165 @@
+"""``plot-align evaluate`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plot_align import cli
+from plot_align.evaluation import fluency, world
+from plot_align.evaluation.subject import Subject
+from plot_align.records import read_record
+
+SUITE = """\
+stem:
+  physics: {kind: sandbox, category: stem, count: 4, max_new_tokens: 4}
+guards:
+  diversity: {kind: diversity, prompts: sandbox, limit: 4, max_new_tokens: 4}
+  drift: {kind: drift, pairs: sandbox, limit: 4}
+"""
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def tuned(tiny_base: Path, tmp_path: Path) -> str:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path / "tuned"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return str(folder)
+
+
+def _run(*arguments: str) -> int:
+    return cli.main(["evaluate", *map(str, arguments)])
+
+
+def test_every_measure_of_every_model_is_a_record(
+    suite: str, tuned: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert _run(f"base={tiny_base}", tuned, "--suite", suite, "--reference", str(tiny_base), "--output", output) == 0
+    for name, source in (("base", str(tiny_base)), ("tuned", tuned)):
+        for measure, section in (("physics", "stem"), ("diversity", "guards"), ("drift", "guards")):
+            record = read_record(output / name / f"{measure}.json", "evaluation")
+            config = record["config"]
+            assert config["model"]["name"] == name
+            assert config["model"]["source"] == source
+            assert config["section"] == section
+            assert config["measure"]["name"] == measure
+            assert (config["reference"] or {}).get("name") == ("base" if measure == "drift" else None)
+            for quantity in record["results"]["quantities"].values():
+                assert {"title", "better", "value", "n", "interval", "bounds", "items", "weights"} <= quantity.keys()
+    drift = read_record(output / "base" / "drift.json")["results"]["quantities"]["tv"]["value"]
+    assert drift == 0
+    assert read_record(output / "tuned" / "drift.json")["results"]["quantities"]["tv"]["value"] > 0.001
+    shown = capsys.readouterr().out
+    assert "suite mine" in shown
+    assert "plot-align report" in shown
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    measured: list[str] = []
+    real_world, real_diversity = world.SandboxJudges.run, fluency.Diversity.run
+
+    def stopped(self: fluency.Diversity, subject: Subject) -> None:
+        raise KeyboardInterrupt
+
+    def counted(self: world.SandboxJudges, subject: Subject) -> object:
+        measured.append("physics")
+        return real_world(self, subject)
+
+    monkeypatch.setattr(world.SandboxJudges, "run", counted)
+    monkeypatch.setattr(fluency.Diversity, "run", stopped)
+    arguments = (f"base={tiny_base}", "--suite", suite, "--output", output)
+    assert _run(*arguments) == 130
+    first = (output / "base" / "physics.json").read_bytes()
+    assert not (output / "base" / "diversity.json").exists()
+    monkeypatch.setattr(fluency.Diversity, "run", real_diversity)
+    assert _run(*arguments) == 0
+    assert (output / "base" / "physics.json").read_bytes() == first
+    assert (output / "base" / "diversity.json").exists()
+    assert measured == ["physics"]
+
+
+def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
+    suite: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
+    record = output / "base" / "physics.json"
+    assert _run(*arguments) == 0
+    _run(*arguments, "--seed", "1")
+    assert "measured again" in capsys.readouterr().out
+    assert json.loads(record.read_text())["seed"] == 1
+    _run(*arguments, "--limit", "2")
+    assert json.loads(record.read_text())["results"]["quantities"]["good"]["n"] == 2
+    record.write_text(record.read_text()[:200])
+    capsys.readouterr()
+    assert _run(*arguments) == 0
+    assert "measured again" in capsys.readouterr().out
+    read_record(record)
+    assert _run(*arguments) == 0
+    assert "measured again" not in capsys.readouterr().out
+
+
+def test_a_measure_that_fails_costs_no_other(
+    suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: world.SandboxJudges, subject: Subject) -> None:
+        raise ZeroDivisionError("in a library")
+
+    monkeypatch.setattr(world.SandboxJudges, "run", broken)
+    output = tmp_path / "out"
+    assert _run(f"base={tiny_base}", "--suite", suite, "--output", output) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "failed: base, physics: ZeroDivisionError: in a library" in shown
+    assert "ZeroDivisionError" in (output / "work" / "base" / "physics.error.txt").read_text()
+    assert (output / "base" / "diversity.json").exists()
+    assert "left out: drift: it compares with the model that was tuned from; give --reference" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: MODEL"),
+        (["m", "--suit", "x"], "unknown option '--suit'; did you mean '--suite'"),
+        (["a/m", "b/m", "--suite", "sandbox"], "two models are called 'm'; name them apart, as NAME=MODEL"),
+        (["=m"], "model is '=m', expected a hub id, a folder or NAME=MODEL"),
+        (["m", "--suite", "sandbox", "--limit", "0"], "--limit is 0, expected 1 or more"),
+        (["m", "--suite", "sandbox", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["m", "--suite", "sandbox", "--judge_prices", "3"], "--judge_prices is '3', expected two numbers"),
+        (["/no/such/model", "--suite", "sandbox", "--only", "stem"], "no tokenizer could be loaded"),
+        (["m", "--suite", "sandbox", "--reference", "x", "--preference", "none.st"], "none.st does not exist"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(*arguments, "--output", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_model_without_a_chat_template_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(str(tiny_llama), "--suite", "sandbox", "--output", str(tmp_path / "out")) == 2
+    assert "no chat template" in capsys.readouterr().err

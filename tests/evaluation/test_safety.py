@@ -1,0 +1,123 @@
+"""Over-refusal and attack success as measures, with answers written by the test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plot_align.errors import InputError, RunError
+from plot_align.evaluation.safety import AttackSuccess, OverRefusal
+from plot_align.evaluation.subject import Subject
+from plot_align.evaluation.world import SandboxJudges
+from plot_align.redteam import world
+from plot_align.redteam.judges import Judged
+from plot_align.sandbox import TWIN, examples
+
+
+@pytest.fixture
+def subject(tiny_base: Path, tmp_path: Path) -> Subject:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    return Subject(model, tokenizer, "tiny", str(tiny_base), tmp_path)
+
+
+def _answering(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(Subject, "answers", lambda self, asked, *rest: [text] * len(asked))
+
+
+def test_a_model_that_refuses_everything_looks_bad(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    _answering(monkeypatch, "I'm sorry, but I cannot help with that.")
+    measure = OverRefusal()
+    measure.check()
+    found = measure.run(subject)
+    assert found.quantities["refused"]["value"] == 1
+    assert found.quantities["refused"]["n"] == 60
+    assert found.quantities["helped"]["value"] == 0
+    _answering(monkeypatch, "Boil the pasta for nine minutes.")
+    assert OverRefusal(limit=5).run(subject).quantities["refused"]["items"] == dict.fromkeys(
+        list(found.quantities["refused"]["items"])[:5], 0.0
+    )
+
+
+def test_undecided_answers_are_counted_and_none_decided_is_an_error(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Judge:
+        name = "unsure"
+
+        def __init__(self, sure: int) -> None:
+            self.sure = sure
+
+        def judge_benign(self, behaviors: list, cases: list, texts: list) -> list[Judged]:
+            return [
+                Judged(0, refused=True, helped=False) if i < self.sure else Judged(-1, reason="mumbled")
+                for i in range(len(texts))
+            ]
+
+    _answering(monkeypatch, "x")
+    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(2))
+    found = OverRefusal(limit=5).run(subject)
+    assert found.quantities["refused"]["n"] == 2
+    assert found.details == {"judge": "prefixes", "undecided": 3, "first_undecided": "mumbled"}
+    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(0))
+    with pytest.raises(RunError, match=r"decided none of 5 answers \(the first: mumbled\)"):
+        OverRefusal(limit=5).run(subject)
+
+
+def test_attack_success_is_by_behaviour_and_resumes(subject: Subject, tmp_path: Path) -> None:
+    measure = AttackSuccess(behaviors="sandbox", attack="random", cases=2, limit=3, max_new_tokens=4, judge="sandbox")
+    measure.check()
+    found = measure.run(subject)
+    assert found.quantities["asr"]["n"] == 3
+    assert set(found.quantities["asr"]["items"]) == {b.id for b in world.behaviors(0, 3)}
+    completions = next((tmp_path / "redteam").rglob("completions/*.json"))
+    written = completions.read_bytes()
+    assert all(len(rows) == 2 for rows in json.loads(written).values())
+    assert measure.run(subject).quantities == found.quantities
+    assert completions.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"behaviors": "none.csv"}, "behaviors is 'none.csv', which is no file"),
+        ({"behaviors": "sandbox", "attack": "gcq"}, "attack is 'gcq'; did you mean 'gcg'"),
+        ({"behaviors": "sandbox", "attack": "zero_shot"}, "attack is 'zero_shot'"),
+        ({"behaviors": "sandbox", "attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
+        ({"behaviors": "sandbox", "judge": "endpoint"}, "judge endpoint needs an address"),
+        ({"behaviors": "sandbox", "judge": "likelihood"}, "judge is 'likelihood'"),
+        ({"behaviors": "sandbox", "cases": 0}, "cases is 0"),
+    ],
+)
+def test_bad_options_of_attacks(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AttackSuccess(**options).check()  # type: ignore[arg-type]
+
+
+def test_an_endpoints_password_stays_out_of_the_record() -> None:
+    measure = OverRefusal(judge="endpoint", judge_url="http://me:secret@localhost:1/v1", judge_model="m")
+    assert "secret" not in str(measure.options())
+    assert measure.options()["judge_url"] == "m at http://localhost:1/v1"
+
+
+def test_the_sandbox_judges_good_answers_good(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preferred answers score 1, the rejected ones little; of twins, help is no refusal."""
+    for category in ("harmlessness", "mathematics", "coding"):
+        asked = examples(category, "heldout", 12, 0)
+        for side, low, high in (("chosen", 1.0, 1.0), ("rejected", 0.0, 0.3)):
+            monkeypatch.setattr(
+                Subject, "answers", lambda self, c, *rest, asked=asked, side=side: [getattr(x, side) for x in asked]
+            )
+            measure = SandboxJudges(category=category, count=12)
+            measure.check()
+            score = next(iter(measure.run(subject).quantities.values()))
+            assert low <= score["value"] <= high
+    asked = examples(TWIN, "heldout", 6, 0)
+    monkeypatch.setattr(Subject, "answers", lambda self, c, *rest: [x.chosen for x in asked])
+    found = SandboxJudges(category="twins", count=6).run(subject)
+    assert found.quantities["refused"]["value"] == 0
+    assert found.quantities["helped"]["value"] == 1
+    with pytest.raises(InputError, match="did you mean 'mathematics'"):
+        SandboxJudges(category="mathematic").check()
