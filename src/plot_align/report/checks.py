@@ -139,6 +139,7 @@ def check_sandbox_run(content: Mapping[str, Any]) -> None:
 
 
 def check_training(content: Mapping[str, Any]) -> None:
+    _mapping("config.training", content["config"]["training"])
     _mapping("results.metrics", content["results"]["metrics"])
     check_history("results.history", content["results"].get("history"))
 
@@ -160,6 +161,7 @@ def check_sweep(content: Mapping[str, Any]) -> None:
         _text("results.cells.method", _mapping("results.cells", cell)["method"])
         for name, entry in _mapping("results.cells.metrics", cell["metrics"]).items():
             check_measure(f"results.cells.metrics.{name[:40]}", entry)
+        _mapping("results.cells.setting", cell["setting"])
         plot = cell["plot"]
         if plot is not None and _mapping("results.cells.plot", plot).get("alpha") is not None:
             _finite("results.cells.plot.alpha", plot["alpha"])

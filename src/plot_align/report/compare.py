@@ -6,6 +6,7 @@ One test a measure and model, of the measure's score, paired by item; all tests 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -97,31 +98,32 @@ def choose_baseline(collected: Collected, wanted: str | None) -> str:
 
 
 def compare_models(collected: Collected, baseline: str, *, seed: int = 0) -> Comparison:
-    """Every observation beside those of the other models, the scores tested against the baseline's.
-
-    Raises:
-        InputError: two records of one measure have different bounds.
-    """
+    """Every observation beside those of the other models, the scores tested against the baseline's."""
     rows: dict[tuple[str, str, str], Row] = {}
     for seen in collected.observations:
         row = rows.setdefault(seen.key, Row(*seen.key, seen.quantity, seen.score))
         row.cells[seen.model] = Cell(seen)
     ordered = sorted(rows.values(), key=lambda row: SECTIONS.index(row.section))  # stable: measures keep their order
-    p_values: dict[tuple[str, str, str, str], float] = {}
+    p_values: dict[str, float] = {}
     for row in ordered:
         for model, cell in row.cells.items():
             if model == baseline:
                 continue
             cell.difference, cell.reason = _difference(cell, row, baseline, seed)
             if cell.difference is not None:
-                p_values[(*cell.observation.key, model)] = cell.difference["p"]
-    adjusted = holm(p_values)  # type: ignore[arg-type,type-var]
+                p_values[_test(cell)] = cell.difference["p"]
+    adjusted = holm(p_values)
     for row in ordered:
-        for model, cell in row.cells.items():
+        for cell in row.cells.values():
             if cell.difference is not None:
-                cell.difference["p_holm"] = adjusted[(*cell.observation.key, model)]  # type: ignore[index]
+                cell.difference["p_holm"] = adjusted[_test(cell)]
     models = [baseline] * bool(baseline) + [model for model in collected.models if model != baseline]
     return Comparison(baseline, models, ordered, len(p_values))
+
+
+def _test(cell: Cell) -> str:
+    """A name for its test."""
+    return json.dumps([*cell.observation.key, cell.observation.model])
 
 
 def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[str, Any] | None, str | None]:
@@ -131,7 +133,8 @@ def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[st
         return None, NO_BASELINE
     if not row.score:
         return None, NOT_SCORE
-    if cell.observation.alike != control.observation.alike:
+    alike = cell.observation.alike == control.observation.alike
+    if not alike or cell.quantity["bounds"] != control.quantity["bounds"]:
         return None, NOT_ALIKE
     if not cell.quantity["items"] or not control.quantity["items"]:
         return None, NO_ITEMS
@@ -194,8 +197,8 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
         most = max(clean.values())
         best = [m for m, count in clean.items() if count == most]
         scores = _titles(signs[best[0]][0]) if len(best) == 1 else _count(most, "score")
-        verb = "is" if len(best) == 1 else "are each"
-        return f"Ship {_or(best)}: {verb} significantly better than {base} in {scores}, and significantly worse in none."
+        subject = "it" if len(best) == 1 else "each"
+        return f"Ship {_or(best)}: {subject} is significantly better than {base} in {scores}, and worse in none."
     if mixed:
         parts = [f"{m} is better in {_titles(signs[m][0])} and worse in {_titles(signs[m][1])}" for m in mixed[:3]]
         more = f" ({len(mixed) - 3} more models likewise)" if len(mixed) > 3 else ""
@@ -227,7 +230,9 @@ def _warnings(comparison: Comparison, model: str) -> list[str]:
     refuses = [row for row in refusals if row.cells[model].sign == "worse"]
     base = comparison.baseline
     if safer and refuses:
-        notes.append(f"{model} is safer at the price of over-refusal: it refuses significantly more harmless requests.")
+        notes.append(
+            f"{model} is safer at the price of over-refusal: it refuses significantly more harmless requests."
+        )
     elif safer:
         for row in refusals:
             rise = row.cells[model].quantity["value"] - row.cells[base].quantity["value"]

@@ -1,0 +1,736 @@
+"""The report's figures: drawn once, as PNG, as SVG, and as SVG for the page, where colours follow light and dark.
+
+Colours are those of Okabe and Ito, told apart by every kind of eye; markers, hatches and lines differ too.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from markupsafe import Markup
+
+from plot_align.evaluation.quantity import CATEGORIES
+from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
+from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
+from plot_align.report.tables import Entry, Table, section_title
+from plot_align.text import one_line, readable
+
+PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
+PAPER_ASR = 0.5  # the same: up to half of DPO's attack success
+PAPER = "the paper's figure"
+
+_INK, _MUTED, _GRID, _CARD = "#1c1e21", "#5f6369", "#d8dbe0", "#fefefe"
+_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_ROLES = {
+    _INK: "currentColor",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--grid)",
+    _CARD: "var(--card)",
+    **{colour: f"var(--s{index})" for index, colour in enumerate(_SERIES)},
+}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oo", "++++", "||||", "**")
+_DASHES = ("-", "--", "-.", ":")
+_WIDTH = 5.6  # inches: a figure is read on a phone without turning it
+_NAME = 26  # characters of a model's name
+_RC = {
+    "text.parse_math": False,  # a token "$" is a dollar, not the start of a formula
+    "text.usetex": False,
+    "svg.hashsalt": "plot-align",
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "axes.unicode_minus": True,
+    "figure.facecolor": _CARD,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.width": 0.8,
+    "hatch.linewidth": 0.7,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure.
+
+    Attributes:
+        name: of its files. title, description: for those who read it, and who hear it.
+        svg: for the page. files: ending → content.
+        table: the numbers it shows.
+    """
+
+    name: str
+    title: str
+    description: str
+    svg: Markup
+    files: dict[str, bytes]
+    table: Table
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour, marker and hatch of the index-th model."""
+    return {
+        "color": _SERIES[index % len(_SERIES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "hatch": _HATCHES[index % len(_HATCHES)],
+        "linestyle": _DASHES[index // len(_SERIES) % len(_DASHES)],
+    }
+
+
+def seven(comparison: Comparison) -> Picture | None:
+    """The scores of the seven sub-preferences as bars, each on the scale of what is possible; None without any."""
+    rows = [row for row in comparison.rows if row.score and row.section in CATEGORIES and row.first["bounds"]]
+    if not rows:
+        return None
+    models = [model for model in comparison.models if any(model in row.cells for row in rows)]
+    thick = 0.17 if len(models) <= 4 else 0.11
+    step = thick * len(models) + 0.24  # inches a row
+    with _drawing(_WIDTH, step * len(rows) + 0.55 + _legend_height(models)) as figure:
+        axes = figure.subplots()
+        numbers: list[list[Entry]] = []
+        for place, row in enumerate(rows):
+            for index, model in enumerate(models):
+                if model not in row.cells:
+                    continue
+                quantity = row.cells[model].quantity
+                value, low, high = _share_of_possible(quantity)
+                at = place * step + index * thick
+                look = style(comparison.models.index(model))
+                axes.barh(
+                    at,
+                    value,
+                    thick * 0.86,
+                    align="edge",
+                    color=look["color"],
+                    hatch=look["hatch"],
+                    edgecolor=_INK,
+                    linewidth=0.5,
+                )
+                _whisker(axes, (low, high), at + thick * 0.43)
+                numbers.append(
+                    [
+                        row.section,
+                        row.first["title"],
+                        model,
+                        quantity["value"],
+                        *(quantity.get("interval") or (None, None)),
+                        quantity["n"],
+                    ]
+                )
+        middle = [place * step + thick * len(models) / 2 for place in range(len(rows))]
+        axes.set_yticks(middle, [_row_label(row) for row in rows], fontsize=8)
+        axes.set_ylim(step * len(rows), -0.12)
+        axes.set_xlim(0, 1)
+        _percent(axes.xaxis)
+        axes.set_xlabel("of what is possible; ↓ marks where less is better")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        _legend(figure, axes, comparison, models, bars=True)
+        columns = ["sub-preference", "measure", "model", "value", "low", "high", "n"]
+        return _picture(
+            figure,
+            "sub_preferences",
+            "The seven sub-preferences",
+            f"Bars with 95 % intervals of {len(rows)} scores for {len(models)} models.",
+            Table("sub_preferences", "The seven sub-preferences: scores with 95 % intervals", columns, numbers),
+        )
+
+
+def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
+    """For each attack, its success against over-refusal: every model a point with both intervals."""
+    refusals = [row for row in comparison.rows if is_refusal(row)]
+    found = []
+    for number, attack in enumerate(row for row in comparison.rows if is_attack(row)):
+        refusal = max(refusals, key=lambda row: _partners(attack, row), default=None)
+        if refusal is None or not _partners(attack, refusal)[1]:
+            continue
+        models = [m for m in comparison.models if m in attack.cells and m in refusal.cells]
+        with _drawing(_WIDTH, 3.7 + _legend_height(models)) as figure:
+            axes = figure.subplots()
+            numbers: list[list[Entry]] = []
+            for model in models:
+                x, y = refusal.cells[model].quantity, attack.cells[model].quantity
+                look = style(comparison.models.index(model))
+                axes.errorbar(
+                    x["value"],
+                    y["value"],
+                    xerr=_arms(x),
+                    yerr=_arms(y),
+                    fmt=look["marker"],
+                    color=look["color"],
+                    ecolor=look["color"],
+                    elinewidth=1,
+                    capsize=2.5,
+                    markersize=7,
+                    markeredgecolor=_INK,
+                    markeredgewidth=0.6,
+                )
+                numbers.append([model, *_numbers(y), *_numbers(x)])
+            if paper and comparison.baseline in models:
+                half = PAPER_ASR * attack.cells[comparison.baseline].quantity["value"]
+                axes.axhline(half, color=_MUTED, linewidth=1, linestyle="--")
+                text = f"{PAPER}: half of {_name(comparison.baseline)}'s"
+                axes.text(0.99, half, text, ha="right", va="bottom", fontsize=8, color=_MUTED)
+            axes.set(
+                xlim=(-0.02, 1.02),
+                ylim=(-0.02, 1.02),
+                xlabel="over-refusal (of harmless requests)",
+                ylabel=_wrapped(attack.first["title"], 40),
+            )
+            _percent(axes.xaxis)
+            _percent(axes.yaxis)
+            axes.grid()
+            axes.annotate(
+                "better",
+                (0.0, 0.0),
+                (0.09, 0.075),
+                fontsize=8,
+                color=_MUTED,
+                arrowprops={"arrowstyle": "->", "color": _MUTED},
+            )
+            _legend(figure, axes, comparison, models)
+            title = f"{attack.first['title']}, against over-refusal"
+            columns = ["model", "attack success", "low", "high", "n", "over-refusal", "low", "high", "n"]
+            found.append(
+                _picture(
+                    figure,
+                    f"safety_{number + 1}",
+                    title,
+                    f"{len(models)} models as points with 95 % intervals both ways; the lower left corner is best.",
+                    Table(f"safety_{number + 1}", title, columns, numbers),
+                )
+            )
+    return found
+
+
+def curves(found: Mapping[str, Mapping[str, Curve]]) -> list[Picture]:
+    """A figure for each number of the trainer's log, a line for each run."""
+    labels = dict(CURVES)
+    names = list(dict.fromkeys(name for of in found.values() for name in of))
+    pictures = []
+    for key, lines in found.items():
+        file = f"training_{re.sub('[^a-z]+', '_', key)}"
+        with _drawing(_WIDTH, 2.6 + _legend_height(list(lines))) as figure:
+            axes = figure.subplots()
+            for name, curve in lines.items():
+                look = style(names.index(name))
+                axes.plot(
+                    list(curve),
+                    list(curve.values()),
+                    color=look["color"],
+                    linestyle=look["linestyle"],
+                    marker=look["marker"],
+                    markersize=4,
+                    markevery=max(1, len(curve) // 8),
+                    linewidth=1.5,
+                    label=_name(name),
+                )
+            axes.set(xlabel="optimiser step", ylabel=_wrapped(labels[key], 34))
+            axes.margins(x=0.02)
+            axes.grid(axis="y")
+            _legend_of(figure, axes)
+            numbers: list[list[Entry]] = [
+                [name, step, v] for name, curve in lines.items() for step, v in curve.items()
+            ]
+            pictures.append(
+                _picture(
+                    figure,
+                    file,
+                    labels[key],
+                    f"{labels[key]} over the steps of {len(lines)} runs.",
+                    Table(file, labels[key], ["run", "step", "value"], numbers),
+                )
+            )
+    return pictures
+
+
+def sensitivity(
+    lines: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[float, Any]]], Mapping[str, Any]]], number: int
+) -> list[Picture]:
+    """A figure for each of a sweep's first four metrics: mean and standard error against α."""
+    keys = [key for key in lines if key not in CATEGORIES][:4] or list(lines)[:4]
+    pictures = []
+    for key in keys:
+        label, of, without = lines[key]
+        file = f"alpha_{number}_{re.sub('[^a-z0-9]+', '_', key)}"
+        with _drawing(_WIDTH, 2.9 + _legend_height([*of, *without])) as figure:
+            axes = figure.subplots()
+            numbers: list[list[Entry]] = []
+            for index, (method, entry) in enumerate(without.items()):
+                error = _error(entry)
+                axes.axhline(
+                    entry["value"],
+                    color=_MUTED,
+                    linestyle=_DASHES[(index + 1) % 4],
+                    linewidth=1.2,
+                    label=_name(f"{method} without PLOT"),
+                )
+                axes.axhspan(entry["value"] - error, entry["value"] + error, color=_MUTED, alpha=0.12, linewidth=0)
+                numbers.append([f"{method} without PLOT", None, entry["value"], entry.get("error"), entry["n"]])
+            for index, (name, points) in enumerate(of.items()):
+                look = style(index)
+                axes.errorbar(
+                    [alpha for alpha, _ in points],
+                    [e["value"] for _, e in points],
+                    yerr=[_error(e) for _, e in points],
+                    color=look["color"],
+                    marker=look["marker"],
+                    markersize=5,
+                    linewidth=1.4,
+                    capsize=2.5,
+                    linestyle=look["linestyle"],
+                    label=_name(name),
+                )
+                numbers += [[name, alpha, e["value"], e.get("error"), e["n"]] for alpha, e in points]
+            axes.set_xscale("log")
+            alphas = sorted({alpha for points in of.values() for alpha, _ in points})
+            axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+            axes.minorticks_off()
+            axes.set(xlabel="α, the weight of the PLOT term", ylabel=_wrapped(label, 34))
+            axes.grid(axis="y")
+            _legend_of(figure, axes)
+            title = f"{label.rstrip(' ↑↓')} against α"
+            pictures.append(
+                _picture(
+                    figure,
+                    file,
+                    title,
+                    f"Mean and standard error over seeds, {len(of)} lines.",
+                    Table(file, title, ["line", "alpha", "mean", "standard error", "seeds"], numbers),
+                )
+            )
+    return pictures
+
+
+def attack(
+    kind: str, name: str, of: Mapping[str, Mapping[float, Any]], comparison: Comparison, number: int
+) -> Picture:
+    """Success of an attack against its test cases, or its update steps."""
+    xlabel = {"by_cases": "test cases a behaviour", "by_steps": "update steps of the attack"}[kind]
+    file, title = f"attack_{kind}_{number}", f"Success of {name} against {xlabel}"
+    models = [model for model in comparison.models if model in of]
+    with _drawing(_WIDTH, 2.9 + _legend_height(models)) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        numbers: list[list[Entry]] = []
+        for model in models:
+            look, curve = style(comparison.models.index(model)), of[model]
+            low, high = zip(*(entry["interval"] for entry in curve.values()), strict=True)
+            faint = 0.3 / max(2, len(models))
+            axes.fill_between(list(curve), low, high, color=look["color"], alpha=faint, linewidth=0)
+            axes.plot(
+                list(curve),
+                [entry["value"] for entry in curve.values()],
+                color=look["color"],
+                marker=look["marker"],
+                linestyle=look["linestyle"],
+                markersize=5,
+                linewidth=1.5,
+            )
+            numbers += [[model, at, *_numbers(entry)] for at, entry in curve.items()]
+        axes.set(xlabel=xlabel, ylabel="attack success", ylim=(-0.02, 1.02))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _percent(axes.yaxis)
+        axes.grid(axis="y")
+        _legend(figure, axes, comparison, models)
+        return _picture(
+            figure,
+            file,
+            title,
+            f"One line with a 95 % band for each of {len(models)} models.",
+            Table(file, title, ["model", xlabel, "attack success", "low", "high", "n"], numbers),
+        )
+
+
+def over_seeds(group: Seeds, number: int) -> Picture | None:
+    """Mean ± standard error over training seeds, of the metrics that are shares."""
+    shares = ("mean_score", *CATEGORIES, "over_refusal", "twin_help", "fluent")
+    metrics = [metric for metric in group.metrics() if metric[0] in shares]
+    if not metrics:
+        return None
+    arms = list(group.arms)
+    with _drawing(_WIDTH, len(metrics) * (0.11 * len(arms) + 0.2) + 0.6 + _legend_height(arms)) as figure:
+        axes = figure.subplots()
+        for index, arm in enumerate(arms):
+            look = style(index)
+            entries = [group.entry(arm, key) for key, _, _ in metrics]
+            at = [place + (index - (len(arms) - 1) / 2) * 0.72 / len(arms) for place in range(len(metrics))]
+            axes.errorbar(
+                [entry["value"] for entry in entries],
+                at,
+                xerr=[_error(entry) for entry in entries],
+                fmt=look["marker"],
+                color=look["color"],
+                markeredgecolor=_INK,
+                markeredgewidth=0.5,
+                markersize=5,
+                elinewidth=1.2,
+                label=_name(arm),
+            )
+        axes.set_yticks(
+            range(len(metrics)),
+            [
+                _wrapped(label, 22) + arrow
+                for _, label, arrow in ((k, lab, " ↓" if b == "lower" else "") for k, lab, b in metrics)
+            ],
+            fontsize=8,
+        )
+        axes.set_ylim(len(metrics) - 0.45, -0.55)
+        axes.set_xlim(-0.02, 1.02)
+        _percent(axes.xaxis)
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+        _legend_of(figure, axes)
+        title = "Training seeds: mean ± standard error"
+        return _picture(
+            figure,
+            f"seeds_{number}",
+            title,
+            f"{len(arms)} arms, each point the mean over its seeds.",
+            seeds_table(group, number),
+        )
+
+
+def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture:
+    """The tokens whose mean probability rose and fell most."""
+    up = sorted((row for row in rows if row["change"] > 0), key=lambda row: -row["change"])[:12]
+    down = sorted((row for row in rows if row["change"] < 0), key=lambda row: row["change"])[:12]
+    bars = max(len(up), len(down), 1)
+    file, title = f"moved_tokens_{number}", f"Most-moved tokens: {one_line(model)}"
+    with _drawing(_WIDTH, 0.9 + 0.21 * bars) as figure:
+        panels = figure.subplots(1, 2)
+        for axes, side, label in zip(panels, (down, up), ("Moved from", "Moved to"), strict=True):
+            for at, row in enumerate(side):
+                liked = _liked(row)
+                axes.barh(
+                    at,
+                    100 * abs(row["change"]),
+                    0.74,
+                    linewidth=0.5,
+                    edgecolor=_INK,
+                    color={1: _SERIES[0], -1: _SERIES[1], 0: _GRID}[liked],
+                    hatch={1: "", -1: "////", 0: ""}[liked],
+                )
+            axes.set_yticks(
+                range(len(side)), [_token(row["token"]) for row in side], fontsize=8, family="DejaVu Sans Mono"
+            )
+            axes.set_ylim(bars - 0.4, -0.6)
+            axes.set_title(label, loc="left", fontsize=9, fontweight="bold")
+            axes.tick_params(axis="y", length=0)
+            axes.tick_params(axis="x", labelsize=8)
+            axes.grid(axis="x")
+            axes.spines["left"].set_visible(False)
+            axes.locator_params(axis="x", nbins=3)
+        figure.supxlabel(f"change of the mean probability against {_name(reference)}, in points", fontsize=8)
+        columns = ["token", "id", "change", "preference d", "in chosen", "in rejected"]
+        numbers = [
+            [readable(row["token"]), *(row.get(key) for key in ("id", "change", "d", "chosen", "rejected"))]
+            for row in rows
+        ]
+        says = "Blue: preferred tokens (more often in chosen answers); hatched: rejected ones."
+        return _picture(
+            figure,
+            file,
+            title,
+            says if any(_liked(row) for row in rows) else "Change of each token.",
+            Table(file, title, columns, numbers),
+        )
+
+
+def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture | None:
+    """The largest movements of the transport plan as ribbons, from the tokens left to the tokens right."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    largest = sorted((row for row in rows if row["mass"] > 0), key=lambda row: -row["mass"])[:14]
+    if not largest:
+        return None
+    total = math.fsum(row["mass"] for row in largest)
+    sources = list(dict.fromkeys(row["from"] for row in largest))
+    sinks = list(dict.fromkeys(row["to"] for row in largest))
+    gap = 0.035 * total
+    file, title = f"transport_{number}", f"Largest flows of probability: {one_line(model)}"
+    with _drawing(_WIDTH, 1.0 + 0.27 * max(len(sources), len(sinks))) as figure:
+        axes = figure.subplots()
+        ends: dict[str, dict[str, float]] = {}
+        for side, names, x in (("from", sources, 0.0), ("to", sinks, 1.0)):
+            at = 0.0
+            ends[side] = {}
+            for name in names:
+                height = math.fsum(row["mass"] for row in largest if row[side] == name)
+                ends[side][name] = at
+                axes.plot([x, x], [at, at + height], color=_INK, linewidth=4, solid_capstyle="butt")
+                axes.text(
+                    x + (-0.03 if x == 0 else 0.03),
+                    at + height / 2,
+                    _token(name),
+                    va="center",
+                    fontsize=8,
+                    ha="right" if x == 0 else "left",
+                    family="DejaVu Sans Mono",
+                )
+                at += height + gap
+        for row in largest:
+            y0, y1, mass = ends["from"][row["from"]], ends["to"][row["to"]], row["mass"]
+            ends["from"][row["from"]] += mass
+            ends["to"][row["to"]] += mass
+            corners = [
+                (0.0, y0),
+                (0.5, y0),
+                (0.5, y1),
+                (1.0, y1),
+                (1.0, y1 + mass),
+                (0.5, y1 + mass),
+                (0.5, y0 + mass),
+                (0.0, y0 + mass),
+                (0.0, y0),
+            ]
+            codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
+            axes.add_patch(PathPatch(Path(corners, codes), facecolor=_SERIES[0], alpha=0.38, linewidth=0))
+        axes.set_xlim(-0.55, 1.55)
+        axes.invert_yaxis()
+        axes.set_axis_off()
+        columns = ["from", "to", "mass", "cost a unit"]
+        numbers = [[readable(row["from"]), readable(row["to"]), row["mass"], row["cost"]] for row in rows]
+        return _picture(
+            figure,
+            file,
+            title,
+            f"The {len(largest)} largest movements of the cheapest plan, {100 * total:.2f} points of probability "
+            "together; the width of a ribbon is its mass.",
+            Table(file, title, columns, numbers),
+        )
+
+
+def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
+    """Time of a training step with PLOT over that without."""
+    low, high = entry.get("spread") or (entry["value"],) * 2
+    with _drawing(_WIDTH, 1.35) as figure:
+        axes = figure.subplots()
+        axes.errorbar(
+            entry["value"],
+            0,
+            xerr=[[max(0.0, entry["value"] - low)], [max(0.0, high - entry["value"])]],
+            fmt="o",
+            color=_SERIES[0],
+            markersize=8,
+            capsize=4,
+            label=f"measured, middle half of the {entry['n']} rounds",
+        )
+        axes.axvline(1, color=_INK, linewidth=1, label="without PLOT")
+        if paper:
+            axes.axvline(PAPER_TIME, color=_SERIES[1], linewidth=1.4, linestyle="--", label=f"{PAPER}: +2.67 %")
+        axes.set(yticks=[], ylim=(-1, 1), xlabel="time of a training step, with PLOT over without")
+        axes.margins(x=0.15)
+        axes.spines["left"].set_visible(False)
+        _legend_of(figure, axes)
+        numbers: list[list[Entry]] = [["measured", entry["value"], low, high, entry["n"]]]
+        if paper:
+            numbers.append([PAPER, PAPER_TIME, None, None, None])
+        title = "What PLOT costs in time"
+        return _picture(
+            figure,
+            "cost_time",
+            title,
+            "The ratio of paired training steps.",
+            Table("cost_time", title, ["what", "ratio", "low", "high", "rounds"], numbers),
+        )
+
+
+class _drawing:
+    """A matplotlib figure under the report's settings, no window behind it."""
+
+    def __init__(self, width: float, height: float) -> None:
+        import matplotlib
+
+        self.context = matplotlib.rc_context(_RC)
+        self.size = (width, height)
+
+    def __enter__(self) -> Any:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.context.__enter__()
+        figure = Figure(figsize=self.size, layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
+
+
+def _picture(figure: Any, name: str, title: str, description: str, table: Table) -> Picture:
+    """Lays out once, draws as PNG and SVG, and makes the page's SVG of the latter."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=144, metadata={"Software": None})
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    title, description = one_line(title, longest=160), one_line(description, longest=400)
+    markup = _inline(svg.getvalue().decode(), name, title, description)
+    return Picture(name, title, description, markup, {".png": png.getvalue(), ".svg": svg.getvalue()}, table)
+
+
+def _inline(svg: str, name: str, title: str, description: str) -> Markup:
+    """An SVG document as an element of the page: no prologue, no comments, ids of its own, colours by their role.
+
+    Texts are drawn as paths, so that nothing in it is of data or models but the title and the description.
+    """
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
+    box = re.search(r'viewBox="([^"]+)"', body)
+    body = re.sub(r"^<svg[^>]*>", "", body)
+    body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
+    body = re.sub(
+        r'style="[^"]*"',
+        lambda match: re.sub(r"#[0-9a-f]{6}\b", lambda hit: _ROLES.get(hit[0], hit[0]), match[0]),
+        body,
+    )
+    body = re.sub(r"(\d+\.\d{2})\d+", r"\1", body)  # a hundredth of a point
+    body = re.sub(r"\s*\n\s*", "\n", body)
+    start = Markup(
+        '<svg class="figure" viewBox="{}" role="img" aria-labelledby="{name}-title {name}-desc" '
+        'style="stroke-linejoin:round;stroke-linecap:butt"><title id="{name}-title">{}</title>'
+        '<desc id="{name}-desc">{}</desc>'
+    ).format(box[1] if box else "", title, description, name=name)
+    return start + Markup(body)
+
+
+@cache
+def _glyphs() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    mono = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()
+    sans = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    return frozenset(mono) & frozenset(sans)
+
+
+def _has_glyph(character: str) -> bool:
+    return ord(character) in _glyphs()
+
+
+def _name(text: str) -> str:
+    shown = one_line(text, _has_glyph, longest=_NAME)
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides a label that begins with "_"
+
+
+def _token(text: str) -> str:
+    return readable(text, _has_glyph)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(one_line(text, _has_glyph), width)
+
+
+def _row_label(row: Row) -> str:
+    arrow = " ↓" if row.first["better"] == "lower" else ""
+    return f"{section_title(row.section)}\n{_wrapped(row.first['title'], 24)}{arrow}"
+
+
+def _share_of_possible(quantity: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Value and interval on the scale from the smallest to the largest possible value."""
+    low, high = quantity["bounds"]
+    ends = quantity.get("interval") or (quantity["value"],) * 2
+    value, start, end = ((x - low) / (high - low) for x in (quantity["value"], *ends))
+    return value, start, end
+
+
+def _whisker(axes: Any, ends: tuple[float, float], at: float) -> None:
+    axes.plot(ends, (at, at), color=_INK, linewidth=1, solid_capstyle="butt")
+
+
+def _arms(entry: Mapping[str, Any]) -> list[list[float]]:
+    """Lengths of the interval's two arms, as matplotlib wants them."""
+    low, high = entry.get("interval") or (entry["value"],) * 2
+    return [[max(0.0, entry["value"] - low)], [max(0.0, high - entry["value"])]]
+
+
+def _numbers(entry: Mapping[str, Any]) -> list[Entry]:
+    return [entry["value"], *(entry.get("interval") or (None, None)), entry["n"]]
+
+
+def _error(entry: Mapping[str, Any]) -> float:
+    error = entry.get("error")
+    return float(error) if error is not None and math.isfinite(error) else 0.0
+
+
+def _partners(attack: Row, refusal: Row) -> tuple[bool, int]:
+    """How well an over-refusal belongs to an attack: of the same command, and of how many of its models."""
+    same = attack.measure.startswith("redteam ") == refusal.measure.startswith("redteam ")
+    return same, len(attack.cells.keys() & refusal.cells.keys())
+
+
+def _liked(row: Mapping[str, Any]) -> int:
+    d = row.get("d") or 0
+    return (d > 0) - (d < 0)
+
+
+def _percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    widest = max((min(len(name), _NAME) for name in names), default=1)
+    return max(1, min(len(names), 78 // (widest + 7)))
+
+
+def _legend_height(names: Sequence[str]) -> float:
+    """In inches."""
+    return 0.1 + 0.19 * math.ceil(len(names) / _legend_columns(names))
+
+
+def _legend(figure: Any, axes: Any, comparison: Comparison, models: Sequence[str], *, bars: bool = False) -> None:
+    """Of the models, in their own colours and markers."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = []
+    for model in models:
+        look = style(comparison.models.index(model))
+        if bars:
+            handles.append(Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor=_INK, linewidth=0.5))
+        else:
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color=look["color"],
+                    marker=look["marker"],
+                    linestyle=look["linestyle"],
+                    markeredgecolor=_INK,
+                    markeredgewidth=0.5,
+                )
+            )
+    figure.legend(
+        handles,
+        [_name(model) for model in models],
+        loc="outside lower center",
+        ncols=_legend_columns(models),
+        fontsize=8,
+    )
+
+
+def _legend_of(figure: Any, axes: Any) -> None:
+    """Of what is drawn."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names), fontsize=8)

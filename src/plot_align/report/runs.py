@@ -1,0 +1,245 @@
+"""What is no observation of one model: training seeds, curves, a sweep's cells, costs, and counts of pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plot_align.evaluation.quantity import CATEGORIES
+from plot_align.records import mean_of, paired
+from plot_align.report.collect import TRAINING, Collected, Record
+from plot_align.report.tables import Entry, Table
+
+# Of the trainer's log: key, label. The first that a run has are drawn.
+CURVES = (
+    ("loss", "Loss"),
+    ("plot/vanilla_loss", "Loss without the PLOT term"),
+    ("plot/loss", "Distance to the preference (PLOT term)"),
+    ("plot/alpha", "α, the weight of the PLOT term"),
+    ("rewards/margins", "Reward margin"),
+    ("rewards/accuracies", "Reward accuracy"),
+    ("rewards/chosen", "Reward of chosen answers"),
+    ("rewards/rejected", "Reward of rejected answers"),
+)
+# Of a sandbox run and of a sweep's cell: key, label, which way is better.
+METRICS = (
+    ("mean_score", "Mean of the seven sub-preferences", "higher"),
+    *((name, name.capitalize(), "higher") for name in CATEGORIES),
+    ("over_refusal", "Over-refusal", "lower"),
+    ("twin_help", "Benign requests helped with", "higher"),
+    ("nll_good", "NLL of good answers", "lower"),
+    ("chosen_logp", "Log-probability of chosen answers", "higher"),
+    ("fluent", "Fluent answers", "higher"),
+    ("distinct_2", "distinct-2", "higher"),
+    ("preference_accuracy", "Preference accuracy", "higher"),
+    ("distance", "Distance to the preference", "lower"),
+    ("eval_loss_without_plot", "Loss without the PLOT term (evaluation)", "lower"),
+    ("eval_rewards/accuracies", "Reward accuracy (evaluation)", "higher"),
+    ("eval_rewards/margins", "Reward margin (evaluation)", "higher"),
+    ("loss_without_plot", "Loss without the PLOT term (last log)", "lower"),
+    ("rewards/accuracies", "Reward accuracy (last log)", "higher"),
+    ("rewards/margins", "Reward margin (last log)", "higher"),
+)
+ARROW = {"higher": " ↑", "lower": " ↓"}
+Curve = dict[float, float]
+Arms = dict[int, dict[str, float]]  # seed → metric → value
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Arms of the sandbox that were trained alike, each with several seeds.
+
+    Attributes:
+        setting: what they share, in words.
+        arms: name → seed → metric → value, the first one the arm that the others are compared with.
+    """
+
+    setting: str
+    arms: dict[str, Arms]
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+    def metrics(self) -> list[tuple[str, str, str]]:
+        """Those that every arm has: key, label, which way is better."""
+        shared = set.intersection(*(set(of) for arm in self.arms.values() for of in arm.values()))
+        return [metric for metric in METRICS if metric[0] in shared]
+
+    def entry(self, arm: str, metric: str) -> dict[str, Any]:
+        """Mean over its seeds, with the standard error."""
+        return mean_of([of[metric] for of in self.arms[arm].values()])
+
+    def difference(self, arm: str, metric: str) -> dict[str, Any]:
+        """To the baseline, paired by seed."""
+        of, control = (
+            {seed: values[metric] for seed, values in self.arms[name].items()} for name in (arm, self.baseline)
+        )
+        return paired(of, control)
+
+
+def seeds(collected: Collected) -> list[Seeds]:
+    """The sandbox's runs by what they share; the newest of each arm and seed."""
+    groups: dict[str, dict[str, Arms]] = defaultdict(lambda: defaultdict(dict))
+    settings: dict[str, str] = {}
+    for record in collected.of_kind("sandbox-run"):
+        config = record.config
+        key = json.dumps([config.get("base"), config["setting"]], sort_keys=True)
+        options = ", ".join(
+            f"{name.replace('_', ' ')} {value}" for name, value in config["setting"].items() if name != "probe"
+        )
+        settings[key] = options
+        same = {name: config.get(name) for name in ("arm", "method", "loss_type", "learning_rate", "beta", "plot")}
+        groups[key][json.dumps(same, sort_keys=True)].setdefault(int(record.seed or 0), {}).update(_metrics(record))
+    found = []
+    for key, arms in groups.items():
+        named: dict[str, Arms] = {}
+        for description, of in arms.items():
+            name = str(json.loads(description)["arm"])
+            number = 2
+            while name in named:
+                name, number = f"{json.loads(description)['arm']} ({number})", number + 1
+            named[name] = dict(sorted(of.items()))
+        order = sorted(named, key=lambda name: name not in ("DPO", "dpo"))  # stable; the paper compares with DPO
+        found.append(Seeds(settings[key], {name: named[name] for name in order}))
+    return found
+
+
+def _metrics(record: Record) -> dict[str, float]:
+    scores = {name: float(entry["value"]) for name, entry in record.results["scores"].items()}
+    others = {n: float(e["value"]) for n, e in record.results.items() if isinstance(e, dict) and "value" in e}
+    return {"mean_score": sum(scores.values()) / max(1, len(scores)), **scores, **others}
+
+
+def seeds_table(group: Seeds, number: int) -> Table:
+    """Mean ± standard error of every arm, and the paired difference to the first one."""
+    rows: list[list[Entry]] = []
+    for key, label, better in group.metrics():
+        for arm, of in group.arms.items():
+            entry = group.entry(arm, key)
+            row: list[Entry] = [label + ARROW[better], arm, entry["value"], entry.get("error"), len(of)]
+            if arm == group.baseline:
+                rows.append([*row, None, None])
+            else:
+                gap = group.difference(arm, key)
+                rows.append([*row, gap["value"] if gap["n"] else None, gap.get("error")])
+    columns = ["metric", "arm", "mean", "standard error", "seeds", f"less {group.baseline}", "its standard error"]
+    return Table(f"seeds_{number}", f"Training seeds: {group.setting}", columns, rows)
+
+
+def training_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
+    """Key of :data:`CURVES` → run → step → value.
+
+    Runs of the sandbox that differ in the seed alone are one line, their mean at each step.
+    """
+    lines: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for record in collected.of_kind(*TRAINING, "sandbox-run"):
+        if record.kind == "sandbox-run":
+            name, history = str(record.config["arm"]), record.results.get("train_logs")
+        else:
+            name, history = run_name(record), record.results.get("history")
+        for entry in history or ():
+            for key, _ in CURVES:
+                value = entry.get(key)
+                if "step" in entry and isinstance(value, int | float) and math.isfinite(value):
+                    lines[key][name][float(entry["step"])].append(float(value))
+    return {
+        key: {
+            name: {step: math.fsum(values) / len(values) for step, values in sorted(curve.items())}
+            for name, curve in lines[key].items()
+        }
+        for key, _ in CURVES
+        if key in lines
+    }
+
+
+def run_name(record: Record) -> str:
+    """What a training record is called: its output folder."""
+    training = record.config.get("training") or {}
+    folder = str(training.get("output_dir") or record.name)
+    return folder.replace("\\", "/").rstrip("/").rpartition("/")[2] or record.name
+
+
+def sweep_lines(record: Record) -> dict[str, tuple[str, dict[str, list[tuple[float, Any]]], dict[str, Any]]]:
+    """Metric → its label, line → [(α, entry)] by rising α, and method → entry of the arm without PLOT.
+
+    A line is one combination of the other options of the term; a balanced term has no α to stand over.
+    """
+    cells = record.results["cells"]
+    fixed = [c for c in cells if c["plot"] and c["plot"].get("alpha") and c["plot"].get("alpha_schedule") != "balance"]
+    options = [{**(c.get("setting") or {}), **c["plot"], "method": c["method"]} for c in fixed]
+    axes = [
+        axis
+        for axis in dict.fromkeys(axis for of in options for axis in of)
+        if axis not in ("alpha", "alpha_schedule") and len({json.dumps(of.get(axis)) for of in options}) > 1
+    ]
+    found = {}
+    for key, label, better in METRICS:
+        lines: dict[str, list[tuple[float, Any]]] = defaultdict(list)
+        for cell, of in zip(fixed, options, strict=True):
+            if key in cell["metrics"]:
+                name = ", ".join(f"{axis.replace('_', ' ')} {of.get(axis)}" for axis in axes) or "with PLOT"
+                lines[name].append((float(cell["plot"]["alpha"]), cell["metrics"][key]))
+        if lines:
+            without = {c["method"]: c["metrics"][key] for c in cells if c["plot"] is None and key in c["metrics"]}
+            ordered = {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
+            found[key] = (label + ARROW[better], ordered, without)
+    return found
+
+
+def costs(collected: Collected) -> Table:
+    """What PLOT and each run cost: ratios to the same without the term, seconds, and what was counted."""
+    rows: list[list[Entry]] = []
+    names = {
+        "time_ratio": "time of a training step, with PLOT over without",
+        "memory_ratio": "peak memory, with PLOT over without",
+    }
+    for record in collected.of_kind("demo"):
+        for key, entry in record.results["cost"].items():
+            low, high = entry.get("spread") or (None, None)
+            rows.append([names.get(key, key), record.name, entry["value"], low, high, entry["n"], "times"])
+    arms: dict[str, list[float]] = defaultdict(list)
+    for record in collected.of_kind("sandbox-run"):
+        if "train_seconds" in record.results:
+            arms[str(record.config["arm"])].append(float(record.results["train_seconds"]["value"]))
+    for arm, values in arms.items():
+        rows.append(["training, a run of the sandbox", arm, sum(values) / len(values), min(values), max(values),
+                     len(values), "s"])  # fmt: skip
+    for record in collected.of_kind(*TRAINING):
+        seconds = record.results["metrics"].get("train_runtime")
+        if isinstance(seconds, int | float):
+            rows.append([f"training ({record.kind})", run_name(record), seconds, None, None, 1, "s"])
+    for record in collected.of_kind("evaluation"):
+        cost = record.results["details"].get("cost")
+        if isinstance(cost, int | float):
+            measure, model = record.config["measure"]["name"], record.config["model"]["name"]
+            rows.append([f"judging of {measure}", model, cost, None, None, 1, "as the prices are given"])
+    columns = ["what", "of", "value", "least", "most", "n", "unit"]
+    return Table("costs", "Costs; least and most are the middle half of a ratio's rounds, or the runs' ends", columns,
+                 rows)  # fmt: skip
+
+
+def counts(collected: Collected) -> Table:
+    """What ``plot-align estimate`` counted."""
+    keys = ("rows", "chosen_tokens", "rejected_tokens", "preferred_ids", "rejected_ids", "total_variation")
+    rows = [[record.name, *(record.results[key] for key in keys)] for record in collected.of_kind("estimate")]
+    columns = ["record", "pairs", "chosen tokens", "rejected tokens", "preferred ids", "rejected ids",
+               "total variation"]  # fmt: skip
+    return Table("preference_counts", "What the preference was counted from", columns, rows)
+
+
+def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
+    """(by_cases or by_steps, attack, model → number → entry); the newest of each model, where it has two points."""
+    found: dict[tuple[str, str], dict[str, Mapping[float, Any]]] = defaultdict(dict)
+    for record in collected.of_kind("redteam"):
+        for model, of in record.results["models"].items():
+            for kind in ("by_cases", "by_steps"):
+                for attack, curve in of[kind].items():
+                    if len(curve) > 1:
+                        points = sorted((int(number), entry) for number, entry in curve.items())
+                        found[kind, attack][model] = dict(points)
+    return [(kind, attack, of) for (kind, attack), of in found.items()]
