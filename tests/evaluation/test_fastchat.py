@@ -58,9 +58,13 @@ def fastchats_score(judgment: str) -> Any:
     return ast.literal_eval(match.groups()[0]) if match else -1
 
 
-@given(st.lists(st.sampled_from(["[", "[[", "]", "]]", "1", "10", "7", "5.", ".", "3.5", " ", "Rating: ", "11", "/"])))
-def test_ratings_are_fastchats_where_they_lie_between_1_and_10(pieces: list[str]) -> None:
-    text = "".join(pieces)
+NUMBERS = st.integers(0, 12).map(str) | st.floats(0, 12).map(lambda x: f"{x:.2f}") | st.sampled_from(["5.", ".5", ""])
+PIECES = st.sampled_from(["[", "]", "Rating: ", "/10"]) | st.builds("[{}]".format, NUMBERS)
+JUDGMENTS = st.lists(PIECES | st.builds("[[{}]]".format, NUMBERS), max_size=4).map("".join)
+
+
+@given(JUDGMENTS)
+def test_ratings_are_fastchats_where_they_lie_between_1_and_10(text: str) -> None:
     expected = fastchats_score(text)
     found = rating(text)
     assert found == (expected if 1 <= expected <= 10 else None)
@@ -279,6 +283,8 @@ def test_answers_have_fastchats_fields(real_data: Path, tmp_path: Path) -> None:
     fastchat.write_answers(path, {7: ours, 3: {**ours, "question_id": 3}})
     assert [json.loads(line)["question_id"] for line in path.read_text().splitlines()] == [3, 7]
     assert read_answers(path)[7] == ("line\u2028end", "{\ud83d}")
+    path.write_text(json.dumps({**ours, "choices": [{"turns": ["line\u2028end", ""]}]}, ensure_ascii=False))
+    assert read_answers(path)[7] == ("line\u2028end", "")
 
 
 def test_the_last_answer_and_its_first_choice_count(tmp_path: Path) -> None:
