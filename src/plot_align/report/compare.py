@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import SECTIONS, Quantity, compare
+from plot_align.evaluation.quantity import GUARDS, SECTIONS, Quantity, compare
 from plot_align.report.collect import Collected, Observation
 from plot_align.statistics import holm
 
@@ -154,10 +154,10 @@ class Verdict:
 def judge(comparison: Comparison) -> Verdict:
     """The verdict by rule.
 
-    A model is *safe to prefer* to the baseline where some score is significantly better and none significantly
-    worse; among several, those with the most better scores are named. Without one, what is better and what is worse
-    is said, and where nothing is significant, that. Attack success that rises and over-refusal that rises while
-    attack success falls are said in any case.
+    A model is named to ship in place of the baseline where some score of the seven sub-preferences is significantly
+    better and no score at all, guards included, is significantly worse; of several, those with the most better
+    scores. Without one, what is better and what is worse is said, and where nothing is significant, that. Attack
+    success that rises, and over-refusal that rises while attack success falls, are said in any case.
     """
     base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
     if not comparison.models:
@@ -191,26 +191,36 @@ def judge(comparison: Comparison) -> Verdict:
 
 
 def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: int) -> str:
-    clean = {m: len(better) for m, (better, worse) in signs.items() if better and not worse}
-    mixed = [m for m, (better, worse) in signs.items() if better and worse]
+    gains = {m: [row for row in better if row.section != GUARDS] for m, (better, _) in signs.items()}
+    losses = {m: worse for m, (_, worse) in signs.items()}
+    clean = {m: len(gains[m]) for m in signs if gains[m] and not losses[m]}
+    mixed = [m for m in signs if gains[m] and losses[m]]
+    worse = [m for m in signs if losses[m]]
+    guarded = [m for m, (better, _) in signs.items() if better]
     if clean:
-        most = max(clean.values())
-        best = [m for m, count in clean.items() if count == most]
-        scores = _titles(signs[best[0]][0]) if len(best) == 1 else _count(most, "score")
+        best = [m for m, count in clean.items() if count == max(clean.values())]
+        scores = _titles(gains[best[0]]) if len(best) == 1 else _count(clean[best[0]], "score")
         subject = "it" if len(best) == 1 else "each"
         return f"Ship {_or(best)}: {subject} is significantly better than {base} in {scores}, and worse in none."
     if mixed:
-        parts = [f"{m} is better in {_titles(signs[m][0])} and worse in {_titles(signs[m][1])}" for m in mixed[:3]]
-        more = f" ({len(mixed) - 3} more models likewise)" if len(mixed) > 3 else ""
-        return f"No model beats {base} without a loss: {'; '.join(parts)}{more}."
-    worse = [m for m, (_, rows) in signs.items() if rows]
+        parts = [f"{m} is better in {_titles(gains[m])} and worse in {_titles(losses[m])}" for m in mixed]
+        return f"No model beats {base} without a loss: {_some(parts)}."
     if worse:
-        losses = "; ".join(f"{m} is worse in {_titles(signs[m][1])}" for m in worse[:3])
-        return f"Stay with {base}: no model is significantly better, and {losses}."
+        parts = [f"{m} is worse in {_titles(losses[m])}" for m in worse]
+        return f"Stay with {base}: no model is significantly better in any sub-preference, and {_some(parts)}."
+    if guarded:
+        parts = [f"{m} is better in {_titles(signs[m][0])}" for m in guarded]
+        return f"No model is significantly better than {base} in any sub-preference; of what must not get worse, " + (
+            f"{_some(parts)}, and nothing is worse."
+        )
     return (
         f"No significant difference to {base} in any of {_count(tests, 'test')}: these records give no reason to ship "
         "another model, and do not show that the models are equal."
     )
+
+
+def _some(parts: list[str]) -> str:
+    return "; ".join(parts if len(parts) <= 3 else [*parts[:3], f"{len(parts) - 3} more models likewise"])
 
 
 def _warnings(comparison: Comparison, model: str) -> list[str]:
@@ -255,7 +265,7 @@ def is_refusal(row: Row) -> bool:
 
 
 def _titles(rows: list[Row]) -> str:
-    titles = [row.first["title"] for row in rows]
+    titles = [f"“{row.first['title']}”" for row in rows]
     if len(titles) > 4:
         titles = [*titles[:3], f"{len(titles) - 3} more"]
     return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)

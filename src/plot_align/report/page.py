@@ -108,7 +108,10 @@ def build(
             *figures.safety(comparison, paper=paper),
             *(figures.attack(kind, name, of, comparison, i) for i, (kind, name, of) in attacks),
         ],
-        "training": figures.curves(runs.training_curves(collected)),
+        "training": [
+            *figures.curves(runs.training_curves(collected), "trainings", comparison),
+            *figures.curves(runs.sandbox_curves(collected), "sandbox", comparison),
+        ],
         "alpha": [p for i, lines in enumerate(sweeps, start=1) for p in figures.sensitivity(lines, i)],
         "seeds": [picture for picture in spread if picture],
         "costs": [figures.cost(ratio, paper=paper) for ratio in ratios[-1:] if ratio],
@@ -332,7 +335,6 @@ def _how(record: Record) -> dict[str, Any]:
     quantities = record.results.get("quantities") if record.kind == "evaluation" else None
     said = {k: v for k, v in record.results["details"].items() if _scalar(v)} if quantities else {}
     config = record.config
-    what = f"{config['measure']['name']} of {config['model']['name']}" if quantities else ""
     gpus = content["hardware"].get("gpus")
     commit = content["commit"] if isinstance(content["commit"], dict) else {}
     facts = {
@@ -350,11 +352,26 @@ def _how(record: Record) -> dict[str, Any]:
         facts["n"] = ", ".join(f"{name} {quantity['n']:,}" for name, quantity in quantities.items())
     return {
         "name": record.name,
-        "what": what or record.kind,
+        "what": _what(record),
         "facts": {name: one_line(text, longest=600) for name, text in facts.items()},
         "config": _json(config),
         "details": _json(said) if said else "",
     }
+
+
+def _what(record: Record) -> str:
+    """A record in a few words."""
+    config = record.config
+    match record.kind:
+        case "evaluation":
+            return f"{config['measure']['name']} of {config['model']['name']}"
+        case "redteam":
+            return f"attacks on {', '.join(record.results['models'])}"
+        case "sandbox-run":
+            return f"sandbox: {config['arm']}, seed {record.seed}"
+        case "dpo" | "sft" | "pro":
+            return f"training ({record.kind}): {runs.run_name(record)}"
+    return record.kind
 
 
 def _scalar(value: Any) -> bool:

@@ -132,16 +132,18 @@ def seeds_table(group: Seeds, number: int) -> Table:
 
 
 def training_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
-    """Key of :data:`CURVES` → run → step → value.
+    """Of the training records: key of :data:`CURVES` → run → step → value."""
+    return _curves((run_name(r), r.results.get("history")) for r in collected.of_kind(*TRAINING))
 
-    Runs of the sandbox that differ in the seed alone are one line, their mean at each step.
-    """
+
+def sandbox_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
+    """The same of the sandbox's arms, each the mean over its seeds at each step."""
+    return _curves((str(r.config["arm"]), r.results.get("train_logs")) for r in collected.of_kind("sandbox-run"))
+
+
+def _curves(histories: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Curve]]:
     lines: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for record in collected.of_kind(*TRAINING, "sandbox-run"):
-        if record.kind == "sandbox-run":
-            name, history = str(record.config["arm"]), record.results.get("train_logs")
-        else:
-            name, history = run_name(record), record.results.get("history")
+    for name, history in histories:
         for entry in history or ():
             for key, _ in CURVES:
                 value = entry.get(key)
@@ -217,7 +219,7 @@ def costs(collected: Collected) -> Table:
         cost = record.results["details"].get("cost")
         if isinstance(cost, int | float):
             measure, model = record.config["measure"]["name"], record.config["model"]["name"]
-            rows.append([f"judging of {measure}", model, cost, None, None, 1, "as the prices are given"])
+            rows.append([f"judging of {measure}", model, cost, None, None, 1, "in the currency of its prices"])
     columns = ["what", "of", "value", "least", "most", "n", "unit"]
     return Table("costs", "Costs; least and most are the middle half of a ratio's rounds, or the runs' ends", columns,
                  rows)  # fmt: skip

@@ -29,6 +29,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Entry]]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether it has numbers only."""
+        return [not any(isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
+
 
 def as_csv(table: Table) -> str:
     """RFC 4180, numbers in full, with no cell that a spreadsheet would take for a formula."""
@@ -47,9 +52,8 @@ def _guarded(text: str) -> str:
 
 def as_markdown(table: Table) -> str:
     """A pipe table under its caption; foreign texts are shown and not obeyed."""
-    numeric = [all(not isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
     lines = [f"**{_plain(table.caption)}**", "", _line([_plain(column) for column in table.columns])]
-    lines.append(_line(["---:" if right else "---" for right in numeric]))
+    lines.append(_line(["---:" if right else "---" for right in table.numeric]))
     lines += [_line([_plain(shown(cell)) for cell in row]) for row in table.rows]
     return "\n".join(lines) + "\n"
 
@@ -93,8 +97,8 @@ def is_rate(quantity: Mapping[str, Any]) -> bool:
 
 
 def value_text(quantity: Mapping[str, Any]) -> str:
-    """The value: a share in per cent, anything else to four digits with no unit."""
-    return _scaled(quantity["value"], is_rate(quantity))
+    """The value: a share in per cent, anything else as fine as its interval tells."""
+    return _scaled(quantity["value"], quantity)
 
 
 def interval_text(quantity: Mapping[str, Any]) -> str:
@@ -102,26 +106,35 @@ def interval_text(quantity: Mapping[str, Any]) -> str:
     if quantity.get("interval") is None:
         return ""
     low, high = quantity["interval"]
-    return f"{_scaled(low, is_rate(quantity), unit='')} to {_scaled(high, is_rate(quantity))}"
+    return f"{_scaled(low, quantity, unit='')} to {_scaled(high, quantity)}"
 
 
 def difference_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str:
     """``treated − control`` with its sign: points for shares."""
-    if is_rate(quantity):
-        return _scaled(difference["value"], True, unit=" points", signed=True)
-    return number(difference["value"], signed=True)
+    entry = {**difference, "bounds": quantity["bounds"]}
+    return _scaled(difference["value"], entry, unit=" points", signed=True)
 
 
 def p_text(p: float) -> str:
     """``p < 0.001`` and ``p = 0.042``."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    # Spaces that do not break: a number stays with its sign.
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.{3 if p < 0.1 else 2}f}"
 
 
-def _scaled(value: float, rate: bool, *, unit: str = " %", signed: bool = False) -> str:
-    if not rate or not math.isfinite(value):
+def _scaled(value: float, entry: Mapping[str, Any], *, unit: str = " %", signed: bool = False) -> str:
+    """``value`` with the digits that the interval of ``entry`` warrants: two of half its width."""
+    if not math.isfinite(value):
         return number(value, signed=signed)
-    sign = "−" if round(value, 3) < 0 else "+" if signed and round(value, 3) > 0 else ""
-    return f"{sign}{abs(100 * value):.1f}{unit}"
+    if is_rate(entry):
+        text, rounded = f"{abs(100 * value):.1f}{unit}", round(value, 3)
+    else:
+        low, high = entry.get("interval") or (0.0, 0.0)
+        half = (high - low) / 2
+        if not 0 < half < math.inf or abs(value) >= 1e6:
+            return number(value, signed=signed)
+        places = min(6, max(0, 1 - math.floor(math.log10(half))))
+        text, rounded = f"{abs(value):,.{places}f}", round(value, places)
+    return ("−" if rounded < 0 else "+" if signed and rounded > 0 else "") + text
 
 
 def heading(quantity: Quantity) -> str:
