@@ -527,8 +527,16 @@ def test_a_torn_line_costs_one_judgement(
     before = rows(path)
     path.write_bytes(path.read_bytes()[:-40])  # killed while it wrote the last line
     server.seen.clear()
+    while_asked: list[str] = []
+
+    def looking(body: dict[str, Any]) -> str:
+        while_asked.append(path.read_text())
+        return by_content(body)
+
+    server.script = looking
     judged_by(path)
     assert len(server.seen) == 1
+    assert while_asked[0].endswith("}\n")  # the torn line is gone before the next is appended: killed again, no harm
     assert rows(path) == before
 
 
