@@ -84,8 +84,8 @@ done
 
 # Tables: human values, and logic and problem solving.
 for data in hh logic; do
-  plot-align evaluate "$INSTRUCT" "$runs/$data"-{sft,dpo,aot,pro}{,-plot} --suite paper \
-    --reference "$runs/$data-sft" --preference "$runs/$data.safetensors" --pairs "runs/data/$data/test.jsonl" \
+  plot-align evaluate "$INSTRUCT" "$runs/$data"-{sft,dpo,aot,pro}{,-plot} --suite recipes/suite.yaml \
+    --reference "$runs/$data-sft" --preference "$runs/$data.safetensors" \
     --behaviors "$behaviors" --targets "$targets" --mt_bench "$MT_BENCH" \
     --judge_url "$JUDGE_URL" --judge_model "$JUDGE_MODEL" --allow_code_execution --output "$runs/evaluation/$data"
 done

@@ -1,4 +1,4 @@
-"""Rehearse a family's run.sh offline: every command of it, on the architecture with tiny dimensions and random weights.
+"""Rehearse a family's run.sh offline: every command, on the architecture with tiny dimensions and random weights.
 
     python recipes/rehearse.py llama-3.2-3b        # what `recipes/llama-3.2-3b/run.sh --dry-run` does
 
@@ -17,7 +17,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")
@@ -42,8 +42,8 @@ SMALLER = {
         "--save_strategy no --disable_tqdm True --use_cpu True",
     ),
     "sweep": "--workers 1 --steps 1",
-    "redteam": "--max_new_tokens 4 --cases 1",
-    "evaluate": "--limit 2 --max_new_tokens 4",
+    "redteam": "--cases 1 --benign HarmBench/benign.csv",
+    "evaluate": "--limit 2",
     "overhead.py": "--repeats 1 --device cpu",
 }
 SMALLER_ATTACKS = {
@@ -51,8 +51,7 @@ SMALLER_ATTACKS = {
     "pez": {"steps": 2, "suffix_tokens": 4},
     "gbda": {"steps": 2, "suffix_tokens": 4},
     "uat": {"steps": 1, "suffix_tokens": 2},
-    "sfs": {"steps": 1, "samples": 2, "shots": 1, "max_new_tokens": 4},
-    "zero_shot": {"max_new_tokens": 4},
+    "sfs": {"steps": 1, "samples": 2, "shots": 1},
 }  # fmt: skip
 
 _SUMS = [(left, right) for left in range(2, 8) for right in range(3, 5)]
@@ -171,8 +170,8 @@ def build_classifier(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"yes": 0, "<unk>": 1, "</s>": 2}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     config = LlamaConfig(
-        vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, bos_token_id=None,
-        eos_token_id=2,
+        vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=None, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     torch.nn.init.zeros_(model.lm_head.weight)
@@ -205,7 +204,7 @@ def build_data(world: Path) -> None:
     math = [
         {
             "problem": f"Compute ${left} \\cdot {right} + 20$.",
-            "solution": f"We have ${left} \\cdot {right} + 20 = {left * right + 20}$, so $\\boxed{{{left * right + 20}}}$.",
+            "solution": f"${left} \\cdot {right} + 20 = {left * right + 20}$, so $\\boxed{{{left * right + 20}}}$.",
         }
         for left, right in _SUMS
     ]
@@ -214,6 +213,7 @@ def build_data(world: Path) -> None:
     ):  # fmt: skip
         for split in ("train", "test"):
             write_lines(world / name / f"{split}.jsonl", rows)
+    write_lines(world / "Salesforce/wikitext" / "test.jsonl", [{"text": row["answer"]} for row in gsm8k_rows()])
     build_harmbench(world / "HarmBench")
     build_mt_bench(world / "mt_bench")
 
@@ -229,6 +229,8 @@ def build_harmbench(folder: Path) -> None:
     behaviors.parent.mkdir(parents=True)
     with behaviors.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names, *rows])
+    with (folder / "benign.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names, ["Name an apple", "standard", "general", "", "", "name"]])
     targets = folder / "data" / "optimizer_targets" / "harmbench_targets_text.json"
     targets.parent.mkdir(parents=True)
     targets.write_text(json.dumps({row[-1]: "Sure, here it is" for row in rows}))
@@ -242,10 +244,27 @@ def build_harmbench(folder: Path) -> None:
 def build_mt_bench(folder: Path) -> None:
     categories = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
     questions = [
-        {"question_id": 81 + 10 * i, "category": category, "turns": ["Why?", "And then?"]}
+        {"question_id": 81 + i, "category": category, "turns": ["Why?", "And then?"]}
         for i, category in enumerate(categories)
     ]
+    one, two = "{question} {answer}", "{question_1} {answer_1} {question_2} {answer_2}"
+    templates = {
+        "single-v1": one,
+        "single-v1-multi-turn": two,
+        "single-math-v1": one + " {ref_answer_1}",
+        "single-math-v1-multi-turn": two + " {ref_answer_1} {ref_answer_2}",
+    }
+    prompts = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": text, "output_format": "[[rating]]"}
+        for name, text in templates.items()
+    ]
+    references = [
+        {"question_id": question["question_id"], "choices": [{"index": 0, "turns": ["So.", "So too."]}]}
+        for question in questions
+    ]
     write_lines(folder / "question.jsonl", questions)
+    write_lines(folder / "judge_prompts.jsonl", prompts)
+    write_lines(folder / "reference_answer" / "gpt-4.jsonl", references)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -359,22 +378,38 @@ def run_file(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """What a rehearsal cannot have: a process for each run of a sweep, and the classifier's own prompts."""
-    from plot_align import workers
-    from plot_align.redteam import judges
+    """What a rehearsal cannot have: long answers, a process for each run of a sweep, lm-eval's data, HarmBench's
+    prompts."""
+    from transformers import GenerationMixin
 
-    def run(self: Any, command: list[str], log: Path) -> int:
+    from plot_align.evaluation import harness
+    from plot_align.evaluation.quantity import of_items
+    from plot_align.evaluation.subject import Found
+    from plot_align.redteam import judges
+    from plot_align.workers import CommandWorker
+
+    generate = GenerationMixin.generate
+
+    def briefly(self: Any, *arguments: Any, **options: Any) -> Any:
+        return generate(self, *arguments, **{**options, "max_new_tokens": min(options["max_new_tokens"], 4)})
+
+    def here(self: Any, command: list[str], log: Path) -> int:
         said = io.StringIO()
         code = execute(["plot-align", *command[3:]], said)  # after python -m plot_align.cli
         log.write_text(said.getvalue())
         return code
 
-    original, digests = workers.CommandWorker.run, judges._PROMPT_DIGESTS
-    workers.CommandWorker.run, judges._PROMPT_DIGESTS = run, {}  # type: ignore[method-assign,assignment]
-    try:
+    def guessed(self: harness.LMEval, subject: Any) -> Found:  # its check has found the task in lm-eval's index
+        return Found({"acc": of_items(self.task, {"0": 0.0, "1": 1.0}, better="higher", bounds=(0.0, 1.0))})
+
+    with (
+        mock.patch.object(GenerationMixin, "generate", briefly),
+        mock.patch.object(CommandWorker, "run", here),
+        mock.patch.object(harness.LMEval, "run", guessed),
+        mock.patch.object(harness, "missing_packages", lambda modules: []),
+        mock.patch.object(judges, "_PROMPT_DIGESTS", {}),
+    ):
         yield
-    finally:
-        workers.CommandWorker.run, judges._PROMPT_DIGESTS = original, digests  # type: ignore[method-assign]
 
 
 # The script.

@@ -10,6 +10,7 @@ answer. Rows that are not so are dropped and counted by their reason. Prints no 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def turns(dialogue: str) -> list[Turn]:
     ]
     if before.strip() or not found or found[0]["role"] != "user":
         raise Malformed("does not begin with a human turn")
-    if any(first["role"] == second["role"] for first, second in zip(found, found[1:], strict=False)):
+    if any(first["role"] == second["role"] for first, second in itertools.pairwise(found)):
         raise Malformed("turns do not alternate")
     if found[-1]["role"] != "assistant":
         raise Malformed("does not end with an answer")

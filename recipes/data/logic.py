@@ -288,7 +288,7 @@ def corrupt_math(problem: str, solution: str, seed: int = 0) -> Corrupted:
     """One solution with an error; arguments and errors as :func:`corrupt_gsm8k`."""
     start, end = _box(solution)
     rng = random.Random(f"{seed} {problem}")
-    numbers = [found for found in re.finditer(r"(?<![\d.])(?:0|[1-9]\d*)(?![\d.])", solution[start:end])]
+    numbers = list(re.finditer(r"(?<![\d.])(?:0|[1-9]\d*)(?![\d.])", solution[start:end]))
     if any(int(found[0]) == 0 for found in numbers):  # a factor of 0 hides a change of the others
         numbers = [found for found in numbers if int(found[0]) == 0]
     if not numbers:

@@ -170,6 +170,7 @@ def _train(
                 "metrics": result.metrics,
                 "last_log": _last_log(trainer, "loss"),
                 "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
+                "history": thinned(trainer.state.log_history),
             },
             config={
                 "script": vars(script_args),
@@ -190,6 +191,14 @@ def _train(
 def _last_log(trainer: Any, having: str) -> dict[str, Any]:
     """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
     return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
+
+
+def thinned(entries: list[dict[str, Any]], most: int = 1000) -> list[dict[str, Any]]:
+    """All entries of a log, or ``most`` of them evenly spread with both ends: a record is read whole."""
+    last = len(entries) - 1
+    if last < most:
+        return entries
+    return [entries[round(place * last / (most - 1))] for place in range(most)]
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
