@@ -28,6 +28,7 @@ commands:
   sweep      a grid over PLOT's options, methods and seeds: table and figures
   redteam    attack your own model: success rate, with over-refusal beside it
   evaluate   models on the seven sub-preferences and on what must not get worse
+  report     one page from all records: verdict, tables, figures
   report     one page from records: verdict, tables, figures
 
 options:
@@ -117,6 +118,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.evaluate import run as evaluate
 
             return evaluate(_without_debug(rest))
+        case "report":
+            from plot_align.commands.report import run as report
+
+            return report(_without_debug(rest))
         case "report":
             from plot_align.commands.report import run as report
 

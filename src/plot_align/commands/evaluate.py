@@ -54,6 +54,7 @@ def make_parser() -> Parser:
     parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    parser.add_argument("--quiet", action="store_true", help="print no table")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(%(default)s)")
     return parser
 
@@ -165,7 +166,8 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                         failed[f"{name}, {entry.name}"] = problem
                 progress.advance(whole)
             subject = None  # before the next one is loaded
-    _show(console, models, suite, options.output)
+    if not options.quiet:
+        _show(console, models, suite, options.output)
     if again:
         console.print(
             f"measured again, as the model, the options or the seed were others: {'; '.join(again)}", markup=False,

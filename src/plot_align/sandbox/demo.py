@@ -1,4 +1,4 @@
-"""``plot-align demo``: four arms from one base, judged on held-out prompts; a table, a figure, records."""
+"""Four arms from one base, judged on held-out prompts; a table, a figure, records, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..errors import InputError
+from ..estimate import estimate
 from ..files import complete_or_absent, require_writable
 from ..records import mean_of, measure, write_record
 from ..training import PlotConfig, attach
 from ..training.overhead import interleaved, paired_ratio, without_plot
-from . import CATEGORIES, build_base
+from . import CATEGORIES, build_base, pairs
 from .experiment import JUDGING, Arm, Setting, make_trainer, quiet, record_path, run_all
 
 PLOT = PlotConfig()
@@ -42,7 +44,16 @@ GUARDS = (
 )
 
 
-def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | None = None) -> None:
+@dataclass(frozen=True)
+class Tuned:
+    """What the demonstration leaves behind: checkpoint folders of its first seed by arm, the base among them, and the
+    preference distribution of the pairs they were trained on."""
+
+    models: dict[str, Path]
+    preference: Path
+
+
+def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | None = None) -> Tuned:
     """Runs the demonstration; finished runs found under ``output`` are read, not run again.
 
     Args:
@@ -83,6 +94,16 @@ def main(*, quick: bool = False, output: Path = Path("runs/demo"), seeds: int | 
     figure = output / "demo.png"
     _figure(summary, figure)
     console.print(f"records, table.md and {figure.name} are in {output} ({time.monotonic() - started:.0f} s)")
+    trained = {arm.name: record_path(output, arm, setting, chosen_seeds[0], base).with_suffix("") for arm in ARMS}
+    return Tuned({BASE.name: base, **trained}, _preference(base, chosen_seeds[0], output))
+
+
+def _preference(base: Path, seed: int, output: Path) -> Path:
+    """The preference distribution of the training pairs, as a file."""
+    from transformers import AutoTokenizer
+
+    counts = estimate(pairs("train", seed=seed), AutoTokenizer.from_pretrained(base), progress=False)
+    return counts.save(output / "preference.safetensors")
 
 
 def _run_all(
@@ -90,7 +111,8 @@ def _run_all(
 ) -> dict[str, list[dict[str, Any]]]:
     """Results of every arm, one a seed; seeds outside, so that an interrupted demo has whole comparisons."""
     jobs = [(arm, seed) for seed in seeds for arm in (BASE, *ARMS)]
-    finished = sum(record_path(output, arm, setting, seed, base).exists() for arm, seed in jobs)
+    places = [record_path(output, arm, setting, seed, base) for arm, seed in jobs]
+    finished = sum(place.exists() and place.with_suffix("").is_dir() for place in places)
     if finished:
         console.print(f"{finished} runs were finished before and are read from {output}; delete it to run them again")
     with _progress(console) as progress:
@@ -102,7 +124,7 @@ def _run_all(
             done[job] = steps + (JUDGING if done[job] >= setting.steps or steps == 0 else 0)
             progress.update(task, completed=sum(done))
 
-        records = run_all(jobs, setting, base, output, on_progress)
+        records = run_all(jobs, setting, base, output, on_progress, keep_models=True)
         progress.update(task, completed=len(jobs) * (setting.steps + JUDGING))
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in (BASE, *ARMS)}
     for (arm, _), record in zip(jobs, records, strict=True):

@@ -192,9 +192,12 @@ def run_all(
     base: Path,
     folder: Path,
     on_progress: Callable[[int, int], None] = lambda job, steps: None,
+    *,
+    keep_models: bool = False,
 ) -> list[dict[str, Any]]:
     """:func:`run_many` for every ``(arm, seed)`` of one setting."""
-    return run_many([Run(arm, setting, seed) for arm, seed in jobs], base, folder, on_progress)
+    runs = [Run(arm, setting, seed) for arm, seed in jobs]
+    return run_many(runs, base, folder, on_progress, keep_models=keep_models)
 
 
 def run_many(
