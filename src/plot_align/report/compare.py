@@ -14,6 +14,7 @@ from typing import Any, Literal
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import GUARDS, SECTIONS, Quantity, compare
 from plot_align.report.collect import Collected, Observation
+from plot_align.report.tables import count
 from plot_align.statistics import holm
 
 ALPHA = 0.05
@@ -52,12 +53,21 @@ class Cell:
 
 @dataclass
 class Row:
-    """One quantity of every model. ``cells``: model → cell; ``first`` tells title, direction and unit."""
+    """One quantity of every model.
+
+    Attributes:
+        section, measure, name: where it belongs.
+        first: the quantity of one model; it tells direction, unit and bounds.
+        title: in words; with the measure where another row has the same.
+        score: whether it stands for the measure.
+        cells: model → cell.
+    """
 
     section: str
     measure: str
     name: str
     first: Quantity
+    title: str
     score: bool
     cells: dict[str, Cell] = field(default_factory=dict)
 
@@ -101,9 +111,13 @@ def compare_models(collected: Collected, baseline: str, *, seed: int = 0) -> Com
     """Every observation beside those of the other models, the scores tested against the baseline's."""
     rows: dict[tuple[str, str, str], Row] = {}
     for seen in collected.observations:
-        row = rows.setdefault(seen.key, Row(*seen.key, seen.quantity, seen.score))
+        row = rows.setdefault(seen.key, Row(*seen.key, seen.quantity, seen.quantity["title"], seen.score))
         row.cells[seen.model] = Cell(seen)
     ordered = sorted(rows.values(), key=lambda row: SECTIONS.index(row.section))  # stable: measures keep their order
+    often = Counter(row.title for row in ordered)
+    for row in ordered:
+        if often[row.title] > 1:
+            row.title = f"{row.title} ({row.measure})"
     p_values: dict[str, float] = {}
     for row in ordered:
         for model, cell in row.cells.items():
@@ -169,8 +183,8 @@ def judge(comparison: Comparison) -> Verdict:
     table = [
         {
             "model": model,
-            "better": [row.first["title"] for row in better],
-            "worse": [row.first["title"] for row in worse],
+            "better": [row.title for row in better],
+            "worse": [row.title for row in worse],
             "unclear": len(comparison.signed(model, "none")),
             "untested": sum(
                 row.score and (model not in row.cells or row.cells[model].sign is None) for row in comparison.rows
@@ -199,7 +213,7 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
     guarded = [m for m, (better, _) in signs.items() if better]
     if clean:
         best = [m for m, count in clean.items() if count == max(clean.values())]
-        scores = _titles(gains[best[0]]) if len(best) == 1 else _count(clean[best[0]], "score")
+        scores = _titles(gains[best[0]]) if len(best) == 1 else count(clean[best[0]], "score")
         subject = "it" if len(best) == 1 else "each"
         return f"Ship {_or(best)}: {subject} is significantly better than {base} in {scores}, and worse in none."
     if mixed:
@@ -214,7 +228,7 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
             f"{_some(parts)}, and nothing is worse."
         )
     return (
-        f"No significant difference to {base} in any of {_count(tests, 'test')}: these records give no reason to ship "
+        f"No significant difference to {base} in any of {count(tests, 'test')}: these records give no reason to ship "
         "another model, and do not show that the models are equal."
     )
 
@@ -265,7 +279,7 @@ def is_refusal(row: Row) -> bool:
 
 
 def _titles(rows: list[Row]) -> str:
-    titles = [f"“{row.first['title']}”" for row in rows]
+    titles = [f"“{row.title}”" for row in rows]
     if len(titles) > 4:
         titles = [*titles[:3], f"{len(titles) - 3} more"]
     return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)
@@ -273,7 +287,3 @@ def _titles(rows: list[Row]) -> str:
 
 def _or(names: list[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,14 +12,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
-from plot_align.report.tables import Entry, Table, section_title
+from plot_align.report.tables import Entry, Table, arrow, count, section_title
 from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
@@ -38,8 +38,8 @@ _ROLES = {
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oo", "++++", "||||", "**")
 _DASHES = ("-", "--", "-.", ":")
-_WIDTH = 5.6  # inches: a figure is read on a phone without turning it
-_NAME = 26  # characters of a model's name
+_WIDTH = 4.5  # inches: a figure is read on a phone without turning it
+_NAME = 24  # characters of a model's name
 _RC = {
     "text.parse_math": False,  # a token "$" is a dollar, not the start of a formula
     "text.usetex": False,
@@ -101,17 +101,18 @@ def seven(comparison: Comparison) -> Picture | None:
         return None
     models = [model for model in comparison.models if any(model in row.cells for row in rows)]
     thick = 0.17 if len(models) <= 4 else 0.11
-    step = thick * len(models) + 0.24  # inches a row
-    with _drawing(_WIDTH, step * len(rows) + 0.55 + _legend_height(models)) as figure:
+    # Inches; three lines of a label need some, however few the bars.
+    heights = [max(0.5, thick * sum(model in row.cells for model in models) + 0.24) for row in rows]
+    with _drawing(_WIDTH, sum(heights) + 0.55 + _legend_height(models)) as figure:
         axes = figure.subplots()
         numbers: list[list[Entry]] = []
-        for place, row in enumerate(rows):
-            for index, model in enumerate(models):
-                if model not in row.cells:
-                    continue
+        middles, top = [], 0.0
+        for row, height in zip(rows, heights, strict=True):
+            at = top + (height - 0.24 - thick * sum(model in row.cells for model in models)) / 2
+            middles.append(top + (height - 0.24) / 2)
+            for model in (model for model in models if model in row.cells):
                 quantity = row.cells[model].quantity
                 value, low, high = _share_of_possible(quantity)
-                at = place * step + index * thick
                 look = style(comparison.models.index(model))
                 axes.barh(
                     at,
@@ -123,20 +124,12 @@ def seven(comparison: Comparison) -> Picture | None:
                     edgecolor=_INK,
                     linewidth=0.5,
                 )
-                _whisker(axes, (low, high), at + thick * 0.43)
-                numbers.append(
-                    [
-                        row.section,
-                        row.first["title"],
-                        model,
-                        quantity["value"],
-                        *(quantity.get("interval") or (None, None)),
-                        quantity["n"],
-                    ]
-                )
-        middle = [place * step + thick * len(models) / 2 for place in range(len(rows))]
-        axes.set_yticks(middle, [_row_label(row) for row in rows], fontsize=8)
-        axes.set_ylim(step * len(rows), -0.12)
+                axes.plot((low, high), (at + thick * 0.43,) * 2, color=_INK, linewidth=1, solid_capstyle="butt")
+                numbers.append([row.section, row.title, model, *_numbers(quantity)])
+                at += thick
+            top += height
+        axes.set_yticks(middles, [_row_label(row) for row in rows], fontsize=8)
+        axes.set_ylim(top, -0.12)
         axes.set_xlim(0, 1)
         _percent(axes.xaxis)
         axes.set_xlabel("of what is possible; ↓ marks where less is better")
@@ -148,7 +141,7 @@ def seven(comparison: Comparison) -> Picture | None:
             figure,
             "sub_preferences",
             "The seven sub-preferences",
-            f"Bars with 95 % intervals of {len(rows)} scores for {len(models)} models.",
+            f"Bars with 95 % intervals of {count(len(rows), 'score')} for {count(len(models), 'model')}.",
             Table("sub_preferences", "The seven sub-preferences: scores with 95 % intervals", columns, numbers),
         )
 
@@ -192,7 +185,7 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
                 xlim=(-0.02, 1.02),
                 ylim=(-0.02, 1.02),
                 xlabel="over-refusal (of harmless requests)",
-                ylabel=_wrapped(attack.first["title"], 40),
+                ylabel=_wrapped(attack.title, 40),
             )
             _percent(axes.xaxis)
             _percent(axes.yaxis)
@@ -206,14 +199,14 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
                 arrowprops={"arrowstyle": "->", "color": _MUTED},
             )
             _legend(figure, axes, comparison, models)
-            title = f"{attack.first['title']}, against over-refusal"
+            title = f"{attack.title}, against over-refusal"
             columns = ["model", "attack success", "low", "high", "n", "over-refusal", "low", "high", "n"]
             found.append(
                 _picture(
                     figure,
                     f"safety_{number + 1}",
                     title,
-                    f"{len(models)} models as points with 95 % intervals both ways; the lower left corner is best.",
+                    f"{count(len(models), 'model')} as points with 95 % intervals; best is the lower left corner.",
                     Table(f"safety_{number + 1}", title, columns, numbers),
                 )
             )
@@ -234,7 +227,7 @@ def curves(found: Mapping[str, Mapping[str, Curve]], where: str, comparison: Com
     pictures = []
     for key, lines in found.items():
         file = re.sub("[^a-z]+", "_", f"training_{where}_{key}".lower())
-        title = f"{labels[key]} ({where})"
+        title = f"{labels[key]}, {where}"
         with _drawing(_WIDTH, 2.6 + _legend_height(list(lines))) as figure:
             axes = figure.subplots()
             numbers: list[list[Entry]] = []
@@ -258,7 +251,7 @@ def curves(found: Mapping[str, Mapping[str, Curve]], where: str, comparison: Com
             _legend_of(figure, axes)
             table = Table(file, title, ["run", "step", "value"], numbers)
             pictures.append(
-                _picture(figure, file, title, f"{labels[key]} over the steps of {len(lines)} runs.", table)
+                _picture(figure, file, title, f"{labels[key]} over the steps of {count(len(lines), 'run')}.", table)
             )
     return pictures
 
@@ -314,7 +307,7 @@ def sensitivity(
                     figure,
                     file,
                     title,
-                    f"Mean and standard error over seeds, {len(of)} lines.",
+                    f"Mean and standard error over seeds, {count(len(of), 'line')}.",
                     Table(file, title, ["line", "alpha", "mean", "standard error", "seeds"], numbers),
                 )
             )
@@ -357,7 +350,7 @@ def attack(
             figure,
             file,
             title,
-            f"One line with a 95 % band for each of {len(models)} models.",
+            f"One line with a 95 % band for each of {count(len(models), 'model')}.",
             Table(file, title, ["model", xlabel, "attack success", "low", "high", "n"], numbers),
         )
 
@@ -406,7 +399,7 @@ def over_seeds(group: Seeds, number: int) -> Picture | None:
             figure,
             f"seeds_{number}",
             title,
-            f"{len(arms)} arms, each point the mean over its seeds.",
+            f"{count(len(arms), 'arm')}, each point the mean over its seeds.",
             seeds_table(group, number),
         )
 
@@ -522,8 +515,8 @@ def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture
             figure,
             file,
             title,
-            f"The {len(largest)} largest movements of the cheapest plan, {100 * total:.2f} points of probability "
-            "together; the width of a ribbon is its mass.",
+            f"The {count(len(largest), 'largest movement')} of the cheapest plan, {100 * total:.2f} points of "
+            "probability together; the width of a ribbon is its mass.",
             Table(file, title, columns, numbers),
         )
 
@@ -566,7 +559,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
 class _drawing:
     """A matplotlib figure under the report's settings, no window behind it."""
 
-    def __init__(self, width: float, height: float, *, layout: str | None = "constrained") -> None:
+    def __init__(self, width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> None:
         import matplotlib
 
         self.context = matplotlib.rc_context(_RC)
@@ -643,7 +636,7 @@ def _name(text: str) -> str:
 
 
 def _token(text: str) -> str:
-    return readable(text, _has_glyph)
+    return one_line(text, _has_glyph, space="␣", longest=14)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -651,8 +644,8 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _row_label(row: Row) -> str:
-    arrow = " ↓" if row.first["better"] == "lower" else ""
-    return f"{section_title(row.section)}\n{_wrapped(row.first['title'], 24)}{arrow}"
+    less = f" {arrow('lower')}" if row.first["better"] == "lower" else ""
+    return f"{section_title(row.section)}\n{_wrapped(row.title, 24)}{less}"
 
 
 def _share_of_possible(quantity: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -661,10 +654,6 @@ def _share_of_possible(quantity: Mapping[str, Any]) -> tuple[float, float, float
     ends = quantity.get("interval") or (quantity["value"],) * 2
     value, start, end = ((x - low) / (high - low) for x in (quantity["value"], *ends))
     return value, start, end
-
-
-def _whisker(axes: Any, ends: tuple[float, float], at: float) -> None:
-    axes.plot(ends, (at, at), color=_INK, linewidth=1, solid_capstyle="butt")
 
 
 def _arms(entry: Mapping[str, Any]) -> list[list[float]]:
@@ -701,7 +690,7 @@ def _percent(axis: Any) -> None:
 
 def _legend_columns(names: Sequence[str]) -> int:
     widest = max((min(len(name), _NAME) for name in names), default=1)
-    return max(1, min(len(names), 78 // (widest + 7)))
+    return max(1, min(len(names), 62 // (widest + 7)))
 
 
 def _legend_height(names: Sequence[str]) -> float:

@@ -22,10 +22,10 @@ from plot_align.report.figures import Picture
 from plot_align.report.tables import (
     Entry,
     Table,
+    arrow,
     as_csv,
     as_markdown,
     difference_text,
-    heading,
     interval_text,
     number,
     p_text,
@@ -109,7 +109,7 @@ def build(
             *(figures.attack(kind, name, of, comparison, i) for i, (kind, name, of) in attacks),
         ],
         "training": [
-            *figures.curves(runs.training_curves(collected), "trainings", comparison),
+            *figures.curves(runs.training_curves(collected), "training runs", comparison),
             *figures.curves(runs.sandbox_curves(collected), "sandbox", comparison),
         ],
         "alpha": [p for i, lines in enumerate(sweeps, start=1) for p in figures.sensitivity(lines, i)],
@@ -230,8 +230,9 @@ def _sections(rows: Sequence[Row], comparison: Comparison, notes: _Notes | None)
             "title": section_title(section),
             "rows": [
                 {
-                    "heading": heading(row.first),
-                    "measure": row.measure,
+                    "title": row.title,
+                    "unit": row.first.get("unit"),
+                    "arrow": arrow(row.first["better"]),
                     "cells": [_cell(row.cells.get(model), model, comparison, notes) for model in comparison.models],
                 }
                 for row in rows
@@ -270,7 +271,9 @@ def _wide(comparison: Comparison) -> Table:
     """Models beside each other, as read."""
     rows: list[list[Entry]] = []
     for row in comparison.rows:
-        texts: list[Entry] = [section_title(row.section), heading(row.first)]
+        unit = f" ({row.first['unit']})" if row.first.get("unit") else ""
+        title = f"{row.title}{unit} {arrow(row.first['better'])}".rstrip()
+        texts: list[Entry] = [section_title(row.section), title]
         for model in comparison.models:
             cell = _cell(row.cells.get(model), model, comparison, None)
             if cell is None:

@@ -12,13 +12,13 @@ from typing import Any
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.records import mean_of, paired
 from plot_align.report.collect import TRAINING, Collected, Record
-from plot_align.report.tables import Entry, Table
+from plot_align.report.tables import Entry, Table, arrow
 
 # Of the trainer's log: key, label. The first that a run has are drawn.
 CURVES = (
     ("loss", "Loss"),
     ("plot/vanilla_loss", "Loss without the PLOT term"),
-    ("plot/loss", "Distance to the preference (PLOT term)"),
+    ("plot/loss", "The PLOT term"),
     ("plot/alpha", "α, the weight of the PLOT term"),
     ("rewards/margins", "Reward margin"),
     ("rewards/accuracies", "Reward accuracy"),
@@ -44,7 +44,6 @@ METRICS = (
     ("rewards/accuracies", "Reward accuracy (last log)", "higher"),
     ("rewards/margins", "Reward margin (last log)", "higher"),
 )
-ARROW = {"higher": " ↑", "lower": " ↓"}
 Curve = dict[float, float]
 Arms = dict[int, dict[str, float]]  # seed → metric → value
 
@@ -121,7 +120,7 @@ def seeds_table(group: Seeds, number: int) -> Table:
     for key, label, better in group.metrics():
         for arm, of in group.arms.items():
             entry = group.entry(arm, key)
-            row: list[Entry] = [label + ARROW[better], arm, entry["value"], entry.get("error"), len(of)]
+            row: list[Entry] = [f"{label} {arrow(better)}", arm, entry["value"], entry.get("error"), len(of)]
             if arm == group.baseline:
                 rows.append([*row, None, None])
             else:
@@ -189,7 +188,7 @@ def sweep_lines(record: Record) -> dict[str, tuple[str, dict[str, list[tuple[flo
         if lines:
             without = {c["method"]: c["metrics"][key] for c in cells if c["plot"] is None and key in c["metrics"]}
             ordered = {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
-            found[key] = (label + ARROW[better], ordered, without)
+            found[key] = (f"{label} {arrow(better)}", ordered, without)
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plot_align.evaluation.quantity import GUARDS, Quantity
+from plot_align.evaluation.quantity import GUARDS
 from plot_align.text import one_line
 
 Entry = str | float | int | None
@@ -137,10 +137,14 @@ def _scaled(value: float, entry: Mapping[str, Any], *, unit: str = " %", signed:
     return ("−" if rounded < 0 else "+" if signed and rounded > 0 else "") + text
 
 
-def heading(quantity: Quantity) -> str:
-    """The title with its unit and an arrow towards better."""
-    unit = f" ({quantity['unit']})" if quantity.get("unit") else ""
-    return f"{quantity['title']}{unit}{ {'higher': ' ↑', 'lower': ' ↓', None: ''}[quantity['better']] }"
+def arrow(better: str | None) -> str:
+    """Towards better; empty where neither way is."""
+    return {"higher": "↑", "lower": "↓"}.get(better or "", "")
+
+
+def count(number: int, noun: str) -> str:
+    """``1 test``, ``42 tests``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def section_title(section: str) -> str:
