@@ -17,8 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import did_you_mean, first_line
+from plot_align.commands.common import first_line
 from plot_align.errors import InputError
+from plot_align.options import did_you_mean
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -148,11 +149,11 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _file_of(value: Any) -> Path | None:
     """The file of a function: lm-eval's index has ``!function utils.f`` as ``/folder of the YAML/utils.f``."""
-    if not isinstance(value, str) or not os.path.isabs(value) or "\n" in value:
+    if not isinstance(value, str) or not os.path.isabs(value):
         return None
     folder, name = os.path.split(value)
-    file = Path(folder, *name.split(".")[:-1]).with_suffix(".py")
-    return file if os.path.isfile(file) else None  # os.path: a prompt may begin with a slash and be no path at all
+    file = os.path.join(folder, *name.split(".")[:-1]) + ".py"
+    return Path(file) if os.path.isfile(file) else None  # a prompt may begin with a slash and be no path at all
 
 
 def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
