@@ -234,9 +234,11 @@ def test_the_real_benchmark_end_to_end(server: Server, subject: Subject, real_da
 
     # And once more: nothing is asked again, of the model or of the judge.
     before = [answers_of(subject).read_bytes(), judgments_of(subject).read_bytes()]
+    bars.clear()
     again = measure(server, real_data / "mt_bench", categories=("math", "stem")).run(subject)
     assert len(server.seen) == 160
     assert [answers_of(subject).read_bytes(), judgments_of(subject).read_bytes()] == before
+    assert [(total, sum(done)) for total, *done in bars.values()] == [(20, 20), (40, 40)]
     assert again.quantities["math"] == math_score
     assert again.quantities["score"]["title"] == "MT-Bench math, stem"
     assert set(again.quantities) == {"score", "turn 1", "turn 2", "math", "stem"}
