@@ -1,0 +1,139 @@
+"""Records as the commands write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plot_align.evaluation.quantity import of_items
+from plot_align.records import write_record
+
+Evaluation = Callable[..., Path]
+
+
+def rates(n: int, share: float, seed: int) -> dict[str, float]:
+    """``n`` items of 0 or 1."""
+    drawn = np.random.default_rng(seed).random(n) < share
+    return {f"item {i}": float(hit) for i, hit in enumerate(drawn)}
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Evaluation:
+    """Writes a record of kind ``evaluation`` below ``tmp_path / "records"``."""
+
+    def write(
+        model: str,
+        measure: str = "gsm8k",
+        items: Mapping[str, float] | None = None,
+        *,
+        section: str = "mathematics",
+        kind: str = "harness",
+        name: str = "score",
+        title: str = "GSM8K",
+        better: str | None = "higher",
+        quantities: Mapping[str, Any] | None = None,
+        details: Mapping[str, Any] | None = None,
+        reference: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        digest: str | None = None,
+        path: str | None = None,
+    ) -> Path:
+        if quantities is None:
+            found = rates(40, 0.5, 0) if items is None else items
+            quantities = {name: of_items(title, found, better=better, bounds=(0.0, 1.0))}  # type: ignore[arg-type]
+
+        def described(who: str) -> dict[str, str]:
+            return {
+                "name": who, "source": f"models/{who}", "model": digest or f"digest of {who}", "template": "t",
+                "dtype": "float32",
+            }  # fmt: skip
+
+        return write_record(
+            tmp_path / "records" / (path or f"{model.encode().hex()[:40]}/{measure}.json"),
+            "evaluation",
+            {"quantities": quantities, "details": details or {}},
+            config={
+                "model": described(model),
+                "reference": None if reference is None else described(reference),
+                "suite": "quick",
+                "section": section,
+                "measure": {"name": measure, "kind": kind, **(options or {})},
+            },
+            seed=seed,
+        )
+
+    return write
+
+
+MOVED = [
+    {"token": " the", "id": 1, "change": 0.02, "before": 0.1, "d": 0.01, "chosen": 9, "rejected": 4},
+    {"token": "</script>", "id": 2, "change": 0.01, "before": 0.1, "d": -0.01, "chosen": 1, "rejected": 4},
+    {"token": "$x$", "id": 3, "change": -0.01, "before": 0.1, "d": 0.0, "chosen": 1, "rejected": 1},
+    {"token": "{{7*7}}", "id": 4, "change": -0.02, "before": 0.1, "d": -0.02, "chosen": 1, "rejected": 7},
+]
+DRIFT = {
+    "moved": MOVED,
+    "flows": [
+        {"from": "{{7*7}}", "to": " the", "mass": 0.02, "cost": 0.5},
+        {"from": "$x$", "to": "</script>", "mass": 0.01, "cost": 1.5},
+    ],
+    "masses": {
+        "model": {"preferred": 0.6, "rejected": 0.3},
+        "reference": {"preferred": 0.5, "rejected": 0.4},
+    },
+}
+
+
+@pytest.fixture
+def everything(tmp_path: Path, evaluation: Evaluation) -> Path:
+    """A folder with a record of every kind that is shown, and one that is not."""
+    from plot_align.evaluation.quantity import of_whole
+    from plot_align.records import mean_of, measure
+    from plot_align.statistics import share
+
+    folder = tmp_path / "records"
+    for model, shift in (("base", 0.0), ("tuned", 0.3)):
+        evaluation(model, items=rates(60, 0.4 + shift, 1))
+        evaluation(model, "over_refusal", rates(60, 0.2, 2), section="guards", name="refused", better="lower",
+                   title="Over-refusal")  # fmt: skip
+        evaluation(model, "attack", rates(60, 0.6 - shift, 3), section="harmlessness", name="asr", better="lower",
+                   title="Attack success, gcg")  # fmt: skip
+    evaluation("tuned", "drift", section="guards", kind="drift", reference="base", details=DRIFT,
+               quantities={"tv": of_whole("Mean output", 0.2, 900, better=None, interval=(0.1, 0.3))})  # fmt: skip
+    history = [{"step": s, "loss": 1 / s, "plot/loss": 0.5 / s, "plot/alpha": 0.1} for s in range(1, 30)]
+    write_record(folder / "dpo.json", "dpo", {"metrics": {"train_runtime": 12.5}, "history": history},
+                 config={"training": {"output_dir": "runs/tuned"}}, seed=1)  # fmt: skip
+    for arm, gain in (("DPO", 0.0), ("DPO+PLOT", 0.1)):
+        for seed in (0, 1, 2):
+            scores = {"harmlessness": {"value": 0.5 + gain + 0.01 * seed, "n": 60}}
+            results = {
+                "scores": scores, "over_refusal": {"value": 0.2, "n": 60}, "train_logs": history[:5],
+                "train_seconds": measure(3.0 + seed, 1, unit="s"),
+            }  # fmt: skip
+            config = {"arm": arm, "setting": {"steps": 60}, "base": "b", "plot": None}
+            write_record(folder / f"{arm}-{seed}.json", "sandbox-run", results, config=config, seed=seed)
+    cells = [
+        {"method": "dpo", "setting": {}, "plot": plot, "seeds": [0, 1],
+         "metrics": {"mean_score": mean_of([0.5, 0.6]), "over_refusal": mean_of([0.2, 0.3])}, "minus_vanilla": {}}
+        for plot in (None, {"alpha": 0.1}, {"alpha": 1.0})
+    ]  # fmt: skip
+    write_record(folder / "sweep.json", "sweep", {"cells": cells, "failed": []}, config={"grid": {}})
+    write_record(folder / "demo.json", "demo", {"cost": {"time_ratio": measure(1.05, 20, spread=(1.0, 1.1))}},
+                 config={})  # fmt: skip
+    counts = {"rows": 9, "chosen_tokens": 90, "rejected_tokens": 80, "preferred_ids": 4, "rejected_ids": 3,
+              "total_variation": 0.1}  # fmt: skip
+    write_record(folder / "estimate.json", "estimate", counts, config={})
+    curve = {"1": share([0.0, 1.0]), "2": share([1.0, 1.0])}
+    attacked = {
+        "attacks": {"GCG": {"a": 1.0, "b": 0.5}}, "refused": {"c": 0.0, "d": 1.0}, "helped": {"c": 1.0, "d": 0.0},
+        "by_cases": {"GCG": curve}, "by_steps": {"GCG": curve},
+    }  # fmt: skip
+    write_record(folder / "redteam.json", "redteam", {"models": {"base": attacked, "tuned": attacked}},
+                 config={"judge": "prefixes"}, seed=0)  # fmt: skip
+    write_record(folder / "filter.json", "filter", {"kept": 1}, config={})
+    return folder

@@ -1,0 +1,178 @@
+"""Reading records: what is found, what is refused and why, which of two is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plot_align.errors import InputError
+from plot_align.evaluation.quantity import of_items
+from plot_align.report.collect import collect
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_folder_is_searched_and_other_json_passed_over(tmp_path: Path, evaluation: Any) -> None:
+    path = evaluation("m", path="deep/er/a.json")
+    (path.parent / "answers.json").write_text('{"format": 1}')
+    (path.parent / "list.json").write_text('["plot-align record"]')
+    (path.parent / "half.json").write_text('{"a": [1,')
+    (path.parent / "binary.json").write_bytes(b"\xff\xfe")
+    found = collect([tmp_path / "records"])
+    assert [record.name for record in found.records] == [str(path)]
+    assert found.models == ["m"]
+
+
+def test_a_file_that_is_named_must_be_a_record(tmp_path: Path) -> None:
+    other = tmp_path / "answers.json"
+    other.write_text("{}")
+    with pytest.raises(InputError, match=r"answers\.json is not a plot-align record"):
+        collect([other])
+    with pytest.raises(InputError, match="is not there, expected a record or a folder"):
+        collect([tmp_path / "none"])
+    with pytest.raises(InputError, match="holds no record that a report shows"):
+        collect([tmp_path])
+
+
+def _quantity(content: dict[str, Any]) -> dict[str, Any]:
+    return content["results"]["quantities"]["score"]
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "the value is another": (lambda c: _quantity(c).update(value=0.9), "its items average to 0.5"),
+    "an item was changed": (lambda c: _quantity(c)["items"].update(a=0.0), "its items average to"),
+    "an item is no number": (lambda c: _quantity(c)["items"].update(a="x"), "items is no number"),
+    "an item is outside": (lambda c: _quantity(c)["items"].update(a=7), "outside its bounds"),
+    "an item is missing": (lambda c: _quantity(c)["items"].pop("a"), "n is 4, and it has 3 items"),
+    "the value is NaN": (lambda c: _quantity(c).update(value={"$float": "NaN"}, items=None), "value is not a number"),
+    "the value is a truth": (lambda c: _quantity(c).update(value=True), "value is no number"),
+    "the value is huge": (lambda c: _quantity(c).update(value=10**400), "too large"),
+    "an interval turned": (lambda c: _quantity(c).update(interval=[0.9, 0.1]), "interval runs from 0.9 to 0.1"),
+    "a direction unknown": (lambda c: _quantity(c).update(better="bigger"), "better is none of"),
+    "a title gone": (lambda c: _quantity(c).pop("title"), "'title' is missing"),
+    "weights of other items": (lambda c: _quantity(c).update(weights={"z": 1}), "weights are not those"),
+    "a weight negative": (
+        lambda c: _quantity(c).update(weights={"a": -1, "b": 1, "c": 1, "d": 1}),
+        "negative or not finite",
+    ),
+    "no quantities": (lambda c: c["results"].update(quantities={}), "quantities is empty"),
+    "a section unknown": (lambda c: c["config"].update(section="charm"), "section is 'charm'"),
+    "no model": (lambda c: c["config"].update(model="m"), "config.model is no mapping"),
+    "a time that is none": (lambda c: c.update(created="yesterday"), "isoformat"),
+    "a list for a config": (lambda c: c.update(config=[]), "config is no mapping"),
+    "a token that is none": (
+        lambda c: c["results"].update(details={"moved": [{"token": 3, "change": 1}]}),
+        "moved.token is no text",
+    ),
+    "a schema of tomorrow": (lambda c: c.update(schema=2), "upgrade plot-align"),
+    "a record without seed": (lambda c: c.pop("seed"), "lacks seed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_is_refused_by_name_or_left_out(evaluation: Any, damage: str) -> None:
+    good = evaluation("good")
+    bad = evaluation("bad", items={"a": 1.0, "b": 0.0, "c": 1.0, "d": 0.0})
+    change, reason = DAMAGE[damage]
+    edit(bad, change)
+    with pytest.raises(InputError) as caught:
+        collect([good, bad])
+    assert str(bad) in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    found = collect([good, bad], skip_bad=True)
+    assert found.models == ["good"]
+    assert found.left_out == [str(caught.value)]
+
+
+def test_a_truncated_record_in_a_folder_is_no_other_json(tmp_path: Path, evaluation: Any) -> None:
+    evaluation("good")
+    cut = evaluation("cut")
+    cut.write_text(cut.read_text()[:700])
+    with pytest.raises(InputError, match="damaged or was cut off"):
+        collect([tmp_path / "records"])
+    assert len(collect([tmp_path / "records"], skip_bad=True).left_out) == 1
+
+
+def test_nothing_left_says_why(evaluation: Any) -> None:
+    path = evaluation("m")
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(InputError, match="holds no record that a report shows; .* cut off"):
+        collect([path], skip_bad=True)
+
+
+@pytest.mark.parametrize("kind", ["redteam", "sandbox-run", "sweep", "demo", "estimate", "dpo"])
+def test_other_kinds_are_checked_too(everything: Path, kind: str) -> None:
+    spoil: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+        "redteam": ("redteam", lambda r: r["models"]["base"]["attacks"]["GCG"].update(a=2.0)),
+        "sandbox-run": ("DPO-0", lambda r: r["scores"]["harmlessness"].update(value="x")),
+        "sweep": ("sweep", lambda r: r["cells"][1]["metrics"]["mean_score"].update(value=None)),
+        "demo": ("demo", lambda r: r["cost"]["time_ratio"].pop("value")),
+        "estimate": ("estimate", lambda r: r.pop("rows")),
+        "dpo": ("dpo", lambda r: r.update(history="long")),
+    }
+    name, change = spoil[kind]
+    path = everything / f"{name}.json"
+    edit(path, lambda content: change(content["results"]))
+    with pytest.raises(InputError, match="is damaged or was changed by hand") as caught:
+        collect([everything])
+    assert str(path) in str(caught.value)
+
+
+def test_every_kind_is_taken_and_an_unknown_one_listed(everything: Path) -> None:
+    found = collect([everything])
+    assert [record.kind for record in found.not_shown] == ["filter"]
+    assert {record.kind for record in found.records} == {
+        "evaluation", "redteam", "dpo", "sandbox-run", "sweep", "demo", "estimate"
+    }  # fmt: skip
+    attacked = next(o for o in found.observations if o.measure == "redteam GCG" and o.model == "base")
+    assert attacked.quantity["value"] == 0.75  # of 1.0 and 0.5
+    assert attacked.section == "harmlessness"
+
+
+def test_the_newest_is_shown_and_it_is_said(evaluation: Any) -> None:
+    new = evaluation("m", items={"a": 1.0, "b": 1.0}, path="new.json")
+    old = evaluation("m", items={"a": 0.0, "b": 0.0}, path="old.json")
+    edit(old, lambda c: c.update(created="2020-01-01T00:00:00+00:00"))
+    for order in ([new, old], [old, new]):
+        found = collect(order)
+        assert [o.quantity["value"] for o in found.observations] == [1.0]
+        (sentence,) = found.replaced
+        assert f"{old} is older than {new}" in sentence
+
+
+def test_one_name_is_one_checkpoint(evaluation: Any) -> None:
+    old = evaluation("m", "arc", digest="one", path="old.json")
+    edit(old, lambda c: c.update(created="2020-01-01T00:00:00+00:00"))
+    new = evaluation("m", "gsm8k", digest="two", path="new.json")
+    with pytest.raises(InputError, match="another checkpoint named 'm'"):
+        collect([old, new])
+    found = collect([old, new], skip_bad=True)
+    assert [o.measure for o in found.observations] == ["gsm8k"]
+    assert len(found.left_out) == 1
+
+
+def test_an_infinite_perplexity_is_no_damage(evaluation: Any) -> None:
+    from plot_align.evaluation.quantity import of_whole
+
+    path = evaluation("m", quantities={"perplexity": of_whole("Perplexity", math.inf, 9, better="lower")})
+    assert collect([path]).observations[0].quantity["value"] == math.inf
+
+
+def test_weighted_means_are_checked_with_their_weights(evaluation: Any) -> None:
+    weighted = of_items("NLL", {"a": 1.0, "b": 4.0}, better="lower", weights={"a": 3.0, "b": 1.0})
+    assert weighted["value"] == 1.75  # (3 · 1 + 1 · 4) / 4
+    path = evaluation("m", quantities={"score": weighted})
+    assert collect([path]).models == ["m"]
+    edit(path, lambda c: _quantity(c)["weights"].update(a=1.0))
+    with pytest.raises(InputError, match=r"its items average to 2\.5"):
+        collect([path])

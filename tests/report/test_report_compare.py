@@ -1,0 +1,190 @@
+"""What is tested, against SciPy; what the verdict says, by its rule."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from plot_align.errors import InputError
+from plot_align.evaluation.quantity import of_whole
+from plot_align.report import compare
+from plot_align.report.collect import collect
+from plot_align.report.compare import choose_baseline, compare_models, judge
+
+
+def values(ones: int, n: int) -> dict[str, float]:
+    """The first ``ones`` of ``n`` items are 1."""
+    return {f"item {i}": float(i < ones) for i in range(n)}
+
+
+def cell(comparison: compare.Comparison, measure: str, model: str) -> compare.Cell:
+    (row,) = (row for row in comparison.rows if row.measure == measure and row.score)
+    return row.cells[model]
+
+
+def verdict_of(paths: list[Any], baseline: str = "base") -> compare.Verdict:
+    return judge(compare_models(collect(paths), baseline))
+
+
+def test_differences_are_scipys_and_corrected_together(evaluation: Any) -> None:
+    rng = np.random.default_rng(0)
+    scores = {model: rng.random(11).round(2) + shift for model, shift in (("base", 0.0), ("a", 0.3), ("b", 0.1))}
+    scores = {model: np.minimum(of, 1.0) for model, of in scores.items()}
+    paths = [evaluation(m, items={str(i): float(x) for i, x in enumerate(of)}) for m, of in scores.items()]
+    comparison = compare_models(collect(paths), "base")
+
+    def expected(model: str) -> float:
+        """Exact: all 2^11 sign flips."""
+        sample = (scores[model] - scores["base"],)
+        test = stats.permutation_test(sample, np.mean, permutation_type="samples", n_resamples=np.inf)
+        return float(test.pvalue)
+
+    p = {model: expected(model) for model in ("a", "b")}
+    for model in ("a", "b"):
+        found = cell(comparison, "gsm8k", model).difference
+        assert found is not None
+        assert found["value"] == pytest.approx(float(np.mean(scores[model] - scores["base"])))
+        assert found["p"] == pytest.approx(p[model])
+    small, large = sorted(p, key=lambda model: p[model])
+    adjusted = [cell(comparison, "gsm8k", model).difference["p_holm"] for model in (small, large)]  # type: ignore[index]
+    assert adjusted == pytest.approx([min(1, 2 * p[small]), min(1, max(2 * p[small], p[large]))])
+    assert comparison.tests == 2
+    assert cell(comparison, "gsm8k", "base").sign is None
+
+
+def test_what_cannot_be_paired_is_not_tested_and_says_why(evaluation: Any) -> None:
+    whole = {"score": of_whole("distinct-2", 0.5, 40, better="higher")}
+    paths = [
+        evaluation("base"), evaluation("base", "arc"), evaluation("base", "ids"), evaluation("base", "whole",
+        quantities=whole), evaluation("m", options={"limit": 3}), evaluation("m", "arc", seed=1),
+        evaluation("m", "ids", items={"another": 1.0}), evaluation("m", "whole", quantities=whole),
+        evaluation("m", "alone"),
+    ]  # fmt: skip
+    comparison = compare_models(collect(paths), "base")
+    assert {name: cell(comparison, name, "m").reason for name in ("gsm8k", "arc", "ids", "whole", "alone")} == {
+        "gsm8k": compare.NOT_ALIKE,
+        "arc": compare.NOT_ALIKE,
+        "ids": compare.NOT_SHARED,
+        "whole": compare.NO_ITEMS,
+        "alone": compare.NO_BASELINE,
+    }
+    assert comparison.tests == 0
+    assert judge(comparison).headline.startswith("No difference to base could be tested")
+
+
+def test_measures_relative_to_different_references_are_not_compared(evaluation: Any) -> None:
+    paths = [
+        evaluation("base", "kl", kind="kl", reference="one"), evaluation("base", reference="one"),
+        evaluation("m", "kl", kind="kl", reference="two"), evaluation("m", reference="two"),
+    ]  # fmt: skip
+    comparison = compare_models(collect(paths), "base")
+    assert cell(comparison, "kl", "m").reason == compare.NOT_ALIKE
+    assert cell(comparison, "gsm8k", "m").reason is None  # no reference has a part in it
+
+
+def test_only_scores_are_tested(evaluation: Any) -> None:
+    from plot_align.evaluation.quantity import of_items
+
+    two = {n: of_items(n, values(5, 9), better="higher", bounds=(0.0, 1.0)) for n in ("first", "second")}
+    comparison = compare_models(collect([evaluation(m, quantities=two) for m in ("base", "m")]), "base")
+    assert [row.cells["m"].reason for row in comparison.rows] == [None, compare.NOT_SCORE]
+    assert comparison.tests == 1
+
+
+def test_the_baseline(evaluation: Any) -> None:
+    paths = [evaluation("a", reference="ref"), evaluation("b", reference="ref"), evaluation("ref")]
+    found = collect(paths)
+    assert choose_baseline(found, None) == "ref"
+    assert choose_baseline(found, "b") == "b"
+    assert choose_baseline(collect(paths[:2]), None) == "a"  # the reference was not measured
+    with pytest.raises(InputError, match="--baseline is 'c', and the records measured a, b, ref"):
+        choose_baseline(found, "c")
+
+
+def test_a_clean_winner_is_shipped(evaluation: Any) -> None:
+    found = verdict_of([
+        evaluation("base", items=values(10, 60)), evaluation("m", items=values(40, 60)),
+        evaluation("base", "nll", items=values(9, 60), section="guards"),
+        evaluation("m", "nll", items=values(9, 60), section="guards"),
+    ])  # fmt: skip
+    assert found.headline == "Ship m: it is significantly better than base in “GSM8K (gsm8k)”, and worse in none."
+    assert found.models[0]["unclear"] == 1
+
+
+def test_the_one_with_more_gains_is_named_and_equal_ones_together(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(10 if m == "base" else 40, 60)) for m in ("base", "a", "b")]
+    assert verdict_of(paths).headline.startswith("Ship a or b: each is significantly better than base in 1 score")
+    paths += [evaluation(m, "arc", values(10 if m != "b" else 40, 60), title="ARC") for m in ("base", "a", "b")]
+    assert verdict_of(paths).headline.startswith("Ship b: it is significantly better than base in “GSM8K” and “ARC”")
+
+
+def test_lower_can_be_better(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(n, 60), better="lower") for m, n in (("base", 10), ("m", 40))]
+    assert verdict_of(paths).headline.startswith("Stay with base: no model is significantly better")
+    assert verdict_of(paths, "m").headline.startswith("Ship base")
+
+
+def test_a_loss_in_a_guard_spoils_a_gain(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("m", 40))]
+    paths += [evaluation(m, "length", values(n, 60), section="guards", better="lower", title="Loops")
+              for m, n in (("base", 10), ("m", 40))]  # fmt: skip
+    assert verdict_of(paths).headline == (
+        "No model beats base without a loss: m is better in “GSM8K” and worse in “Loops”."
+    )
+
+
+def test_a_gain_in_a_guard_alone_is_no_reason(evaluation: Any) -> None:
+    paths = [evaluation(m, "loops", values(n, 60), section="guards", title="Loops") for m, n in
+             (("base", 10), ("m", 40))]  # fmt: skip
+    assert re.match("No model is significantly better than base in any sub-preference; .*“Loops”",
+                    verdict_of(paths).headline)  # fmt: skip
+
+
+def test_nothing_significant_is_said_plainly(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(n, 60)) for m, n in (("base", 30), ("m", 31))]
+    found = verdict_of(paths)
+    assert found.headline.startswith("No significant difference to base in any of 1 test")
+    assert "do not show that the models are equal" in found.headline
+
+
+def test_a_lone_model_has_no_rival(evaluation: Any) -> None:
+    assert verdict_of([evaluation("base")]).headline.startswith("Only base was measured")
+
+
+def safety(evaluation: Any, attacks: tuple[int, int], refusals: tuple[int, int]) -> compare.Verdict:
+    paths = []
+    for model, attack, refusal in zip(("base", "m"), attacks, refusals, strict=True):
+        paths += [
+            evaluation(model, "gcg", values(attack, 60), section="harmlessness", name="asr", better="lower"),
+            evaluation(model, "calm", values(refusal, 60), section="guards", name="refused", better="lower"),
+        ]
+    return verdict_of(paths)
+
+
+def test_safety_bought_with_refusals_is_called_so(evaluation: Any) -> None:
+    (note,) = safety(evaluation, (40, 10), (5, 40)).notes
+    assert "safer at the price of over-refusal" in note
+
+
+def test_a_rise_in_refusals_that_may_be_chance_is_said(evaluation: Any) -> None:
+    (note,) = safety(evaluation, (40, 10), (5, 8)).notes
+    assert "refuses 5.0 points more harmless requests, which these records do not show" in note
+    assert safety(evaluation, (40, 10), (5, 5)).notes == []
+
+
+def test_attack_success_that_rises_is_said(evaluation: Any) -> None:
+    found = safety(evaluation, (10, 40), (5, 5))
+    assert found.notes[0].startswith("Attack success of m rises significantly")
+    assert found.headline.startswith("Stay with base")
+
+
+def test_more_tests_than_resampling_can_tell_apart_are_said(evaluation: Any) -> None:
+    comparison = compare_models(collect([evaluation(m) for m in ("base", "m")]), "base")
+    assert not comparison.blunt
+    comparison.tests = 250  # 250 · 2 / 10,000 = 0.05
+    assert comparison.blunt
+    assert "smaller p-values than resampling gives" in judge(comparison).notes[-1]
