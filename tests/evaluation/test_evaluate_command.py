@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plot_align import cli
 from plot_align.evaluation import fluency, world
-from plot_align.evaluation.subject import Subject
+from plot_align.evaluation.subject import Found, Subject
 from plot_align.records import read_record
 
 SUITE = """\
@@ -129,10 +129,30 @@ def test_a_measure_that_fails_costs_no_other(
     output = tmp_path / "out"
     assert _run(f"base={tiny_base}", "--suite", suite, "--output", output) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "failed: base, physics: ZeroDivisionError: in a library" in shown
+    assert "base, physics: failed: ZeroDivisionError: in a library" in shown
     assert "ZeroDivisionError" in (output / "work" / "base" / "physics.error.txt").read_text()
     assert (output / "base" / "diversity.json").exists()
     assert "left out: drift: it compares with the model that was tuned from; give --reference" in shown
+
+
+def test_an_unfinished_measure_is_gone_on_with(
+    suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = world.SandboxJudges.run
+
+    def partly(self: world.SandboxJudges, subject: Subject) -> Found:
+        return Found(real(self, subject).quantities, unfinished="2 judgements failed, the first: status 503")
+
+    output = tmp_path / "out"
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
+    monkeypatch.setattr(world.SandboxJudges, "run", partly)
+    assert _run(*arguments) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "base, physics: unfinished, run the same again to go on: 2 judgements failed" in shown
+    monkeypatch.setattr(world.SandboxJudges, "run", real)
+    assert _run(*arguments) == 0
+    assert "measured again" not in capsys.readouterr().out
+    assert read_record(output / "base" / "physics.json")["results"]["unfinished"] is None
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
             soft_wrap=True,
         )  # fmt: skip
     for what, problem in failed.items():
-        console.print(f"failed: {what}: {problem}", markup=False, soft_wrap=True)
+        console.print(f"{what}: {problem}", markup=False, soft_wrap=True)
     console.print(f"see them with: plot-align report {options.output}", markup=False, soft_wrap=True)
     return 1 if failed else 0
 
@@ -218,7 +218,8 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
 
 
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
-    """``"there"``: the record of exactly this; ``"other"``: one of something else, or damaged; ``"missing"``."""
+    """``"there"``: the record of exactly this; ``"other"``: one of something else, or damaged; ``"missing"``: none, or
+    one that is unfinished."""
     from plot_align.evaluation.quantity import KIND
     from plot_align.records import read_record
 
@@ -230,26 +231,30 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
         return "other"
     plain = json.loads(json.dumps(config))
     same = all(record["config"].get(key) == value for key, value in plain.items() if key != "suite")
-    return "there" if same and record["seed"] == seed else "other"
+    if not same or record["seed"] != seed:
+        return "other"
+    return "missing" if record["results"].get("unfinished") else "there"
 
 
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
-    """Measure and write the record; why it failed, where it did: the other measures go on."""
+    """Measure and write the record; what went wrong, where something did: the other measures go on."""
     from plot_align.evaluation.quantity import KIND
     from plot_align.records import write_record
 
     log = subject.folder / f"{entry.name}.error.txt"
     try:
         found = entry.measure.run(subject)
-        results = {"quantities": found.quantities, "details": found.details}
+        results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
         write_record(path, KIND, results, config=config, seed=options.seed)
     except PlotAlignError as error:
-        return str(error)
+        return f"failed: {error}"
     except Exception as error:  # of a library, in one of many measures: the others must not be lost to it
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(traceback.format_exc(), encoding="utf-8")
-        return f"{type(error).__name__}: {first_line(error)} (the whole of it is in {log})"
+        return f"failed: {type(error).__name__}: {first_line(error)} (the whole of it is in {log})"
     log.unlink(missing_ok=True)
+    if found.unfinished:
+        return f"unfinished, run the same again to go on: {found.unfinished}"
     return None
 
 

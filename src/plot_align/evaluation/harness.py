@@ -18,9 +18,10 @@ import math
 import os
 import random
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from numbers import Real
@@ -66,7 +67,8 @@ class LMEval:
     document counts alike.
 
     Greedy answers and log-probabilities are kept in ``subject.folder/lm_eval`` as they are made and are found again
-    after an interruption; sampled answers are not. An interruption within a batch shifts the batches after it, which
+    after an interruption; sampled answers are not. (lm-eval pickles what it keeps: take no such folder from strangers.)
+    An interruption within a batch shifts the batches after it, which
     can change a log-probability by rounding and, rarely, an answer.
 
     Args:
@@ -141,7 +143,7 @@ class LMEval:
             RunError: the task's data cannot be loaded, or lm-eval stops.
         """
         self.check()
-        notes = _Notes()
+        notes, cache = _Notes(), _cache(subject)
         with ExitStack() as stack:
             stack.enter_context(_own_randomness())
             stack.enter_context(evaluating(subject.model))
@@ -152,7 +154,7 @@ class LMEval:
             if self.allow_code_execution:  # Hugging Face's code_eval looks for it when it is loaded and when it runs
                 stack.enter_context(mock.patch.dict(os.environ, HF_ALLOW_CODE_EVAL="1"))
             loaded = self._load()
-            results = self._evaluate(model, loaded, subject)
+            results = self._evaluate(model, loaded, cache, subject.seed)
         outcome = _Outcome(loaded["tasks"], loaded["groups"].get(self.task), results, self.task)
         keys = outcome.keys()
         score = _chosen(self.metric, keys, self.task) if self.metric else outcome.primary(keys)
@@ -178,7 +180,7 @@ class LMEval:
                 "be downloaded or are in the cache"
             ) from error
 
-    def _evaluate(self, model: Any, loaded: Mapping[str, Any], subject: Subject) -> Any:
+    def _evaluate(self, model: Any, loaded: Mapping[str, Any], cache: str, seed: int) -> Any:
         from lm_eval import simple_evaluate
 
         groups = loaded["groups"]
@@ -192,8 +194,8 @@ class LMEval:
                 apply_chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=self.apply_chat_template,
                 gen_kwargs=self.gen_kwargs,
-                use_cache=str(_cache(subject)),
-                torch_random_seed=subject.seed,
+                use_cache=cache,
+                torch_random_seed=seed,
                 bootstrap_iters=0,  # the intervals are ours
                 confirm_run_unsafe_code=self.allow_code_execution,
             )
@@ -392,12 +394,26 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _cache(subject: Subject) -> Path:
-    """Where answers are kept: lm-eval tells them by the text that was asked, and this name tells the rest."""
+def _cache(subject: Subject) -> str:
+    """Where answers are kept, without ``_rank0.db``, which lm-eval adds.
+
+    lm-eval tells answers by what was asked, text and options; the name tells the rest: model, template, versions.
+
+    Raises:
+        InputError: what lies there is damaged.
+    """
     model = subject.model
     settings = [model.config.to_json_string(), model.generation_config.to_json_string()]
     packages = {name: metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
-    return subject.folder / "lm_eval" / _digest([subject.identity, settings, packages])
+    path = str(subject.folder / "lm_eval" / _digest([subject.identity, settings, packages]))
+    file = Path(f"{path}_rank0.db")
+    if file.is_file():
+        try:
+            with closing(sqlite3.connect(file)) as connection:
+                connection.execute("PRAGMA schema_version")
+        except sqlite3.Error as error:
+            raise InputError(f"{file} cannot be read ({error}); delete it, and its answers are made again") from None
+    return path
 
 
 def _close_cache(model: Any) -> None:

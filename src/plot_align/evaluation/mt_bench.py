@@ -123,7 +123,7 @@ class MTBench:
         if self.prices is not None:
             tokens = (usage["prompt_tokens"], usage["completion_tokens"])
             details["cost"] = sum(price * count / 1e6 for price, count in zip(self.prices, tokens, strict=True))
-        return Found(scores(bench, judged, seed=subject.seed), details)
+        return Found(scores(bench, judged, seed=subject.seed), details, judged.unfinished)
 
     def _endpoint(self) -> Endpoint:
         return Endpoint(self.judge_url, self.judge_model, key_variable=self.judge_key, timeout=self.judge_timeout)
@@ -252,6 +252,13 @@ class Judged:
         """(question id, turn) → rating, of the judgements that hold one."""
         found = ((place, fastchat.rating(text)) for place, text in self.judgments.items())
         return {place: float(score) for place, score in found if score is not None}
+
+    @property
+    def unfinished(self) -> str | None:
+        """How many requests failed, and the first reason; None where none did."""
+        if not self.failed:
+            return None
+        return f"{len(self.failed)} judgements failed, the first: {self.failed[min(self.failed)]}"
 
     def details(self) -> dict[str, Any]:
         """Counts, and what is left out of the means: judgements without a rating, and requests that failed."""

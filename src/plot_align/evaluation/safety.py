@@ -198,6 +198,7 @@ class AttackSuccess(_Judged):
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,
             },
+            f"{len(failed)} requests have no test case, the first: {next(iter(failed.values()))}" if failed else None,
         )
 
 

@@ -129,10 +129,12 @@ class Found:
     Args:
         quantities: name → :func:`plot_align.evaluation.quantity.of_items` or ``of_whole``.
         details: JSON-able, e.g. undecided answers and the first reason, tokens that an endpoint was asked for.
+        unfinished: why the next run should go on with it (a judge that failed on some answers); None: it is whole.
     """
 
     quantities: dict[str, Quantity]
     details: dict[str, Any] = field(default_factory=dict)
+    unfinished: str | None = None
 
 
 class Measure(Protocol):
