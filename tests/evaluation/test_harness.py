@@ -87,6 +87,12 @@ _TASKS = {
         tag: null
         metric_list: [{{metric: brier_score, aggregation: brier_score, higher_is_better: false}}]
     """,
+    "normed": """
+        include: sums.yaml
+        task: normed
+        tag: null
+        metric_list: [{{metric: acc_norm}}, {{metric: acc}}]
+    """,
     "by_size": """
         group: by_size
         task: [sums, long_sums]
@@ -173,6 +179,12 @@ def _sum(a: int, b: int) -> dict[str, Any]:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _no_survey(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval asks pip, the compiler and the driver for their versions on every run: half a second."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture
@@ -293,7 +305,11 @@ def test_the_score_is_the_metric_asked_for(own_tasks: Path, subject: Subject) ->
     other = _run("local_gsm8k", own_tasks, subject, limit=4, metric="exact_match,flexible-extract").quantities
     assert list(other) == ["exact_match,flexible-extract", "exact_match,strict-match"]
     assert other["exact_match,flexible-extract"]["title"] == "local_gsm8k, exact_match (flexible-extract)"
-    assert next(iter(_run("by_size", own_tasks, subject, metric="acc_norm").quantities)) == "acc_norm,none"
+    assert list(_run("by_size", own_tasks, subject, metric="acc_norm").quantities) == ["acc_norm,none", "acc,none"]
+    assert list(_run("normed", own_tasks, subject).quantities) == [
+        "acc_norm,none",
+        "acc,none",
+    ]  # lm-eval has acc first
 
 
 def test_limit_is_a_number_or_a_share(own_tasks: Path, subject: Subject) -> None:
@@ -481,6 +497,7 @@ def test_lm_eval_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("task", "packages"),
     [
         ("ifeval", ["immutabledict", "langdetect"]),
+        ("longbench_dureader", ["fuzzywuzzy", "jieba", "rouge"]),
         ("minerva_math500", ["antlr4-python3-runtime==4.11", "math_verify[antlr4_11_0]"]),
         ("minerva_math", ["antlr4-python3-runtime==4.11", "math_verify[antlr4_11_0]"]),
     ],
@@ -488,8 +505,8 @@ def test_lm_eval_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packages_of_a_task_are_named_as_pip_wants_them(
     task: str, packages: list[str], own_tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    present = {"langdetect", "immutabledict", "antlr4", "math_verify"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in present else object())
+    absent = {"langdetect", "immutabledict", "antlr4", "math_verify", "fuzzywuzzy", "jieba", "rouge"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
     modules = harness_tasks.modules_of(harness_tasks.configs_of(task, str(own_tasks)))
     assert harness_tasks.missing_packages(modules) == packages
 
@@ -536,3 +553,11 @@ def test_configurations_are_merged_as_lm_eval_merges_them(
 @given(st.text() | st.text().map("/".__add__))
 def test_any_text_may_stand_in_a_configuration(text: str) -> None:
     assert harness_tasks.modules_of([{"task": "x", "doc_to_text": text, "filter_list": [{"name": text}]}]) == []
+
+
+def test_a_damaged_file_of_answers_is_named(own_tasks: Path, subject: Subject) -> None:
+    _run("few", own_tasks, subject, limit=1)
+    (cache,) = (subject.folder / "lm_eval").glob("*.db")
+    cache.write_bytes(b"no database at all" * 500)
+    with pytest.raises(InputError, match=rf"{cache} cannot be read .*; delete it"):
+        _run("few", own_tasks, subject, limit=1)

@@ -67,9 +67,9 @@ class LMEval:
     document counts alike.
 
     Greedy answers and log-probabilities are kept in ``subject.folder/lm_eval`` as they are made and are found again
-    after an interruption; sampled answers are not. (lm-eval pickles what it keeps: take no such folder from strangers.)
-    An interruption within a batch shifts the batches after it, which
-    can change a log-probability by rounding and, rarely, an answer.
+    after an interruption; sampled answers are not. lm-eval pickles what it keeps: take no such folder from strangers.
+    An interruption between batches changes nothing; one within a batch shifts those after it, which can change a
+    log-probability by rounding and, rarely, an answer.
 
     Args:
         task: name of a task, a group or a tag.

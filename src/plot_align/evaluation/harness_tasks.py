@@ -182,10 +182,14 @@ def _task_imports(module: ast.Module) -> Iterator[Path]:
 
 
 def _requirement(module: str) -> str:
-    """What to install for a module: the package among lm-eval's extras, which may have another name, else itself."""
+    """What to install for a module: what lm-eval itself asks for, else the module's name.
+
+    A package's name may go on after the module's (antlr4-python3-runtime), unless there is one of just that name.
+    """
     wanted = module.replace("_", "-").lower()
-    for line in metadata.requires("lm_eval") or []:
-        package = re.split(r"[\s;\[<>=!~]", line)[0]
-        if package.replace("_", "-").lower() == wanted or package.lower().startswith(f"{wanted}-"):
-            return line.partition(";")[0].strip()
-    return module
+    asked = {
+        re.split(r"[\s;\[<>=!~]", line)[0].replace("_", "-").lower(): line.partition(";")[0].strip()
+        for line in metadata.requires("lm_eval") or []
+    }
+    longer = (asked[name] for name in asked if name.startswith(f"{wanted}-"))
+    return asked.get(wanted) or next(longer, module)
