@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,53 +23,64 @@ def rates(n: int, share: float, seed: int) -> dict[str, float]:
     return {f"item {i}": float(hit) for i, hit in enumerate(drawn)}
 
 
+def write_evaluation(
+    folder: Path,
+    model: str,
+    measure: str = "gsm8k",
+    items: Mapping[str, float] | None = None,
+    *,
+    section: str = "mathematics",
+    kind: str = "harness",
+    name: str = "score",
+    title: str = "GSM8K",
+    better: str | None = "higher",
+    quantities: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+    reference: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    digest: str | None = None,
+    path: str | None = None,
+) -> Path:
+    """A record of kind ``evaluation``; a score of half of 40 items, where nothing else is said."""
+    if quantities is None:
+        found = rates(40, 0.5, 0) if items is None else items
+        quantities = {name: of_items(title, found, better=better, bounds=(0.0, 1.0))}  # type: ignore[arg-type]
+
+    def described(who: str) -> dict[str, str]:
+        return {
+            "name": who,
+            "source": f"models/{who}",
+            "model": digest or f"digest of {who}",
+            "template": "t",
+            "dtype": "float32",
+        }
+
+    return write_record(
+        folder / (path or f"{model.encode().hex()[:40]}/{measure}.json"),
+        "evaluation",
+        {"quantities": quantities, "details": details or {}},
+        config={
+            "model": described(model),
+            "reference": None if reference is None else described(reference),
+            "suite": "quick",
+            "section": section,
+            "measure": {"name": measure, "kind": kind, **(options or {})},
+        },
+        seed=seed,
+    )
+
+
+@pytest.fixture(scope="session")
+def evaluation_in() -> Evaluation:
+    """:func:`write_evaluation` itself."""
+    return write_evaluation
+
+
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Evaluation:
-    """Writes a record of kind ``evaluation`` below ``tmp_path / "records"``."""
-
-    def write(
-        model: str,
-        measure: str = "gsm8k",
-        items: Mapping[str, float] | None = None,
-        *,
-        section: str = "mathematics",
-        kind: str = "harness",
-        name: str = "score",
-        title: str = "GSM8K",
-        better: str | None = "higher",
-        quantities: Mapping[str, Any] | None = None,
-        details: Mapping[str, Any] | None = None,
-        reference: str | None = None,
-        options: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        digest: str | None = None,
-        path: str | None = None,
-    ) -> Path:
-        if quantities is None:
-            found = rates(40, 0.5, 0) if items is None else items
-            quantities = {name: of_items(title, found, better=better, bounds=(0.0, 1.0))}  # type: ignore[arg-type]
-
-        def described(who: str) -> dict[str, str]:
-            return {
-                "name": who, "source": f"models/{who}", "model": digest or f"digest of {who}", "template": "t",
-                "dtype": "float32",
-            }  # fmt: skip
-
-        return write_record(
-            tmp_path / "records" / (path or f"{model.encode().hex()[:40]}/{measure}.json"),
-            "evaluation",
-            {"quantities": quantities, "details": details or {}},
-            config={
-                "model": described(model),
-                "reference": None if reference is None else described(reference),
-                "suite": "quick",
-                "section": section,
-                "measure": {"name": measure, "kind": kind, **(options or {})},
-            },
-            seed=seed,
-        )
-
-    return write
+    """:func:`write_evaluation` below ``tmp_path / "records"``."""
+    return functools.partial(write_evaluation, tmp_path / "records")
 
 
 MOVED = [
@@ -90,13 +103,20 @@ DRIFT = {
 
 
 @pytest.fixture
-def everything(tmp_path: Path, evaluation: Evaluation) -> Path:
+def everything(tmp_path: Path, all_kinds: Path) -> Path:
+    """A copy of :func:`all_kinds` to be spoilt."""
+    return Path(shutil.copytree(all_kinds, tmp_path / "records"))
+
+
+@pytest.fixture(scope="session")
+def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a record of every kind that is shown, and one that is not."""
     from plot_align.evaluation.quantity import of_whole
     from plot_align.records import mean_of, measure
     from plot_align.statistics import share
 
-    folder = tmp_path / "records"
+    folder = tmp_path_factory.mktemp("all") / "records"
+    evaluation = functools.partial(write_evaluation, folder)
     for model, shift in (("base", 0.0), ("tuned", 0.3)):
         evaluation(model, items=rates(60, 0.4 + shift, 1))
         evaluation(model, "over_refusal", rates(60, 0.2, 2), section="guards", name="refused", better="lower",

@@ -106,7 +106,7 @@ def test_a_truncated_record_in_a_folder_is_no_other_json(tmp_path: Path, evaluat
 def test_nothing_left_says_why(evaluation: Any) -> None:
     path = evaluation("m")
     path.write_text(path.read_text()[:-40])
-    with pytest.raises(InputError, match="holds no record that a report shows; .* cut off"):
+    with pytest.raises(InputError, match=r"holds no record that a report shows; .* cut off"):
         collect([path], skip_bad=True)
 
 

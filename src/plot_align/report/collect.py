@@ -92,7 +92,7 @@ class Collected:
     """What the records hold.
 
     Attributes:
-        records: those shown, oldest first.
+        records: those shown, as the paths were given, those of a folder oldest first.
         observations: the newest of each model and quantity.
         not_shown: records of kinds that a report knows nothing of.
         left_out: one sentence a bad record.
@@ -113,6 +113,7 @@ class Collected:
         return list(dict.fromkeys(observation.model for observation in self.observations))
 
     def of_kind(self, *kinds: str) -> list[Record]:
+        """As they were given."""
         return [record for record in self.records if record.kind in kinds]
 
 
@@ -129,16 +130,20 @@ def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) 
     """
     found = Collected()
     records: list[Record] = []
-    for path in dict.fromkeys(file for given in paths for file in _files(Path(given))):
-        try:
-            record = _read(path)
-        except InputError as error:
-            if not skip_bad:
-                raise
-            found.left_out.append(str(error))
-        else:
-            (records if record.kind in _SHOWN else found.not_shown).append(record)
-    found.records = _of_one_checkpoint_each(sorted(records, key=lambda record: record.at), found, skip_bad)
+    for given in paths:
+        of_path = []
+        for path in _files(Path(given)):
+            try:
+                of_path.append(_read(path))
+            except InputError as error:
+                if not skip_bad:
+                    raise
+                found.left_out.append(str(error))
+        records += sorted(of_path, key=lambda record: record.at)
+    records = list({record.name: record for record in records}.values())
+    found.not_shown = [record for record in records if record.kind not in _SHOWN]
+    shown = [record for record in records if record.kind in _SHOWN]
+    found.records = _of_one_checkpoint_each(shown, found, skip_bad)
     if not found.records:
         given = ", ".join(map(str, paths)) or "nothing"
         reason = f"; {found.left_out[0]}" if found.left_out else ", expected one or more; name what a command wrote"
@@ -146,12 +151,12 @@ def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) 
     newest: dict[tuple[str, ...], Observation] = {}
     for observation in (o for record in found.records for o in _observations(record)):
         key = (observation.model, *observation.key)
-        if key in newest and observation.score:
+        old, new = sorted((newest.get(key, observation), observation), key=lambda o: o.record.at)
+        if old is not new and observation.score:
             found.replaced.append(
-                f"{observation.measure} of {observation.model}: {newest[key].record.name} is older than "
-                f"{observation.record.name}, which is shown"
+                f"{old.measure} of {old.model}: {old.record.name} is older than {new.record.name}, which is shown"
             )
-        newest[key] = observation
+        newest[key] = new
     found.observations = list(newest.values())
     found.references = [
         str(record.config["reference"]["name"]) for record in found.of_kind(KIND) if record.config.get("reference")
@@ -224,7 +229,8 @@ def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: b
     Raises:
         InputError: there are such (without ``skip_bad``): a column of a table must not be two models.
     """
-    newest = {record.config["model"]["name"]: record for record in records if record.kind == KIND}
+    by_time = sorted((record for record in records if record.kind == KIND), key=lambda record: record.at)
+    newest = {record.config["model"]["name"]: record for record in by_time}
     kept = []
     for record in records:
         model = record.config["model"] if record.kind == KIND else None

@@ -205,6 +205,7 @@ def render(content: Content, folder: str) -> str:
         pictures=content.pictures,
         costs=runs.costs(collected),
         counts=runs.counts(collected),
+        dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
         records=[_how(record) for record in collected.records],
         longest=_LONGEST_TABLE,
         alpha=compare.ALPHA,

@@ -85,7 +85,7 @@ def seeds(collected: Collected) -> list[Seeds]:
     """The sandbox's runs by what they share; the newest of each arm and seed."""
     groups: dict[str, dict[str, Arms]] = defaultdict(lambda: defaultdict(dict))
     settings: dict[str, str] = {}
-    for record in collected.of_kind("sandbox-run"):
+    for record in sorted(collected.of_kind("sandbox-run"), key=lambda record: record.at):
         config = record.config
         key = json.dumps([config.get("base"), config["setting"]], sort_keys=True)
         options = ", ".join(
@@ -236,7 +236,7 @@ def counts(collected: Collected) -> Table:
 def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
     """(by_cases or by_steps, attack, model → number → entry); the newest of each model, where it has two points."""
     found: dict[tuple[str, str], dict[str, Mapping[float, Any]]] = defaultdict(dict)
-    for record in collected.of_kind("redteam"):
+    for record in sorted(collected.of_kind("redteam"), key=lambda record: record.at):
         for model, of in record.results["models"].items():
             for kind in ("by_cases", "by_steps"):
                 for attack, curve in of[kind].items():

@@ -1,0 +1,270 @@
+"""The page: one file, harmless whatever it is told, and looked at in a browser."""
+
+from __future__ import annotations
+
+import html
+import html.parser
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plot_align.cli import main
+from plot_align.evaluation.quantity import of_items
+from plot_align.report.collect import collect
+from plot_align.report.page import build, render, write
+
+EVIL = "<script>alert(1)</script>"
+NAMES = [EVIL, "{{7*7}}", "$x$ _{", "\u202egnp.exe", "a\x00\x1b[31mb", "x" * 10_000, "\ud800", "_hidden", "&amp;<!--"]
+
+
+def report(path: Path, *arguments: str) -> tuple[int, str]:
+    code = main(["report", str(path), "-o", str(path.parent / "page.html"), *arguments])
+    page = path.parent / "page.html"
+    return code, page.read_text(encoding="utf-8") if page.exists() else ""
+
+
+class Tags(html.parser.HTMLParser):
+    """Start tags with their attributes, and the text that is shown."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id" and value]
+
+
+@pytest.fixture(scope="module")
+def whole(all_kinds: Path, evaluation_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a record of every kind, and of two models with names that break pages."""
+    folder = Path(shutil.copytree(all_kinds, tmp_path_factory.mktemp("whole") / "records"))
+    for number, name in enumerate((EVIL, "y" * 10_000)):
+        evaluation_in(folder, name, items={f"item {i}": 1.0 for i in range(60)}, path=f"evil-{number}.json")
+    code, _ = report(folder, "--paper", "--baseline", "base", "--title", "A & B")
+    assert code == 0
+    return folder.parent / "page.html"
+
+
+def test_everything_is_on_one_page_with_files_beside_it(whole: Path) -> None:
+    page = whole.read_text(encoding="utf-8")
+    tags = Tags(page)
+    names = [tag for tag, _ in tags.tags]
+    assert "script" not in names
+    assert not {"iframe", "object", "embed", "form", "img"} & set(names)
+    assert len(tags.ids) == len(set(tags.ids))
+    addresses = [v for _, a in tags.tags for n, v in a.items() if n in ("href", "src", "xlink:href", "action")]
+    assert all(value is not None and value.startswith(("#", "data:,")) for value in addresses)
+    assert {value for value in addresses if value and value.startswith("#")} <= {f"#{i}" for i in tags.ids}
+    assert "A &amp; B" in page
+    assert "default-src 'none'" in page
+    assert "The paper’s figure for training time is +2.67 %" in page
+    for part in ("safety", "transport", "training", "alpha", "seeds", "costs", "made"):
+        assert f'<h2 id="{part}">' in page, part
+    assert "filter.json" in page  # not shown, and said
+    folder = whole.parent / "page_files"
+    endings = {".png": b"\x89PNG", ".svg": b"<?xml", ".csv": b"", ".md": b"**"}
+    assert {file.suffix for file in folder.iterdir()} == set(endings)
+    for file in folder.iterdir():
+        assert file.read_bytes().startswith(endings[file.suffix])
+    assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.svg"))) == page.count('<svg class="figure"')
+    assert page.count("<title id=") == page.count('<svg class="figure"')
+
+
+def test_the_verdict_is_printed(evaluation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, ones in (("base", 10), ("tuned", 40)):
+        evaluation(model, items={str(i): float(i < ones) for i in range(60)})
+    assert report(tmp_path / "records", "--baseline", "base")[0] == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Ship tuned: it is significantly better than base in “GSM8K”, and worse in none."
+    assert said[-1] == f"page: {tmp_path / 'page.html'}, its figures and tables: {tmp_path / 'page_files'}"
+
+
+def test_the_same_records_give_the_same_page(evaluation: Any) -> None:
+    path = evaluation("m")
+    pages = [render(build(collect([path])), "files") for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+def test_figures_follow_the_colours_of_the_page(whole: Path) -> None:
+    page = whole.read_text(encoding="utf-8")
+    figures = re.findall(r'<svg class="figure".*?</svg>', page, re.DOTALL)
+    assert figures
+    for figure in figures:
+        assert "currentColor" in figure
+        assert not re.search(r"#[0-9a-f]{6}\b(?![\w-])", re.sub(r'(id|href|clip-path)="[^"]*"', "", figure)), (
+            re.findall(r".{30}#[0-9a-f]{6}\b", figure)[:3]
+        )
+
+
+def test_sections_without_records_are_left_out(evaluation: Any) -> None:
+    path = evaluation("m")
+    _, page = report(path)
+    for part in ("safety", "transport", "training", "alpha", "seeds", "costs"):
+        assert f'id="{part}"' not in page
+    assert "No record measures harmlessness, helpfulness, humanity, reasoning, coding, stem." in page
+
+
+def test_strings_of_models_and_data_are_harmless(evaluation: Any, tmp_path: Path) -> None:
+    moves = {
+        "moved": [{"token": name, "change": 0.01 * (-1) ** i, "id": i} for i, name in enumerate(NAMES)],
+        "flows": [{"from": name, "to": name, "mass": 0.1, "cost": 1.0} for name in NAMES],
+    }
+    for name in NAMES:
+        evaluation(name, digest=name.encode("utf-8", "replace").hex()[:20], title=name,
+                   path=f"{NAMES.index(name)}.json")  # fmt: skip
+    evaluation(EVIL, "drift", kind="drift", section="guards", reference="{{7*7}}", path="drift.json",
+               details=moves, digest=EVIL.encode().hex()[:20],
+               quantities={"tv": of_items(EVIL, {EVIL: 1.0}, better=None)})  # fmt: skip
+    code, page = report(tmp_path / "records", "--title", EVIL, "--baseline", "{{7*7}}")
+    assert code == 0
+    assert "script" not in [tag for tag, _ in Tags(page).tags]
+    assert EVIL not in page
+    assert ">49<" not in page
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    assert "\x00" not in page
+    assert "x" * 400 not in page
+    for file in (tmp_path / "page_files").iterdir():
+        text = file.read_bytes()
+        if file.suffix == ".svg":
+            assert b"<script" not in text
+        if file.suffix in (".csv", ".md"):
+            assert "\u202e".encode() not in text
+            assert b"\x1b" not in text
+
+
+def test_a_report_is_made_again_in_place_and_never_over_other_files(
+    evaluation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation("m")
+    folder = path.parent / "page_files"
+    assert report(path)[0] == 0
+    (folder / "old.png").write_bytes(b"stale")
+    assert report(path)[0] == 0
+    assert not (folder / "old.png").exists()
+    (folder / "thesis.tex").write_text("mine")
+    assert report(path)[0] == 2
+    assert "would take the place of" in capsys.readouterr().err
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
+def test_nothing_is_left_of_a_report_that_failed(evaluation: Any, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path) -> None:  # fmt: skip
+    content = build(collect([evaluation("m")]))
+    monkeypatch.setattr("plot_align.report.page.as_csv", lambda table: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(content, tmp_path / "out" / "page.html")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "page.pdf"], "expected a name ending in .html"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--title", " "], "--title is empty"),
+        (["--baseline", "nobody"], "--baseline is 'nobody', and the records measured m"),
+        (["--base", "m"], "unknown option '--base'"),
+    ],
+)
+def test_wrong_options_are_one_sentence(
+    evaluation: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = evaluation("m")
+    code = main(["report", str(path), "-o", str(tmp_path / "p.html"), *arguments])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_bad_records_are_refused_or_said_to_be_left_out(
+    evaluation: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation("good")
+    bad = evaluation("bad")
+    bad.write_text(bad.read_text()[:900])
+    code, page = report(tmp_path / "records")
+    assert (code, page) == (2, "")
+    assert f"{bad} is not complete JSON" in capsys.readouterr().err
+    code, page = report(tmp_path / "records", "--skip_bad")
+    assert code == 0
+    assert "Left out, because they are damaged" in page
+    assert "gsm8k.json is not complete JSON" in page
+    assert f"{bad} is not complete JSON" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_200_records_of_10_models_are_a_small_page(evaluation: Any, tmp_path: Path) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for model in range(10):
+        for measure in range(20):
+            items = {str(i): float(x) for i, x in enumerate(rng.random(200) < 0.5)}
+            evaluation(f"model {model}", f"measure {measure}", items, title=f"Measure {measure}",
+                       details={"tasks": "x" * 5000}, path=f"{model}-{measure}.json")  # fmt: skip
+    code, page = report(tmp_path / "records")
+    assert code == 0
+    assert len(page.encode()) < 5_000_000
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def test_in_a_browser(browser: Any, whole: Path) -> None:
+    """No word on the console, no request, no scrolling sideways, nothing serious for axe, in light and dark."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    for scheme in ("light", "dark"):
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+        page = context.new_page()
+        said: list[str] = []
+        requests: list[str] = []
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.on("pageerror", lambda error, said=said: said.append(str(error)))
+        page.on("dialog", lambda dialog, said=said: said.append("a dialog") or dialog.dismiss())
+        page.on("request", lambda request, requests=requests: requests.append(request.url))
+        page.goto(whole.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
+        for width in (360, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            assert page.evaluate(overflow) <= 0, width
+        assert requests == [whole.as_uri()]
+        found = Axe().run(page).response["violations"]
+        serious = {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
+        assert serious == {}
+        assert said == []
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the verdict"
+        context.close()
+
+
+def test_options_stand_on_the_page_as_json(evaluation: Any) -> None:
+    path = evaluation("m", options={"limit": 7, "note": EVIL})
+    _, page = report(path)
+    text = re.search(r"<pre[^>]*>(.*?)</pre>", page, re.DOTALL)
+    assert text is not None
+    assert json.loads(html.unescape(text[1]))["measure"]["note"] == EVIL
