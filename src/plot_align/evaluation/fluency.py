@@ -157,7 +157,7 @@ def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:
     return of_whole(
         f"distinct-{n} of the answers",
         value,
-        len(answers),
+        len(answers) if total else 0,  # NaN rests on nothing
         interval=jackknife_interval(value, without),
         bounds=(0.0, 1.0),
         better="higher",
