@@ -60,7 +60,7 @@ def test_a_sweep_has_a_line_for_each_combination(tmp_path: Path) -> None:
 
     cells = [cell(None, 0.4), cell({"alpha": 1.0, "divergence": "w1"}, 0.6), cell({"alpha": 0.1, "divergence": "w1"},
              0.5), cell({"alpha": 1.0, "divergence": "tv"}, 0.3),
-             cell({"alpha": None, "alpha_schedule": "balance"}, 0.9)]  # fmt: skip
+             cell({"alpha": 2.0, "alpha_schedule": "balance"}, 0.9)]  # fmt: skip
     path = write_record(tmp_path / "s.json", "sweep", {"cells": cells, "failed": []}, config={})
     (record,) = collect([path]).records
     label, lines, without = runs.sweep_lines(record)["mean_score"]

@@ -179,7 +179,7 @@ def judge(comparison: Comparison) -> Verdict:
     if not others:
         return Verdict(f"Only {base} was measured, so there is nothing to compare it with.")
     signs = {m: (comparison.signed(m, "better"), comparison.signed(m, "worse")) for m in others}
-    notes = [note for model in others for note in _warnings(comparison, model)]
+    notes = _warnings(comparison, others)
     table = [
         {
             "model": model,
@@ -215,17 +215,28 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
         best = [m for m, count in clean.items() if count == max(clean.values())]
         scores = _titles(gains[best[0]]) if len(best) == 1 else count(clean[best[0]], "score")
         subject = "it" if len(best) == 1 else "each"
-        return f"Ship {_or(best)}: {subject} is significantly better than {base} in {scores}, and worse in none."
+        return (
+            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}, and worse in none."
+        )
+    if len(mixed) == 1:
+        (model,) = mixed
+        both = f"better in {_titles(gains[model])} and worse in {_titles(losses[model])}"
+        return f"No model beats {base} without a loss: {model} is {both}."
     if mixed:
-        parts = [f"{m} is better in {_titles(gains[m])} and worse in {_titles(losses[m])}" for m in mixed]
-        return f"No model beats {base} without a loss: {_some(parts)}."
+        return (
+            f"No model beats {base} without a loss: {_and(mixed)} are each better in some scores and worse in others."
+        )
     if worse:
-        parts = [f"{m} is worse in {_titles(losses[m])}" for m in worse]
-        return f"Stay with {base}: no model is significantly better in any sub-preference, and {_some(parts)}."
+        parts = (
+            f"{worse[0]} is worse in {_titles(losses[worse[0]])}"
+            if len(worse) == 1
+            else f"{_and(worse)} are worse in some"
+        )
+        return f"Stay with {base}: no model is significantly better in any sub-preference, and {parts}."
     if guarded:
-        parts = [f"{m} is better in {_titles(signs[m][0])}" for m in guarded]
-        return f"No model is significantly better than {base} in any sub-preference; of what must not get worse, " + (
-            f"{_some(parts)}, and nothing is worse."
+        return (
+            f"No model is significantly better than {base} in any sub-preference; of what must not get worse, "
+            f"{'; '.join(f'{m} is better in {_titles(signs[m][0])}' for m in guarded)}, and nothing is worse."
         )
     return (
         f"No significant difference to {base} in any of {count(tests, 'test')}: these records give no reason to ship "
@@ -233,39 +244,33 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
     )
 
 
-def _some(parts: list[str]) -> str:
-    return "; ".join(parts if len(parts) <= 3 else [*parts[:3], f"{len(parts) - 3} more models likewise"])
-
-
-def _warnings(comparison: Comparison, model: str) -> list[str]:
-    """What a headline could hide about one model."""
-    attacks, refusals = [], []
-    for row in comparison.rows:
-        if model in row.cells and comparison.baseline in row.cells and row.score:
-            if is_attack(row):
-                attacks.append(row)
-            elif is_refusal(row):
-                refusals.append(row)
-    notes = []
-    rising = [row for row in attacks if row.cells[model].sign == "worse"]
-    if rising:
-        notes.append(f"Attack success of {model} rises significantly: {_titles(rising)}.")
-    safer = [row for row in attacks if row.cells[model].sign == "better"]
-    refuses = [row for row in refusals if row.cells[model].sign == "worse"]
-    base = comparison.baseline
-    if safer and refuses:
-        notes.append(
-            f"{model} is safer at the price of over-refusal: it refuses significantly more harmless requests."
-        )
-    elif safer:
+def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
+    """What a headline could hide: attacks that succeed more often, and safety that is bought with refusals."""
+    base, notes, bought, perhaps = comparison.baseline, [], [], []
+    for model in models:
+        rows = [row for row in comparison.rows if row.score and {model, base} <= row.cells.keys()]
+        attacks, refusals = ([row for row in rows if of(row)] for of in (is_attack, is_refusal))
+        rising = [row for row in attacks if row.cells[model].sign == "worse"]
+        if rising:
+            notes.append(f"Attack success of {model} rises significantly: {_titles(rising)}.")
+        if not any(row.cells[model].sign == "better" for row in attacks):
+            continue
+        if any(row.cells[model].sign == "worse" for row in refusals):
+            bought.append(model)
+            continue
         for row in refusals:
             rise = row.cells[model].quantity["value"] - row.cells[base].quantity["value"]
             if rise > 0:
-                notes.append(
+                perhaps.append(
                     f"{model} is safer, and refuses {100 * rise:.1f} points more harmless requests, which these "
                     "records do not show to be more than chance."
                 )
-    return notes
+    if bought:
+        notes.append(
+            f"{_and(bought)} {'is' if len(bought) == 1 else 'are'} safer at the price of over-refusal: significantly "
+            "more harmless requests are refused."
+        )
+    return notes + perhaps
 
 
 def is_attack(row: Row) -> bool:
@@ -280,10 +285,8 @@ def is_refusal(row: Row) -> bool:
 
 def _titles(rows: list[Row]) -> str:
     titles = [f"“{row.title}”" for row in rows]
-    if len(titles) > 4:
-        titles = [*titles[:3], f"{len(titles) - 3} more"]
-    return " and ".join([", ".join(titles[:-1]), titles[-1]] if len(titles) > 1 else titles)
+    return _and(titles if len(titles) <= 4 else [*titles[:3], f"{len(titles) - 3} more"])
 
 
-def _or(names: list[str]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _and(names: list[str], word: str = "and") -> str:
+    return f" {word} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
