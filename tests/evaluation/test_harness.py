@@ -60,7 +60,9 @@ _TASKS = {
         task: overlap
         process_results: !function utils.overlap
         metric_list: [{{metric: overlap, aggregation: mean, higher_is_better: true}}]
-        filter_list: null
+        filter_list:
+          - {{name: whole, filter: [{{function: take_first}}]}}
+          - {{name: start, filter: [{{function: regex, regex_pattern: "^(.{{1,9}})"}}, {{function: take_first}}]}}
     """,
     "sums": """
         task: sums
@@ -125,6 +127,8 @@ _TASKS = {
         process_results: !function utils.code_eval_may_run
     """,
     "unmarked": "include: sums.yaml\ntask: unmarked\ntag: null\nprocess_results: !function runs.run\n",
+    "overriding": "group: overriding\ntask: [few, {{group: inner, task: [many], num_fewshot: 2}}]\nnum_fewshot: 1\n",
+    "overridden": "group: overridden\ntask: [{{task: few, num_fewshot: 3}}, {{group: overriding, output_type: x}}]\n",
     "marked_group": "group: marked_group\ntask: [sums, {{task: marked, num_fewshot: 0}}]\n",
     "needy": "include: sums.yaml\ntask: needy\ntag: null\nprocess_docs: !function needs.process\n",
     "absent": "include: sums.yaml\ntask: absent\ntag: null\ndataset_kwargs: {{data_files: {folder}/no.jsonl}}\n",
@@ -251,8 +255,11 @@ def test_numbers_are_those_of_lm_eval_to_the_last_digit(
 def test_every_document_has_the_value_that_lm_eval_logs(
     reference: dict[str, Any], own_tasks: Path, subject: Subject
 ) -> None:
-    overlap = _run("overlap", own_tasks, subject).quantities["overlap,none"]
-    assert overlap["items"] == _sampled(reference, "overlap", "overlap,none")
+    quantities = _run("overlap", own_tasks, subject).quantities
+    for key in ("overlap,start", "overlap,whole"):
+        overlap = quantities[key]
+        assert overlap["items"] == _sampled(reference, "overlap", key)
+    assert quantities["overlap,start"]["items"] != overlap["items"]
     assert len(set(overlap["items"].values())) > ROWS / 2  # the answers differ, so equal numbers prove something
     assert overlap["bounds"] is None
     assert overlap["better"] == "higher"
@@ -315,7 +322,7 @@ def test_the_score_is_the_metric_asked_for(own_tasks: Path, subject: Subject) ->
 def test_limit_is_a_number_or_a_share(own_tasks: Path, subject: Subject) -> None:
     for limit, n in ((3, 3), (0.25, 3)):
         found = _run("overlap", own_tasks, subject, limit=limit)
-        assert found.quantities["overlap,none"]["n"] == n
+        assert found.quantities["overlap,whole"]["n"] == n
         assert found.details["tasks"]["overlap"]["of"] == ROWS
 
 
@@ -385,7 +392,7 @@ def test_sampling_follows_the_seed(checkpoint: Path, own_tasks: Path, tmp_path: 
         subject = _subject(checkpoint, tmp_path)
         subject.seed = seed
         options = {"do_sample": True, "temperature": 1.0}
-        return _run("overlap", own_tasks, subject, gen_kwargs=options).quantities["overlap,none"]["items"]
+        return _run("overlap", own_tasks, subject, gen_kwargs=options).quantities["overlap,whole"]["items"]
 
     assert items(1) == items(1) != items(2)
 
@@ -498,8 +505,8 @@ def test_lm_eval_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("ifeval", ["immutabledict", "langdetect"]),
         ("longbench_dureader", ["fuzzywuzzy", "jieba", "rouge"]),
-        ("minerva_math500", ["antlr4-python3-runtime==4.11", "math_verify[antlr4_11_0]"]),
-        ("minerva_math", ["antlr4-python3-runtime==4.11", "math_verify[antlr4_11_0]"]),
+        ("minerva_math500", ["antlr4-python3-runtime", "math_verify"]),
+        ("minerva_math", ["antlr4-python3-runtime", "math_verify"]),
     ],
 )
 def test_packages_of_a_task_are_named_as_pip_wants_them(
@@ -508,12 +515,13 @@ def test_packages_of_a_task_are_named_as_pip_wants_them(
     absent = {"langdetect", "immutabledict", "antlr4", "math_verify", "fuzzywuzzy", "jieba", "rouge"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else object())
     modules = harness_tasks.modules_of(harness_tasks.configs_of(task, str(own_tasks)))
-    assert harness_tasks.missing_packages(modules) == packages
+    found = harness_tasks.missing_packages(modules)
+    assert [re.split(r"[\[=>]", package)[0] for package in found] == packages
 
 
 def test_a_metric_that_only_the_tasks_code_knows_is_missed_after_the_run(own_tasks: Path, subject: Subject) -> None:
     LMEval("overlap", metric="overlapp", include_path=str(own_tasks)).check()
-    with pytest.raises(InputError, match="'overlapp', which overlap does not have; did you mean 'overlap,none'"):
+    with pytest.raises(InputError, match="'overlapp', which overlap does not have; did you mean 'overlap,"):
         _run("overlap", own_tasks, subject, metric="overlapp", limit=2)
 
 
@@ -530,7 +538,18 @@ def test_an_unreadable_file_of_ones_own_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "name", ["mmlu_stem", "mmlu", "bbh_cot_fewshot", "by_task", "marked_group", "own_tag", "gsm8k"]
+    "name",
+    [
+        "mmlu_stem",
+        "mmlu",
+        "bbh_cot_fewshot",
+        "by_task",
+        "marked_group",
+        "own_tag",
+        "overriding",
+        "overridden",
+        "gsm8k",
+    ],
 )
 def test_configurations_are_merged_as_lm_eval_merges_them(
     name: str, own_tasks: Path, monkeypatch: pytest.MonkeyPatch
