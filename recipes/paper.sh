@@ -116,4 +116,11 @@ done
 step "$runs/overhead.json" python benchmarks/overhead.py --shapes "$FAMILY" --what step --arms on paper measured \
   --dtype bfloat16 --output "$runs/overhead.json"
 
-plot-align report "$runs" -o "$runs/report.html" --paper --baseline hh-dpo
+# Three pages: human values with robustness, logic and problem solving, sensitivity and ablations.
+plot-align report "$runs"/evaluation/hh "$runs"/hh-*/plot_align_record.json "$runs/hh.record.json" \
+  "$runs"/redteam/redteam-hh-*.json -o "$runs/human-values.html" --title "$FAMILY: human values" \
+  --paper --baseline hh-dpo
+plot-align report "$runs"/evaluation/logic "$runs"/logic-*/plot_align_record.json "$runs/logic.record.json" \
+  -o "$runs/logic.html" --title "$FAMILY: logic and problem solving" --paper --baseline logic-dpo
+plot-align report "$runs"/{alpha,ablations}/summary.json "$runs"/redteam/redteam-dpo-*.json \
+  -o "$runs/sensitivity.html" --title "$FAMILY: sensitivity to alpha, and ablations" --paper

@@ -42,8 +42,8 @@ SMALLER = {
         "--save_strategy no --disable_tqdm True --use_cpu True",
     ),
     "sweep": "--workers 1 --steps 1",
-    "redteam": "--cases 1 --benign HarmBench/benign.csv",
-    "evaluate": "--limit 2",
+    "redteam": "--cases 1 --benign HarmBench/benign.csv --dtype float32",  # bfloat16 is slow on a CPU
+    "evaluate": "--limit 2 --dtype float32",
     "overhead.py": "--repeats 1 --device cpu",
 }
 SMALLER_ATTACKS = {
@@ -55,7 +55,7 @@ SMALLER_ATTACKS = {
 }  # fmt: skip
 
 _SUMS = [(left, right) for left in range(2, 8) for right in range(3, 5)]
-_SHIP = """\
+_SHIM = """\
 #!/usr/bin/env bash
 printf '%s\\0' "${0##*/}" "$@" > "$REHEARSAL/request"
 read -r code < "$REHEARSAL/reply"
@@ -312,6 +312,9 @@ def smaller(words: list[str]) -> list[str]:
     """A command of the script in a size that takes a second."""
     name = Path(words[1]).name  # the subcommand, or the script that python runs
     words = [*words]
+    if name == "evaluate":  # of its models every third
+        end = words.index("--suite")
+        words[2:end] = words[2:end:3]
     if name == "sweep":
         words = ends_of_grid(words)
     if "--options" in words:
@@ -374,6 +377,9 @@ def run_file(arguments: list[str]) -> int:
     finally:
         sys.argv = before
         sys.path.remove(str(path.parent))
+        for name, loaded in list(sys.modules.items()):  # it and what it found beside it
+            if Path(getattr(loaded, "__file__", None) or "/").parent == path.parent:
+                del sys.modules[name]
 
 
 @contextlib.contextmanager
@@ -406,7 +412,7 @@ def stand_ins() -> Iterator[None]:
         mock.patch.object(GenerationMixin, "generate", briefly),
         mock.patch.object(CommandWorker, "run", here),
         mock.patch.object(harness.LMEval, "run", guessed),
-        mock.patch.object(harness, "missing_packages", lambda modules: []),
+        mock.patch.object(harness, "missing_packages", return_value=[]),
         mock.patch.object(judges, "_PROMPT_DIGESTS", {}),
     ):
         yield
@@ -422,7 +428,7 @@ def run_script(script: Path, environment: dict[str, str], serve: Callable[[list[
         os.mkfifo(request)
         os.mkfifo(reply)
         for name in ("plot-align", "python"):
-            (Path(folder) / name).write_text(_SHIP)
+            (Path(folder) / name).write_text(_SHIM)
             (Path(folder) / name).chmod(0o755)
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         process = subprocess.Popen(
@@ -438,28 +444,31 @@ def run_script(script: Path, environment: dict[str, str], serve: Callable[[list[
             request.open("wb").close()  # an empty request
 
         threading.Thread(target=end, daemon=True).start()
-        while words := request.read_bytes().decode().split("\0")[:-1]:
-            code = serve(words)
-            reply.write_text(f"{code}\n")
+        try:
+            while words := request.read_bytes().decode().split("\0")[:-1]:
+                code = serve(words)
+                reply.write_text(f"{code}\n")
+        except BaseException:
+            process.kill()
+            raise
         if process.wait() != 0:
             print(process.stderr.read() if process.stderr else "", end="", file=sys.stderr)
-        return process.wait()
+        return process.returncode
 
 
 def rehearse(family: str) -> int:
-    """Rehearse one family; 0 where every command passed and none was left to do afterwards."""
+    """Rehearse one family; 0 where every command passed, none was left to do afterwards, and no file is unused."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     table = Table("step", "seconds", title=f"{family}, rehearsed", title_justify="left")
+    unused = {path.name for path in (ROOT / "recipes" / family).glob("*.yaml")}
 
     def serve(words: list[str]) -> int:
-        from plot_align import cli
-
+        if "--config" in words:
+            unused.discard(Path(words[words.index("--config") + 1]).name)
         label, log, start = describe(words), io.StringIO(), time.perf_counter()
-        if words[0] == "plot-align" and words[1] not in cli._COMMANDS:  # evaluate and report are being written
-            return 0
         with console.status(label):
             code = execute(words, log)
         table.add_row(label, f"{time.perf_counter() - start:.1f}")
@@ -472,7 +481,7 @@ def rehearse(family: str) -> int:
 
     def note(words: list[str]) -> int:
         if words[1] not in UNGUARDED:
-            left.append(" ".join(words))
+            left.append(f"run.sh would do again what is done: {' '.join(words)}")
         return 0
 
     here = Path.cwd()
@@ -480,7 +489,8 @@ def rehearse(family: str) -> int:
         world = Path(folder)
         for name in ("recipes", "benchmarks"):
             shutil.copytree(ROOT / name, world / name)
-        build_models(family, world)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars
+            build_models(family, world)
         build_data(world)
         os.chdir(world)
         environment = {
@@ -494,8 +504,9 @@ def rehearse(family: str) -> int:
         finally:
             os.chdir(here)
     console.print(table)
-    if left:
-        console.print("run.sh would do again what is done:", *left, sep="\n  ", markup=False, soft_wrap=True)
+    if code == 0:
+        left += [f"run.sh never uses {name}" for name in sorted(unused)]
+        console.print(*left, sep="\n", markup=False, soft_wrap=True)
     return code or int(bool(left))
 
 
@@ -503,8 +514,9 @@ def describe(words: list[str]) -> str:
     """What tells one command from the others."""
     if "--config" in words:
         return f"{words[1]} {words[words.index('--config') + 1]}"
-    if "--output" in words:
-        return f"{Path(words[1]).name} {' '.join(words[2:3])} > {words[words.index('--output') + 1]}"
+    for option in ("--output", "-o"):
+        if option in words:
+            return f"{Path(words[1]).name} {words[2]} > {words[words.index(option) + 1]}"
     return " ".join(words[1:3])
 
 
@@ -516,6 +528,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["OMP_NUM_THREADS"] = "1"  # more only wait for one another
     return max([rehearse(family) for family in families])
 
 
