@@ -247,3 +247,15 @@ def test_weights_move_a_paired_difference() -> None:
     """Differences 1 and 0 with weights 3 and 1: ¾."""
     found = paired_difference({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, weights={"a": 3.0, "b": 1.0})
     assert found["value"] == pytest.approx(0.75)
+
+
+def test_shares_have_the_quantiles_and_p_values_of_the_binomial() -> None:
+    """A resampled share of n items is binomial; with equal sizes the sign-flip test is the sign test."""
+    n, right = 400, 130
+    entry = mean([1.0] * right + [0.0] * (n - right))
+    expected = [float(scipy.stats.binom.ppf(q, n, right / n)) / n for q in (0.025, 0.975)]
+    assert entry["interval"] == pytest.approx(expected, abs=1.01 / n)  # one item: 9,999 resamples, not all
+    treated = {str(i): float(i < 60) for i in range(n)}
+    control = {str(i): float(60 <= i < 95) for i in range(n)}  # 60 gained, 35 lost
+    expected_p = float(scipy.stats.binomtest(60, 95).pvalue)
+    assert paired_difference(treated, control)["p"] == pytest.approx(expected_p, abs=0.005)

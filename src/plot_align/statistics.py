@@ -192,31 +192,33 @@ def _interval(
             return (middle, middle) if n > 1 else (-math.inf, math.inf)
         low, high = bounds
         return middle - share_of_others * (middle - low), middle + share_of_others * (high - middle)
-    columns = np.stack([weights * values, weights], axis=1)  # (n, 2)
-    sums = np.concatenate([_draws(n, seed, batch) @ columns for batch in _batches(n)])  # (resamples, 2)
+    # Equal items are drawn together: the same distribution, and a share of correct answers has two kinds of items.
+    rows, counts = np.unique(np.stack([weights * values, weights], axis=1), axis=0, return_counts=True)  # (k, 2), (k,)
+    kinds = tuple(counts.tolist())
+    sums = np.concatenate([_draws(kinds, seed, batch) @ rows for batch in _batches(len(kinds))])  # (resamples, 2)
     with np.errstate(invalid="ignore"):  # a resample of weight 0 has no mean
         low, high = np.nanquantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
     return float(low), float(high)
 
 
-def _batches(n: int) -> list[range]:
-    """The numbers of the resamples, in pieces whose matrix (piece, n) fits memory."""
-    size = max(1, _CELLS // n)
+def _batches(kinds: int) -> list[range]:
+    """The numbers of the resamples, in pieces whose matrix (piece, kinds) fits memory."""
+    size = max(1, _CELLS // kinds)
     return [range(start, min(start + size, _RESAMPLES)) for start in range(0, _RESAMPLES, size)]
 
 
 @lru_cache(maxsize=4)  # a report compares many pairs over the same items
-def _draws(n: int, seed: int, batch: range) -> np.ndarray:
-    """How often each item is drawn in each resample of n with replacement: (batch, n) float64."""
-    rng = np.random.default_rng((seed, 0, batch.start))
-    return rng.multinomial(n, np.full(n, 1 / n), size=len(batch)).astype(float)
+def _draws(counts: tuple[int, ...], seed: int, batch: range) -> np.ndarray:
+    """How many items of each kind each resample has, drawn with replacement from ``counts`` of them: (batch, k)."""
+    rng, n = np.random.default_rng((seed, 0, batch.start)), sum(counts)
+    return rng.multinomial(n, np.array(counts) / n, size=len(batch)).astype(float)
 
 
 @lru_cache(maxsize=4)
-def _signs(n: int, seed: int, batch: range) -> np.ndarray:
-    """Random signs: (batch, n) float64 of ±1."""
+def _signs(counts: tuple[int, ...], seed: int, batch: range) -> np.ndarray:
+    """The sum of ``counts`` random signs of each kind: (batch, k) float64."""
     rng = np.random.default_rng((seed, 1, batch.start))
-    return 2.0 * rng.integers(0, 2, size=(len(batch), n)) - 1.0
+    return 2.0 * rng.binomial(counts, 0.5, size=(len(batch), len(counts))) - np.array(counts)
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
@@ -231,7 +233,9 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
     if exact:
         flips = (1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)) @ differences  # (2^n,)
     else:
-        flips = np.concatenate([_signs(n, seed, batch) @ differences for batch in _batches(n)])  # (resamples,)
+        sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)  # (k,) each
+        kinds = tuple(counts.tolist())
+        flips = np.concatenate([_signs(kinds, seed, batch) @ sizes for batch in _batches(len(kinds))])  # (resamples,)
     slack = 1e-12 * float(np.abs(differences).sum())
     extra = 0 if exact else 1  # the observed arrangement is one of the random ones
     tails = (np.sum(flips <= observed + slack), np.sum(flips >= observed - slack))
