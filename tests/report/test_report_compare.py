@@ -62,15 +62,16 @@ def test_what_cannot_be_paired_is_not_tested_and_says_why(evaluation: Any) -> No
         evaluation("base"), evaluation("base", "arc"), evaluation("base", "ids"), evaluation("base", "whole",
         quantities=whole), evaluation("m", options={"limit": 3}), evaluation("m", "arc", seed=1),
         evaluation("m", "ids", items={"another": 1.0}), evaluation("m", "whole", quantities=whole),
-        evaluation("m", "alone"),
+        evaluation("m", "alone"), evaluation("base", "kl", better=None), evaluation("m", "kl", better=None),
     ]  # fmt: skip
     comparison = compare_models(collect(paths), "base")
-    assert {name: cell(comparison, name, "m").reason for name in ("gsm8k", "arc", "ids", "whole", "alone")} == {
+    assert {name: cell(comparison, name, "m").reason for name in ("gsm8k", "arc", "ids", "whole", "alone", "kl")} == {
         "gsm8k": compare.NOT_ALIKE,
         "arc": compare.NOT_ALIKE,
         "ids": compare.NOT_SHARED,
         "whole": compare.NO_ITEMS,
         "alone": compare.NO_BASELINE,
+        "kl": compare.NO_WAY,
     }
     assert comparison.tests == 0
     assert judge(comparison).headline.startswith("No difference to base could be tested")

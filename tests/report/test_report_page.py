@@ -19,7 +19,7 @@ from plot_align.report.collect import collect
 from plot_align.report.page import build, render, write
 
 EVIL = "<script>alert(1)</script>"
-NAMES = [EVIL, "{{7*7}}", "$x$ _{", "\u202egnp.exe", "a\x00\x1b[31mb", "x" * 10_000, "\ud800", "_hidden", "&amp;<!--"]
+NAMES = [EVIL, "{{7*7}}", r"$\frac$", "$x$ _{", "\u202egnp.exe", "a\x00\x1b[31mb", "x" * 10_000, "\ud800", "_hidden", "&amp;<!--"]
 
 
 def report(path: Path, *arguments: str) -> tuple[int, str]:

@@ -18,12 +18,13 @@ from plot_align.report.tables import count
 from plot_align.statistics import holm
 
 ALPHA = 0.05
-Sign = Literal["better", "worse", "moved", "none"]  # moved: significant, and neither way is better
+Sign = Literal["better", "worse", "none"]
 
 NO_ITEMS = "it is no mean over items"
 NOT_SHARED = "the two share no items"
 NOT_ALIKE = "the baseline was measured with other options, another seed or another reference"
 NO_BASELINE = "the baseline was not measured"
+NO_WAY = "neither way is better"
 NOT_SCORE = "only the score of a measure is tested"
 
 
@@ -46,8 +47,6 @@ class Cell:
             return None
         if self.difference["p_holm"] >= ALPHA or self.difference["value"] == 0:
             return "none"
-        if self.quantity["better"] is None:
-            return "moved"
         return "better" if (self.difference["value"] > 0) == (self.quantity["better"] == "higher") else "worse"
 
 
@@ -147,6 +146,8 @@ def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[st
         return None, NO_BASELINE
     if not row.score:
         return None, NOT_SCORE
+    if cell.quantity["better"] is None:
+        return None, NO_WAY
     alike = cell.observation.alike == control.observation.alike
     if not alike or cell.quantity["bounds"] != control.quantity["bounds"]:
         return None, NOT_ALIKE

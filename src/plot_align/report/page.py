@@ -39,8 +39,8 @@ _ENDINGS = (".png", ".svg", ".csv", ".md")  # of the files beside the page
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all
 _LONGEST_TEXT = 300  # characters of a text in a record's configuration
 _LONGEST_CONFIG = 6000
-_MARKS = {"better": "▲", "worse": "▼", "moved": "◆", "none": "○"}
-_WORDS = {"better": "better", "worse": "worse", "moved": "differs", "none": "no clear sign"}
+_MARKS = {"better": "▲", "worse": "▼", "none": "○"}
+_WORDS = {"better": "better", "worse": "worse", "none": "no clear sign"}
 
 
 @dataclass
