@@ -25,10 +25,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from plot_align.cli import main
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import harness, harness_tasks
 from plot_align.evaluation.harness import LMEval
 from plot_align.evaluation.subject import Found, Subject
+from plot_align.records import read_record
 
 lm_eval = pytest.importorskip("lm_eval")
 ROWS = 12
@@ -249,6 +251,22 @@ def test_numbers_are_those_of_lm_eval_to_the_last_digit(
         assert about["version"] == reference["versions"][name]
         assert about["num_fewshot"] == reference["n-shot"][name]
         assert about["documents"] == about["of"] == len({sample["doc_id"] for sample in reference["samples"][name]})
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_same_numbers(
+    reference: dict[str, Any], own_tasks: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = {
+        task: {"kind": "lm_eval", "task": task, "include_path": str(own_tasks)} for task in ("local_gsm8k", "overlap")
+    }
+    (tmp_path / "suite.yaml").write_text(json.dumps({"mathematics": asked}), encoding="utf-8")
+    arguments = ["evaluate", f"tiny={checkpoint}", "--suite", str(tmp_path / "suite.yaml"), "--device", "cpu"]
+    assert main([*arguments, "--batch_size", str(BATCH), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    for task in asked:
+        record = read_record(tmp_path / "out" / "tiny" / f"{task}.json", "evaluation")
+        for key, quantity in record["results"]["quantities"].items():
+            assert quantity["value"] == reference["results"][task][key]
 
 
 @pytest.mark.slow

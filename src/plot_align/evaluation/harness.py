@@ -32,8 +32,7 @@ from unittest import mock
 import numpy as np
 
 from plot_align.chat import evaluating
-from plot_align.commands.common import first_line
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError, RunError, first_line
 from plot_align.evaluation.harness_tasks import (
     configs_of,
     manager,
@@ -228,7 +227,7 @@ class _Outcome:
         return {
             key: float(value)
             for key, value in found.items()
-            if "," in key and not key.rsplit(",", 1)[0].endswith("_stderr") and _is_number(value)
+            if "," in key and not _metric(key).endswith("_stderr") and _is_number(value)
         }
 
     def keys(self) -> list[str]:
@@ -367,7 +366,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bounds(key: str, items: Mapping[str, float]) -> tuple[float, float] | None:
-    rate = _RATE.match(key.rsplit(",", 1)[0]) and all(0 <= value <= 1 for value in items.values())
+    rate = _RATE.match(_metric(key)) and all(0 <= value <= 1 for value in items.values())
     return (0.0, 1.0) if rate else None
 
 

@@ -17,8 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import first_line
-from plot_align.errors import InputError
+from plot_align.errors import InputError, first_line
 from plot_align.options import did_you_mean
 
 if TYPE_CHECKING:
