@@ -112,7 +112,10 @@ def test_a_clean_winner_is_shipped(evaluation: Any) -> None:
         evaluation("base", "nll", items=values(9, 60), section="guards"),
         evaluation("m", "nll", items=values(9, 60), section="guards"),
     ])  # fmt: skip
-    assert found.headline == "Ship m: it is significantly better than base in “GSM8K (gsm8k)”, and worse in none."
+    assert (
+        found.headline
+        == "Ship m: it is significantly better than base in “GSM8K (gsm8k)”, and worse in none of those tested."
+    )
     assert found.models[0]["unclear"] == 1
 
 
@@ -121,6 +124,14 @@ def test_the_one_with_more_gains_is_named_and_equal_ones_together(evaluation: An
     assert verdict_of(paths).headline.startswith("Ship a or b: each is significantly better than base in 1 score")
     paths += [evaluation(m, "arc", values(10 if m != "b" else 40, 60), title="ARC") for m in ("base", "a", "b")]
     assert verdict_of(paths).headline.startswith("Ship b: it is significantly better than base in “GSM8K” and “ARC”")
+
+
+def test_a_model_that_was_hardly_tested_is_called_so(evaluation: Any) -> None:
+    paths = [evaluation(m, f"task {i}", values(30, 60)) for m in ("base", "m") for i in range(5)]
+    paths += [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("thin", 40))]
+    found = verdict_of(paths)
+    assert found.headline.startswith("Ship thin")
+    assert found.notes == ["thin was tested in 1 score only, other models in up to 5: little is known of it."]
 
 
 def test_lower_can_be_better(evaluation: Any) -> None:

@@ -19,7 +19,18 @@ from plot_align.report.collect import collect
 from plot_align.report.page import build, render, write
 
 EVIL = "<script>alert(1)</script>"
-NAMES = [EVIL, "{{7*7}}", r"$\frac$", "$x$ _{", "\u202egnp.exe", "a\x00\x1b[31mb", "x" * 10_000, "\ud800", "_hidden", "&amp;<!--"]
+NAMES = [
+    EVIL,
+    "{{7*7}}",
+    r"$\frac$",
+    "$x$ _{",
+    "\u202egnp.exe",
+    "a\x00\x1b[31mb",
+    "x" * 10_000,
+    "\ud800",
+    "_hidden",
+    "&amp;<!--",
+]
 
 
 def report(path: Path, *arguments: str) -> tuple[int, str]:
@@ -83,7 +94,7 @@ def test_the_verdict_is_printed(evaluation: Any, tmp_path: Path, capsys: pytest.
         evaluation(model, items={str(i): float(i < ones) for i in range(60)})
     assert report(tmp_path / "records", "--baseline", "base")[0] == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "Ship tuned: it is significantly better than base in “GSM8K”, and worse in none."
+    assert said[0] == "Ship tuned: it is significantly better than base in “GSM8K”, and worse in none of those tested."
     assert said[-1] == f"page: {tmp_path / 'page.html'}, its figures and tables: {tmp_path / 'page_files'}"
 
 

@@ -84,6 +84,12 @@ class Comparison:
         return [row for row in self.rows if model in row.cells and row.cells[model].sign == sign]
 
     @property
+    def most_tested(self) -> int:
+        """Tests of the model that has most."""
+        tested = Counter(m for row in self.rows for m, cell in row.cells.items() if cell.sign is not None)
+        return max(tested.values(), default=0)
+
+    @property
     def blunt(self) -> bool:
         """Whether the resampled p-values, 2 in 10,000 at least, are too coarse for so many tests."""
         return self.tests * 2 / 10_000 >= ALPHA
@@ -197,6 +203,13 @@ def judge(comparison: Comparison) -> Verdict:
         headline = f"No difference to {base} could be tested: the records share no items measured alike."
     else:
         headline = _headline(base, signs, comparison.tests)
+    for model in others:
+        tested = sum(row.score and row.cells[model].sign is not None for row in comparison.rows if model in row.cells)
+        if signs[model][0] and not signs[model][1] and 2 * tested < comparison.most_tested:
+            notes.append(
+                f"{model} was tested in {count(tested, 'score')} only, other models in up to "
+                f"{comparison.most_tested}: little is known of it."
+            )
     if comparison.blunt:
         notes.append(
             f"With {comparison.tests} tests the correction asks for smaller p-values than resampling gives (1 in "
@@ -213,11 +226,12 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
     worse = [m for m in signs if losses[m]]
     guarded = [m for m, (better, _) in signs.items() if better]
     if clean:
-        best = [m for m, count in clean.items() if count == max(clean.values())]
+        best = [m for m, most in clean.items() if most == max(clean.values())]
         scores = _titles(gains[best[0]]) if len(best) == 1 else count(clean[best[0]], "score")
         subject = "it" if len(best) == 1 else "each"
         return (
-            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}, and worse in none."
+            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}, and worse in none "
+            "of those tested."
         )
     if len(mixed) == 1:
         (model,) = mixed

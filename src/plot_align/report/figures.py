@@ -534,7 +534,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
             color=_SERIES[0],
             markersize=8,
             capsize=4,
-            label=f"measured, middle half of the {entry['n']} rounds",
+            label="measured",
         )
         axes.axvline(1, color=_INK, linewidth=1, label="without PLOT")
         if paper:
@@ -551,7 +551,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
             figure,
             "cost_time",
             title,
-            "The ratio of paired training steps.",
+            f"The ratio of {entry['n']} pairs of steps, measured in turn; the bar is their middle half.",
             Table("cost_time", title, ["what", "ratio", "low", "high", "rounds"], numbers),
         )
 
