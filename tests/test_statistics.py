@@ -12,7 +12,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plot_align import records
+from plot_align import records, statistics
 from plot_align.errors import InputError
 from plot_align.statistics import holm, mean, paired_difference, share
 
@@ -259,3 +259,27 @@ def test_shares_have_the_quantiles_and_p_values_of_the_binomial() -> None:
     control = {str(i): float(60 <= i < 95) for i in range(n)}  # 60 gained, 35 lost
     expected_p = float(scipy.stats.binomtest(60, 95).pvalue)
     assert paired_difference(treated, control)["p"] == pytest.approx(expected_p, abs=0.005)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_items_have_the_interval_and_p_value_that_resampling_tends_to(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6,000 items, by the normal law and, with the bound raised, by resampling."""
+    rng = np.random.default_rng(8)
+    values = rng.gamma(2.0, size=6000) - 1.97
+    weights = rng.integers(1, 30, size=6000).astype(float) if weighted else None
+    treated = _by_name(values.tolist())
+    zero = dict.fromkeys(treated, 0.0)
+    heavy = None if weights is None else dict(zip(treated, weights.tolist(), strict=True))
+
+    def both() -> tuple[list[float], float]:
+        found = paired_difference(treated, zero, bounds=None, weights=heavy)
+        return found["interval"], found["p"]
+
+    (low, high), p = both()
+    monkeypatch.setattr(statistics, "_LARGE", 10**9)
+    resampled, random_p = both()
+    assert [low, high] == pytest.approx(resampled, abs=0.04 * (high - low))
+    assert p == pytest.approx(random_p, abs=0.02)
+    assert 0.001 < p < 0.999
