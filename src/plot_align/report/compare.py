@@ -175,10 +175,11 @@ class Verdict:
 def judge(comparison: Comparison) -> Verdict:
     """The verdict by rule.
 
-    A model is named to ship in place of the baseline where some score of the seven sub-preferences is significantly
-    better and no score at all, guards included, is significantly worse; of several, those with the most better
-    scores. Without one, what is better and what is worse is said, and where nothing is significant, that. Attack
-    success that rises, and over-refusal that rises while attack success falls, are said in any case.
+    A model is named to ship in place of the baseline where some score is significantly better and none, guards
+    included, is significantly worse; of several, those with the most better scores among the seven sub-preferences,
+    then among all. Without one, what is better and what is worse is said, and where nothing is significant, that.
+    Attack success that rises, over-refusal that rises while attack success falls, and the largest fall of a named
+    model that may be chance, are said in any case.
     """
     base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
     if not comparison.models:
@@ -202,7 +203,9 @@ def judge(comparison: Comparison) -> Verdict:
     if not comparison.tests:
         headline = f"No difference to {base} could be tested: the records share no items measured alike."
     else:
-        headline = _headline(base, signs, comparison.tests)
+        best = _best(signs)
+        headline = _headline(base, signs, best, comparison.tests)
+        notes += [note for model in best for note in _unsure_fall(comparison, model)]
     for model in others:
         tested = sum(row.score and row.cells[model].sign is not None for row in comparison.rows if model in row.cells)
         if signs[model][0] and not signs[model][1] and 2 * tested < comparison.most_tested:
@@ -218,20 +221,33 @@ def judge(comparison: Comparison) -> Verdict:
     return Verdict(headline, notes, table)
 
 
-def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: int) -> str:
-    gains = {m: [row for row in better if row.section != GUARDS] for m, (better, _) in signs.items()}
+Signs = dict[str, tuple[list[Row], list[Row]]]  # model → rows where it is better, rows where it is worse
+
+
+def _preferences(rows: list[Row]) -> int:
+    return sum(row.section != GUARDS for row in rows)
+
+
+def _best(signs: Signs) -> list[str]:
+    """The models to ship: better somewhere and worse nowhere, with the most gains."""
+    clean = {m: (_preferences(better), len(better)) for m, (better, worse) in signs.items() if better and not worse}
+    return [m for m, gains in clean.items() if gains == max(clean.values())]
+
+
+def _headline(base: str, signs: Signs, best: list[str], tests: int) -> str:
+    gains = {m: better for m, (better, _) in signs.items()}
     losses = {m: worse for m, (_, worse) in signs.items()}
-    clean = {m: len(gains[m]) for m in signs if gains[m] and not losses[m]}
     mixed = [m for m in signs if gains[m] and losses[m]]
     worse = [m for m in signs if losses[m]]
-    guarded = [m for m, (better, _) in signs.items() if better]
-    if clean:
-        best = [m for m, most in clean.items() if most == max(clean.values())]
-        scores = _titles(gains[best[0]]) if len(best) == 1 else count(clean[best[0]], "score")
+    if best:
+        shared = gains[best[0]]
+        alike = all([row.title for row in gains[m]] == [row.title for row in shared] for m in best)
+        scores = _titles(shared) if alike else count(len(shared), "score")
         subject = "it" if len(best) == 1 else "each"
+        guards = "" if _preferences(shared) else ", all of them guards"
         return (
-            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}, and worse in none "
-            "of those tested."
+            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}{guards}, and "
+            "significantly worse in none of those tested."
         )
     if len(mixed) == 1:
         (model,) = mixed
@@ -247,16 +263,32 @@ def _headline(base: str, signs: dict[str, tuple[list[Row], list[Row]]], tests: i
             if len(worse) == 1
             else f"{_and(worse)} are worse in some"
         )
-        return f"Stay with {base}: no model is significantly better in any sub-preference, and {parts}."
-    if guarded:
-        return (
-            f"No model is significantly better than {base} in any sub-preference; of what must not get worse, "
-            f"{'; '.join(f'{m} is better in {_titles(signs[m][0])}' for m in guarded)}, and nothing is worse."
-        )
+        return f"Stay with {base}: no model is significantly better in anything, and {parts}."
     return (
         f"No significant difference to {base} in any of {count(tests, 'test')}: these records give no reason to ship "
         "another model, and do not show that the models are equal."
     )
+
+
+def _unsure_fall(comparison: Comparison, model: str) -> list[str]:
+    """The score of a sub-preference that falls most without being significant, where its interval is below 0."""
+    falls = []
+    for row in comparison.rows:
+        cell = row.cells.get(model)
+        if row.section == GUARDS or cell is None or cell.difference is None or cell.sign != "none":
+            continue
+        way = 1 if cell.quantity["better"] == "higher" else -1
+        low, high = sorted(way * end for end in cell.difference["interval"])
+        if high < 0 and row.first["bounds"]:
+            width = row.first["bounds"][1] - row.first["bounds"][0]
+            falls.append((way * cell.difference["value"] / width, low / width, high / width, row))
+    if not falls:
+        return []
+    value, low, high, row = min(falls, key=lambda fall: fall[0])
+    return [
+        f"{model} may still be worse in “{row.title}”: by {-100 * value:.1f} points ({-100 * high:.1f} to "
+        f"{-100 * low:.1f}), which is no longer significant among {comparison.tests} tests."
+    ]
 
 
 def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
