@@ -132,7 +132,7 @@ def corrupt_gsm8k(question: str, answer: str, seed: int = 0) -> Corrupted:
     """
     body, _, final = answer.rpartition("####")
     lines = body.strip().split("\n")
-    rng = random.Random(seed + id(question))
+    rng = random.Random(f"{seed} {question}")
     for kind in rng.sample(KINDS, len(KINDS)):
         # A number of the question that equals a result would change with it.
         named = {value(number) for number in _NUMBER.findall(question)}
