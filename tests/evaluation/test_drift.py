@@ -19,6 +19,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation.drift import KL, Drift, flows, jackknife, moved_tokens, partial_plan
 from plot_align.evaluation.subject import Subject
 from plot_align.geometry import line
+from plot_align.inspection import token_text
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,7 +121,10 @@ def test_drift_against_materialised_outputs(pair: tuple[Subject, Subject], tmp_p
     assert moved[-1]["change"] == pytest.approx(float((p - q).min()), rel=1e-3)
     assert moved[0]["d"] == pytest.approx(float(d[moved[0]["id"]]))
     assert found.details["masses"]["reference"]["preferred"] == pytest.approx(float(q[d > 0].sum()), rel=1e-4)
-    assert found.details["flows"]
+    change = {token_text(subject.tokenizer, i): float(p[i] - q[i]) for i in range(len(p))}
+    for flow in found.details["flows"]:  # from what lost to what gained
+        assert change[flow["from"]] < 0 < change[flow["to"]]
+    assert len(found.details["flows"]) >= 10
 
 
 def test_a_model_does_not_drift_from_itself(pair: tuple[Subject, Subject]) -> None:

@@ -84,6 +84,20 @@ def test_displacement_is_the_shift_of_both_sides(subject: Subject, pairs: str) -
     assert list(found.quantities["reward_accuracy"]["items"].values()) == [float(margin > 0) for margin in margins]
 
 
+def test_a_tie_is_half(subject: Subject, tmp_path: Path) -> None:
+    """Both sides alike, and a model against itself."""
+    same = {"prompt": PAIRS[0]["prompt"], "chosen": PAIRS[0]["chosen"], "rejected": PAIRS[0]["chosen"]}
+    path = tmp_path / "same.jsonl"
+    path.write_text(json.dumps(same) + "\n", encoding="utf-8")
+    accuracy = PreferenceAccuracy(pairs=str(path)).run(subject).quantities
+    assert accuracy["accuracy"]["value"] == accuracy["accuracy_per_token"]["value"] == 0.5
+    assert subject.reference is not None
+    subject.reference.reference = subject.reference
+    found = Displacement(pairs=str(path)).run(subject.reference).quantities
+    assert found["reward_accuracy"]["value"] == 0.5
+    assert found["chosen"]["value"] == 0
+
+
 def test_pairs_are_scored_once_whoever_asks(subject: Subject, pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from plot_align.evaluation import preference
 

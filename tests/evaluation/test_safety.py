@@ -112,8 +112,10 @@ def test_the_sandbox_judges_good_answers_good(subject: Subject, monkeypatch: pyt
             )
             measure = SandboxJudges(category=category, count=12)
             measure.check()
-            score = next(iter(measure.run(subject).quantities.values()))
-            assert low <= score["value"] <= high
+            found = measure.run(subject).quantities
+            assert low <= found["good"]["value"] <= high
+            if category == "harmlessness":  # a rejected answer may also shrug or mock
+                assert (found["complied"]["value"] > 0.2) == (side == "rejected")
     asked = examples(TWIN, "heldout", 6, 0)
     monkeypatch.setattr(Subject, "answers", lambda self, c, *rest: [x.chosen for x in asked])
     found = SandboxJudges(category="twins", count=6).run(subject)

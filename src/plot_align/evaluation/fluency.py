@@ -117,7 +117,7 @@ class Diversity:
                 "length": of_items("Length of an answer", lengths, better=None, unit="tokens", seed=seed),
                 "unfinished": of_items(
                     "Answers cut off at the limit",
-                    {name: float(length >= self.max_new_tokens - 1) for name, length in lengths.items()},
+                    {name: float(length >= self.max_new_tokens) for name, length in lengths.items()},
                     better="lower",
                     bounds=(0.0, 1.0),
                     seed=seed,
