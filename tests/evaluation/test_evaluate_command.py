@@ -105,11 +105,12 @@ def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
     arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
     record = output / "base" / "physics.json"
     assert _run(*arguments) == 0
-    _run(*arguments, "--seed", "1")
+    _run(*arguments, "--limit", "2")  # the seed is the same
+    assert "measured again" in capsys.readouterr().out
+    assert json.loads(record.read_text())["results"]["quantities"]["good"]["n"] == 2
+    _run(*arguments, "--limit", "2", "--seed", "1")
     assert "measured again" in capsys.readouterr().out
     assert json.loads(record.read_text())["seed"] == 1
-    _run(*arguments, "--limit", "2")
-    assert json.loads(record.read_text())["results"]["quantities"]["good"]["n"] == 2
     record.write_text(record.read_text()[:200])
     capsys.readouterr()
     assert _run(*arguments) == 0
