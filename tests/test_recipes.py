@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plot_align import dialogues
 from plot_align.commands.train import thinned
 from plot_align.reading import load_pairs
 from plot_align.training import PlotConfig
@@ -152,7 +153,7 @@ def dialogue(*turns: str) -> str:
 
 
 def test_dialogue_becomes_a_pair():
-    found = hh.convert(dialogue("Hi", "Hello", "More?", "Yes"), dialogue("Hi", "Hello", "More?", " No\n"))
+    found = dialogues.convert(dialogue("Hi", "Hello", "More?", "Yes"), dialogue("Hi", "Hello", "More?", " No\n"))
     assert found == {
         "prompt": [
             {"role": "user", "content": "Hi"},
@@ -178,8 +179,8 @@ def test_dialogue_becomes_a_pair():
     ],
 )
 def test_malformed_dialogue_is_dropped(chosen, rejected, reason):
-    with pytest.raises(hh.Malformed, match=reason):
-        hh.convert(chosen, rejected)
+    with pytest.raises(dialogues.Malformed, match=reason):
+        dialogues.convert(chosen, rejected)
 
 
 _TEXT = st.text(min_size=1).filter(lambda text: text.strip() and not re.search("Human:|Assistant:", text))
@@ -188,7 +189,7 @@ _TEXT = st.text(min_size=1).filter(lambda text: text.strip() and not re.search("
 @given(st.lists(_TEXT, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
 @settings(max_examples=100, deadline=None)
 def test_turns_come_back(texts):
-    found = hh.turns(dialogue(*texts))
+    found = dialogues.turns(dialogue(*texts))
     assert [turn["content"] for turn in found] == [text.strip() for text in texts]
 
 
@@ -196,8 +197,8 @@ def test_turns_come_back(texts):
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_turns_or_malformed(text):
     try:
-        found = hh.turns(text)
-    except hh.Malformed:
+        found = dialogues.turns(text)
+    except dialogues.Malformed:
         return
     assert [turn["role"] for turn in found] == ["user", "assistant"] * (len(found) // 2)
 

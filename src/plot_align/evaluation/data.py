@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
+
+from plot_align.dialogues import Malformed, convert, is_dialogue
 from plot_align.errors import InputError
 from plot_align.estimate import ScoredSequence, scored_pairs
 from plot_align.reading import load_pairs
@@ -53,9 +57,24 @@ def load(source: str, *, split: str, data_dir: str | None = None, limit: int | N
 
         return sample(sandbox.pairs("heldout", seed=seed), limit, seed)
     # A single file has no splits: what a suite says of the Hub's version does not hold for it.
-    return sample(
-        load_pairs(source, split="train" if os.path.isfile(source) else split, data_dir=data_dir), limit, seed
-    )
+    data = load_pairs(source, split="train" if os.path.isfile(source) else split, data_dir=data_dir)
+    return _as_conversations(sample(data, limit, seed))
+
+
+def _as_conversations(data: Any) -> Any:
+    """Raw dialogues (HH-RLHF) as conversations, so that they reach a model through its chat template.
+
+    The few rows that are no two dialogues with one beginning are left out; other data is returned as it is.
+    """
+    columns = set(data.column_names)
+    is_pairs = {"chosen", "rejected"} <= columns and "prompt" not in columns
+    if not is_pairs or not len(data) or not is_dialogue(data[0]["chosen"]):
+        return data
+    rows = []
+    for row in data:
+        with suppress(Malformed):
+            rows.append(convert(row["chosen"], row["rejected"]))
+    return Dataset.from_list(rows)
 
 
 def scored(

@@ -158,6 +158,11 @@ class AttackSuccess(_Judged):
         harmful = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright).rows
         return harmful[: self.limit], read_targets(self.targets) if self.targets is not None else {}
 
+    def _left_out(self) -> int:
+        if self.behaviors == data.SANDBOX or not self.skip_copyright:
+            return 0
+        return len(read_behaviors(self.behaviors, skip_copyright=True).skipped)
+
     def run(self, subject: Subject) -> Found:
         """Share of the requests' test cases that succeed; what is undecided counts as no success, and is counted.
 
@@ -194,6 +199,7 @@ class AttackSuccess(_Judged):
             {"asr": of_items(title, rates, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
             {
                 "judge": self.judge,
+                "copyright_rows_left_out": self._left_out(),
                 "failed": failed,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,

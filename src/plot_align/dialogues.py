@@ -1,0 +1,61 @@
+"""Raw dialogues as conversations: Anthropic's HH-RLHF, whose rows hold both sides as text of many turns.
+
+Each side of a row is a whole dialogue, ``\\n\\nHuman: …\\n\\nAssistant: …`` by turns;
+the two differ in the last answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+Turn = dict[str, str]
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Malformed(ValueError):
+    """Why a row is dropped."""
+
+
+def turns(dialogue: str) -> list[Turn]:
+    """The turns of a raw dialogue, stripped.
+
+    Raises:
+        Malformed: it does not begin with a human turn, does not alternate, does not end with the assistant, or a
+            turn is empty.
+    """
+    before, *parts = _TURN.split(dialogue)
+    found = [
+        {"role": _ROLES[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if before.strip() or not found or found[0]["role"] != "user":
+        raise Malformed("does not begin with a human turn")
+    if any(first["role"] == second["role"] for first, second in itertools.pairwise(found)):
+        raise Malformed("turns do not alternate")
+    if found[-1]["role"] != "assistant":
+        raise Malformed("does not end with an answer")
+    if not all(turn["content"] for turn in found):
+        raise Malformed("an empty turn")
+    return found
+
+
+def is_dialogue(text: object) -> bool:
+    """Whether it begins as a raw dialogue does."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:")
+
+
+def convert(chosen: str, rejected: str) -> dict[str, list[Turn]]:
+    """One raw row as a pair in TRL's conversational format with an explicit prompt.
+
+    Raises:
+        Malformed: as :func:`turns`, or the two dialogues differ before the last answer, or not at all.
+    """
+    *prompt, preferred = turns(chosen)
+    *other_prompt, other = turns(rejected)
+    if prompt != other_prompt:
+        raise Malformed("the sides differ before the last answer")
+    if preferred == other:
+        raise Malformed("the answers are equal")
+    return {"prompt": prompt, "chosen": [preferred], "rejected": [other]}
