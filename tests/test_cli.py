@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from plot_align import __version__, errors
 from plot_align.cli import main
 from plot_align.commands import demo, launch, options, train
 from plot_align.commands.common import did_you_mean
+from plot_align.options import read_yaml
 from plot_align.preference import PreferenceDistribution
 from plot_align.records import read_record
 
@@ -529,7 +529,7 @@ def test_env_of_the_yaml_file_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PLOT_ALIGN_TEST", "before")
     path = tmp_path / "file.yaml"
     path.write_text("env:\n  PLOT_ALIGN_TEST: 3\n")
-    options.set_environment(options.read_yaml(str(path))["env"], str(path))
+    options.set_environment(read_yaml(str(path))["env"], str(path))
     assert __import__("os").environ["PLOT_ALIGN_TEST"] == "3"
 
 
@@ -710,13 +710,39 @@ def test_a_mixture_trains_and_evaluates(run: Run, trl_yaml: Path, pairs_file: Pa
     assert "eval_loss" in out
 
 
-def test_demo_forwards_its_options(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_demo_ends_with_an_evaluation_and_the_page(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Path
+) -> None:
+    """The training is left out; what it leaves behind is evaluated and reported by the commands of a user."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plot_align import estimate, sandbox
+    from plot_align.sandbox import demo
+
+    tuned = tmp_path / "tuned"
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_base), AutoModelForCausalLM.from_pretrained(tiny_base)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7:20] += 0.5
+    model.save_pretrained(tuned)
+    tokenizer.save_pretrained(tuned)
     calls = []
-    module = type(sys)("plot_align.sandbox.demo")
-    module.main = lambda **options: calls.append(options)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "plot_align.sandbox.demo", module)
-    assert run("demo", "--quick", "--output", tmp_path, "--seeds", 2)[0] == 0
+
+    def main(**options: Any) -> demo.Tuned:
+        calls.append(options)
+        counts = estimate(sandbox.pairs(per_category=2), tokenizer, progress=False)
+        counts.save(tmp_path / "preference.safetensors")
+        return demo.Tuned({"base": tiny_base, "DPO": tuned}, tmp_path / "preference.safetensors")
+
+    monkeypatch.setattr(demo, "main", main)
+    code, out, err = run("demo", "--quick", "--output", tmp_path, "--seeds", 2)
+    assert code == 0, err
     assert calls == [{"quick": True, "output": tmp_path, "seeds": 2}]
+    assert f"$ plot-align evaluate base={tiny_base} DPO={tuned} --suite sandbox" in out
+    for model in ("base", "DPO"):
+        assert len(list((tmp_path / "evaluation" / model).glob("*.json"))) == 15
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "a small offline world" in page
+    assert "The transport itself" in page
 
 
 def test_dpo_names_the_row_without_rejected(run: Run, tiny_llama: Path, pair_rows: Any, tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def test_the_verdict_is_printed(evaluation: Any, tmp_path: Path, capsys: pytest.
         evaluation(model, items={str(i): float(i < ones) for i in range(60)})
     assert report(tmp_path / "records", "--baseline", "base")[0] == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "Ship tuned: it is significantly better than base in “GSM8K”, and worse in none of those tested."
+    assert said[0] == (
+        "Ship tuned: it is significantly better than base in “GSM8K”, and significantly worse in none of those tested."
+    )
     assert said[-1] == f"page: {tmp_path / 'page.html'}, its figures and tables: {tmp_path / 'page_files'}"
 
 
