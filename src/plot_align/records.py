@@ -209,11 +209,12 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
         raise InputError(
             f"{path} is not complete JSON, so it is damaged or was cut off; run the command that wrote it again"
         ) from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("schema"), int):
+    schema = record.get("schema") if isinstance(record, dict) and record.get("format") == FORMAT else None
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
         raise InputError(f"{path} is not a plot-align record; name the .json file that a plot-align command wrote")
-    if record["schema"] > SCHEMA:
+    if schema > SCHEMA:
         raise InputError(
-            f"{path} has record schema {record['schema']}, and this version reads up to {SCHEMA}; upgrade plot-align"
+            f"{path} has record schema {schema}, and this version reads up to {SCHEMA}; upgrade plot-align"
         )
     missing = {"kind", "config", "seed", "versions", "hardware", "commit", "results"} - record.keys()
     if missing:
