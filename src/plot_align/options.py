@@ -72,12 +72,22 @@ def _fits(value: Any, hint: str) -> bool:
     return False
 
 
-def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
-    """The options in a YAML file, read safely; ``option`` is what named it."""
+def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> dict[str, Any]:
+    """The options in a YAML file, read safely; ``option`` is what named it. ``unique``: no key may stand twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value if unique else ():
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise InputError(f"{option} {path}, line {line}, has {key.value!r} twice; rename or remove one")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
     except yaml.YAMLError as error:

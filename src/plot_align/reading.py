@@ -66,7 +66,7 @@ def load_pairs(
             )
         if split != "train":
             raise InputError(f"split is {split!r}, but the single file {path.name} has no splits; leave it out")
-        digest = _digest(path)
+        digest = file_digest(path)
         try:
             readable = _unpacked(path, digest) if kind == ".parquet" and suffixes[-1] == ".gz" else path
             data = datasets.load_dataset(_READERS[kind], data_files=str(readable), split="train", streaming=streaming)
@@ -138,7 +138,8 @@ def _unpacked(path: Path, digest: str) -> Path:
     return unpacked
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -120,6 +120,106 @@ def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
     assert "measured again" not in capsys.readouterr().out
 
 
+TEXTS = """\
+guards:
+  news: {kind: perplexity, texts: %s, max_length: 16}
+  code: {kind: perplexity, texts: %s, max_length: 16}
+"""
+
+
+def test_a_measure_keeps_its_name_and_changed_data_are_measured_again(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    news, code, suite = tmp_path / "news.txt", tmp_path / "code.txt", tmp_path / "two.yaml"
+    news.write_text("the cat sat on the mat", encoding="utf-8")
+    code.write_text("return x plus two", encoding="utf-8")
+    suite.write_text(TEXTS % (news, code), encoding="utf-8")
+    output = tmp_path / "out"
+    arguments = (f"base={tiny_base}", "--suite", str(suite), "--output", output, "--quiet")
+    assert _run(*arguments) == 0
+    records = {name: read_record(output / "base" / f"{name}.json") for name in ("news", "code")}
+    assert {name: record["config"]["measure"]["name"] for name, record in records.items()} == {
+        "news": "news", "code": "code",
+    }  # fmt: skip
+    news.write_text("what is two plus three", encoding="utf-8")
+    capsys.readouterr()
+    assert _run(*arguments) == 0
+    assert "measured again" in capsys.readouterr().out
+    again = read_record(output / "base" / "news.json")
+    assert again["config"]["data"] != records["news"]["config"]["data"]
+    assert again["results"]["quantities"]["nll"]["value"] != records["news"]["results"]["quantities"]["nll"]["value"]
+    assert read_record(output / "base" / "code.json") == records["code"]
+    assert (output / "base" / "news.json.old").exists()
+
+
+def test_another_configuration_is_another_model(
+    suite: str, tiny_base: Path, tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are the same; the norm's epsilon is not."""
+    output = tmp_path / "out"
+    arguments = (f"m={tuned}", "--suite", suite, "--only", "physics", "--output", output, "--quiet")
+    assert _run(*arguments) == 0
+    config = Path(tuned) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    capsys.readouterr()
+    assert _run(*arguments) == 0
+    assert "measured again" in capsys.readouterr().out
+
+
+def test_a_measure_that_fails_leaves_no_number_of_another_model(
+    suite: str, tiny_base: Path, tuned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "out"
+    arguments = ("--suite", suite, "--only", "physics", "--output", output)
+    assert _run(f"m={tiny_base}", *arguments) == 0
+
+    def broken(self: world.SandboxJudges, subject: Subject) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(world.SandboxJudges, "run", broken)
+    capsys.readouterr()
+    assert _run(f"m={tuned}", *arguments) == 1
+    shown = capsys.readouterr().out
+    assert "good answers" not in shown
+    assert "measured again" not in shown
+    assert not (output / "m" / "physics.json").exists()
+    assert (output / "m" / "physics.json.old").exists()
+
+
+def test_a_model_that_cannot_be_asked_is_refused_before_the_first_is_measured(
+    suite: str, tiny_base: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--suite", suite, "--output", tmp_path / "out")
+    assert _run(f"base={tiny_base}", f"nt={tiny_llama}", *arguments) == 2
+    assert "no chat template" in capsys.readouterr().err
+    assert _run(f"base={tiny_base}", "missing=/nope", *arguments) == 2
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_damaged_weights_cost_no_other_model(
+    suite: str, tiny_base: Path, tuned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(tuned) / "model.safetensors").unlink()
+    output = tmp_path / "out"
+    assert _run(tuned, f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output) == 1
+    assert "tuned: failed: no model could be loaded" in " ".join(capsys.readouterr().out.split())
+    assert (output / "base" / "physics.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"config": [1]}, {"results": None}, {"results": {}}, {"schema": 99}])
+def test_a_record_of_another_shape_is_measured_again(
+    suite: str, tiny_base: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    output = tmp_path / "out"
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
+    assert _run(*arguments) == 0
+    path = output / "base" / "physics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert _run(*arguments) == 0
+    assert read_record(path)["results"]["quantities"]["good"]["n"] == 4
+
+
 def test_a_measure_that_fails_costs_no_other(
     suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +231,7 @@ def test_a_measure_that_fails_costs_no_other(
     assert _run(f"base={tiny_base}", "--suite", suite, "--output", output) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "base, physics: failed: ZeroDivisionError: in a library" in shown
-    assert "ZeroDivisionError" in (output / "work" / "base" / "physics.error.txt").read_text()
+    assert "ZeroDivisionError" in next((output / "work" / "base").rglob("physics.error.txt")).read_text()
     assert (output / "base" / "diversity.json").exists()
     assert "left out: drift: it compares with the model that was tuned from; give --reference" in shown
 

@@ -26,7 +26,11 @@ def test_weights_count_where_both_models_have_the_same() -> None:
     other = of_items("x", {"a": 1.0, "b": 1.0}, weights={"a": 1.0, "b": 1.0}, **options)
     assert a["value"] == pytest.approx(2.5)
     assert compare(a, b)["value"] == pytest.approx(1.5)  # type: ignore[index]
-    assert compare(a, other)["value"] == pytest.approx(1.0)  # type: ignore[index]
+    unlike = compare(a, other)
+    assert unlike is not None
+    assert unlike["value"] == pytest.approx(1.0)
+    assert unlike["unweighted"] is True
+    assert "unweighted" not in compare(a, b)  # type: ignore[operator]
 
 
 def test_what_is_no_mean_over_items_is_not_compared() -> None:
@@ -34,6 +38,10 @@ def test_what_is_no_mean_over_items_is_not_compared() -> None:
     items = of_items("x", {"a": 1.0}, better="higher", bounds=(0.0, 1.0))
     assert compare(whole, items) is None
     assert compare(items, of_items("x", {"b": 1.0}, better="higher", bounds=(0.0, 1.0))) is None
+
+
+def test_an_interval_is_cut_at_the_bounds() -> None:
+    assert of_whole("x", 0.9, 5, better=None, interval=(0.7, 1.1), bounds=(0.0, 1.0))["interval"] == [0.7, 1.0]
 
 
 def test_scales_that_differ_are_refused() -> None:

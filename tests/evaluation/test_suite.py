@@ -65,6 +65,11 @@ def test_a_limit_holds_for_every_measure_and_never_raises_one() -> None:
     assert [getattr(e.measure, "limit", getattr(e.measure, "count", None)) for e in suite.entries] == [60, 200]
 
 
+def test_a_limit_takes_the_place_of_a_share(write) -> None:
+    suite = write("stem:\n  a: {kind: lm_eval, task: arc_easy, limit: 0.5}\n")
+    assert read_suite(suite, Given(limit=10)).entries[0].measure.limit == 10  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -79,6 +84,10 @@ def test_a_limit_holds_for_every_measure_and_never_raises_one() -> None:
         ("stem:\n  ../a: {kind: sandbox, category: stem}\n", "which is no file name"),
         ("stem:\n  a: {kind: sandbox, category: stem}\nguards:\n  a: {kind: diversity}\n", "has 'a' twice"),
         ("stem: {a: {kind: [}\n", "is not valid YAML"),
+        (
+            "guards:\n  a: {kind: diversity}\n  a: {kind: perplexity, texts: sandbox}\n",
+            "line 3, has 'a' twice; rename or remove one",
+        ),
     ],
 )
 def test_a_wrong_suite_is_refused(write, text: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 from plot_align.errors import InputError, first_line
@@ -100,3 +101,22 @@ def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
             f"no model could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder, and a device "
             "that this machine has"
         ) from error
+
+
+def named_models(models: list[str]) -> dict[str, str]:
+    """Name → hub id or folder, of ``NAME=MODEL`` or the model alone.
+
+    Raises:
+        InputError: two models of one name, or a name that is no folder's.
+    """
+    named: dict[str, str] = {}
+    for given in models:
+        name, equals, source = given.partition("=")
+        if not equals or Path(given).exists():
+            name, source = Path(given).name, given
+        if not name or not source or Path(name).name != name or name.startswith("."):
+            raise InputError(f"model is {given!r}, expected a hub id, a folder or NAME=MODEL with a plain name")
+        if name in named:
+            raise InputError(f"two models are called {name!r}; name them apart, as NAME=MODEL")
+        named[name] = source
+    return named

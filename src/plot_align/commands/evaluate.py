@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from plot_align.commands.common import Parser, check_dtype, load_chat_model
+from plot_align.commands.common import Parser, check_dtype, load_chat_model, load_tokenizer, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run(arguments: list[str]) -> int:
     """Parse ``arguments``, measure what is not measured yet, print a table; 1 where a measure failed."""
     options = make_parser().parse(arguments)
 
+    from plot_align.chat import require_template
     from plot_align.evaluation.suite import Given, read_suite
     from plot_align.files import require_writable
 
@@ -70,7 +72,7 @@ def run(arguments: list[str]) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
     check_dtype(options.dtype)
-    models = _named(options.models)
+    models = named_models(options.models)
     given = Given(
         reference=options.reference is not None,
         preference=options.preference,
@@ -86,26 +88,15 @@ def run(arguments: list[str]) -> int:
     )
     suite = read_suite(options.suite, given, only=_list(options.only), skip=_list(options.skip) or ())
     require_writable(options.output)
+    for source in {*models.values(), *([options.reference] if options.reference else [])}:
+        require_template(load_tokenizer(source, trust_remote_code=options.trust_remote_code))
+    for name in suite.runs_code:
+        print(
+            f"plot-align: {name} runs programs that the models write, on this machine and with your rights; they can "
+            "delete or send away what you can",
+            file=sys.stderr,
+        )
     return _evaluate(models, suite, options)
-
-
-def _named(models: list[str]) -> dict[str, str]:
-    """Name → hub id or folder, of ``NAME=MODEL`` or the model alone.
-
-    Raises:
-        InputError: two models of one name, or a name that is no folder's.
-    """
-    named: dict[str, str] = {}
-    for given in models:
-        name, equals, source = given.partition("=")
-        if not equals or Path(given).exists():
-            name, source = Path(given).name, given
-        if not name or not source or Path(name).name != name or name.startswith("."):
-            raise InputError(f"model is {given!r}, expected a hub id, a folder or NAME=MODEL with a plain name")
-        if name in named:
-            raise InputError(f"two models are called {name!r}; name them apart, as NAME=MODEL")
-        named[name] = source
-    return named
 
 
 def _list(text: str | None) -> list[str] | None:
@@ -152,7 +143,12 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
         for name, source in models.items():
             subject = reference if source == options.reference else None
             if subject is None:
-                subject = _load(name, source, options, progress)
+                try:
+                    subject = _load(name, source, options, progress)
+                except InputError as error:  # found out here only, as damaged weights are
+                    failed[name] = f"failed: {error}"
+                    progress.advance(whole, len(suite.entries))
+                    continue
             subject.reference = reference
             for entry in suite.entries:
                 progress.update(whole, description=f"{name}: {entry.name}")
@@ -160,17 +156,21 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                 config = _config(subject, entry, suite.name)
                 state = _state(path, config, options.seed)
                 if state != "there":
-                    again += [f"{name}, {entry.name}"] if state == "other" else []
+                    if state == "other":  # no report must take it for this one's, should the measure fail
+                        path.replace(path.with_suffix(".json.old"))
                     problem = _measure(subject, entry, path, config, options)
                     if problem is not None:
                         failed[f"{name}, {entry.name}"] = problem
+                    elif state == "other":
+                        again.append(f"{name}, {entry.name}")
                 progress.advance(whole)
             subject = None  # before the next one is loaded
     if not options.quiet:
         _show(console, models, suite, options.output)
     if again:
         console.print(
-            f"measured again, as the model, the options or the seed were others: {'; '.join(again)}", markup=False,
+            f"measured again, as the model, the options, the data or the seed were others (the old records end in "
+            f".old): {'; '.join(again)}", markup=False,
             soft_wrap=True,
         )  # fmt: skip
     for what, problem in failed.items():
@@ -196,8 +196,11 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
         return advance
 
     model, tokenizer = load_chat_model(source, options)
-    folder = options.output / "work" / name
-    return Subject(model, tokenizer, name, source, folder, options.seed, options.batch_size, bar=bar)
+    work = options.output / "work" / name
+    subject = Subject(model, tokenizer, name, source, work, options.seed, options.batch_size, bar=bar)
+    # Another model of the same name must not find this one's answers.
+    subject.folder = work / subject.identity["model"]
+    return subject
 
 
 def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
@@ -214,6 +217,7 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
         "suite": suite,
         "section": entry.section,
         "measure": entry.options(),
+        "data": entry.data(),
     }
 
 
@@ -229,9 +233,11 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
         record = read_record(path, KIND)
     except InputError:
         return "other"
+    if not isinstance(record["config"], dict) or not isinstance(record["results"], dict):
+        return "other"
     plain = json.loads(json.dumps(config))
     same = all(record["config"].get(key) == value for key, value in plain.items() if key != "suite")
-    if not same or record["seed"] != seed:
+    if not same or record["seed"] != seed or not isinstance(record["results"].get("quantities"), dict):
         return "other"
     return "missing" if record["results"].get("unfinished") else "there"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import Parser, check_dtype, did_you_mean, load_chat_model
+from plot_align.commands.common import Parser, check_dtype, did_you_mean, load_chat_model, named_models
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
 from plot_align.redteam.names import ATTACKS, JUDGES, TELL_REFUSALS
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
         "    --benign benign.csv --attacks direct,gcg --compare my-model-with-plot",
     )
     parser.usage = "plot-align redteam MODEL --behaviors FILE [options]"
-    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model")
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model, or NAME=MODEL")
     parser.add_argument("--compare", metavar="MODEL", help="a second model, with the same seed and budget")
     parser.add_argument("--behaviors", required=True, metavar="FILE", help="HarmBench's behaviours, .csv")
     parser.add_argument("--benign", metavar="FILE", help="harmless requests, same form (default: 60 of our own)")
@@ -87,27 +87,26 @@ def run(arguments: list[str]) -> int:
             require_targets(harmful, targets, attack.name)
     require_writable(options.output)
 
-    models = [options.model] + ([options.compare] if options.compare else [])
-    names = [Path(model).name for model in models]
-    if len(set(names)) < len(names):
-        raise InputError(f"both models are called {names[0]!r}, and their files would be the same; rename one folder")
+    models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
-    measured = [
-        _measured(load_victim(model, options), harmful, benign, targets, attacks, options, loaded) for model in models
-    ]
-    _report(dict(zip(names, measured, strict=True)), skipped, options)
+    measured, identities = {}, {}
+    for name, source in models.items():
+        victim = load_victim(source, options, name)
+        identities[name] = victim.identity
+        measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
+    _report(measured, identities, skipped, options)
     return 0
 
 
-def load_victim(model: str, options: Any) -> Victim:
-    """The chat model on its device.
+def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
+    """The chat model on its device, under a name of its own or its folder's.
 
     Raises:
         InputError: it cannot be loaded, or has no chat template.
     """
     from plot_align.redteam.victim import Victim
 
-    return Victim(*load_chat_model(model, options), Path(model).name)
+    return Victim(*load_chat_model(model, options), name or Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:
@@ -277,7 +276,9 @@ def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[st
     return advance, update
 
 
-def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: Any) -> None:
+def _report(
+    measured: dict[str, dict[str, Any]], identities: dict[str, dict[str, str]], skipped: list[str], options: Any
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -350,6 +351,7 @@ def _report(measured: dict[str, dict[str, Any]], skipped: list[str], options: An
             "balance": balances,
             "paired": paired,
             "models": _with_text_keys(measured),
+            "identities": identities,
             "skipped": skipped,
         },
         config={**vars(options), **_addresses(options)},

@@ -62,9 +62,14 @@ class KL(Diversity):
             batch_size=subject.batch_size,
             advance=subject.bar("KL to the reference", len(sequences)),
         ).tolist()
-        items = {name: value for name, value in zip(asked, values, strict=True) if math.isfinite(value)}
-        title = f"KL to {reference.name}"
-        return Found({"kl": of_items(title, items, better=None, unit="nats a token", seed=subject.seed)})
+        if any(math.isinf(value) for value in values):
+            raise RunError(
+                f"KL to {reference.name} is infinite in {sum(map(math.isinf, values))} answers: the reference gives "
+                "a token that the model writes no probability at all; use float32"
+            )
+        items = {name: value for name, value in zip(asked, values, strict=True) if not math.isnan(value)}
+        quantity = of_items(f"KL to {reference.name}", items, better=None, unit="nats a token", seed=subject.seed)
+        return Found({"kl": quantity}, {"answers_without_tokens": len(values) - len(items)})
 
 
 @dataclass
@@ -108,7 +113,8 @@ class Drift(_OnPairs):
         lines = slices(embeddings, 16, valid=valid)
 
         def whole(title: str, of: Callable[[Tensor, Tensor], float], better: Any = None, **options: Any) -> Any:
-            value, interval = jackknife(of, after, before)
+            value, (low, high) = jackknife(of, after, before)
+            interval = (max(low, 0.0), high)  # distances and masses, all of them
             return of_whole(title, value, tokens, interval=interval, better=better, **options)
 
         rates: dict[str, Any] = {"bounds": (0.0, 1.0)}

@@ -26,11 +26,11 @@ class Perplexity:
 
     Args:
         texts: a ``.txt`` file, rows with a column ``text``, a data set of the Hub, or ``sandbox``.
-        name, split: of the data set. limit: texts, drawn by the seed.
+        dataset_config, split: of the data set. limit: texts, drawn by the seed.
     """
 
     texts: str = "Salesforce/wikitext"
-    name: str | None = "wikitext-2-raw-v1"
+    dataset_config: str | None = "wikitext-2-raw-v1"
     split: str = "test"
     limit: int | None = 500
     max_length: int = 1024
@@ -42,7 +42,7 @@ class Perplexity:
 
     def run(self, subject: Subject) -> Found:
         """``nll`` (nats a token, weighted by tokens, the interval over texts), and its exponential."""
-        texts = data.texts(self.texts, split=self.split, name=self.name, limit=self.limit, seed=subject.seed)
+        texts = data.texts(self.texts, split=self.split, name=self.dataset_config, limit=self.limit, seed=subject.seed)
         sequences: list[ScoredSequence] = []
         owners: list[str] = []
         for name, text in texts.items():
@@ -99,14 +99,17 @@ class Diversity:
         require_count("max_new_tokens", self.max_new_tokens)
 
     def run(self, subject: Subject) -> Found:
-        """distinct-1, -2, -3 over all answers, and for each answer its repetition, its length, and whether it ends."""
+        """For each answer its repetition, its length, and whether it ends; over all answers distinct-1, -2, -3.
+
+        distinct-n falls as answers grow, so it is read beside the length. Length is that of the answer's text as it is
+        tokenised again.
+        """
         answers = answers_to(self, subject)
         words = {name: text.split() for name, text in answers.items()}
         lengths = {n: float(len(subject.tokenizer(t, add_special_tokens=False).input_ids)) for n, t in answers.items()}
         seed = subject.seed
         return Found(
             {
-                **{f"distinct_{n}": distinct(list(words.values()), n) for n in (2, 1, 3)},
                 "repetition": of_items(
                     "Repeated 4-grams in an answer",
                     {name: repetition(tokens) for name, tokens in words.items()},
@@ -114,6 +117,7 @@ class Diversity:
                     bounds=(0.0, 1.0),
                     seed=seed,
                 ),
+                **{f"distinct_{n}": distinct(list(words.values()), n) for n in (1, 2, 3)},
                 "length": of_items("Length of an answer", lengths, better=None, unit="tokens", seed=seed),
                 "unfinished": of_items(
                     "Answers cut off at the limit",

@@ -13,7 +13,7 @@ import statistics
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,7 @@ class MTBench:
     Args:
         folder: with FastChat's ``question.jsonl``, ``judge_prompts.jsonl`` and reference answers.
         judge_url: an OpenAI-compatible endpoint, up to and without ``/chat/completions``. judge_model: its model.
-        categories: whose questions are asked; None for all.
+        categories: whose questions are asked; None for all. limit: questions, from the first on.
         max_new_tokens: of an answer's turn.
         judge_key: the environment variable that holds the endpoint's key. judge_max_tokens: of a judgement.
         judge_timeout: seconds until a request counts as failed; a judge thinks before it rates.
@@ -60,6 +60,7 @@ class MTBench:
     judge_url: str = field(repr=False)  # it may hold a password
     judge_model: str
     categories: tuple[str, ...] | None = None
+    limit: int | None = None
     max_new_tokens: int = 1024
     judge_key: str = "OPENAI_API_KEY"
     judge_max_tokens: int = 2048
@@ -75,6 +76,8 @@ class MTBench:
         """See :class:`plot_align.evaluation.subject.Measure`."""
         for name in ("max_new_tokens", "judge_max_tokens", "concurrency"):
             _require_positive(name, getattr(self, name))
+        if self.limit is not None:
+            _require_positive("limit", self.limit)
         if self.categories is not None:
             _require_categories(self.categories)
         if self.prices is not None and not _are_prices(self.prices):
@@ -100,6 +103,9 @@ class MTBench:
         bench = fastchat.read_bench(self.folder, self.categories)
         endpoint = self._endpoint()
         folder = subject.folder / "mt_bench"
+        if self.limit is not None:  # what is sampled depends on the block it is in
+            bench = replace(bench, questions=bench.questions[: self.limit])
+            folder = subject.folder / f"mt_bench-first-{self.limit}"
         answers = answer_questions(
             subject,
             bench,

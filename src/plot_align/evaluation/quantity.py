@@ -67,7 +67,12 @@ def of_whole(
     bounds: tuple[float, float] | None = None,
     unit: str | None = None,
 ) -> Quantity:
-    """A number that is no mean over items (distinct-n of all answers, a distance of two distributions)."""
+    """A number that is no mean over items (distinct-n of all answers, a distance of two distributions).
+
+    An interval that reaches beyond the bounds is cut there.
+    """
+    if interval is not None and bounds is not None:
+        interval = (max(interval[0], bounds[0]), min(interval[1], bounds[1]))
     return {
         "title": title,
         "better": better,
@@ -81,7 +86,8 @@ def of_whole(
 def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str, Any] | None:
     """``treated − control``, item by item, with its interval and p-value; None where that cannot be said.
 
-    That is where one of the two is no mean over items, or they share none.
+    That is where one of the two is no mean over items, or they share none. Where the two weigh the items differently,
+    items count alike, and ``unweighted`` stands in the result.
     """
     if not treated["items"] or not control["items"] or not treated["items"].keys() & control["items"].keys():
         return None
@@ -92,8 +98,10 @@ def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str,
             "not measured alike; measure both with one version"
         )
     weights = treated["weights"]
-    if weights is not None and weights != control["weights"]:
+    unweighted = weights != control["weights"]
+    if unweighted:
         weights = None  # each model has weights of its own (tokens of its own answers): items count alike
-    return paired_difference(
+    found = paired_difference(
         treated["items"], control["items"], bounds=tuple(bounds) if bounds else None, weights=weights, seed=seed
     )
+    return {**found, "unweighted": True} if unweighted else found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
@@ -12,6 +14,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation.quantity import SECTIONS
 from plot_align.evaluation.subject import Measure
 from plot_align.options import build, did_you_mean, read_yaml
+from plot_align.reading import file_digest
 
 SUITES = ("paper", "quick", "sandbox")
 KINDS = (
@@ -21,6 +24,9 @@ KINDS = (
 NEED_REFERENCE = ("displacement", "kl", "drift")
 _JUDGED = ("over_refusal", "attack_success")
 _SIZES = ("limit", "count")  # options that say how many items
+_PATHS = (
+    "pairs", "prompts", "texts", "benign", "behaviors", "targets", "preference", "folder", "include_path",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,26 @@ class Entry:
         """As the record holds them, with name and kind."""
         own = getattr(self.measure, "options", None)
         options = own() if own is not None else asdict(self.measure)  # type: ignore[call-overload]
-        return {"name": self.name, "kind": self.kind, **options}
+        return {**options, "name": self.name, "kind": self.kind}
+
+    def data(self) -> dict[str, str]:
+        """Digests of the local files and folders that the measure reads, by option."""
+        paths = {name: getattr(self.measure, name, None) for name in _PATHS}
+        return {name: digest(Path(path)) for name, path in paths.items() if path is not None and os.path.exists(path)}
 
 
 @dataclass(frozen=True)
 class Suite:
-    """``left_out`` says of each measure that cannot be run what it lacks."""
+    """``left_out`` says of each measure that cannot be run what it lacks; ``runs_code`` names those that run programs
+    that the model wrote."""
 
     name: str
     entries: tuple[Entry, ...]
     left_out: dict[str, str]
+
+    @property
+    def runs_code(self) -> list[str]:
+        return [e.name for e in self.entries if e.kind == "lm_eval" and _executes(e.measure)]
 
 
 def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> Suite:
@@ -90,9 +106,9 @@ def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, sk
     """
     if name in SUITES:
         with resources.as_file(resources.files("plot_align.evaluation") / "suites" / f"{name}.yaml") as path:
-            content = read_yaml(str(path), "--suite")
+            content = read_yaml(str(path), "--suite", unique=True)
     elif name.endswith((".yaml", ".yml")):
-        content = read_yaml(name, "--suite")
+        content = read_yaml(name, "--suite", unique=True)
     else:
         near = did_you_mean(name, SUITES, f"expected {', '.join(SUITES)} or a .yaml file")
         raise InputError(f"--suite is {name!r}; {near}")
@@ -156,7 +172,9 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
     if given.limit is not None:
         for size in fields(cls):
             if size.name in _SIZES:
-                spec[size.name] = min(given.limit, spec.get(size.name, size.default) or given.limit)
+                own = spec.get(size.name, size.default)
+                is_count = isinstance(own, int) and own > 0  # not a share of the documents
+                spec[size.name] = min(given.limit, own) if is_count else given.limit
     measure = build(cls, spec, name)
     if kind == "lm_eval":
         lacking = _task_lacks(measure)
@@ -172,16 +190,31 @@ def _task_lacks(measure: Any) -> str | None:
 
     if find_spec("lm_eval") is None:
         return 'it needs lm-eval, which is not installed; pip install "plot-align[eval]"'
-    from plot_align.evaluation.harness_tasks import configs_of, missing_packages, modules_of, runs_code
+    from plot_align.evaluation.harness_tasks import configs_of, missing_packages, modules_of
 
-    configs = configs_of(measure.task, measure.include_path)
-    modules = modules_of(configs)
-    if runs_code(configs, modules) and not measure.allow_code_execution:
+    if not measure.allow_code_execution and _executes(measure):
         return "it runs code that the model wrote, with the rights of this user; give --allow_code_execution"
-    missing = missing_packages(modules)
+    missing = missing_packages(modules_of(configs_of(measure.task, measure.include_path)))
     if missing:
         return "its packages are not installed; pip install " + " ".join(f'"{package}"' for package in missing)
     return None
+
+
+def _executes(measure: Any) -> bool:
+    """Whether a task of lm-eval runs programs that the model wrote."""
+    from plot_align.evaluation.harness_tasks import configs_of, modules_of, runs_code
+
+    configs = configs_of(measure.task, measure.include_path)
+    return runs_code(configs, modules_of(configs))
+
+
+def digest(path: Path) -> str:
+    """Of a file's content, or of a folder's names and contents: 16 hex digits."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            found.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
+    return found.hexdigest()[:16]
 
 
 def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:
