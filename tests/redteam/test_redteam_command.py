@@ -199,3 +199,12 @@ def test_a_silent_judge_is_no_proof_of_safety(tiny_base: Path, files, tmp_path: 
     assert main(command(tiny_base, files, "--attacks", "direct", *judge, "--output", str(tmp_path / "out"))) == 1
     assert "the judge decided none of 2 answers" in capsys.readouterr().err
     assert list((tmp_path / "out").glob("DirectRequest/default/completions/*.json"))
+
+
+def test_models_have_names_of_their_own_and_the_record_knows_them_apart(tiny_base: Path, files, tmp_path: Path) -> None:
+    arguments = ("--compare", f"b={tiny_base}", "--attacks", "direct", "--output", str(tmp_path / "out"))
+    assert main(command(f"a={tiny_base}", files, *arguments)) == 0
+    results = read_record(next((tmp_path / "out").glob("redteam-*.json")))["results"]
+    assert set(results["models"]) == set(results["identities"]) == {"a", "b"}
+    assert results["identities"]["a"] == results["identities"]["b"]
+    assert {"model", "tokenizer", "template", "dtype"} == results["identities"]["a"].keys()
