@@ -201,7 +201,7 @@ def test_a_silent_judge_is_no_proof_of_safety(tiny_base: Path, files, tmp_path: 
     assert list((tmp_path / "out").glob("DirectRequest/default/completions/*.json"))
 
 
-def test_models_have_names_of_their_own_and_the_record_knows_them_apart(tiny_base: Path, files, tmp_path: Path) -> None:
+def test_models_have_names_and_the_record_knows_them_apart(tiny_base: Path, files, tmp_path: Path) -> None:
     arguments = ("--compare", f"b={tiny_base}", "--attacks", "direct", "--output", str(tmp_path / "out"))
     assert main(command(f"a={tiny_base}", files, *arguments)) == 0
     results = read_record(next((tmp_path / "out").glob("redteam-*.json")))["results"]
