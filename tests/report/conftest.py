@@ -41,6 +41,8 @@ def write_evaluation(
     seed: int = 0,
     digest: str | None = None,
     path: str | None = None,
+    unfinished: str | None = None,
+    data: Mapping[str, str] | None = None,
 ) -> Path:
     """A record of kind ``evaluation``; a score of half of 40 items, where nothing else is said."""
     if quantities is None:
@@ -59,13 +61,14 @@ def write_evaluation(
     return write_record(
         folder / (path or f"{model.encode().hex()[:40]}/{measure}.json"),
         "evaluation",
-        {"quantities": quantities, "details": details or {}},
+        {"quantities": quantities, "details": details or {}, "unfinished": unfinished},
         config={
             "model": described(model),
             "reference": None if reference is None else described(reference),
             "suite": "quick",
             "section": section,
             "measure": {"name": measure, "kind": kind, **(options or {})},
+            "data": data or {},
         },
         seed=seed,
     )
@@ -83,6 +86,12 @@ def evaluation(tmp_path: Path) -> Evaluation:
     return functools.partial(write_evaluation, tmp_path / "records")
 
 
+# Twenty judgements and four requests that failed; five say no rating.
+JUDGED = {
+    "judgments": 20,
+    "unparsable": {"n": 5, "where": [{"question_id": 81, "turn": 2}], "first": "It is <b>good</b>."},
+    "failed": {"n": 4, "where": [{"question_id": 82, "turn": 1}], "first": "timed out"},
+}
 MOVED = [
     {"token": " the", "id": 1, "change": 0.02, "before": 0.1, "d": 0.01, "chosen": 9, "rejected": 4},
     {"token": "</script>", "id": 2, "change": 0.01, "before": 0.1, "d": -0.01, "chosen": 1, "rejected": 4},
@@ -125,6 +134,8 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
                    title="Attack success, gcg")  # fmt: skip
     evaluation("tuned", "drift", section="guards", kind="drift", reference="base", details=DRIFT,
                quantities={"tv": of_whole("Mean output", 0.2, 900, better=None, interval=(0.1, 0.3))})  # fmt: skip
+    evaluation("tuned", "mt_bench", section="humanity", kind="mt_bench", title="MT-Bench", details=JUDGED,
+               unfinished="4 judgements failed, the first: timed out")  # fmt: skip
     history = [{"step": s, "loss": 1 / s, "plot/loss": 0.5 / s, "plot/alpha": 0.1} for s in range(1, 30)]
     write_record(folder / "dpo.json", "dpo", {"metrics": {"train_runtime": 12.5}, "history": history},
                  config={"training": {"output_dir": "runs/tuned"}}, seed=1)  # fmt: skip
@@ -151,9 +162,13 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curve = {"1": share([0.0, 1.0]), "2": share([1.0, 1.0])}
     attacked = {
         "attacks": {"GCG": {"a": 1.0, "b": 0.5}}, "refused": {"c": 0.0, "d": 1.0}, "helped": {"c": 1.0, "d": 0.0},
-        "by_cases": {"GCG": curve}, "by_steps": {"GCG": curve},
+        "by_cases": {"GCG": curve}, "by_steps": {"GCG": curve}, "failed": {"GCG": {"c": "out of steps"}},
+        "undecided": {"GCG": {"n": 1, "first": "no verdict"}, "benign requests": {"n": 2, "first": "no verdict"}},
     }  # fmt: skip
-    write_record(folder / "redteam.json", "redteam", {"models": {"base": attacked, "tuned": attacked}},
+    identities = {name: {"model": f"digest of {name}", "template": "t", "dtype": "float32"}
+                  for name in ("base", "tuned")}  # fmt: skip
+    write_record(folder / "redteam.json", "redteam",
+                 {"models": {"base": attacked, "tuned": attacked}, "identities": identities},
                  config={"judge": "prefixes"}, seed=0)  # fmt: skip
     write_record(folder / "filter.json", "filter", {"kept": 1}, config={})
     return folder

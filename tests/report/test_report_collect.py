@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import of_items
 from plot_align.report.collect import collect
+from plot_align.report.page import build, render
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -73,6 +77,23 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda c: c["results"].update(details={"moved": [{"token": 3, "change": 1}]}),
         "moved.token is no text",
     ),
+    "an interval beside its value": (
+        lambda c: _quantity(c).update(interval=[0.6, 0.9]),
+        "does not hold its value 0.5",
+    ),
+    "a list for the hardware": (lambda c: c.update(hardware=[]), "hardware is no mapping"),
+    "a graphics card that is a text": (lambda c: c["hardware"].update(gpus=["H100"]), "hardware.gpus is no mapping"),
+    "a text for the graphics cards": (lambda c: c["hardware"].update(gpus="two"), "hardware.gpus is no list"),
+    "a version that is a number": (lambda c: c["versions"].update(torch=2.5), "versions.torch is no text"),
+    "a list for the commit": (lambda c: c.update(commit=["abc"]), "commit is no mapping"),
+    "a seed that is a text": (lambda c: c.update(seed="one"), "seed is no whole number"),
+    "a huge count": (lambda c: _quantity(c).update(n=10**400, items=None), "n is no count"),
+    "unfinished by a number": (lambda c: c["results"].update(unfinished=3), "unfinished is no text"),
+    "undecided by a text": (lambda c: c["results"].update(details={"undecided": "3"}), "undecided is no whole number"),
+    "ratings lost by half": (
+        lambda c: c["results"].update(details={"unparsable": {"n": 0.5}}),
+        "unparsable.n is no whole number",
+    ),
     "a schema of tomorrow": (lambda c: c.update(schema=2), "upgrade plot-align"),
     "a record without seed": (lambda c: c.pop("seed"), "lacks seed"),
 }
@@ -101,6 +122,45 @@ def test_a_truncated_record_in_a_folder_is_no_other_json(tmp_path: Path, evaluat
     with pytest.raises(InputError, match="damaged or was cut off"):
         collect([tmp_path / "records"])
     assert len(collect([tmp_path / "records"], skip_bad=True).left_out) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 12, 25, 40])
+def test_a_record_cut_off_before_its_name_is_no_other_json(tmp_path: Path, evaluation: Any, kept: int) -> None:
+    evaluation("good")
+    cut = evaluation("cut")
+    cut.write_text(cut.read_text()[:kept])
+    with pytest.raises(InputError, match=f"{cut}.* damaged or was cut off"):
+        collect([tmp_path / "records"])
+    assert len(collect([tmp_path / "records"], skip_bad=True).left_out) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whatever_is_put_into_a_record_there_is_a_page_or_a_sentence(all_kinds: Path, data: st.DataObject) -> None:
+    source = data.draw(st.sampled_from(sorted(all_kinds.rglob("*.json"))))
+    content = json.loads(source.read_text())
+    at, here = data.draw(st.sampled_from(list(_places(content))))
+    here[at] = data.draw(st.sampled_from(OTHERS))
+    with tempfile.TemporaryDirectory() as folder:
+        bad = Path(folder) / "bad.json"
+        bad.write_text(json.dumps(content))
+        try:
+            page = render(build(collect([bad]), paper=True), "files")
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert page.endswith("</html>")
+
+
+OTHERS: list[Any] = [None, 3, -1, True, 0.5, "x", "", [], [1, "a"], {}, {"a": 1}, 10**400, {"$float": "NaN"}]
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (key or index, its holder) below a node; of a list its first four."""
+    for at, inner in list(node.items() if isinstance(node, dict) else enumerate(node[:4])):
+        yield at, node
+        if isinstance(inner, dict | list):
+            yield from _places(inner)
 
 
 def test_nothing_left_says_why(evaluation: Any) -> None:
@@ -159,6 +219,40 @@ def test_one_name_is_one_checkpoint(evaluation: Any) -> None:
     found = collect([old, new], skip_bad=True)
     assert [o.measure for o in found.observations] == ["gsm8k"]
     assert len(found.left_out) == 1
+
+
+def test_a_red_teamed_model_is_the_evaluated_one(everything: Path) -> None:
+    """Where the record of the attacks says which checkpoint it is."""
+    path = everything / "redteam.json"
+    assert collect([everything]).models[0] == "base"
+    edit(path, lambda c: c["results"]["identities"]["tuned"].update(model="another"))
+    edit(path, lambda c: c.update(created="2020-01-01T00:00:00+00:00"))
+    with pytest.raises(InputError, match=r"redteam\.json is of another checkpoint named 'tuned' than .*\.json"):
+        collect([everything])
+    found = collect([everything], skip_bad=True)
+    assert len(found.left_out) == 1
+    assert not [o for o in found.observations if o.measure.startswith("redteam")]
+    edit(path, lambda c: c["results"].pop("identities"))  # an older record says nothing
+    assert [o for o in collect([everything]).observations if o.measure.startswith("redteam")]
+
+
+def test_what_a_record_lacks_is_told(everything: Path) -> None:
+    gaps = {(o.model, o.measure): o.gaps for o in collect([everything]).observations}
+    assert gaps["tuned", "mt_bench"] == ("unfinished", "5 of 24 ratings unreadable", "4 of 24 ratings failed")
+    assert gaps["base", "redteam GCG"] == ("1 verdict undecided", "1 request without a test case")
+    assert gaps["base", "redteam refused"] == gaps["base", "redteam helped"] == ("2 verdicts undecided",)
+    assert gaps["base", "gsm8k"] == ()
+
+
+def test_records_of_one_second_come_in_the_order_given(evaluation: Any, tmp_path: Path) -> None:
+    first, second = evaluation("z", path="a/z.json"), evaluation("a", path="b/a.json")
+    for path in (first, second):
+        edit(path, lambda c: c.update(created="2026-01-01T00:00:00+00:00"))
+    assert collect([second, first]).models == ["a", "z"]
+    assert collect([first, second]).models == ["z", "a"]
+    assert collect([tmp_path / "records"]).models == ["z", "a"]  # by path
+    edit(second, lambda c: c.update(created="2025-01-01T00:00:00+00:00"))
+    assert collect([tmp_path / "records"]).models == ["a", "z"]  # the older first
 
 
 def test_an_infinite_perplexity_is_no_damage(evaluation: Any) -> None:

@@ -86,6 +86,14 @@ def test_measures_relative_to_different_references_are_not_compared(evaluation: 
     assert cell(comparison, "gsm8k", "m").reason is None  # no reference has a part in it
 
 
+def test_measures_on_different_data_are_not_compared(evaluation: Any) -> None:
+    """The file has the same name, and was changed between the two."""
+    paths = [evaluation(m, data={"pairs.jsonl": digest}) for m, digest in (("base", "1"), ("same", "1"), ("m", "2"))]
+    comparison = compare_models(collect(paths), "base")
+    assert cell(comparison, "gsm8k", "same").reason is None
+    assert cell(comparison, "gsm8k", "m").reason == compare.NOT_ALIKE
+
+
 def test_only_scores_are_tested(evaluation: Any) -> None:
     from plot_align.evaluation.quantity import of_items
 

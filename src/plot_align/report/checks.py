@@ -15,6 +15,25 @@ from plot_align.evaluation.quantity import SECTIONS
 _ROUNDING = 1e-6  # of a mean, relative to its items
 
 
+def check_frame(content: Mapping[str, Any]) -> None:
+    """What a record of any kind has."""
+    _text("kind", content["kind"])
+    for name in ("config", "results", "versions", "hardware"):
+        _mapping(name, content[name])
+    for name, version in content["versions"].items():
+        if not isinstance(version, str | None):
+            raise ValueError(f"versions.{name[:40]} is no text")
+    seed, gpus, commit = content["seed"], content["hardware"].get("gpus"), content["commit"]
+    if seed is not None:
+        _whole("seed", seed)
+    if not isinstance(gpus, list | None):
+        raise ValueError("hardware.gpus is no list")
+    for gpu in gpus or ():
+        _mapping("hardware.gpus", gpu)
+    if commit is not None:
+        _mapping("commit", commit)
+
+
 def check_evaluation(content: Mapping[str, Any]) -> None:
     config, results = content["config"], content["results"]
     for name in ("model", "reference"):
@@ -32,7 +51,15 @@ def check_evaluation(content: Mapping[str, Any]) -> None:
         raise ValueError("results.quantities is empty")
     for name, quantity in results["quantities"].items():
         check_quantity(f"results.quantities.{name[:40]}", quantity)
-    check_details(_mapping("results.details", results["details"]))
+    if not isinstance(results.get("unfinished"), str | None):
+        raise ValueError("results.unfinished is no text")
+    details = _mapping("results.details", results["details"])
+    check_details(details)
+    for name in ("judgments", "undecided"):
+        if details.get(name) is not None:
+            _count(f"details.{name}", details[name])
+    for name in ("unparsable", "failed"):
+        _check_counted(f"details.{name}", details.get(name))
 
 
 def check_quantity(place: str, quantity: Any) -> None:
@@ -75,8 +102,7 @@ def check_quantity(place: str, quantity: Any) -> None:
 def check_measure(place: str, entry: Any) -> None:
     """That it is as :func:`plot_align.records.measure` makes them; NaN is for what has no observations."""
     value, n = _number(f"{place}.value", _mapping(place, entry)["value"]), entry["n"]
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise ValueError(f"{place}.n is no count")
+    _count(f"{place}.n", n)
     if math.isnan(value) and n:
         raise ValueError(f"{place}.value is not a number, of {n} observations")
     for part in ("interval", "spread"):
@@ -84,6 +110,9 @@ def check_measure(place: str, entry: Any) -> None:
             low, high = _pair(f"{place}.{part}", entry[part])
             if not low <= high:
                 raise ValueError(f"{place}.{part} runs from {low} to {high}")
+            # NaN, of no observations, is within any.
+            if part == "interval" and (value < low - _slack(value) or value > high + _slack(value)):
+                raise ValueError(f"{place}.interval, {low} to {high}, does not hold its value {value}")
     if entry.get("error") is not None:
         _number(f"{place}.error", entry["error"])
 
@@ -93,6 +122,8 @@ def check_details(details: Mapping[str, Any]) -> None:
     for row in details.get("moved") or ():
         _text("details.moved.token", _mapping("details.moved", row)["token"])
         _finite("details.moved.change", row["change"])
+        if row.get("id") is not None:
+            _count("details.moved.id", row["id"])
         for name in ("d", "chosen", "rejected", "before"):
             if row.get(name) is not None:
                 _finite(f"details.moved.{name}", row[name])
@@ -108,6 +139,9 @@ def check_details(details: Mapping[str, Any]) -> None:
 
 
 def check_redteam(content: Mapping[str, Any]) -> None:
+    for name, identity in _mapping("results.identities", content["results"].get("identities") or {}).items():
+        place = f"results.identities.{name[:40]}"
+        _text(f"{place}.model", _mapping(place, identity)["model"])
     models = _mapping("results.models", content["results"]["models"])
     for name, found in models.items():
         place = f"results.models.{name[:40]}"
@@ -116,6 +150,10 @@ def check_redteam(content: Mapping[str, Any]) -> None:
             for value in _mapping(f"{place}.{part}", of).values():
                 if not 0 <= _number(f"{place}.{part}", value) <= 1:
                     raise ValueError(f"{place}.{part} has {value}, which is no rate")
+        for what, entry in _mapping(f"{place}.undecided", found.get("undecided") or {}).items():
+            _check_counted(f"{place}.undecided.{what[:40]}", entry)
+        for what, reasons in _mapping(f"{place}.failed", found.get("failed") or {}).items():
+            _mapping(f"{place}.failed.{what[:40]}", reasons)
         for curves in ("by_cases", "by_steps"):
             for attack, curve in _mapping(f"{place}.{curves}", found[curves]).items():
                 for step, entry in _mapping(f"{place}.{curves}", curve).items():
@@ -127,13 +165,12 @@ def check_redteam(content: Mapping[str, Any]) -> None:
 def check_sandbox_run(content: Mapping[str, Any]) -> None:
     _text("config.arm", content["config"]["arm"])
     _mapping("config.setting", content["config"]["setting"])
-    if not isinstance(content["seed"], int):
-        raise ValueError("seed is no whole number")
+    _whole("seed", content["seed"])
     results = content["results"]
     for name, entry in _mapping("results.scores", results["scores"]).items():
         check_measure(f"results.scores.{name[:40]}", entry)
     for name, entry in results.items():
-        if isinstance(entry, dict) and "value" in entry:
+        if name == "train_seconds" or (isinstance(entry, dict) and "value" in entry):
             check_measure(f"results.{name[:40]}", entry)
     check_history("results.train_logs", results.get("train_logs"))
 
@@ -151,6 +188,9 @@ def check_history(place: str, history: Any) -> None:
     for entry in history or ():
         if "step" in _mapping(place, entry):
             _finite(f"{place}.step", entry["step"])
+        for name, value in entry.items():
+            if isinstance(value, int | float):
+                float(value)  # OverflowError: no number that was ever logged
 
 
 def check_sweep(content: Mapping[str, Any]) -> None:
@@ -177,6 +217,16 @@ def check_estimate(content: Mapping[str, Any]) -> None:
         _finite(f"results.{name}", content["results"][name])
 
 
+def _check_counted(place: str, entry: Any) -> None:
+    """What is listed with its number: ``{"n": …}``."""
+    if isinstance(entry, dict) and entry.get("n") is not None:
+        _count(f"{place}.n", entry["n"])
+
+
+def _slack(value: float) -> float:
+    return _ROUNDING * max(1.0, abs(value)) if math.isfinite(value) else 0.0
+
+
 def _mapping(place: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{place} is no mapping")
@@ -193,6 +243,18 @@ def _number(place: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{place} is no number")
     return float(value)
+
+
+def _whole(place: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{place} is no whole number")
+    return value
+
+
+def _count(place: str, value: Any) -> int:
+    if not 0 <= _whole(place, value) < 2**53:  # beyond, a float would not tell one from the next
+        raise ValueError(f"{place} is no count")
+    return value
 
 
 def _finite(place: str, value: Any) -> float:

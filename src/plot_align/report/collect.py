@@ -18,11 +18,13 @@ from plot_align.report.checks import (
     check_demo,
     check_estimate,
     check_evaluation,
+    check_frame,
     check_redteam,
     check_sandbox_run,
     check_sweep,
     check_training,
 )
+from plot_align.report.tables import count
 from plot_align.statistics import share
 
 TRAINING = ("dpo", "sft", "pro")
@@ -30,7 +32,7 @@ _SHOWN = (KIND, "redteam", *TRAINING, "sandbox-run", "sweep", "demo", "estimate"
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
 # What a red-team run may differ in and still have asked the same of every model.
 _NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
-_HEAD = re.compile(r'\s*\{\s*"format"\s*:\s*"' + FORMAT + '"')
+_HEAD = f'{{"format":"{FORMAT}"'  # of a record, without the space between its parts
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Observation:
         score: whether it is the measure's first, which stands for it.
         alike: what two models must share for their items to be the same, as text.
         record: where it comes from.
+        gaps: what its record lacks, each in a few words: ratings that nobody can read, answers left undecided.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Observation:
     score: bool
     alike: str
     record: Record
+    gaps: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -92,7 +96,7 @@ class Collected:
     """What the records hold.
 
     Attributes:
-        records: those shown, as the paths were given, those of a folder oldest first.
+        records: those shown, as the paths were given, those of a folder oldest first, those of one second by path.
         observations: the newest of each model and quantity.
         not_shown: records of kinds that a report knows nothing of.
         left_out: one sentence a bad record.
@@ -179,7 +183,8 @@ def _is_record(path: Path) -> bool:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    if _HEAD.match(text):
+    start = re.sub(r"\s*([{}:,\"])\s*", r"\1", text[:1000])
+    if start.startswith(_HEAD) or _HEAD.startswith(start):  # the latter: cut off within its first lines, or empty
         return True
     if f'"{FORMAT}"' not in text:
         return False
@@ -206,13 +211,9 @@ def _read(path: Path) -> Record:
     }  # fmt: skip
     try:
         at = datetime.fromisoformat(content["created"])
-        for name in ("config", "results", "versions", "hardware"):
-            if not isinstance(content[name], dict):
-                raise ValueError(f"{name} is no mapping")
-        if not isinstance(content["kind"], str):
-            raise ValueError("kind is no text")
         if at.tzinfo is None:
             raise ValueError("created has no time zone")
+        check_frame(content)
         checks.get(content["kind"], lambda content: None)(content)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -229,17 +230,15 @@ def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: b
     Raises:
         InputError: there are such (without ``skip_bad``): a column of a table must not be two models.
     """
-    by_time = sorted((record for record in records if record.kind == KIND), key=lambda record: record.at)
-    newest = {record.config["model"]["name"]: record for record in by_time}
+    newest = {name: record for record in sorted(records, key=lambda record: record.at) for name in _digests(record)}
     kept = []
     for record in records:
-        model = record.config["model"] if record.kind == KIND else None
-        last = newest[model["name"]] if model is not None else record
-        if model is not None and last.config["model"]["model"] != model["model"]:
+        others = [name for name, digest in _digests(record).items() if _digests(newest[name])[name] != digest]
+        if others:
             sentence = (
-                f"{record.name} is of another checkpoint named {model['name']!r} than {last.name}, and a report "
-                "would mix the two; rename one of the folders and measure it again, or leave the older out with "
-                "--skip_bad"
+                f"{record.name} is of another checkpoint named {others[0]!r} than {newest[others[0]].name}, and a "
+                "report would mix the two; give one of them another name and measure it again, or leave the older "
+                "out with --skip_bad"
             )
             if not skip_bad:
                 raise InputError(sentence)
@@ -247,6 +246,14 @@ def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: b
         else:
             kept.append(record)
     return kept
+
+
+def _digests(record: Record) -> dict[str, str]:
+    """The weights behind each name that heads a column."""
+    if record.kind == KIND:
+        return {record.config["model"]["name"]: record.config["model"]["model"]}
+    identities = (record.results.get("identities") or {}) if record.kind == "redteam" else {}
+    return {name: identity["model"] for name, identity in identities.items()}
 
 
 def _observations(record: Record) -> Iterator[Observation]:
@@ -260,14 +267,44 @@ def _observations(record: Record) -> Iterator[Observation]:
 def _of_evaluation(record: Record) -> Iterator[Observation]:
     config = record.config
     measure = config["measure"]
-    shared = [measure, record.seed]
+    shared = [measure, record.seed, config.get("data") or {}]
     if measure["kind"] in _RELATIVE:
         shared.append((config.get("reference") or {}).get("model"))
     alike = json.dumps(shared, sort_keys=True)
+    gaps = tuple(_gaps(record))
     for place, (name, quantity) in enumerate(record.results["quantities"].items()):
         yield Observation(
-            config["model"]["name"], config["section"], measure["name"], name, quantity, place == 0, alike, record
+            config["model"]["name"],
+            config["section"],
+            measure["name"],
+            name,
+            quantity,
+            place == 0,
+            alike,
+            record,
+            gaps,
         )
+
+
+def _gaps(record: Record) -> Iterator[str]:
+    """What an evaluation lacks."""
+    details = record.results["details"]
+    if record.results.get("unfinished"):
+        yield "unfinished"
+    unreadable, failed = (_counted(details.get(name)) for name in ("unparsable", "failed"))
+    judged = details.get("judgments")
+    of = f" of {judged + failed:,}" if isinstance(judged, int) else ""
+    if unreadable:
+        yield f"{unreadable:,}{of} ratings unreadable"
+    if failed:
+        yield f"{failed:,}{of} ratings failed"
+    if details.get("undecided"):
+        yield f"{count(details['undecided'], 'verdict')} undecided"
+
+
+def _counted(entry: Any) -> int:
+    """``n`` of what is listed with its number; 0 where nothing is."""
+    return int(entry.get("n") or 0) if isinstance(entry, dict) else 0
 
 
 def _of_redteam(record: Record) -> Iterator[Observation]:
@@ -275,19 +312,31 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
     shared = {name: value for name, value in record.config.items() if name not in _NOT_ASKED}
     alike = json.dumps([shared, record.seed], sort_keys=True)
 
-    def observation(model: str, section: str, measure: str, name: str, title: str, better: str, items: Any) -> Any:
+    def observation(
+        model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, *gaps: str
+    ) -> Observation:
         quantity = {
             "title": title, "better": better, **share(list(items.values())), "bounds": [0.0, 1.0], "items": items,
             "weights": None,
         }  # fmt: skip
-        return Observation(model, section, measure, name, quantity, True, alike, record)
+        return Observation(model, section, measure, name, quantity, True, alike, record, gaps)
+
+    def undecided(found: Any, what: str) -> Iterator[str]:
+        n = _counted((found.get("undecided") or {}).get(what))
+        if n:
+            yield f"{count(n, 'verdict')} undecided"
 
     for model, found in record.results["models"].items():
         for attack, rates in found["attacks"].items():
             title = f"Attack success, {attack}"
-            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates)
+            gaps = [*undecided(found, attack)]
+            failed = (found.get("failed") or {}).get(attack)
+            if failed:
+                gaps.append(f"{count(len(failed), 'request')} without a test case")
+            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates, *gaps)
         for name, title, better in (
             ("refused", "Over-refusal", "lower"),
             ("helped", "Harmless requests helped with", "higher"),
         ):
-            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name])
+            gaps = [*undecided(found, "benign requests")]
+            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name], *gaps)
