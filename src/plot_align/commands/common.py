@@ -78,11 +78,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         ) from error
 
 
+def add_loading_options(parser: Parser) -> None:
+    """What :func:`load_chat_model` reads."""
+    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+
+
 def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
     """Model, on its device, and tokenizer of a hub id or a folder.
 
     Args:
-        options: with ``device`` (None: an accelerator where there is one), ``dtype``, ``trust_remote_code``.
+        options: of :func:`add_loading_options`.
 
     Raises:
         InputError: they cannot be loaded.

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from plot_align.commands.common import Parser, check_dtype, load_chat_model, load_tokenizer, named_models
+from plot_align.commands.common import (
+    Parser,
+    add_loading_options,
+    check_dtype,
+    load_chat_model,
+    load_tokenizer,
+    named_models,
+)
 from plot_align.errors import InputError, PlotAlignError, first_line
 
 if TYPE_CHECKING:
@@ -52,9 +59,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="rows a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and intervals (%(default)s)")
-    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    add_loading_options(parser)
     parser.add_argument("--quiet", action="store_true", help="print no table")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(%(default)s)")
     return parser

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.commands.common import Parser, check_dtype, did_you_mean, load_chat_model, named_models
+from plot_align.commands.common import (
+    Parser,
+    add_loading_options,
+    check_dtype,
+    did_you_mean,
+    load_chat_model,
+    named_models,
+)
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
 from plot_align.redteam.names import ATTACKS, JUDGES, TELL_REFUSALS
@@ -57,9 +64,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    add_loading_options(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/redteam"), metavar="DIR", help="(%(default)s)")
     return parser
 
