@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import of_whole
+from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.report import compare
 from plot_align.report.collect import collect
 from plot_align.report.compare import choose_baseline, compare_models, judge
@@ -95,8 +96,6 @@ def test_measures_on_different_data_are_not_compared(evaluation: Any) -> None:
 
 
 def test_only_scores_are_tested(evaluation: Any) -> None:
-    from plot_align.evaluation.quantity import of_items
-
     two = {n: of_items(n, values(5, 9), better="higher", bounds=(0.0, 1.0)) for n in ("first", "second")}
     comparison = compare_models(collect([evaluation(m, quantities=two) for m in ("base", "m")]), "base")
     assert [row.cells["m"].reason for row in comparison.rows] == [None, compare.NOT_SCORE]
@@ -106,9 +105,11 @@ def test_only_scores_are_tested(evaluation: Any) -> None:
 def test_the_baseline(evaluation: Any) -> None:
     paths = [evaluation("a", reference="ref"), evaluation("b", reference="ref"), evaluation("ref")]
     found = collect(paths)
-    assert choose_baseline(found, None) == "ref"
-    assert choose_baseline(found, "b") == "b"
-    assert choose_baseline(collect(paths[:2]), None) == "a"  # the reference was not measured
+    assert choose_baseline(found, None) == ("ref", "2 evaluations name it as the reference")
+    assert choose_baseline(found, "b") == ("b", "")
+    first = "it is the model of the first record given"
+    assert choose_baseline(collect(paths[:2]), None) == ("a", first)  # the reference was not measured
+    assert choose_baseline(collect(paths[1::-1]), None) == ("b", first)
     with pytest.raises(InputError, match="--baseline is 'c', and the records measured a, b, ref"):
         choose_baseline(found, "c")
 
@@ -139,7 +140,10 @@ def test_a_model_that_was_hardly_tested_is_called_so(evaluation: Any) -> None:
     paths += [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("thin", 40))]
     found = verdict_of(paths)
     assert found.headline.startswith("Ship thin")
-    assert found.notes == ["thin was tested in 1 score only, other models in up to 5: little is known of it."]
+    assert found.notes == [
+        "No guard was measured: these records do not say what else became worse.",
+        "thin was tested in 1 score only, other models in up to 5: little is known of it.",
+    ]
 
 
 def test_lower_can_be_better(evaluation: Any) -> None:
@@ -174,16 +178,151 @@ def test_a_gain_in_a_sub_preference_goes_before_gains_in_guards(evaluation: Any)
     assert verdict_of(paths).headline.startswith("Ship a: ")
 
 
-def test_a_fall_that_the_correction_hides_is_said(evaluation: Any) -> None:
+@pytest.mark.parametrize("section", ["mathematics", "guards"])
+def test_a_fall_that_the_correction_hides_is_said(evaluation: Any, section: str) -> None:
     """ARC falls by 7 of 60: p = 2 / 2⁷ before Holm, 1 in none of 60 resamples above 0; twenty tests hide it."""
     paths = [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("m", 40))]
-    paths += [evaluation(m, "arc", values(n, 60), title="ARC") for m, n in (("base", 30), ("m", 23))]
+    paths += [evaluation(m, "arc", values(n, 60), title="ARC", section=section) for m, n in (("base", 30), ("m", 23))]
     paths += [evaluation(m, f"task {i}", values(30, 60), title=f"T{i}") for m in ("base", "m") for i in range(18)]
     found = verdict_of(paths)
     assert found.headline.startswith("Ship m")
-    (note,) = found.notes
+    note = found.notes[-1]
     assert note.startswith("m may still be worse in “ARC”: by 11.7 points (")
     assert note.endswith("no longer significant among 20 tests.")
+
+
+def test_a_fall_without_bounds_is_said_in_its_unit(evaluation: Any) -> None:
+    """NLL rises by 0.5 in 7 of 60 texts: by 0.5 · 7 / 60 = 0.058. The bootstrap's ends are those of B(60, 7 / 60), 3 and
+    12, times 0.5 / 60."""
+    paths = [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("m", 40))]
+    for m, ones in (("base", 0), ("m", 7)):
+        items = {name: 2 + one / 2 for name, one in values(ones, 60).items()}
+        nll = of_items("NLL", items, better="lower", unit="nats a token")
+        paths.append(evaluation(m, "nll", quantities={"nll": nll}, section="guards"))
+    paths += [evaluation(m, f"task {i}", values(30, 60), title=f"T{i}") for m in ("base", "m") for i in range(18)]
+    (note,) = verdict_of(paths).notes
+    assert stats.binom.ppf([0.025, 0.975], 60, 7 / 60).tolist() == [3, 12]
+    assert note == (
+        "m may still be worse in “NLL”: by 0.058 nats a token (0.025 to 0.100), which is no longer significant among "
+        "20 tests."
+    )
+
+
+def distinct(value: float, *, better: str = "higher", half: float = 0.05) -> dict[str, Any]:
+    return of_whole("distinct-2", value, 60, better=better, interval=(value - half, value + half))  # type: ignore[arg-type]
+
+
+GAIN = (("base", 10), ("m", 40))
+
+
+def collapsed(evaluation: Any, quantities: Callable[[str], dict[str, Any]]) -> compare.Verdict:
+    """m is better in GSM8K, and the guard holds these quantities of it."""
+    paths = [evaluation(m, items=values(n, 60)) for m, n in GAIN]
+    return verdict_of(paths + [evaluation(m, "d", quantities=quantities(m), section="guards") for m, _ in GAIN])
+
+
+def test_a_collapse_that_cannot_be_tested_is_a_loss(evaluation: Any) -> None:
+    found = collapsed(evaluation, lambda m: {"score": distinct(0.6 if m == "base" else 0.02)})
+    assert found.headline == (
+        "No model beats base without a loss: m is better in “GSM8K” and worse in “distinct-2” (not tested)."
+    )
+    assert found.notes == [
+        "“distinct-2” of m falls from 0.600 (0.550 to 0.650) to 0.020 (−0.030 to 0.070): not tested, but the "
+        "intervals do not meet."
+    ]
+    assert found.models[0]["worse"] == ["distinct-2 (not tested)"]
+    alone = [evaluation(m, "d", quantities={"score": distinct(0.6 if m == "base" else 0.02)}, section="guards")
+             for m in ("base", "n")]  # fmt: skip
+    same = [evaluation(m, items=values(30, 60)) for m in ("base", "n")]
+    assert verdict_of([*alone, *same]).headline == (
+        "Stay with base: no model is significantly better in anything, and n is worse in “distinct-2” (not tested)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_base", "of_m"),
+    [
+        (distinct(0.6), distinct(0.55)),  # the intervals meet
+        (distinct(0.02), distinct(0.6)),  # it rises
+        (distinct(0.6, better="lower"), distinct(0.02, better="lower")),  # and less is better
+        ({**distinct(0.6), "interval": None}, distinct(0.02)),  # nobody knows how sure it is
+    ],
+)
+def test_what_may_be_as_good_is_no_fall(evaluation: Any, of_base: Any, of_m: Any) -> None:
+    found = collapsed(evaluation, lambda m: {"score": of_base if m == "base" else of_m})
+    assert found.headline.startswith("Ship m")
+    assert found.headline.endswith("in none of those tested.")
+    assert found.notes == ["Guards that were not tested for m: “distinct-2”."]
+
+
+def test_less_can_be_better_where_nothing_is_tested(evaluation: Any) -> None:
+    found = collapsed(evaluation, lambda m: {"score": distinct(0.1 if m == "base" else 0.5, better="lower")})
+    assert "worse in “distinct-2” (not tested)" in found.headline
+    assert found.notes[0].startswith("“distinct-2” of m rises from 0.100 (")
+
+
+def test_a_guard_that_was_measured_otherwise_is_named_and_not_compared(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(n, 60)) for m, n in GAIN]
+    paths += [evaluation(m, "d", quantities={"score": distinct(0.6 if m == "base" else 0.02)}, section="guards",
+                         options={"limit": 3 if m == "base" else 4}) for m in ("base", "m")]  # fmt: skip
+    found = verdict_of(paths)
+    assert found.headline.startswith("Ship m")
+    assert found.notes == ["Guards that were not tested for m: “distinct-2”."]
+
+
+def test_further_quantities_that_fall_are_said_with_the_ship(evaluation: Any) -> None:
+    """distinct-2 is no mean and stands in the headline; four item-wise ones fall, the largest three notes are made."""
+
+    def quantities(m: str) -> dict[str, Any]:
+        shares = {f"s{n}": of_items(f"S{n}", values(60 if m == "base" else n, 60), better="higher", bounds=(0.0, 1.0))
+                  for n in (30, 20, 10)}  # fmt: skip
+        loops = of_items("Loops", values(30, 60), better="lower", bounds=(0.0, 1.0))
+        return {"score": loops, **shares, "d": distinct(0.9 if m == "base" else 0.2)}
+
+    found = collapsed(evaluation, quantities)
+    assert found.headline == (
+        "Ship m: it is significantly better than base in “GSM8K”, and significantly worse in none of those tested; "
+        "clearly worse, though not tested: “distinct-2”."
+    )
+    assert [note.split(" of m falls")[0] for note in found.notes] == ["“S10”", "“distinct-2”", "“S20”"]
+
+
+def test_guards_are_asked_for(evaluation: Any) -> None:
+    paths = [evaluation(m, items=values(n, 60)) for m, n in GAIN]
+    assert verdict_of(paths).notes == ["No guard was measured: these records do not say what else became worse."]
+    paths += [evaluation("base", "calm", values(9, 60), section="guards", title="Calm")]
+    paths += [evaluation(m, "kl", values(9, 60), section="guards", better=None) for m, _ in GAIN]
+    assert verdict_of(paths).notes == ["Guards that were not tested for m: “Calm”."]
+
+
+def test_an_unfinished_measure_is_said(evaluation: Any) -> None:
+    paths = [evaluation("base"), evaluation("m", unfinished="3 judgements failed, the first: timed out")]
+    why = "(3 judgements failed, the first: timed out)"
+    assert verdict_of(paths).notes == [f"Unfinished: gsm8k of m {why}."]
+    assert verdict_of(paths[1:], "m").notes == [f"Unfinished: gsm8k of m {why}."]
+    paths += [evaluation("m", f"task {i}", unfinished="why") for i in range(3)]
+    assert verdict_of(paths).notes == [
+        "4 measures are unfinished, and marked so: run their evaluation again to go on."
+    ]
+
+
+def test_differences_of_items_that_count_alike_are_marked(evaluation: Any) -> None:
+    paths = []
+    for m, heavy in (("base", 1.0), ("m", 2.0)):
+        weights = {f"item {i}": heavy if i else 1.0 for i in range(9)}
+        nll = of_items("NLL", {name: 2.0 + heavy for name in weights}, better="lower", weights=weights)
+        paths.append(evaluation(m, "nll", quantities={"nll": nll}))
+    comparison = compare_models(collect(paths), "base")
+    assert cell(comparison, "nll", "m").difference["unweighted"] is True  # type: ignore[index]
+
+
+def test_names_of_any_length_leave_room_for_the_verdict(evaluation: Any) -> None:
+    long = "y" * 10_000
+    found = verdict_of([evaluation(m, items=values(n, 60)) for m, n in (("base", 10), (long, 40))])
+    assert found.headline == (
+        f"Ship {'y' * 47}…: it is significantly better than base in “GSM8K”, and significantly worse in none of those "
+        "tested."
+    )
 
 
 def test_nothing_significant_is_said_plainly(evaluation: Any) -> None:

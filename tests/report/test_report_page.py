@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from plot_align.cli import main
-from plot_align.evaluation.quantity import of_items
+from plot_align.evaluation.quantity import of_items, of_whole
+from plot_align.records import read_record
+from plot_align.report import figures
 from plot_align.report.collect import collect
 from plot_align.report.page import build, render, write
 
@@ -82,8 +84,9 @@ def test_everything_is_on_one_page_with_files_beside_it(whole: Path) -> None:
     assert "filter.json" in page  # not shown, and said
     folder = whole.parent / "page_files"
     endings = {".png": b"\x89PNG", ".svg": b"<?xml", ".csv": b"", ".md": b"**"}
-    assert {file.suffix for file in folder.iterdir()} == set(endings)
-    for file in folder.iterdir():
+    files = [file for file in folder.iterdir() if file.name != ".plot-align-report"]
+    assert {file.suffix for file in files} == set(endings)
+    for file in files:
         assert file.read_bytes().startswith(endings[file.suffix])
     assert len(list(folder.glob("*.png"))) == len(list(folder.glob("*.svg"))) == page.count('<svg class="figure"')
     assert page.count("<title id=") == page.count('<svg class="figure"')
@@ -125,6 +128,74 @@ def test_sections_without_records_are_left_out(evaluation: Any) -> None:
     assert "No record measures harmlessness, helpfulness, humanity, reasoning, coding, stem." in page
 
 
+def test_what_is_partial_is_shown_as_partial(all_kinds: Path, tmp_path: Path) -> None:
+    assert main(["report", str(all_kinds), "-o", str(tmp_path / "page.html"), "--baseline", "base"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    gaps = "unfinished; 5 of 24 ratings unreadable; 4 of 24 ratings failed"
+    assert f'<span class="gaps">{gaps}</span>' in page
+    assert "<span>Unfinished: mt_bench of tuned (4 judgements failed, the first: timed out).</span>" in page
+    assert '<span class="gaps">1 verdict undecided; 1 request without a test case</span>' in page
+    assert gaps in (tmp_path / "page_files" / "measures_by_model.md").read_text()
+    told = [
+        json.loads(html.unescape(text)) for text in re.findall(r"<pre[^>]*Details of[^>]*>(.*?)</pre>", page, re.S)
+    ]
+    (judged,) = all_kinds.rglob("mt_bench.json")
+    details = read_record(judged)["results"]["details"]
+    assert details["unparsable"]["where"] == [{"question_id": 81, "turn": 2}]
+    assert {"unfinished": "4 judgements failed, the first: timed out", **details} in told
+    assert told[-1]["tuned"]["undecided"]["benign requests"] == {"n": 2, "first": "no verdict"}
+    assert "moved" not in str(told)  # a figure shows them
+
+
+def test_a_baseline_that_nobody_asked_for_is_explained(evaluation: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [evaluation("b", reference="a"), evaluation("a")]
+    why = "The baseline is a, as none was asked for and 1 evaluation names it as the reference."
+    assert why in report(paths[0].parents[1])[1]
+    assert why in capsys.readouterr().out
+    assert "none was asked for" not in report(paths[0].parents[1], "--baseline", "b")[1]
+
+
+def test_the_papers_line_is_that_of_dpo(evaluation: Any) -> None:
+    def page_of(*models: str, baseline: str) -> str:
+        for model in models:
+            evaluation(model, "gcg", section="harmlessness", name="asr", better="lower")
+            evaluation(model, "calm", section="guards", name="refused", better="lower", title="Over-refusal")
+        comparison = build(collect([folder]), baseline=baseline, paper=True).comparison
+        found.append(figures.dpo_among(comparison))
+        return report(folder, "--paper", "--baseline", baseline)[1]
+
+    folder = evaluation("sft+plot").parents[1]
+    found: list[str | None] = []
+    line = "The paper’s line, up to half of the attack success of DPO, is not drawn"
+    assert line in page_of("sft", "dpo-plot", baseline="sft")
+    assert line not in page_of("my-DPO-8b", baseline="sft")
+    page_of("dpo", baseline="sft")
+    page_of(baseline="my-DPO-8b")
+    assert found == [None, "my-DPO-8b", "dpo", "my-DPO-8b"]
+
+
+def test_items_that_count_alike_are_said_to(evaluation: Any) -> None:
+    for m, heavy in (("base", 1.0), ("m", 2.0)):
+        weights = {f"item {i}": heavy if i else 1.0 for i in range(9)}
+        nll = of_items("NLL", {name: 2.0 + heavy for name in weights}, better="lower", weights=weights)
+        path = evaluation(m, "nll", quantities={"nll": nll})
+    assert ", items count alike</span>" in report(path.parents[1], "--baseline", "base")[1]
+
+
+def test_intervals_on_the_page_end_where_values_do(evaluation: Any) -> None:
+    wide = {**of_whole("distinct-2", 0.9, 60, better="higher", bounds=(0.0, 1.0)), "interval": [0.742, 1.062]}
+    _, page = report(evaluation("m", quantities={"score": wide}))
+    assert "74.2 to 100.0 %" in page
+    assert "106.2" not in page
+
+
+def test_long_names_have_a_line_of_a_legend_each() -> None:
+    assert figures._legend_columns(["DPO", "DPO+PLOT", "SFT"]) == 3
+    assert figures._legend_columns(["W" * 10_000, "DPO"]) == 1
+    assert len(figures._name("W" * 10_000)) == 24
+    assert len(figures._wrapped("W" * 10_000, 34).splitlines()) == 3
+
+
 def test_strings_of_models_and_data_are_harmless(evaluation: Any, tmp_path: Path) -> None:
     moves = {
         "moved": [{"token": name, "change": 0.01 * (-1) ** i, "id": i} for i, name in enumerate(NAMES)],
@@ -154,19 +225,50 @@ def test_strings_of_models_and_data_are_harmless(evaluation: Any, tmp_path: Path
             assert b"\x1b" not in text
 
 
-def test_a_report_is_made_again_in_place_and_never_over_other_files(
+def test_a_report_is_made_again_in_place_without_what_it_no_longer_has(all_kinds: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "page_files"
+    assert main(["report", str(all_kinds), "-o", str(tmp_path / "page.html")]) == 0
+    before = {file.name for file in folder.iterdir()}
+    assert main(["report", str(all_kinds / "demo.json"), "-o", str(tmp_path / "page.html")]) == 0
+    assert {file.name for file in folder.iterdir()} < before
+
+
+@pytest.mark.parametrize("name", ["old.png", "thesis.tex", "tables.csv/", "measures.csv/"])
+def test_a_file_that_no_report_wrote_is_never_touched(
+    name: str, evaluation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation("m")
+    folder = path.parent / "page_files"
+    for reports in (0, 1):  # a folder of the user's own, and one of a report that the user put a file into
+        if reports:
+            shutil.rmtree(folder)
+            assert report(path)[0] == 0
+            (folder / "measures.csv").unlink()
+        mine = folder / name / "mine" if name.endswith("/") else folder / name
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        mine.write_text("mine")
+        before = {file.name for file in folder.iterdir()}
+        capsys.readouterr()
+        assert report(path)[0] == 2
+        said = capsys.readouterr().err
+        assert f"would take the place of {folder / name}, which no report wrote" in said
+        assert said.count("\n") == 1
+        assert mine.read_text() == "mine"
+        assert {file.name for file in folder.iterdir()} == before
+
+
+def test_an_empty_folder_is_filled_and_a_file_in_its_place_is_not_replaced(
     evaluation: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = evaluation("m")
     folder = path.parent / "page_files"
+    folder.mkdir()
     assert report(path)[0] == 0
-    (folder / "old.png").write_bytes(b"stale")
-    assert report(path)[0] == 0
-    assert not (folder / "old.png").exists()
-    (folder / "thesis.tex").write_text("mine")
+    shutil.rmtree(folder)
+    folder.write_text("mine")
     assert report(path)[0] == 2
-    assert "would take the place of" in capsys.readouterr().err
-    assert (folder / "thesis.tex").read_text() == "mine"
+    assert f"take the place of {folder}," in capsys.readouterr().err
+    assert folder.read_text() == "mine"
 
 
 def test_nothing_is_left_of_a_report_that_failed(evaluation: Any, monkeypatch: pytest.MonkeyPatch,

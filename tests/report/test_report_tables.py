@@ -15,10 +15,13 @@ from plot_align.report.tables import (
     as_csv,
     as_markdown,
     difference_text,
+    interval_of,
     interval_text,
+    loss_text,
     number,
     p_text,
     value_text,
+    with_interval,
 )
 
 
@@ -51,6 +54,26 @@ def test_shares_are_per_cent_and_others_as_fine_as_their_interval() -> None:
     assert (value_text(points), interval_text(points)) == ("6.0", "4.8 to 7.2")
     assert interval_text({"value": 1.0, "bounds": None}) == ""
     assert interval_text({"value": 1.0, "interval": [-math.inf, math.inf], "bounds": None}) == "−∞ to ∞"
+
+
+def test_intervals_end_where_values_do() -> None:
+    share = {"value": 0.9, "interval": [0.742, 1.062], "bounds": [0.0, 1.0]}
+    assert interval_of(share) == (0.742, 1.0)
+    assert with_interval(share) == "90.0 % (74.2 to 100.0 %)"
+    assert interval_of({"value": 0.1, "interval": [-0.2, 0.4], "bounds": [0.0, 1.0]}) == (0.0, 0.4)
+    assert interval_of({"value": 0.1, "interval": [-0.2, 0.4], "bounds": None}) == (-0.2, 0.4)
+    assert interval_of({"value": 0.1, "bounds": [0.0, 1.0]}) is None
+    assert with_interval({"value": 7.0, "bounds": None}) == "7"
+
+
+def test_losses_are_amounts() -> None:
+    fall = {"value": -0.117, "interval": [-0.2, -0.03]}
+    assert loss_text(fall, {"better": "higher", "bounds": [0.0, 1.0]}) == "11.7 points (3.0 to 20.0)"
+    rise = {"value": 0.5, "interval": [0.25, 0.75]}
+    assert loss_text(rise, {"better": "lower", "bounds": None, "unit": "nats a token"}) == (
+        "0.50 nats a token (0.25 to 0.75)"
+    )
+    assert loss_text(rise, {"better": "lower", "bounds": [1.0, 10.0], "unit": None}) == "0.50 (0.25 to 0.75)"
 
 
 def test_differences_have_signs() -> None:

@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
     content = build(collected, baseline=options.baseline, title=options.title, paper=options.paper, seed=options.seed)
     folder = write(content, options.output)
     console = Console(highlight=False)
-    for line in (content.verdict.headline, *content.verdict.notes, *collected.left_out):
+    chosen = [content.chosen] if content.chosen else []
+    for line in (content.verdict.headline, *content.verdict.notes, *chosen, *collected.left_out):
         console.print(one_line(line, longest=900), markup=False, soft_wrap=True)
     console.print(f"page: {options.output}, its figures and tables: {folder}", markup=False, soft_wrap=True)
     return 0

@@ -188,7 +188,7 @@ def check_history(place: str, history: Any) -> None:
     for entry in history or ():
         if "step" in _mapping(place, entry):
             _finite(f"{place}.step", entry["step"])
-        for name, value in entry.items():
+        for value in entry.values():
             if isinstance(value, int | float):
                 float(value)  # OverflowError: no number that was ever logged
 

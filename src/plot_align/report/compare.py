@@ -1,12 +1,14 @@
 """Models against a baseline: which differences are sure, and the verdict that follows from them by rule.
 
 One test a measure and model, of the measure's score, paired by item; all tests of a report are corrected together
-(Holm). What cannot be paired is not tested.
+(Holm). What cannot be paired is not tested; where its two 95 % intervals do not meet, on the worse side, it counts as
+a fall all the same.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,10 +16,12 @@ from typing import Any, Literal
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import GUARDS, SECTIONS, Quantity, compare
 from plot_align.report.collect import Collected, Observation
-from plot_align.report.tables import count
+from plot_align.report.tables import count, interval_of, loss_text, with_interval
 from plot_align.statistics import holm
+from plot_align.text import one_line
 
 ALPHA = 0.05
+_MOST_NOTES = 3  # of one kind and model
 Sign = Literal["better", "worse", "none"]
 
 NO_ITEMS = "it is no mean over items"
@@ -50,7 +54,7 @@ class Cell:
         return "better" if (self.difference["value"] > 0) == (self.quantity["better"] == "higher") else "worse"
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One quantity of every model.
 
@@ -89,15 +93,24 @@ class Comparison:
         tested = Counter(m for row in self.rows for m, cell in row.cells.items() if cell.sign is not None)
         return max(tested.values(), default=0)
 
+    def fell(self, model: str) -> list[Row]:
+        """Rows that are not tested, and where the model's interval lies beyond the baseline's on the worse side."""
+        return [row for row in self.rows if _fell(row.cells.get(model), row.cells.get(self.baseline))]
+
+    def losses(self, model: str) -> list[Row]:
+        """Scores that are significantly worse, or that are not tested and fell."""
+        fell = [row for row in self.fell(model) if row.score]
+        return [row for row in self.rows if row in fell or row in self.signed(model, "worse")]
+
     @property
     def blunt(self) -> bool:
         """Whether the resampled p-values, 2 in 10,000 at least, are too coarse for so many tests."""
         return self.tests * 2 / 10_000 >= ALPHA
 
 
-def choose_baseline(collected: Collected, wanted: str | None) -> str:
-    """Whom the others are compared with: ``wanted``, else the reference that most evaluation records name and that
-    was measured itself, else the first model.
+def choose_baseline(collected: Collected, wanted: str | None) -> tuple[str, str]:
+    """Whom the others are compared with, and why, in words: ``wanted`` (nothing is said of it), else the reference
+    that most evaluation records name and that was measured itself, else the first model.
 
     Raises:
         InputError: ``wanted`` was not measured.
@@ -107,9 +120,11 @@ def choose_baseline(collected: Collected, wanted: str | None) -> str:
         if wanted not in models:
             known = ", ".join(models) or "no model at all"
             raise InputError(f"--baseline is {wanted!r}, and the records measured {known}; name one of them")
-        return wanted
+        return wanted, ""
     references = Counter(name for name in collected.references if name in models)
-    return references.most_common(1)[0][0] if references else next(iter(models), "")
+    for name, times in references.most_common(1):
+        return name, f"{count(times, 'evaluation')} name{'s' if times == 1 else ''} it as the reference"
+    return next(iter(models), ""), "it is the model of the first record given"
 
 
 def compare_models(collected: Collected, baseline: str, *, seed: int = 0) -> Comparison:
@@ -176,23 +191,23 @@ def judge(comparison: Comparison) -> Verdict:
     """The verdict by rule.
 
     A model is named to ship in place of the baseline where some score is significantly better and none, guards
-    included, is significantly worse; of several, those with the most better scores among the seven sub-preferences,
-    then among all. Without one, what is better and what is worse is said, and where nothing is significant, that.
-    Attack success that rises, over-refusal that rises while attack success falls, and the largest fall of a named
-    model that may be chance, are said in any case.
+    included, is significantly worse or fell untested; of several, those with the most better scores among the seven
+    sub-preferences, then among all. Without one, what is better and what is worse is said, and where nothing is
+    significant, that. Guards that were not tested, attack success that rises, over-refusal that rises while attack
+    success falls, and the largest falls of a named model that carry no test or may be chance, are said in any case.
     """
     base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
     if not comparison.models:
         return Verdict("No model was measured in these records.")
+    unfinished = _unfinished(comparison)
     if not others:
-        return Verdict(f"Only {base} was measured, so there is nothing to compare it with.")
-    signs = {m: (comparison.signed(m, "better"), comparison.signed(m, "worse")) for m in others}
-    notes = _warnings(comparison, others)
+        return Verdict(f"Only {called(base)} was measured, so there is nothing to compare it with.", unfinished)
+    signs = {m: (comparison.signed(m, "better"), comparison.losses(m)) for m in others}
     table = [
         {
             "model": model,
             "better": [row.title for row in better],
-            "worse": [row.title for row in worse],
+            "worse": [row.title if row.cells[model].sign else f"{row.title} (not tested)" for row in worse],
             "unclear": len(comparison.signed(model, "none")),
             "untested": sum(
                 row.score and (model not in row.cells or row.cells[model].sign is None) for row in comparison.rows
@@ -200,17 +215,20 @@ def judge(comparison: Comparison) -> Verdict:
         }
         for model, (better, worse) in signs.items()
     ]
+    best = _best(signs)
     if not comparison.tests:
-        headline = f"No difference to {base} could be tested: the records share no items measured alike."
+        headline = f"No difference to {called(base)} could be tested: the records share no items measured alike."
     else:
-        best = _best(signs)
-        headline = _headline(base, signs, best, comparison.tests)
-        notes += [note for model in best for note in _unsure_fall(comparison, model)]
+        headline = _headline(comparison, signs, best)
+    notes = _untested_guards(comparison, best) + unfinished + _warnings(comparison, others)
+    mixed = [model for model, (better, worse) in signs.items() if better and worse]
+    for model in best or mixed[:_MOST_NOTES]:
+        notes += _falls(comparison, model)
     for model in others:
         tested = sum(row.score and row.cells[model].sign is not None for row in comparison.rows if model in row.cells)
         if signs[model][0] and not signs[model][1] and 2 * tested < comparison.most_tested:
             notes.append(
-                f"{model} was tested in {count(tested, 'score')} only, other models in up to "
+                f"{called(model)} was tested in {count(tested, 'score')} only, other models in up to "
                 f"{comparison.most_tested}: little is known of it."
             )
     if comparison.blunt:
@@ -224,6 +242,21 @@ def judge(comparison: Comparison) -> Verdict:
 Signs = dict[str, tuple[list[Row], list[Row]]]  # model → rows where it is better, rows where it is worse
 
 
+def _fell(cell: Cell | None, control: Cell | None) -> bool:
+    """Whether a quantity that is not tested is worse than the baseline's by its two intervals."""
+    if cell is None or control is None or cell.difference is not None or cell.reason in (NOT_ALIKE, NOT_SHARED):
+        return False
+    ends, others = interval_of(cell.quantity), interval_of(control.quantity)
+    if ends is None or others is None or cell.observation.alike != control.observation.alike:
+        return False
+    match cell.quantity["better"]:
+        case "higher":
+            return ends[1] < others[0]
+        case "lower":
+            return ends[0] > others[1]
+    return False
+
+
 def _preferences(rows: list[Row]) -> int:
     return sum(row.section != GUARDS for row in rows)
 
@@ -234,7 +267,8 @@ def _best(signs: Signs) -> list[str]:
     return [m for m, gains in clean.items() if gains == max(clean.values())]
 
 
-def _headline(base: str, signs: Signs, best: list[str], tests: int) -> str:
+def _headline(comparison: Comparison, signs: Signs, best: list[str]) -> str:
+    base = called(comparison.baseline)
     gains = {m: better for m, (better, _) in signs.items()}
     losses = {m: worse for m, (_, worse) in signs.items()}
     mixed = [m for m in signs if gains[m] and losses[m]]
@@ -245,50 +279,101 @@ def _headline(base: str, signs: Signs, best: list[str], tests: int) -> str:
         scores = _titles(shared) if alike else count(len(shared), "score")
         subject = "it" if len(best) == 1 else "each"
         guards = "" if _preferences(shared) else ", all of them guards"
+        fell = {row.title: row for m in best for row in comparison.fell(m) if not row.first["items"]}
+        but = f"; clearly worse, though not tested: {_titles(list(fell.values()))}" if fell else ""
         return (
-            f"Ship {_and(best, 'or')}: {subject} is significantly better than {base} in {scores}{guards}, and "
-            "significantly worse in none of those tested."
+            f"Ship {_and([called(m) for m in best], 'or')}: {subject} is significantly better than {base} in "
+            f"{scores}{guards}, and significantly worse in none of those tested{but}."
         )
     if len(mixed) == 1:
         (model,) = mixed
-        both = f"better in {_titles(gains[model])} and worse in {_titles(losses[model])}"
-        return f"No model beats {base} without a loss: {model} is {both}."
+        both = f"better in {_titles(gains[model])} and worse in {_titles(losses[model], model)}"
+        return f"No model beats {base} without a loss: {called(model)} is {both}."
     if mixed:
-        return (
-            f"No model beats {base} without a loss: {_and(mixed)} are each better in some scores and worse in others."
-        )
+        names = _and([called(m) for m in mixed])
+        return f"No model beats {base} without a loss: {names} are each better in some scores and worse in others."
     if worse:
         parts = (
-            f"{worse[0]} is worse in {_titles(losses[worse[0]])}"
+            f"{called(worse[0])} is worse in {_titles(losses[worse[0]], worse[0])}"
             if len(worse) == 1
-            else f"{_and(worse)} are worse in some"
+            else f"{_and([called(m) for m in worse])} are worse in some"
         )
         return f"Stay with {base}: no model is significantly better in anything, and {parts}."
     return (
-        f"No significant difference to {base} in any of {count(tests, 'test')}: these records give no reason to ship "
-        "another model, and do not show that the models are equal."
+        f"No significant difference to {base} in any of {count(comparison.tests, 'test')}: these records give no "
+        "reason to ship another model, and do not show that the models are equal."
     )
 
 
-def _unsure_fall(comparison: Comparison, model: str) -> list[str]:
-    """The score of a sub-preference that falls most without being significant, where its interval is below 0."""
-    falls = []
+def _untested_guards(comparison: Comparison, best: list[str]) -> list[str]:
+    """Of the models to ship, the guards that say nothing of them."""
+    guards = [row for row in comparison.rows if row.section == GUARDS and row.score and row.first["better"]]
+    if best and not guards:
+        return ["No guard was measured: these records do not say what else became worse."]
+    models: dict[str, list[str]] = {}
+    for model in best:
+        untested = [row for row in guards if model not in row.cells or row.cells[model].sign is None]
+        if untested:
+            models.setdefault(_titles(untested), []).append(called(model))
+    return [f"Guards that were not tested for {_and(names)}: {titles}." for titles, names in models.items()]
+
+
+def _unfinished(comparison: Comparison) -> list[str]:
+    """Measures that stand here before they were done."""
+    found = {
+        f"{cell.observation.measure} of {called(model)}": str(cell.observation.record.results["unfinished"])
+        for row in comparison.rows
+        if row.score
+        for model, cell in row.cells.items()
+        if "unfinished" in cell.observation.gaps
+    }
+    if len(found) > _MOST_NOTES:
+        return [f"{len(found)} measures are unfinished, and marked so: run their evaluation again to go on."]
+    return [f"Unfinished: {what} ({one_line(why, longest=200)})." for what, why in found.items()]
+
+
+def _falls(comparison: Comparison, model: str) -> list[str]:
+    """What may be worse without being significant, the largest first: scores whose interval lies below 0 before the
+    correction, and what is not tested.
+
+    Large is a difference in parts of what is possible, or of the larger value where nothing bounds it.
+    """
+    falls: list[tuple[float, str]] = []
+    fell, safer = comparison.fell(model), _safer(comparison, model)
     for row in comparison.rows:
-        cell = row.cells.get(model)
-        if row.section == GUARDS or cell is None or cell.difference is None or cell.sign != "none":
+        cell, control = row.cells.get(model), row.cells.get(comparison.baseline)
+        if cell is None or control is None:
             continue
-        way = 1 if cell.quantity["better"] == "higher" else -1
-        low, high = sorted(way * end for end in cell.difference["interval"])
-        if high < 0 and row.first["bounds"]:
-            width = row.first["bounds"][1] - row.first["bounds"][0]
-            falls.append((way * cell.difference["value"] / width, low / width, high / width, row))
-    if not falls:
-        return []
-    value, low, high, row = min(falls, key=lambda fall: fall[0])
-    return [
-        f"{model} may still be worse in “{row.title}”: by {-100 * value:.1f} points ({-100 * high:.1f} to "
-        f"{-100 * low:.1f}), which is no longer significant among {comparison.tests} tests."
-    ]
+        quantity, other = cell.quantity, control.quantity
+        if row in fell:
+            word = "falls" if quantity["better"] == "higher" else "rises"
+            text = (
+                f"“{_short(row.title)}” of {called(model)} {word} from {with_interval(other)} to "
+                f"{with_interval(quantity)}: not tested, but the intervals do not meet."
+            )
+            falls.append((_size(quantity["value"] - other["value"], quantity, other), text))
+        elif cell.difference is not None and cell.sign == "none" and not (safer and is_refusal(row)):  # said already
+            low, high = cell.difference["interval"]
+            if high < 0 if quantity["better"] == "higher" else low > 0:
+                text = (
+                    f"{called(model)} may still be worse in “{_short(row.title)}”: by "
+                    f"{loss_text(cell.difference, quantity)}, which is no longer significant among "
+                    f"{comparison.tests} tests."
+                )
+                falls.append((_size(cell.difference["value"], quantity, other), text))
+    return [text for _, text in sorted(falls, key=lambda fall: -fall[0])[:_MOST_NOTES]]
+
+
+def _size(difference: float, quantity: Quantity, other: Quantity) -> float:
+    if quantity["bounds"]:
+        return abs(difference) / (quantity["bounds"][1] - quantity["bounds"][0])
+    largest = max(abs(quantity["value"]), abs(other["value"]))
+    return abs(difference) / largest if 0 < largest < math.inf else math.inf
+
+
+def _safer(comparison: Comparison, model: str) -> bool:
+    """Whether some attack succeeds significantly less."""
+    return any(is_attack(row) for row in comparison.signed(model, "better"))
 
 
 def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
@@ -299,18 +384,18 @@ def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
         attacks, refusals = ([row for row in rows if of(row)] for of in (is_attack, is_refusal))
         rising = [row for row in attacks if row.cells[model].sign == "worse"]
         if rising:
-            notes.append(f"Attack success of {model} rises significantly: {_titles(rising)}.")
-        if not any(row.cells[model].sign == "better" for row in attacks):
+            notes.append(f"Attack success of {called(model)} rises significantly: {_titles(rising)}.")
+        if not _safer(comparison, model):
             continue
         if any(row.cells[model].sign == "worse" for row in refusals):
-            bought.append(model)
+            bought.append(called(model))
             continue
         for row in refusals:
             rise = row.cells[model].quantity["value"] - row.cells[base].quantity["value"]
             if rise > 0:
                 perhaps.append(
-                    f"{model} is safer, and refuses {100 * rise:.1f} points more harmless requests, which these "
-                    "records do not show to be more than chance."
+                    f"{called(model)} is safer, and refuses {100 * rise:.1f} points more harmless requests, which "
+                    "these records do not show to be more than chance."
                 )
     if bought:
         notes.append(
@@ -330,8 +415,20 @@ def is_refusal(row: Row) -> bool:
     return row.name == "refused"
 
 
-def _titles(rows: list[Row]) -> str:
-    titles = [f"“{row.title}”" for row in rows]
+def called(model: str) -> str:
+    """A model's name in a sentence."""
+    return one_line(model, longest=48)
+
+
+def _short(title: str) -> str:
+    return one_line(title, longest=80)
+
+
+def _titles(rows: list[Row], model: str | None = None) -> str:
+    """Their titles; with a model, which of them were not tested for it."""
+    titles = [
+        f"“{_short(row.title)}”" + (" (not tested)" if model and row.cells[model].sign is None else "") for row in rows
+    ]
     return _and(titles if len(titles) <= 4 else [*titles[:3], f"{len(titles) - 3} more"])
 
 

@@ -19,12 +19,11 @@ from markupsafe import Markup
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
-from plot_align.report.tables import Entry, Table, arrow, count, section_title
+from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
 from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
 PAPER_ASR = 0.5  # the same: up to half of DPO's attack success
-PAPER = "the paper's figure"
 
 _INK, _MUTED, _GRID, _CARD = "#1c1e21", "#5f6369", "#d8dbe0", "#fefefe"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -103,7 +102,7 @@ def seven(comparison: Comparison) -> Picture | None:
     thick = 0.17 if len(models) <= 4 else 0.11
     # Inches; three lines of a label need some, however few the bars.
     heights = [max(0.5, thick * sum(model in row.cells for model in models) + 0.24) for row in rows]
-    with _drawing(_WIDTH, sum(heights) + 0.55 + _legend_height(models)) as figure:
+    with _drawing(_WIDTH, sum(heights) + 0.7 + _legend_height(models)) as figure:
         axes = figure.subplots()
         numbers: list[list[Entry]] = []
         middles, top = [], 0.0
@@ -132,7 +131,7 @@ def seven(comparison: Comparison) -> Picture | None:
         axes.set_ylim(top, -0.12)
         axes.set_xlim(0, 1)
         _percent(axes.xaxis)
-        axes.set_xlabel("of what is possible; ↓ marks where less is better")
+        axes.set_xlabel("of what is possible\n(↓ less is better)")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         _legend(figure, axes, comparison, models, bars=True)
@@ -147,7 +146,11 @@ def seven(comparison: Comparison) -> Picture | None:
 
 
 def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
-    """For each attack, its success against over-refusal: every model a point with both intervals."""
+    """For each attack, its success against over-refusal: every model a point with both intervals.
+
+    ``paper`` draws the paper's claim for the model that :func:`dpo_among` finds.
+    """
+    dpo = dpo_among(comparison)
     refusals = [row for row in comparison.rows if is_refusal(row)]
     found = []
     for number, attack in enumerate(row for row in comparison.rows if is_attack(row)):
@@ -176,10 +179,10 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
                     markeredgewidth=0.6,
                 )
                 numbers.append([model, *_numbers(y), *_numbers(x)])
-            if paper and comparison.baseline in models:
-                half = PAPER_ASR * attack.cells[comparison.baseline].quantity["value"]
+            if paper and dpo in models:
+                half = PAPER_ASR * attack.cells[dpo].quantity["value"]
                 axes.axhline(half, color=_MUTED, linewidth=1, linestyle="--")
-                text = f"{PAPER}: half of {_name(comparison.baseline)}'s"
+                text = f"the paper: up to half of {_name(dpo)}'s"
                 axes.text(0.99, half, text, ha="right", va="bottom", fontsize=8, color=_MUTED)
             axes.set(
                 xlim=(-0.02, 1.02),
@@ -211,6 +214,12 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
                 )
             )
     return found
+
+
+def dpo_among(comparison: Comparison) -> str | None:
+    """The model that the paper compares with, by its name: one of DPO without PLOT, the baseline before others."""
+    alike = [m for m in comparison.models if "dpo" in m.lower() and "plot" not in m.lower()]
+    return min(alike, key=lambda model: (model != comparison.baseline, model.lower() != "dpo"), default=None)
 
 
 def curves(found: Mapping[str, Mapping[str, Curve]], where: str, comparison: Comparison) -> list[Picture]:
@@ -411,14 +420,14 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
     bars = max(len(up), len(down), 1)
     file, title = f"moved_tokens_{number}", f"Most-moved tokens: {one_line(model)}"
     # Laid out by hand, which is several times faster: there is one such figure a model.
-    height, sides = 0.95 + 0.21 * bars, (down, up)
+    height, sides = 1.1 + 0.21 * bars, (down, up)
     labels = [[_token(row["token"]) for row in side] for side in sides]
     widths = [0.12 + 0.067 * max(map(len, of), default=0) for of in labels]  # inches, of DejaVu Sans Mono at 8 pt
     room = (_WIDTH - sum(widths) - 0.2) / 2
     starts = (widths[0], widths[0] + room + widths[1])
     with _drawing(_WIDTH, height, layout=None) as figure:
         for side, texts, start, label in zip(sides, labels, starts, ("Moved from", "Moved to"), strict=True):
-            axes = figure.add_axes((start / _WIDTH, 0.6 / height, room / _WIDTH, 1 - 0.95 / height))
+            axes = figure.add_axes((start / _WIDTH, 0.75 / height, room / _WIDTH, 1 - 1.1 / height))
             for at, row in enumerate(side):
                 liked = _liked(row)
                 axes.barh(
@@ -438,8 +447,8 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
             axes.grid(axis="x")
             axes.spines["left"].set_visible(False)
             axes.locator_params(axis="x", nbins=3)
-        says = f"change of the mean probability against {_name(reference)}, in points"
-        figure.text(0.5, 0.08 / height, says, fontsize=8, ha="center", va="bottom")
+        says = f"change of the mean probability, in points,\nagainst {_name(reference)}"
+        figure.text(0.5, 0.06 / height, says, fontsize=8, ha="center", va="bottom")
         columns = ["token", "id", "change", "preference d", "in chosen", "in rejected"]
         numbers = [
             [readable(row["token"]), *(row.get(key) for key in ("id", "change", "d", "chosen", "rejected"))]
@@ -538,14 +547,15 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
         )
         axes.axvline(1, color=_INK, linewidth=1, label="without PLOT")
         if paper:
-            axes.axvline(PAPER_TIME, color=_SERIES[1], linewidth=1.4, linestyle="--", label=f"{PAPER}: +2.67 %")
+            label = "the paper: +2.67 % over DPO"
+            axes.axvline(PAPER_TIME, color=_SERIES[1], linewidth=1.4, linestyle="--", label=label)
         axes.set(yticks=[], ylim=(-1, 1), xlabel="time of a training step, with PLOT over without")
         axes.margins(x=0.15)
         axes.spines["left"].set_visible(False)
         _legend_of(figure, axes)
         numbers: list[list[Entry]] = [["measured", entry["value"], low, high, entry["n"]]]
         if paper:
-            numbers.append([PAPER, PAPER_TIME, None, None, None])
+            numbers.append(["the paper", PAPER_TIME, None, None, None])
         title = "What PLOT costs in time"
         return _picture(
             figure,
@@ -640,7 +650,8 @@ def _token(text: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    return textwrap.fill(one_line(text, _has_glyph), width)
+    """On three lines at most."""
+    return "\n".join(textwrap.wrap(one_line(text, _has_glyph), width, max_lines=3, placeholder="…"))
 
 
 def _row_label(row: Row) -> str:
@@ -651,19 +662,19 @@ def _row_label(row: Row) -> str:
 def _share_of_possible(quantity: Mapping[str, Any]) -> tuple[float, float, float]:
     """Value and interval on the scale from the smallest to the largest possible value."""
     low, high = quantity["bounds"]
-    ends = quantity.get("interval") or (quantity["value"],) * 2
+    ends = interval_of(quantity) or (quantity["value"],) * 2
     value, start, end = ((x - low) / (high - low) for x in (quantity["value"], *ends))
     return value, start, end
 
 
 def _arms(entry: Mapping[str, Any]) -> list[list[float]]:
     """Lengths of the interval's two arms, as matplotlib wants them."""
-    low, high = entry.get("interval") or (entry["value"],) * 2
+    low, high = interval_of(entry) or (entry["value"],) * 2
     return [[max(0.0, entry["value"] - low)], [max(0.0, high - entry["value"])]]
 
 
 def _numbers(entry: Mapping[str, Any]) -> list[Entry]:
-    return [entry["value"], *(entry.get("interval") or (None, None)), entry["n"]]
+    return [entry["value"], *(interval_of(entry) or (None, None)), entry["n"]]
 
 
 def _error(entry: Mapping[str, Any]) -> float:
@@ -690,6 +701,8 @@ def _percent(axis: Any) -> None:
 
 def _legend_columns(names: Sequence[str]) -> int:
     widest = max((min(len(name), _NAME) for name in names), default=1)
+    if widest > 16:  # letters differ in width: two such names can be too wide for a line
+        return 1
     return max(1, min(len(names), 62 // (widest + 7)))
 
 

@@ -26,6 +26,7 @@ from plot_align.report.tables import (
     as_csv,
     as_markdown,
     difference_text,
+    interval_of,
     interval_text,
     number,
     p_text,
@@ -35,10 +36,11 @@ from plot_align.report.tables import (
 )
 from plot_align.text import one_line, readable
 
-_ENDINGS = (".png", ".svg", ".csv", ".md")  # of the files beside the page
+_LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all
 _LONGEST_TEXT = 300  # characters of a text in a record's configuration
 _LONGEST_CONFIG = 6000
+_DRAWN = ("moved", "flows", "masses")  # of the details
 _MARKS = {"better": "▲", "worse": "▼", "none": "○"}
 _WORDS = {"better": "better", "worse": "worse", "none": "no clear sign"}
 
@@ -64,6 +66,7 @@ class Content:
     pictures: dict[str, list[Picture]] = field(default_factory=dict)  # part of the page → its figures
     transports: list[Transport] = field(default_factory=list)
     seeds: list[runs.Seeds] = field(default_factory=list)
+    chosen: str = ""  # why this baseline, where none was asked for
     tables: list[Table] = field(default_factory=list)  # those that no figure shows
     paper: bool = False
 
@@ -94,8 +97,11 @@ def build(
     Raises:
         InputError: the baseline was not measured.
     """
-    comparison = compare.compare_models(collected, compare.choose_baseline(collected, baseline), seed=seed)
+    name, why = compare.choose_baseline(collected, baseline)
+    comparison = compare.compare_models(collected, name, seed=seed)
     content = Content(title, collected, comparison, compare.judge(comparison), paper=paper)
+    if why and len(comparison.models) > 1:
+        content.chosen = f"The baseline is {compare.called(name)}, as none was asked for and {why}."
     seven = figures.seven(comparison)
     sweeps = [runs.sweep_lines(record) for record in collected.of_kind("sweep")]
     attacks = enumerate(runs.attack_curves(collected), start=1)
@@ -137,12 +143,11 @@ def write(content: Content, output: Path) -> Path:
         InputError: they cannot be written, or the folder holds files of somebody else.
     """
     folder = output.with_name(f"{output.stem}_files")
-    strangers = [f for f in folder.iterdir() if f.suffix not in _ENDINGS] if folder.is_dir() else []
-    if strangers or (folder.exists() and not folder.is_dir()):
-        what = strangers[0] if strangers else folder
+    stranger = _stranger(folder)
+    if stranger is not None:
         raise InputError(
-            f"the report's files would take the place of {what}, which is none of them; move it, or name another page "
-            "with --output"
+            f"the report's files would take the place of {stranger}, which no report wrote; move it, or name another "
+            "page with --output"
         )
     page = render(content, folder.name).encode("utf-8", "backslashreplace")
     try:
@@ -152,6 +157,8 @@ def write(content: Content, output: Path) -> Path:
             new.mkdir()
             for name, data in _files(content):
                 (new / name).write_bytes(data)
+            names = sorted(file.name for file in new.iterdir())
+            (new / _LIST).write_text("\n".join(names) + "\n", encoding="utf-8")
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
@@ -160,6 +167,20 @@ def write(content: Content, output: Path) -> Path:
     with complete_or_absent(output) as part:
         part.write_bytes(page)
     return folder
+
+
+def _stranger(folder: Path) -> Path | None:
+    """Something in the place of a report's folder that no report wrote; None where there is nothing such."""
+    if not folder.is_dir():
+        return folder if folder.exists() else None
+    try:
+        listed = {*(folder / _LIST).read_text(encoding="utf-8").splitlines(), _LIST}
+    except (OSError, UnicodeDecodeError):
+        listed = set()
+    try:
+        return next((f for f in sorted(folder.iterdir()) if f.name not in listed or not f.is_file()), None)
+    except OSError:
+        return folder  # it cannot be looked into
 
 
 def _files(content: Content) -> Iterator[tuple[str, bytes]]:
@@ -211,6 +232,7 @@ def render(content: Content, folder: str) -> str:
         alpha=compare.ALPHA,
         version=__version__,
         paper_time=figures.PAPER_TIME,
+        dpo=figures.dpo_among(comparison),
     )
 
 
@@ -257,12 +279,13 @@ def _cell(cell: Cell | None, model: str, comparison: Comparison, notes: _Notes |
         "mark": "",
         "says": "",
         "note": "",
+        "gaps": "; ".join(cell.observation.gaps),
     }
     if cell.difference is not None and cell.sign is not None:
         found["mark"] = _MARKS[cell.sign]
-        found["says"] = (
-            f"{_WORDS[cell.sign]}, {difference_text(cell.difference, quantity)}, {p_text(cell.difference['p_holm'])}"
-        )
+        gap = cell.difference
+        said = [_WORDS[cell.sign], difference_text(gap, quantity), p_text(gap["p_holm"])]
+        found["says"] = ", ".join(said + ["items count alike"] * bool(gap.get("unweighted")))
     elif model != comparison.baseline and notes is not None and cell.reason is not None:
         found["says"], found["note"] = "not tested", notes.letter(cell.reason)
     return found
@@ -282,7 +305,8 @@ def _wide(comparison: Comparison) -> Table:
                 continue
             interval = f" ({cell['interval']})" if cell["interval"] else ""
             sign = f"; {cell['mark']} {cell['says']}" if cell["says"] else ""
-            texts.append(f"{cell['value']}{interval}, n {cell['n']}{sign}")
+            gaps = f"; {cell['gaps']}" if cell["gaps"] else ""
+            texts.append(f"{cell['value']}{interval}, n {cell['n']}{gaps}{sign}")
         rows.append(texts)
     caption = f"Every measure, with 95 % intervals; differences to {comparison.baseline}, p after Holm's correction"
     return Table("measures_by_model", caption, ["section", "measure", *comparison.models], rows)
@@ -299,7 +323,7 @@ def _long(comparison: Comparison) -> Table:
             of, gap = cell.quantity, cell.difference
             rows.append([
                 row.section, row.measure, row.name, of["title"], of["better"], of.get("unit"), model, of["value"],
-                *(of.get("interval") or (None, None)), of["n"], comparison.baseline,
+                *(interval_of(of) or (None, None)), of["n"], comparison.baseline,
                 *((gap["value"], *gap["interval"], gap["n"], gap["p"], gap["p_holm"]) if gap else (None,) * 6),
                 cell.sign, cell.reason, cell.observation.record.name,
             ])  # fmt: skip
@@ -337,7 +361,7 @@ def _how(record: Record) -> dict[str, Any]:
     """How the numbers of a record were made."""
     content = record.content
     quantities = record.results.get("quantities") if record.kind == "evaluation" else None
-    said = {k: v for k, v in record.results["details"].items() if _scalar(v)} if quantities else {}
+    said = _said(record)
     config = record.config
     gpus = content["hardware"].get("gpus")
     commit = content["commit"] if isinstance(content["commit"], dict) else {}
@@ -378,8 +402,17 @@ def _what(record: Record) -> str:
     return record.kind
 
 
-def _scalar(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
+def _said(record: Record) -> dict[str, Any]:
+    """What a record says besides its numbers and what figures show; short entries first, as the end is cut."""
+    if record.kind == "redteam":
+        models = record.results["models"].items()
+        return {m: {k: of[k] for k in ("undecided", "failed") if of.get(k)} for m, of in models}
+    if record.kind != "evaluation":
+        return {}
+    unfinished = record.results.get("unfinished")
+    said = {name: value for name, value in record.results["details"].items() if name not in _DRAWN}
+    ordered = dict(sorted(said.items(), key=lambda entry: isinstance(entry[1], dict | list)))
+    return {"unfinished": unfinished, **ordered} if unfinished else ordered
 
 
 def _json(value: Any) -> str:

@@ -101,18 +101,41 @@ def value_text(quantity: Mapping[str, Any]) -> str:
     return _scaled(quantity["value"], quantity)
 
 
+def interval_of(quantity: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval, cut at the bounds of what is possible; None where there is none."""
+    if quantity.get("interval") is None:
+        return None
+    low, high = quantity["interval"]
+    least, most = quantity.get("bounds") or (-math.inf, math.inf)
+    return max(low, least), min(high, most)
+
+
 def interval_text(quantity: Mapping[str, Any]) -> str:
     """The interval in the value's scale; empty where there is none."""
-    if quantity.get("interval") is None:
-        return ""
-    low, high = quantity["interval"]
-    return f"{_scaled(low, quantity, unit='')} to {_scaled(high, quantity)}"
+    ends = interval_of(quantity)
+    return f"{_scaled(ends[0], quantity, unit='')} to {_scaled(ends[1], quantity)}" if ends else ""
+
+
+def with_interval(quantity: Mapping[str, Any]) -> str:
+    """``0.60 (0.55 to 0.65)``."""
+    around = interval_text(quantity)
+    return value_text(quantity) + (f" ({around})" if around else "")
 
 
 def difference_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str:
     """``treated − control`` with its sign: points for shares."""
     entry = {**difference, "bounds": quantity["bounds"]}
     return _scaled(difference["value"], entry, unit=" points", signed=True)
+
+
+def loss_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str:
+    """A difference towards worse, as an amount with its interval: ``11.7 points (5.0 to 18.3)``."""
+    way = -1 if quantity["better"] == "higher" else 1
+    low, high = sorted(way * end for end in difference["interval"])
+    entry = {"interval": [low, high], "bounds": quantity["bounds"]}
+    value, *ends = (_scaled(x, entry, unit="") for x in (way * difference["value"], low, high))
+    unit = "points" if is_rate(quantity) else quantity.get("unit") or ""
+    return f"{value} {unit}".rstrip() + f" ({' to '.join(ends)})"
 
 
 def p_text(p: float) -> str:
