@@ -192,8 +192,10 @@ def test_a_fall_that_the_correction_hides_is_said(evaluation: Any, section: str)
 
 
 def test_a_fall_without_bounds_is_said_in_its_unit(evaluation: Any) -> None:
-    """NLL rises by 0.5 in 7 of 60 texts: by 0.5 · 7 / 60 = 0.058. The bootstrap's ends are those of B(60, 7 / 60), 3 and
-    12, times 0.5 / 60."""
+    """NLL rises by 0.5 in 7 of 60 texts: by 0.5 · 7 / 60 = 0.058.
+
+    The bootstrap's ends are those of B(60, 7 / 60), 3 and 12, times 0.5 / 60.
+    """
     paths = [evaluation(m, items=values(n, 60)) for m, n in (("base", 10), ("m", 40))]
     for m, ones in (("base", 0), ("m", 7)):
         items = {name: 2 + one / 2 for name, one in values(ones, 60).items()}
@@ -255,6 +257,17 @@ def test_what_may_be_as_good_is_no_fall(evaluation: Any, of_base: Any, of_m: Any
     assert found.notes == ["Guards that were not tested for m: “distinct-2”."]
 
 
+def test_several_mixed_models_have_a_line_each(evaluation: Any) -> None:
+    shares = {"score": distinct(0.6), "d": distinct(0.6), "e": distinct(0.6)}
+    fallen = {"score": distinct(0.3), "d": distinct(0.02), "e": distinct(0.2)}
+    paths = [evaluation(m, items=values(n, 60)) for m, n in (*GAIN, ("n", 40))]
+    paths += [evaluation(m, "d", quantities=shares if m == "base" else fallen, section="guards") for m in
+              ("base", "m", "n")]  # fmt: skip
+    found = verdict_of(paths)
+    assert found.headline.startswith("No model beats base without a loss: m and n are each better in some scores")
+    assert [(note.split(" of ")[1][0], "to 0.020 (" in note) for note in found.notes] == [("m", True), ("n", True)]
+
+
 def test_less_can_be_better_where_nothing_is_tested(evaluation: Any) -> None:
     found = collapsed(evaluation, lambda m: {"score": distinct(0.1 if m == "base" else 0.5, better="lower")})
     assert "worse in “distinct-2” (not tested)" in found.headline
@@ -310,7 +323,7 @@ def test_differences_of_items_that_count_alike_are_marked(evaluation: Any) -> No
     paths = []
     for m, heavy in (("base", 1.0), ("m", 2.0)):
         weights = {f"item {i}": heavy if i else 1.0 for i in range(9)}
-        nll = of_items("NLL", {name: 2.0 + heavy for name in weights}, better="lower", weights=weights)
+        nll = of_items("NLL", dict.fromkeys(weights, 2.0 + heavy), better="lower", weights=weights)
         paths.append(evaluation(m, "nll", quantities={"nll": nll}))
     comparison = compare_models(collect(paths), "base")
     assert cell(comparison, "nll", "m").difference["unweighted"] is True  # type: ignore[index]

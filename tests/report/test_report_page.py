@@ -177,7 +177,7 @@ def test_the_papers_line_is_that_of_dpo(evaluation: Any) -> None:
 def test_items_that_count_alike_are_said_to(evaluation: Any) -> None:
     for m, heavy in (("base", 1.0), ("m", 2.0)):
         weights = {f"item {i}": heavy if i else 1.0 for i in range(9)}
-        nll = of_items("NLL", {name: 2.0 + heavy for name in weights}, better="lower", weights=weights)
+        nll = of_items("NLL", dict.fromkeys(weights, 2.0 + heavy), better="lower", weights=weights)
         path = evaluation(m, "nll", quantities={"nll": nll})
     assert ", items count alike</span>" in report(path.parents[1], "--baseline", "base")[1]
 

@@ -222,8 +222,9 @@ def judge(comparison: Comparison) -> Verdict:
         headline = _headline(comparison, signs, best)
     notes = _untested_guards(comparison, best) + unfinished + _warnings(comparison, others)
     mixed = [model for model, (better, worse) in signs.items() if better and worse]
-    for model in best or mixed[:_MOST_NOTES]:
-        notes += _falls(comparison, model)
+    named = best or mixed
+    for model in named:  # several mixed ones have one line each
+        notes += _falls(comparison, model)[: _MOST_NOTES if best or len(named) == 1 else 1]
     for model in others:
         tested = sum(row.score and row.cells[model].sign is not None for row in comparison.rows if model in row.cells)
         if signs[model][0] and not signs[model][1] and 2 * tested < comparison.most_tested:
@@ -361,7 +362,7 @@ def _falls(comparison: Comparison, model: str) -> list[str]:
                     f"{comparison.tests} tests."
                 )
                 falls.append((_size(cell.difference["value"], quantity, other), text))
-    return [text for _, text in sorted(falls, key=lambda fall: -fall[0])[:_MOST_NOTES]]
+    return [text for _, text in sorted(falls, key=lambda fall: -fall[0])]
 
 
 def _size(difference: float, quantity: Quantity, other: Quantity) -> float:
