@@ -136,3 +136,9 @@ def test_markdown_is_not_obeyed() -> None:
     assert r"a\|b" in markdown
     assert r"\[x\]\(y\)" in markdown
     assert "&amp;lt;" in markdown
+
+
+def test_files_have_plain_spaces_where_the_page_keeps_words_together() -> None:
+    table = Table("t", "caption", ("p",), [(p_text(0.01),)])
+    assert "p = 0.010" in as_markdown(table)
+    assert "p = 0.010" in as_csv(table)

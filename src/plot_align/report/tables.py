@@ -46,8 +46,13 @@ def as_csv(table: Table) -> str:
 
 
 def _guarded(text: str) -> str:
-    plain = one_line(text, longest=10_000)
+    plain = one_line(_breaking(text), longest=10_000)
     return f"'{plain}" if plain.lstrip().startswith(_FORMULA) else plain
+
+
+def _breaking(text: str) -> str:
+    """With plain spaces: what keeps "p = 0.01" together on the page is no space to a program."""
+    return text.replace("\u00a0", " ")
 
 
 def as_markdown(table: Table) -> str:
@@ -63,7 +68,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", one_line(text, longest=200).replace("&", "&amp;")).replace("\\<", "&lt;")
+    return _MARKDOWN.sub(r"\\\1", one_line(_breaking(text), longest=200).replace("&", "&amp;")).replace("\\<", "&lt;")
 
 
 def shown(entry: Entry) -> str:
