@@ -115,11 +115,6 @@ def without_annotations(text: str) -> str:
     return _ANNOTATION.sub("", text)
 
 
-def gsm8k_answer(text: str) -> str:
-    """What stands after ``####``; empty where nothing does."""
-    return text.rpartition("####")[2].strip() if "####" in text else ""
-
-
 def corrupt_gsm8k(question: str, answer: str, seed: int = 0) -> Corrupted:
     """One solution with an error.
 

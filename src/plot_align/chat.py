@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,7 @@ def continue_rows(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
     """What the model writes after each row of token ids, without special tokens.
 
@@ -83,6 +84,7 @@ def continue_rows(
         rows: token ids, one list a prompt.
         temperature: 0 decodes greedily, anything above samples. top_p: of the sampling.
         seed: of the sampling; the caller's random state is left as it was.
+        advance: called with how many more rows are answered.
 
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one.
@@ -119,6 +121,7 @@ def continue_rows(
             )  # (B, T + new)
             for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
                 answers[i] = text
+            advance(len(batch))
     return answers
 
 

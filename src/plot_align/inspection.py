@@ -13,12 +13,12 @@ import torch
 from plot_align.errors import InputError
 from plot_align.files import complete_or_absent
 from plot_align.preference import PreferenceDistribution, require_preference
+from plot_align.records import NORMAL_95
 from plot_align.text import readable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-NORMAL_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 # What leaves the date out of each kind of figure, so that the same preference gives the same file.
 _UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 

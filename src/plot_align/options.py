@@ -80,6 +80,8 @@ def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> d
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value if unique else ():
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused below: a mapping or a list is no key
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise InputError(f"{option} {path}, line {line}, has {key.value!r} twice; rename or remove one")

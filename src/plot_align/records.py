@@ -27,6 +27,7 @@ from plot_align.files import complete_or_absent
 
 FORMAT = "plot-align record"
 SCHEMA = 1
+NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)  # half the width of a 95 % interval, in standard errors
 
 _PACKAGES = (
     "torch",
@@ -137,7 +138,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    z = statistics.NormalDist().inv_cdf(0.975)
+    z = NORMAL_95
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # Rounding can leave 1e-17 beyond the share or beyond the ends.

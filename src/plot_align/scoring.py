@@ -36,11 +36,6 @@ class Scores:
     tokens: Tensor
     total: Tensor
 
-    @property
-    def mean_output(self) -> Tensor:
-        """p̄ (V,) float64, each position weighing the same."""
-        return self.total / self.total.sum()
-
 
 def score(
     model: Any,

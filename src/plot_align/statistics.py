@@ -13,14 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from plot_align.errors import InputError
-from plot_align.records import measure, wilson
+from plot_align.records import NORMAL_95, measure, wilson
 
 _RESAMPLES = 9999  # scipy.stats' own default; sign flips are enumerated where 2^n is no more
 _LARGE = 5000  # unlike items from which on the normal law is as good as resampling, which would take minutes
 _CELLS = 4_000_000  # of a matrix of resamples: 32 MB
-_NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
 _SAME = 1e-12  # differences of rates closer than this differ by rounding only
 
 
@@ -142,6 +142,21 @@ def paired_difference(
     return {**entry, "p": _sign_flip_p(scaled, seed)}
 
 
+def jackknife_interval(value: float, without: Sequence[float]) -> tuple[float, float]:
+    """``value ± t·s``, ``s² = (m − 1) / m · Σ (θ_i − mean θ)²`` over the m values θ_i that leave one part out.
+
+    t is Student's with m − 1 degrees of freedom. For what is no mean over items, where drawing items with
+    replacement would change more than the sample. Fewer than two parts say nothing: all numbers.
+    Source: B. Efron, "The Jackknife, the Bootstrap and Other Resampling Plans" (1982), chapter 2.
+    """
+    m = len(without)
+    if m < 2:
+        return -math.inf, math.inf
+    spread = np.asarray(without) - np.mean(without)  # (m,)
+    half = float(student.ppf(0.975, m - 1)) * math.sqrt((m - 1) / m * float(spread @ spread))
+    return value - half, value + half
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p-values: rejecting those below α keeps the chance of any false rejection below α.
 
@@ -202,7 +217,7 @@ def _interval(
     rows, counts = np.unique(np.stack([weights * values, weights], axis=1), axis=0, return_counts=True)  # (k, 2), (k,)
     if len(rows) >= _LARGE:
         middle = float((weights * values).sum() / weights.sum())
-        half = _NORMAL_95 * math.sqrt(float((weights**2 * (values - middle) ** 2).sum())) / float(weights.sum())
+        half = NORMAL_95 * math.sqrt(float((weights**2 * (values - middle) ** 2).sum())) / float(weights.sum())
         return middle - half, middle + half
     kinds = tuple(counts.tolist())
     sums = np.concatenate([_draws(kinds, seed, batch) @ rows for batch in _batches(len(kinds))])  # (resamples, 2)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plot_align.evaluation.fluency import Diversity, Perplexity, distinct, jackknife_interval, repetition
+from plot_align.evaluation.fluency import Diversity, Perplexity, distinct, repetition
 from plot_align.evaluation.subject import Subject
+from plot_align.statistics import jackknife_interval
 
 
 def test_distinct_by_hand() -> None:
@@ -37,10 +39,10 @@ def test_the_jackknife_leaves_each_answer_out(answers: list[list[str]]) -> None:
 
 
 def test_the_jackknife_of_a_mean_is_the_standard_error() -> None:
-    """The delete-one jackknife of a mean is s / √n exactly."""
+    """The delete-one jackknife of a mean is Student's interval, t s / √n, exactly."""
     values = np.random.default_rng(0).normal(size=12)
     without = [(values.sum() - v) / 11 for v in values]
-    half = 1.959963984540054 * values.std(ddof=1) / math.sqrt(12)
+    half = scipy.stats.t.ppf(0.975, 11) * values.std(ddof=1) / math.sqrt(12)
     assert jackknife_interval(values.mean(), without) == pytest.approx((values.mean() - half, values.mean() + half))
 
 

@@ -84,6 +84,7 @@ def test_a_limit_takes_the_place_of_a_share(write) -> None:
         ("stem:\n  ../a: {kind: sandbox, category: stem}\n", "which is no file name"),
         ("stem:\n  a: {kind: sandbox, category: stem}\nguards:\n  a: {kind: diversity}\n", "has 'a' twice"),
         ("stem: {a: {kind: [}\n", "is not valid YAML"),
+        ("? [stem]\n: 1\n", "is not valid YAML"),
         (
             "guards:\n  a: {kind: diversity}\n  a: {kind: perplexity, texts: sandbox}\n",
             "line 3, has 'a' twice; rename or remove one",

@@ -222,7 +222,7 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
         "suite": suite,
         "section": entry.section,
         "measure": entry.options(),
-        "data": entry.data(),
+        "data": entry.data,
     }
 
 

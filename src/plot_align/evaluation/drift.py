@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 from scipy.sparse import identity, kron, vstack
-from scipy.stats import t as student
 from torch import Tensor
 
 from plot_align.errors import InputError, RunError
 from plot_align.estimate import ScoredSequence
 from plot_align.evaluation import data
 from plot_align.evaluation.fluency import Diversity, answers_to
-from plot_align.evaluation.preference import _OnPairs
+from plot_align.evaluation.preference import OnPairs
 from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.evaluation.subject import Found, Subject
 from plot_align.geometry import line, slices
@@ -26,6 +25,7 @@ from plot_align.inspection import token_text
 from plot_align.losses import make_divergence
 from plot_align.preference import PreferenceDistribution, vocabulary_size
 from plot_align.scoring import divergences, score
+from plot_align.statistics import jackknife_interval
 
 _GROUPS = 10  # of sequences, for the jackknife
 _SHOWN = 20  # tokens that gained, and that lost, most
@@ -73,7 +73,7 @@ class KL(Diversity):
 
 
 @dataclass
-class Drift(_OnPairs):
+class Drift(OnPairs):
     """Where the mean output over chosen answers moved, against the reference and against the preference.
 
     ``p̄`` and ``p̄_ref`` are the mean output distributions of the model and the reference over the same positions, those
@@ -185,20 +185,13 @@ def jackknife(
 ) -> tuple[float, tuple[float, float]]:
     """A function of two mean outputs, and its 95 % interval from leaving out one group of sequences at a time.
 
-    ``θ ± t_{G−1}·s`` with ``s² = (G − 1) / G · Σ (θ_g − mean θ)²``.
-    Source: B. Efron, "The Jackknife, the Bootstrap and Other Resampling Plans" (1982), chapter 2.
-
     Args:
         after, before: (G, V) summed output distributions of the same groups.
     """
+    every = torch.arange(len(after))
+    without = [of(_mean(after[every != g]), _mean(before[every != g])) for g in range(len(after))]
     value = of(_mean(after), _mean(before))
-    count = len(after)
-    every = torch.arange(count)
-    without = np.array([of(_mean(after[every != g]), _mean(before[every != g])) for g in range(count)])  # (G,)
-    spread = without - without.mean()
-    error = math.sqrt((count - 1) / count * float(spread @ spread))
-    half = float(student.ppf(0.975, count - 1)) * error
-    return value, (value - half, value + half)
+    return value, jackknife_interval(value, without)
 
 
 def moved_tokens(

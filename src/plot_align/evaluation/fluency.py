@@ -14,8 +14,7 @@ from plot_align.evaluation import data
 from plot_align.evaluation.quantity import Quantity, of_items, of_whole
 from plot_align.evaluation.subject import Found, Subject, require_count
 from plot_align.scoring import score
-
-NORMAL_95 = 1.959963984540054
+from plot_align.statistics import jackknife_interval
 
 
 @dataclass
@@ -145,8 +144,7 @@ def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:
     """distinct-n: distinct n-grams of words over all of them, across all answers.
 
     The interval is the delete-one jackknife's over answers, as drawing an answer twice (the bootstrap) adds n-grams
-    that are not distinct. Source: Li et al., "A Diversity-Promoting Objective Function" (2016); B. Efron, "The
-    Jackknife, the Bootstrap and Other Resampling Plans" (1982), for the interval.
+    that are not distinct. Source: Li et al., "A Diversity-Promoting Objective Function" (2016).
     """
     grams = [_grams(words, n) for words in answers]
     counts = Counter(gram for of_one in grams for gram in of_one)
@@ -166,16 +164,6 @@ def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:
         bounds=(0.0, 1.0),
         better="higher",
     )
-
-
-def jackknife_interval(value: float, without: Sequence[float]) -> tuple[float, float]:
-    """``value ± z·s``, ``s² = (m − 1) / m · Σ (θ_i − mean θ)²`` over the m values θ_i that leave one part out."""
-    m = len(without)
-    if m < 2:
-        return -math.inf, math.inf
-    spread = np.asarray(without) - np.mean(without)  # (m,)
-    half = NORMAL_95 * math.sqrt((m - 1) / m * float(spread @ spread))
-    return value - half, value + half
 
 
 def repetition(words: Sequence[str], n: int = 4) -> float:

@@ -98,22 +98,10 @@ class LMEval:
         Raises:
             InputError: they do not.
         """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise InputError(
-                f'the task {self.task!r} needs lm-eval, which is not installed; pip install "plot-align[eval]"'
-            )
         self._check_options()
+        if (lacking := self.lacks()) is not None:
+            raise InputError(lacking)
         configs = configs_of(self.task, self.include_path)
-        modules = modules_of(configs)
-        if runs_code(configs, modules) and not self.allow_code_execution:
-            raise InputError(
-                f"{self.task} runs programs that the model writes, on this machine and with your rights: they can "
-                "delete or send away what you can; run it in a container without network and secrets, and allow it "
-                "with --allow_code_execution"
-            )
-        if missing := missing_packages(modules):
-            needed = " ".join(f'"{package}"' for package in missing)
-            raise InputError(f"{self.task} needs packages that are not installed; pip install {needed}")
         known = [metric_keys(config) for config in configs]
         if self.metric and None not in known:
             _chosen(self.metric, [key for keys in known for key in keys or ()], self.task)
@@ -124,6 +112,31 @@ class LMEval:
             )
         if self.gen_kwargs and all(output_type(config) != "generate_until" for config in configs):
             raise InputError(f"gen_kwargs came for {self.task}, which generates nothing; leave gen_kwargs out")
+
+    def lacks(self) -> str | None:
+        """What is missing for the task to be run here, and how to give it; None where nothing is.
+
+        Raises:
+            InputError: there is no such task.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            return f'the task {self.task!r} needs lm-eval, which is not installed; pip install "plot-align[eval]"'
+        if self.executes_code and not self.allow_code_execution:
+            return (
+                f"{self.task} runs programs that the model writes, on this machine and with your rights: they can "
+                "delete or send away what you can; run it in a container without network and secrets, and give "
+                "--allow_code_execution"
+            )
+        if missing := missing_packages(modules_of(configs_of(self.task, self.include_path))):
+            needed = " ".join(f'"{package}"' for package in missing)
+            return f"{self.task} needs packages that are not installed; pip install {needed}"
+        return None
+
+    @property
+    def executes_code(self) -> bool:
+        """Whether the task runs programs that the model writes."""
+        configs = configs_of(self.task, self.include_path)
+        return runs_code(configs, modules_of(configs))
 
     def _check_options(self) -> None:
         shots, limit = self.num_fewshot, self.limit

@@ -11,8 +11,6 @@ from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
 from plot_align.scoring import Scores, score
 
-NAN = float("nan")
-
 
 @dataclass
 class PairScores:
@@ -24,7 +22,7 @@ class PairScores:
 
 
 @dataclass
-class _OnPairs:
+class OnPairs:
     """Options of what is measured on pairs.
 
     Args:
@@ -67,7 +65,7 @@ class _OnPairs:
 
 
 @dataclass
-class PreferenceAccuracy(_OnPairs):
+class PreferenceAccuracy(OnPairs):
     """How often the chosen answer is the likelier one: by the log-probability of the whole, and a token's mean."""
 
     def run(self, subject: Subject) -> Found:
@@ -93,7 +91,7 @@ class PreferenceAccuracy(_OnPairs):
 
 
 @dataclass
-class Displacement(_OnPairs):
+class Displacement(OnPairs):
     """Where tuning moved the log-probability of chosen and rejected answers, against the reference model.
 
     A tuned model that orders pairs rightly may have lost the chosen answers on the way (likelihood displacement,

@@ -23,11 +23,10 @@ from plot_align.redteam.behaviors import (
 from plot_align.redteam.catalogue import make_attack, make_judge
 from plot_align.redteam.harmbench import Layout, success_by_behavior
 from plot_align.redteam.judges import Judge
-from plot_align.redteam.names import ATTACKS
+from plot_align.redteam.names import ATTACKS, TELL_REFUSALS
 from plot_align.redteam.run import complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 
-_JUDGES = ("prefixes", "sandbox", "endpoint")  # what can tell a refusal
 _ATTACKS = tuple(name for name in ATTACKS if name not in ("zero_shot", "sfs"))
 
 
@@ -49,8 +48,8 @@ class _Judged:
     limit: int | None = None
 
     def check(self) -> None:
-        if self.judge not in _JUDGES:
-            near = did_you_mean(self.judge, _JUDGES, f"expected {', '.join(_JUDGES)}")
+        if self.judge not in TELL_REFUSALS:
+            near = did_you_mean(self.judge, TELL_REFUSALS, f"expected {', '.join(TELL_REFUSALS)}")
             raise InputError(f"judge is {self.judge!r}; {near}")
         require_count("max_new_tokens", self.max_new_tokens)
         require_count("limit", self.limit)
@@ -144,24 +143,21 @@ class AttackSuccess(_Judged):
         require_count("cases", self.cases)
         if self.behaviors != data.SANDBOX and not os.path.isfile(self.behaviors):
             raise InputError(f"behaviors is {self.behaviors!r}, which is no file; name HarmBench's behaviours, .csv")
-        attack, (harmful, targets) = self._attack(), self._requests(0)
+        attack, (harmful, targets, _) = self._attack(), self._requests(0)
         if attack.needs_target:
             require_targets(harmful, targets, attack.name)
 
     def _attack(self) -> Any:
         return make_attack(self.attack, self.attack_options or {})
 
-    def _requests(self, seed: int) -> tuple[list[Behavior], dict[str, str]]:
+    def _requests(self, seed: int) -> tuple[list[Behavior], dict[str, str], int]:
+        """Requests, targets, and how many copyright rows were left out."""
         if self.behaviors == data.SANDBOX:
             harmful = world.behaviors(seed)
-            return harmful[: self.limit], world.targets(harmful)
-        harmful = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright).rows
-        return harmful[: self.limit], read_targets(self.targets) if self.targets is not None else {}
-
-    def _left_out(self) -> int:
-        if self.behaviors == data.SANDBOX or not self.skip_copyright:
-            return 0
-        return len(read_behaviors(self.behaviors, skip_copyright=True).skipped)
+            return harmful[: self.limit], world.targets(harmful), 0
+        harmful, skipped = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright)
+        targets = read_targets(self.targets) if self.targets is not None else {}
+        return harmful[: self.limit], targets, len(skipped)
 
     def run(self, subject: Subject) -> Found:
         """Share of the requests' test cases that succeed; what is undecided counts as no success, and is counted.
@@ -169,7 +165,7 @@ class AttackSuccess(_Judged):
         Raises:
             RunError: the judge decided none.
         """
-        harmful, targets = self._requests(subject.seed)
+        harmful, targets, left_out = self._requests(subject.seed)
         victim = Victim(subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
         layout = Layout(subject.folder / "redteam", attack.name, subject.name)
@@ -199,7 +195,7 @@ class AttackSuccess(_Judged):
             {"asr": of_items(title, rates, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
             {
                 "judge": self.judge,
-                "copyright_rows_left_out": self._left_out(),
+                "copyright_rows_left_out": left_out,
                 "failed": failed,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from plot_align.chat import continue_rows, require_template
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import Quantity
+from plot_align.preference import vocabulary_fingerprint
 from plot_align.redteam.victim import model_identity
 
 if TYPE_CHECKING:
@@ -76,23 +77,14 @@ class Subject:
     ) -> list[str]:
         """Greedy answers to conversations that end with a user's turn, under a bar called ``description``."""
         rows = self.rows(conversations)
-        advance = self.bar(description, len(rows))
-        # Rows of like length share a batch, whatever the block they are given in.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found = [""] * len(rows)
-        for at in range(0, len(rows), self.batch_size):
-            block = order[at : at + self.batch_size]
-            texts = continue_rows(
-                self.model,
-                self.tokenizer,
-                [rows[i] for i in block],
-                max_new_tokens=max_new_tokens,
-                batch_size=self.batch_size,
-            )
-            for i, text in zip(block, texts, strict=True):
-                found[i] = text
-            advance(len(block))
-        return found
+        return continue_rows(
+            self.model,
+            self.tokenizer,
+            rows,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+            advance=self.bar(description, len(rows)),
+        )
 
     def require_reference(self, measure: str) -> Subject:
         """The reference.
@@ -100,8 +92,6 @@ class Subject:
         Raises:
             InputError: it was not given, or has another vocabulary.
         """
-        from plot_align.preference import vocabulary_fingerprint
-
         if self.reference is None:
             raise InputError(f"{measure} compares with the model that was tuned from; name it with --reference")
         if vocabulary_fingerprint(self.tokenizer) != vocabulary_fingerprint(self.reference.tokenizer):

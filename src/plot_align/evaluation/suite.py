@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,11 @@ class Entry:
 
     def options(self) -> dict[str, Any]:
         """As the record holds them, with name and kind."""
-        own = getattr(self.measure, "options", None)
-        options = own() if own is not None else asdict(self.measure)  # type: ignore[call-overload]
+        measure: Any = self.measure
+        options = measure.options() if hasattr(measure, "options") else asdict(measure)
         return {**options, "name": self.name, "kind": self.kind}
 
+    @cached_property
     def data(self) -> dict[str, str]:
         """Digests of the local files and folders that the measure reads, by option."""
         paths = {name: getattr(self.measure, name, None) for name in _PATHS}
@@ -90,7 +92,7 @@ class Suite:
 
     @property
     def runs_code(self) -> list[str]:
-        return [e.name for e in self.entries if e.kind == "lm_eval" and _executes(e.measure)]
+        return [e.name for e in self.entries if getattr(e.measure, "executes_code", False)]
 
 
 def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> Suite:
@@ -177,35 +179,11 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
                 spec[size.name] = min(given.limit, own) if is_count else given.limit
     measure = build(cls, spec, name)
     if kind == "lm_eval":
-        lacking = _task_lacks(measure)
+        lacking = measure.lacks()
         if lacking is not None:
             return lacking
     measure.check()
     return measure
-
-
-def _task_lacks(measure: Any) -> str | None:
-    """What a task of lm-eval lacks here, in words; that the task exists is for its check to say."""
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        return 'it needs lm-eval, which is not installed; pip install "plot-align[eval]"'
-    from plot_align.evaluation.harness_tasks import configs_of, missing_packages, modules_of
-
-    if not measure.allow_code_execution and _executes(measure):
-        return "it runs code that the model wrote, with the rights of this user; give --allow_code_execution"
-    missing = missing_packages(modules_of(configs_of(measure.task, measure.include_path)))
-    if missing:
-        return "its packages are not installed; pip install " + " ".join(f'"{package}"' for package in missing)
-    return None
-
-
-def _executes(measure: Any) -> bool:
-    """Whether a task of lm-eval runs programs that the model wrote."""
-    from plot_align.evaluation.harness_tasks import configs_of, modules_of, runs_code
-
-    configs = configs_of(measure.task, measure.include_path)
-    return runs_code(configs, modules_of(configs))
 
 
 def digest(path: Path) -> str:

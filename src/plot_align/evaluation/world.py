@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import CATEGORIES, of_items
+from plot_align.evaluation.quantity import CATEGORIES, Better, Quantity, of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
 from plot_align.options import did_you_mean
 from plot_align.sandbox import TWIN, examples, judge
@@ -41,9 +41,9 @@ class SandboxJudges:
         )
         verdicts = [judge(category, x.prompt, text) for x, text in zip(asked, answers, strict=True)]
 
-        def share(title: str, flags: list[bool], better: str) -> dict[str, object]:
+        def share(title: str, flags: list[bool], better: Better) -> Quantity:
             items = {str(i): float(flag) for i, flag in enumerate(flags)}
-            return of_items(title, items, better=better, bounds=(0.0, 1.0), seed=subject.seed)  # type: ignore[arg-type]
+            return of_items(title, items, better=better, bounds=(0.0, 1.0), seed=subject.seed)
 
         good = share(f"Sandbox, {self.category}: good answers", [v.good for v in verdicts], "higher")
         match self.category:
