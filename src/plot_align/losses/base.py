@@ -87,7 +87,13 @@ class Divergence(Constants, ABC):
 
     def value(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """D(p, P): (..., V) → (...), differentiable once in p. Infinite values come back as inf."""
-        return _Value.apply(p, self, target)
+        if torch.is_grad_enabled() and p.requires_grad:
+            return _Value.apply(p, self, target)
+        return self._value_alone(p, target)
+
+    def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
+        """The value where nobody wants its derivative; subclasses that can spare the potential override it."""
+        return self.value_and_potential(p, target)[0]
 
     def potential(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """dD/dp: (..., V) → (..., V), no graph."""
@@ -96,6 +102,11 @@ class Divergence(Constants, ABC):
     def forward(self, p: Tensor, target: Tensor | None = None) -> Tensor:
         """Same as :meth:`value`."""
         return self.value(p, target)
+
+    def in_its_order(self) -> tuple[Tensor, Divergence] | None:
+        """An order (V,) of the tokens in which this divergence needs neither a sort nor a gather, and the same
+        divergence for p given in that order; ``None`` where there is no such order."""
+        return None
 
     def _prepare(self, p: Tensor) -> Tensor:
         """(..., V) → (..., V), detached, in the dtype the arithmetic uses."""

@@ -38,29 +38,62 @@ class Wasserstein1(Divergence):
 
     order: Tensor  # (V,) int64: tokens by coordinate
     rank: Tensor  # (V,) int64: its inverse
-    gaps: Tensor  # (V,), last entry 0
-    sorted_target: Tensor  # (V,) = P[order]
+    line: SortedLine  # the same in that order
 
     def __init__(self, target: Tensor, geometry: Geometry) -> None:
         super().__init__(target)
         order, rank, gaps = _sorted_line(geometry, self.target)
         self._constant("order", order)
         self._constant("rank", rank)
-        self._constant("gaps", gaps)
-        self._constant("sorted_target", self.target[order])
+        self.line = SortedLine(self.target[order], gaps)
 
     @torch.no_grad()
     def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the geometry's coordinates."""
-        p = self._prepare(p)  # (..., V)
-        gaps = self.gaps.to(p.dtype)  # (V,)
-        if target is None:
-            sorted_target = self.sorted_target.to(p.dtype)  # (V,)
-        else:
-            sorted_target = self._target_for(p, target).to(p.dtype).index_select(-1, self.order)  # (V,) or (..., V)
-        difference = p.index_select(-1, self.order).sub_(sorted_target)  # (..., V)
-        value, potential = _transport(difference, gaps)  # (...), (..., V)
+        value, potential = self.line.value_and_potential(*self._sorted(p, target))  # (...), (..., V)
         return value, potential.index_select(-1, self.rank)
+
+    def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
+        return self.line.value(*self._sorted(p, target))
+
+    def in_its_order(self) -> tuple[Tensor, SortedLine]:
+        return self.order, self.line
+
+    def _sorted(self, p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        p = self._prepare(p)  # (..., V)
+        if target is not None:
+            target = self._target_for(p, target).index_select(-1, self.order)  # (V,) or (..., V)
+        return p.index_select(-1, self.order), target
+
+
+class SortedLine(Divergence):
+    """W1 of distributions whose tokens stand in the order of their coordinates: neither a sort nor a gather.
+
+    Args:
+        target: (V,) P in that order, see :class:`Divergence`.
+        gaps: (V,) from each coordinate to the next, the last one 0.
+    """
+
+    gaps: Tensor  # (V,)
+
+    def __init__(self, target: Tensor, gaps: Tensor) -> None:
+        super().__init__(target)
+        self._constant("gaps", gaps)
+
+    @torch.no_grad()
+    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See :meth:`Divergence.value_and_potential`."""
+        difference = self._difference(p, target)  # (..., V)
+        return _transport(difference, self.gaps.to(difference.dtype))
+
+    @torch.no_grad()
+    def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
+        distance = self._difference(p, target).cumsum_(-1).abs_()  # (..., V) |F_p - F_P|
+        return distance.mul_(self.gaps.to(distance.dtype)).sum(-1)  # a product and a sum, as in `_transport`
+
+    def _difference(self, p: Tensor, target: Tensor | None) -> Tensor:
+        p = self._prepare(p)  # (..., V)
+        return p - self._target_for(p, target).to(p.dtype)
 
 
 class SlicedWasserstein(Divergence):
