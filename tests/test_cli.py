@@ -490,12 +490,10 @@ def test_the_launcher_gets_its_options_and_the_script_the_others(tmp_path: Path)
         launch.Launch({}, ["--accelerate_config", "nothing"]).arguments()
 
 
-def test_several_processes_without_accelerators_are_not_silently_one(run: Run, trl_yaml: Path) -> None:
-    if torch.accelerator.device_count() > 1:
-        pytest.skip("this machine has several accelerators")
-    code, _, err = run("dpo", "--config", trl_yaml, "--num_processes", 2)
+def test_sharding_without_accelerators_is_not_silently_data_parallel(run: Run, trl_yaml: Path) -> None:
+    code, _, err = run("dpo", "--config", trl_yaml, "--num_processes", 2, "--use_fsdp", "--use_cpu")
     assert code == 2
-    assert err.splitlines()[-1].startswith("plot-align: --num_processes is 2, and with fewer than two accelerators")
+    assert err.splitlines()[-1].startswith("plot-align: --use_fsdp came without an accelerator to train on")
 
 
 def test_a_launched_process_refuses_to_launch(run: Run, trl_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

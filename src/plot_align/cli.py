@@ -8,6 +8,7 @@ import traceback
 
 from plot_align._version import __version__
 from plot_align.commands.common import did_you_mean, first_line
+from plot_align.commands.launch import tell_launcher
 from plot_align.errors import InputError, PlotAlignError
 
 _COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep", "redteam", "evaluate", "report")
@@ -137,6 +138,8 @@ def _report(message: str, code: int, debug: bool) -> int:
     sys.stdout.flush()
     if debug:
         traceback.print_exc()
+    elif tell_launcher(message):
+        return code
     print(f"plot-align: {message}", file=sys.stderr)
     return code
 

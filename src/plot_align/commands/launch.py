@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from plot_align.commands.common import first_line
-from plot_align.errors import InputError
+from plot_align.errors import InputError, PlotAlignError, RunError
 
 _LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set for the processes that accelerate starts, so that they do not start others
 _DECIDED_HERE = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}  # options of accelerate
@@ -67,34 +74,156 @@ def launcher_options() -> dict[str, bool]:
     }
 
 
-def launch(command: str, launch_arguments: list[str], script_arguments: list[str]) -> int:
-    """Run ``accelerate launch ... -m plot_align.cli``; the processes report their own errors."""
+def with_processes(command: str, num_processes: int | None, arguments: list[str]) -> int | None:
+    """Run ``plot-align command`` in ``num_processes`` processes, for commands that parse their options themselves.
+
+    Args:
+        num_processes: as the user gave it. arguments: all of the command's, ``--num_processes`` among them.
+
+    Returns:
+        The exit code; None where this process is to do the work itself, being one of them or the only one.
+
+    Raises:
+        InputError: not a number of processes this machine can start. RunError, InputError: what stopped a process.
+    """
+    if num_processes is not None and num_processes < 1:
+        raise InputError(f"--num_processes is {num_processes}, expected 1 or more; correct it")
+    if num_processes in (None, 1) or is_launched():
+        return None
+    return launch(command, ["--num_processes", str(num_processes)], arguments)
+
+
+def launch(
+    command: str,
+    launch_arguments: list[str],
+    script_arguments: list[str],
+    *,
+    use_cpu: bool = False,
+    output_dir: str | None = None,
+) -> int:
+    """Run ``accelerate launch ... -m plot_align.cli``: on all accelerators, or without any on the CPU with gloo.
+
+    Args:
+        use_cpu: the processes are to leave accelerators alone.
+        output_dir: where checkpoints go, so that the error of a process that was killed can name the last one.
+
+    Raises:
+        InputError: options that accelerate refuses, more processes than accelerators; or wrong input in a process.
+        RunError: a process failed or was killed; the first one is named, with what it said.
+    """
     import torch
     from accelerate.commands.launch import launch_command
 
     script = ["-m", "plot_align.cli", command, *script_arguments]
     options = _parser().parse_args([*launch_arguments, *script])
-    several = options.multi_gpu or options.use_fsdp or options.use_deepspeed or options.config_file is not None
-    if (options.num_processes or 0) > 1 and not several and torch.accelerator.device_count() < 2:
-        raise InputError(
-            f"--num_processes is {options.num_processes}, and with fewer than two accelerators accelerate starts one; "
-            "add --multi_gpu for processes on the CPU"
-        )
+    use_cpu = use_cpu or options.cpu or not torch.accelerator.is_available()
+    _choose_devices(options, use_cpu)
+    before = dict(os.environ)
     os.environ[_LAUNCHED] = "1"
+    if use_cpu:
+        # Without it each process would train alone: accelerate joins processes on the CPU only where it is told to.
+        options.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"  # its own --cpu starts one process only
     try:
-        launch_command(options)
+        with _quiet_launchers():
+            launch_command(options)
     except subprocess.CalledProcessError as error:
         return error.returncode
     except ValueError as error:
         raise InputError(f"accelerate launch refused its options: {first_line(error)}") from error
+    except ImportError as error:  # of the engine
+        raise InputError(f"accelerate launch lacks a package: {first_line(error)}") from error
     except Exception as error:
-        first_failure = getattr(error, "get_first_failure", None)  # torch.distributed.elastic's ChildFailedError
-        if first_failure is None:
-            raise
-        return first_failure()[1].exitcode or 1
+        failures = getattr(error, "failures", None)  # torch.distributed.elastic's ChildFailedError
+        if failures:
+            raise _reason(failures, output_dir) from None
+        if getattr(error, "sigval", None) == signal.SIGINT:  # its SignalException
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        del os.environ[_LAUNCHED]
+        os.environ.clear()
+        os.environ.update(before)
     return 0
+
+
+def tell_launcher(message: str) -> bool:
+    """Leave the error of this process to :func:`launch`, which says it once for all; False: nobody listens."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _LAUNCHED not in os.environ or not path:
+        return False
+    content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
+    return True
+
+
+def _choose_devices(options: Any, use_cpu: bool) -> None:
+    """Fill in what accelerate would ask for or guess: its ``--multi_gpu`` starts processes on the CPU too."""
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    if use_cpu and (options.use_fsdp or options.use_deepspeed):
+        engine = "--use_fsdp" if options.use_fsdp else "--use_deepspeed"
+        raise InputError(
+            f"{engine} came without an accelerator to train on, and accelerate shards models over accelerators only; "
+            f"leave {engine} out to train data-parallel on the CPU"
+        )
+    if options.config_file is not None or (os.path.isfile(default_config_file) and not use_cpu):
+        return
+    count = options.num_processes or 1
+    present = 0 if use_cpu else torch.accelerator.device_count()
+    machines = options.num_machines or 1
+    if 0 < present < count // machines:
+        raise InputError(
+            f"--num_processes is {options.num_processes} and this machine has {present} accelerator"
+            f"{'s' * (present > 1)}; expected one process each: lower it, or add --use_cpu to train on the CPU"
+        )
+    options.num_processes = options.num_processes or max(1, present)
+    options.multi_gpu = count > 1 and not (options.use_fsdp or options.use_deepspeed or options.use_megatron_lm)
+    options.num_machines = machines
+    options.mixed_precision = options.mixed_precision or "no"
+    options.dynamo_backend = options.dynamo_backend or "no"
+    if machines == 1 and options.main_process_port is None:
+        options.main_process_port = 0  # any free one
+
+
+def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignError:
+    """One sentence for the process that stopped the others, whose own ends mostly follow from its."""
+    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
+    rank, failure = min((killed or failures).items(), key=lambda item: (item[1].timestamp, item[0]))
+    if failure.exitcode < 0:
+        memory = ", perhaps for want of memory" if failure.signal_name() == "SIGKILL" else ""
+        return RunError(
+            f"rank {rank} was killed by {failure.signal_name()}{memory}, and the other ranks were stopped; "
+            f"{_how_to_resume(output_dir)}"
+        )
+    kind = InputError if failure.exitcode == InputError.exit_code else RunError
+    if isinstance(failure.message, Mapping):  # from tell_launcher()
+        return kind(f"rank {rank}: {failure.message['message']}")
+    return kind(f"rank {rank} ended with exit code {failure.exitcode}; what it said is above")
+
+
+def _how_to_resume(output_dir: str | None) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if output_dir is None:
+        return "run the command again"
+    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if checkpoint is None:
+        return f"{output_dir} holds no checkpoint yet: run the command again, with a smaller --save_steps"
+    return f"go on with --resume_from_checkpoint {checkpoint}, with as many processes as you like"
+
+
+@contextmanager
+def _quiet_launchers() -> Iterator[None]:
+    """Without torch elastic's account of every process it stops; its warnings say what :func:`_reason` says."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.run")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _parser() -> Any:

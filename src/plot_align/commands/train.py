@@ -65,7 +65,14 @@ def run(command: str, arguments: list[str]) -> int:
     if not launch.is_launched():
         launch_arguments = launcher.arguments()
         if launch_arguments or launch.launches_by_default():
-            return launch.launch(command, launch_arguments, arguments)
+            _, training_args, *_ = options
+            return launch.launch(
+                command,
+                launch_arguments,
+                arguments,
+                use_cpu=training_args.use_cpu,
+                output_dir=training_args.output_dir,
+            )
     elif launcher.flags and not launch.launched_by_us():
         raise InputError(
             f"{launcher.flags[0]} came to a process that is already launched; give it to the launcher instead"
