@@ -11,7 +11,20 @@ from plot_align.commands.common import did_you_mean, first_line
 from plot_align.commands.launch import tell_launcher
 from plot_align.errors import InputError, PlotAlignError
 
-_COMMANDS = ("estimate", "inspect", "filter", "dpo", "sft", "pro", "demo", "sweep", "redteam", "evaluate", "report")
+_COMMANDS = (
+    "estimate",
+    "inspect",
+    "filter",
+    "dpo",
+    "sft",
+    "pro",
+    "demo",
+    "sweep",
+    "redteam",
+    "evaluate",
+    "report",
+    "bench",
+)
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -29,8 +42,8 @@ commands:
   sweep      a grid over PLOT's options, methods and seeds: table and figures
   redteam    attack your own model: success rate, with over-refusal beside it
   evaluate   models on the seven sub-preferences and on what must not get worse
-  report     one page from all records: verdict, tables, figures
   report     one page from records: verdict, tables, figures
+  bench      what PLOT costs on this machine: time, memory, a profile
 
 options:
   -h, --help  this text; `plot-align COMMAND --help` for each command
@@ -123,10 +136,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.report import run as report
 
             return report(_without_debug(rest))
-        case "report":
-            from plot_align.commands.report import run as report
+        case "bench":
+            from plot_align.commands.bench import run as bench
 
-            return report(_without_debug(rest))
+            return bench(_without_debug(rest))
     raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
 
 

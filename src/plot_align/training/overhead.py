@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -73,16 +74,33 @@ class Samples:
 Arm = Callable[[], AbstractContextManager[Callable[[], Any]]]
 
 
-def interleaved(arms: Mapping[str, Arm], *, repeats: int, device: torch.device) -> dict[str, Samples]:
+def interleaved(
+    arms: Mapping[str, Arm],
+    *,
+    repeats: int,
+    device: torch.device,
+    budget: float = math.inf,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, Samples]:
     """Runs every arm once a round, the order rotating, so that a machine that slows down slows all of them.
 
     An arm is a context that yields its step; only the step is measured, not what the context sets up. The first
     round warms up and is dropped. Peak memory is the allocator's on CUDA, the process's resident set
     elsewhere on Linux, and not measured on other systems.
+
+    Args:
+        arms: name → arm.
+        repeats: rounds that are kept, at most.
+        device: where the steps run.
+        budget: seconds after which no further round begins, once one is kept.
+        on_round: is told how many rounds are done, the first one among them.
     """
     names = list(arms)
     samples = {name: Samples() for name in names}
+    begin = time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > 1 and time.perf_counter() - begin > budget:
+            break
         for k in range(len(names)):
             name = names[(k + repeat) % len(names)]
             with arms[name]() as step:
@@ -95,6 +113,8 @@ def interleaved(arms: Mapping[str, Arm], *, repeats: int, device: torch.device) 
             if repeat:
                 samples[name].seconds.append(seconds)
                 samples[name].peak.append(_peak(device))
+        if on_round is not None:
+            on_round(repeat + 1)
     return samples
 
 

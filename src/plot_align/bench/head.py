@@ -1,0 +1,151 @@
+"""The LM head alone, forward and backward, with the term and without it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..fused import HeadOutput, HeadSpec, fused_head
+from ..fused.reference import reference_head
+from ..preference import PreferenceDistribution
+from ..training.attach import build_term
+from ..training.batches import PolicyBatch
+from ..training.checks import settled
+from ..training.config import PlotConfig
+from ..training.term import PlotTerm, Swept
+from .roofline import HeadWork
+
+OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPO asks of its head
+KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
+
+
+class HeadProblem:
+    """One head pass over a micro-batch, forward and backward: mean log-probability, plus the term.
+
+    The first half of the sequences is chosen, the other rejected, as in a batch of pairs; all their tokens are
+    completions. Where the term's target is anchored on the reference's output, that output is given: what its sweep
+    costs shows in whole steps.
+
+    Args:
+        vocab, hidden: size of the head.
+        rows, length: sequences, tokens each.
+        plots: name of an arm → the term's options.
+        method: ``"dpo"`` or ``"sft"``, whose defaults settle ``target="auto"``.
+        spec: options of the head. outputs default to those of TRL's DPO.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        hidden: int,
+        rows: int,
+        length: int,
+        plots: Mapping[str, PlotConfig],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        method: str = "dpo",
+        spec: HeadSpec | None = None,
+    ) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        make = functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
+        self.spec = spec or HeadSpec(outputs=OUTPUTS)
+        self.weight = make(vocab, hidden).mul_(0.02).requires_grad_()  # (V, H)
+        count = rows * (length - 1)
+        self.hidden = make(count, hidden).requires_grad_()  # (N, H)
+        labels = torch.randint(vocab, (rows, length), generator=generator, device=device)
+        roles = torch.ones(rows, dtype=torch.int8, device=device)
+        if method == "dpo":
+            roles[rows // 2 :] = -1
+        self.batch = PolicyBatch(labels, roles)
+        self.rows = torch.arange(count, device=device)
+        self.targets = labels[:, 1:].flatten()  # (N,)
+        preference = random_preference(vocab)
+        self.terms: dict[str, PlotTerm] = {}
+        for name, config in plots.items():
+            config = settled(config, None, KINDS[method])
+            self.terms[name] = build_term(config, preference, embeddings=self.weight.detach(), rows=vocab).to(device)
+        self.reference = torch.rand(1, vocab, generator=generator, device=device, dtype=torch.float32)  # (1, V)
+        self.reference /= self.reference.sum()
+
+    @contextlib.contextmanager
+    def arm(self, name: str) -> Iterator[Callable[[], None]]:
+        """A step of this arm, as :func:`plot_align.training.overhead.interleaved` wants it.
+
+        ``off``: the same kernel without the term. ``two-pass``: a second head pass for the first term of ``plots``.
+        ``materialised``: whole logits. Any other: that term, in the head's own sweep.
+        """
+        yield functools.partial(self.step, name)
+
+    def step(self, name: str) -> None:
+        """One forward and backward; gradients lie in ``hidden.grad`` and ``weight.grad``."""
+        self.hidden.grad = self.weight.grad = None
+        self.loss(name).backward()
+
+    def loss(self, name: str) -> torch.Tensor:
+        """The scalar that :meth:`step` goes back from."""
+        match name:
+            case "off":
+                return self._head().log_probs.mean()
+            case "two-pass":
+                _, loss = self._sweep(fused_head, self._first, self.batch.selected(self._first.config.positions))
+                return self._head().log_probs.mean() + loss
+            case "materialised":
+                head, loss = self._sweep(reference_head, self._first)
+            case _:
+                head, loss = self._sweep(fused_head, self.terms[name])
+        return head.log_probs.mean() + loss
+
+    @property
+    def _first(self) -> PlotTerm:
+        return next(iter(self.terms.values()))
+
+    def _head(self) -> HeadOutput:
+        return fused_head(self.hidden, self.weight, None, self.targets, self.spec)
+
+    def _sweep(
+        self, run: Callable[..., HeadOutput], term: PlotTerm, only: torch.Tensor | None = None
+    ) -> tuple[HeadOutput, torch.Tensor]:
+        """The head with what the term needs of it, and the term; over some positions ``only (B, T-1)``."""
+        rows, hidden = self.rows, self.hidden
+        if only is not None:
+            rows = only.flatten().nonzero().squeeze(-1)
+            hidden = hidden[rows]
+        shares = term.shares(self.batch, rows)
+        parts = shares.arguments(hidden.device)
+        divergence = term.head_divergence()
+        head = run(hidden, self.weight, None, self.targets[rows], self.spec, divergence=divergence, **parts)
+        head = replace(head, reward=term.reward(hidden, self.weight, None, self.spec, **parts))
+        swept = Swept(head, shares, hidden, rows)
+        if term.config.needs_reference:
+            swept.reference = self.reference.expand(shares.counts.numel(), -1)
+        return head, term.loss(swept, self.batch)
+
+    def work(self, name: str) -> HeadWork:
+        """What this arm needs at the least."""
+        config = self.terms[name].config
+        selected = self.batch.selected(config.positions)  # (B, T-1)
+        on_directions = config.divergence == "w1" and config.geometry in ("sliced", "max_sliced")
+        return HeadWork(
+            rows=self.hidden.size(0),
+            selected=int(selected.sum()),
+            vocab=self.weight.size(0),
+            hidden=self.weight.size(1),
+            itemsize=self.weight.element_size(),
+            segments=int(selected.any(-1).sum()) if config.granularity == "sequence" else 1,
+            lines=config.slices if on_directions else 1,
+            per_token=config.granularity == "token",
+        )
+
+
+def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:
+    """Token counts of nobody's preference: every token is used, and each side prefers others."""
+    counts = torch.arange(1, size + 1)
+    return PreferenceDistribution(
+        counts, counts.flip(0), {"tokenizer": tokenizer or {"fingerprint": "", "size": size}}
+    )

@@ -1,0 +1,65 @@
+"""Arms of one experiment against each other, round by round: median, quartiles, bootstrap interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..records import measure
+from ..training.overhead import Samples, paired_ratio
+
+_RESAMPLES = 9999
+
+
+def paired(ours: Sequence[float], base: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
+    """Median of the rounds' ratios ``ours / base`` as an entry of a record.
+
+    Its ``interval`` is the 95 % percentile bootstrap interval of the median over the rounds, its ``spread`` the
+    smallest and largest ratio, ``quartiles`` the middle half. NaN where the base was not measured.
+    """
+    middle, low, high = paired_ratio(list(ours), list(base))
+    rounds = len(ours)
+    if math.isnan(middle):
+        return measure(middle, 0)
+    ratios = np.array(ours, dtype=float) / np.array(base, dtype=float)  # (n,)
+    drawn = np.random.default_rng(seed).integers(rounds, size=(_RESAMPLES, rounds))
+    ends = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+    entry = measure(middle, rounds, interval=(ends[0], ends[1]), spread=(ratios.min(), ratios.max()))
+    return {**entry, "quartiles": [low, high]}
+
+
+def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
+    """Each arm against ``base``: ratios of time and of peak memory, and both themselves."""
+    result = {}
+    for name, sample in samples.items():
+        rounds = len(sample.seconds)
+        quartiles = statistics.quantiles(sample.seconds, n=4, method="inclusive") if rounds > 1 else sample.seconds * 3
+        result[name] = {
+            "time": paired(sample.seconds, samples[base].seconds),
+            "memory": paired(sample.peak, samples[base].peak),
+            "seconds": {**measure(quartiles[1], rounds, unit="s"), "quartiles": [quartiles[0], quartiles[2]]},
+            "peak": measure(statistics.median(sample.peak), rounds, unit="B"),
+        }
+    return result
+
+
+def extra_seconds(ours: Samples, base: Samples) -> dict[str, Any]:
+    """Median of the rounds' differences in seconds, with its quartiles."""
+    differences = [a - b for a, b in zip(ours.seconds, base.seconds, strict=True)]
+    if len(differences) == 1:
+        return {**measure(differences[0], 1, unit="s"), "quartiles": differences * 2}
+    low, middle, high = statistics.quantiles(differences, n=4, method="inclusive")
+    return {**measure(middle, len(differences), unit="s"), "quartiles": [low, high]}
+
+
+def mixed(usual: Samples, other: Samples, share: float) -> Samples:
+    """The mean step of a training of which ``share`` are ``other`` steps; the peak is that of the hungrier."""
+    pairs = zip(usual.seconds, other.seconds, strict=True)
+    return Samples(
+        [(1 - share) * a + share * b for a, b in pairs],
+        [max(a, b) for a, b in zip(usual.peak, other.peak, strict=True)],
+    )

@@ -1,0 +1,182 @@
+"""Whole training steps of a TRL trainer, with the term and without it, and as TRL ships it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..preference import vocabulary_fingerprint
+from ..training import PlotConfig, attach
+from ..training.alpha import AlphaSchedule
+from ..training.overhead import without_plot
+from .head import random_preference
+from .shapes import sharing_weights
+
+
+class StepProblem:
+    """A trainer's step on one micro-batch of random tokens: forward, the reference's forward, backward; no optimiser.
+
+    Without the optimiser's step the step is shorter than in training, so ratios are, if anything, too large. All
+    tokens are completions, half of the sequences chosen. The reference model of DPO shares the policy's weights
+    (:func:`sharing_weights`); with PEFT it is the policy without its adapters.
+
+    Args:
+        model, tokenizer: the policy, on its device.
+        rows, length: sequences (for DPO an even number, half of them chosen), tokens each.
+        method: ``"dpo"`` or ``"sft"``.
+        checkpointing: gradient checkpointing.
+        use_peft: LoRA on all linear layers but the head.
+
+    Raises:
+        InputError: an odd number of rows for DPO, or PEFT is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: int,
+        length: int,
+        *,
+        method: str = "dpo",
+        checkpointing: bool = False,
+        use_peft: bool = False,
+    ) -> None:
+        if method == "dpo" and (rows < 2 or rows % 2):
+            raise InputError(f"--rows is {rows}, expected an even number of sequences for dpo, half of them chosen")
+        self.tokenizer = tokenizer
+        self.folder = tempfile.TemporaryDirectory(prefix="plot-align-bench-")
+        device = next(model.parameters()).device
+        vocab = min(len(tokenizer), model.get_output_embeddings().weight.size(0))
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(2, vocab, (rows, length), generator=generator).tolist()
+        peft = _lora() if use_peft else None
+        options: dict[str, Any] = {
+            "output_dir": self.folder.name,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "bf16": False,  # the weights have the dtype already
+            "use_cpu": device.type == "cpu",
+            "max_length": length,
+            "gradient_checkpointing": checkpointing,
+        }
+        with _quietly():
+            self.trainer, examples = _trainer(method, model, tokenizer, tokens, options, peft)
+        trainer = self.trainer
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.create_optimizer()
+        trainer.model_wrapped = self.model = trainer.accelerator.prepare(trainer.model)
+        self.model.train()
+        self.batch = trainer._prepare_inputs(trainer.data_collator(examples))
+        self.device = device
+
+    @contextlib.contextmanager
+    def arm(self, name: str, config: PlotConfig | None = None) -> Iterator[Callable[[], None]]:
+        """The trainer with this arm's head for the duration of the block.
+
+        ``trl``: as TRL ships it. ``off``: without the term, on our kernel. ``on``: with the term of ``config``, a step
+        that measures no gradient norms. ``measured``: one that does, to balance α anew, as one in five by default.
+        """
+        match name:
+            case "trl":
+                yield self.step
+            case "off":
+                with without_plot(self.trainer):
+                    yield self.step
+            case "on" | "measured":
+                every = 1 if name == "measured" else 0
+                with self._attached(replace(config or PlotConfig(), grad_ratio_steps=every)):
+                    yield self.step
+            case _:
+                raise ValueError(name)
+
+    @contextlib.contextmanager
+    def _attached(self, config: PlotConfig) -> Iterator[None]:
+        size = len(self.tokenizer)
+        described = {"fingerprint": vocabulary_fingerprint(self.tokenizer), "size": size}
+        handle = attach(self.trainer, random_preference(size, described), config)
+        try:
+            handle.alpha.observe(0, 1.0, 1.0)  # a step whose α is known
+            yield
+        finally:
+            handle.detach()
+
+    def step(self) -> None:
+        """Forward and backward of the micro-batch."""
+        self.model.zero_grad()
+        self.trainer.training_step(self.model, dict(self.batch), None)
+
+
+def _trainer(
+    method: str, model: Any, tokenizer: Any, tokens: list[list[int]], options: dict[str, Any], peft: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    """The trainer, and the micro-batch of ``tokens`` as rows for its collator."""
+    from datasets import Dataset
+
+    rows = len(tokens)
+    match method:
+        case "dpo":
+            from trl import DPOConfig, DPOTrainer
+
+            half = rows // 2
+            trainer = DPOTrainer(
+                model,
+                ref_model=None if peft is not None else sharing_weights(model),
+                args=DPOConfig(per_device_train_batch_size=half, **options),
+                train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * half),
+                processing_class=tokenizer,
+                peft_config=peft,
+            )
+            pairs = zip(tokens[:half], tokens[half:], strict=True)
+            return trainer, [
+                {"prompt_ids": [], "chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs
+            ]
+        case "sft":
+            from trl import SFTConfig, SFTTrainer
+
+            trainer = SFTTrainer(
+                model,
+                args=SFTConfig(per_device_train_batch_size=rows, **options),
+                train_dataset=Dataset.from_list([{"text": "a b"}] * rows),
+                processing_class=tokenizer,
+                peft_config=peft,
+            )
+            return trainer, [{"input_ids": ids} for ids in tokens]
+    raise ValueError(method)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the bars of a data set of three words."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+
+
+def measured_share(config: PlotConfig, steps: int = 1000) -> float:
+    """Share of a training's steps that measure gradient norms, to balance α or to log them; not the first ones."""
+    schedule = AlphaSchedule(config)
+    schedule.observe(0, 1.0, 1.0)
+    every = config.grad_ratio_steps
+    later = range(steps, 2 * steps)
+    return sum(schedule.wants_measurement(step) or (every > 0 and step % every == 0) for step in later) / steps
+
+
+def _lora() -> Any:
+    try:
+        from peft import LoraConfig
+    except ModuleNotFoundError:
+        raise InputError("--use_peft needs PEFT, which is not installed; pip install 'plot-align[peft]'") from None
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -1,0 +1,285 @@
+"""`plot-align bench`: what it measures, its formulas, its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from plot_align.bench import HeadProblem, HeadWork, Machine, compare, mixed, paired
+from plot_align.bench.profile import profile
+from plot_align.bench.run import Setting, out_of_memory
+from plot_align.bench.shapes import SHAPES, random_model, sharing_weights, word_tokenizer
+from plot_align.bench.show import line
+from plot_align.bench.step import StepProblem, measured_share
+from plot_align.cli import main
+from plot_align.errors import RunError
+from plot_align.records import read_record
+from plot_align.training import PlotConfig
+from plot_align.training.overhead import Samples
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench(tmp_path, capsys):
+    """``bench(*options)`` → exit code, record (None where none was written), standard output, standard error."""
+
+    def run(*options: str):
+        path = tmp_path / "bench.json"
+        code = main(["bench", *options, "--output", str(path)])
+        streams = capsys.readouterr()
+        return code, read_record(path, "bench") if path.exists() else None, streams.out, streams.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_bench_measures_a_checkpoint(bench, tiny_llama, tmp_path):
+    trace = tmp_path / "trace.json"
+    options = ("--rows", "4", "--length", "12", "--repeats", "3", "--granularity", "sequence", "--slices", "4")
+    code, record, out, err = bench(str(tiny_llama), *options, "--profile", str(trace))
+    assert code == 0, err
+    results, plot = record["results"], record["config"]["plot"]
+    assert (plot["granularity"], plot["slices"]) == ("sequence", 4)
+    assert set(results["step"]["arms"]) == {"trl", "off", "on", "measured", "training"}
+    assert results["step"]["arms"]["off"]["time"]["value"] == 1
+    for arm in (*results["step"]["arms"].values(), *results["head"]["arms"].values()):
+        assert arm["time"]["n"] == 3
+        assert arm["time"]["spread"][0] <= arm["time"]["value"] <= arm["time"]["spread"][1]
+        assert arm["seconds"]["value"] > 0
+    on, measured = (results["step"]["arms"][name]["seconds"]["value"] for name in ("on", "measured"))
+    assert results["step"]["measured_share"] == 0.2
+    assert min(on, measured) <= results["step"]["arms"]["training"]["seconds"]["value"] <= max(on, measured)
+    # 4 products of 2·N·V·H over 4 sequences of 11 predicted tokens
+    assert results["head"]["flops"] == 4 * 2 * 44 * record["config"]["vocab"] * record["config"]["hidden"]
+    assert results["machine"]["bandwidth"]["value"] > 1e8
+    assert line(record) in out.replace("\n", " ") or line(record) in out
+
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    ranges = results["profile"]["ranges"]
+    assert {"plot_align/marginal", "plot_align/potential", "plot_align/loss"} <= set(ranges) <= names
+    assert 0 < results["profile"]["plot_share"] < 1
+    assert 0 < results["profile"]["head_share"] < 1
+
+
+@pytest.mark.slow
+def test_bench_of_random_weights(bench):
+    """SFT, LoRA, one position at a time; without a profile."""
+    code, record, _, err = bench(
+        "--shape", "tiny", "--method", "sft", "--rows", "3", "--repeats", "1", "--use_peft", "--granularity", "token",
+        "--gradient_checkpointing",
+    )  # fmt: skip
+    assert code == 0, err
+    assert record["config"]["rows"] == 3
+    assert record["config"]["gradient_checkpointing"]
+    assert record["config"]["vocab"] == SHAPES["tiny"].vocab
+    assert "profile" not in record["results"]
+    assert "sft peft checkpointing" in line(record)
+    # one round says nothing of the spread
+    time_ratio = record["results"]["step"]["arms"]["on"]["time"]
+    assert time_ratio["interval"] == [time_ratio["value"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ["neither MODEL nor --shape", "expected one"]),
+        (("gpt2", "--shape", "tiny"), ["both MODEL and --shape"]),
+        (("--shape", "llama-3.1-8"), ["'llama-3.1-8'", "did you mean 'llama-3.1-8b'"]),
+        (("--shape", "tiny", "--rows", "3"), ["--rows is 3", "even", "add one"]),
+        (("--shape", "tiny", "--length", "1"), ["--length is 1", "2 or more"]),
+        (("--shape", "tiny", "--repeats", "0"), ["--repeats is 0", "1 or more"]),
+        (("--shape", "tiny", "--dtype", "int8"), ["--dtype is 'int8'", "bfloat16"]),
+        (("--shape", "tiny", "--device", "cuda:99"), ["--device is 'cuda:99'", "CUDA devices"]),
+        (("--shape", "tiny", "--device", "nonsense"), ["--device is 'nonsense'", "cuda:1"]),
+        (("--shape", "tiny", "--granularity", "tokens"), ["'tokens'", "did you mean 'token'"]),
+        (("--shape", "tiny", "--slices", "many"), ["slices is 'many'", "a whole number"]),
+        (("--shape", "tiny", "--alpha", "0"), ["--alpha is 0", "positive weight"]),
+        (("no/such/model",), ["'no/such/model'", "--shape"]),
+    ],
+)
+def test_bench_refuses(bench, options, words):
+    code, record, _, err = bench(*options)
+    assert code == 2
+    assert record is None
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_paired_is_the_median_of_ratios_with_its_interval():
+    """Ratios 1, 1.1, 1.2, 1.3 and 2: median 1.2, middle half 1.1 to 1.3; no resample's median leaves 1 to 2."""
+    entry = paired([1.0, 2.2, 3.6, 5.2, 10.0], [1.0, 2.0, 3.0, 4.0, 5.0])
+    assert entry["value"] == pytest.approx(1.2)
+    assert entry["quartiles"] == pytest.approx([1.1, 1.3])
+    assert entry["spread"] == pytest.approx((1.0, 2.0))
+    # P(median of 5 draws is the smallest value) = P(3 or more of them are it) = 0.058 > 0.025, so the 95 % interval
+    # reaches both ends.
+    assert entry["interval"] == pytest.approx((1.0, 2.0))
+    assert paired([1, 2], [0, 0])["n"] == 0
+
+
+def test_compare_and_mixed():
+    off, on, other = (Samples([s, s], [p, p]) for s, p in ((1.0, 100), (1.5, 110), (2.0, 90)))
+    training = mixed(on, other, 0.2)
+    assert training.seconds == pytest.approx([1.6, 1.6])
+    assert training.peak == [110, 110]
+    table = compare({"off": off, "on": on, "training": training}, "off")
+    assert table["training"]["time"]["value"] == pytest.approx(1.6)
+    assert table["on"]["memory"]["value"] == pytest.approx(1.1)
+    assert table["off"]["seconds"] == {"value": 1.0, "n": 2, "unit": "s", "quartiles": [1.0, 1.0]}
+
+
+def test_floors_by_hand():
+    """N = 6 positions, M = 3 selected, V = 10, H = 4, 2 bytes; a machine of 1 FLOP/s and 1 byte/s.
+
+    Products: 8·6·10·4 = 1,920. PLOT, batch: 2·3·10·2 + 3·1·10·4 = 240 bytes. Token with 5 lines: 11·3·10·2 = 660.
+    Head: forward 10·4·2 + 6·4·2 + 2·120 = 368, again 368 + 120 = 488, ∂h 120 + 80 + 6·4·4 = 296,
+    ∂W 120 + 48 + 10·4·4 = 328; together 1,480.
+    """
+    work = HeadWork(rows=6, selected=3, vocab=10, hidden=4, itemsize=2)
+    machine = Machine(1.0, 1.0, (1.0, 1.0), (1.0, 1.0))
+    assert work.flops == 1920
+    assert work.plot_floor(machine) == 240
+    assert work.head_bytes == 1480
+    assert work.head_floor(machine) == 1920
+    assert HeadWork(6, 3, 10, 4, 2, lines=5, per_token=True).plot_bytes == 660
+
+
+def test_arms_of_the_head_are_one_loss():
+    """In the head's sweep, in a second pass and from whole logits: the same value and the same gradients."""
+    plots = {"batch": PlotConfig(), "token": PlotConfig(granularity="token", slices=2)}
+    problem = HeadProblem(37, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
+    found = {}
+    for arm in ("off", "batch", "two-pass", "materialised", "token"):
+        problem.step(arm)
+        found[arm] = (problem.loss(arm).item(), problem.hidden.grad.clone(), problem.weight.grad.clone())
+    for arm in ("two-pass", "materialised"):
+        assert found[arm][0] == pytest.approx(found["batch"][0], rel=1e-5)
+        torch.testing.assert_close(found[arm][1:], found["batch"][1:], rtol=1e-4, atol=1e-6)
+    assert found["batch"][0] > found["off"][0]
+    assert found["token"][0] > found["batch"][0]  # Jensen, and another target
+    assert not torch.allclose(found["batch"][1], found["off"][1])
+    work = problem.work("token")
+    assert (work.rows, work.selected, work.lines, work.per_token) == (20, 10, 2, True)
+
+
+def test_head_without_pairs_selects_all_positions():
+    problem = HeadProblem(37, 8, 3, 6, {"on": PlotConfig()}, device=CPU, dtype=torch.float32, method="sft")
+    assert problem.work("on").selected == 15
+
+
+def test_step_has_the_losses_its_arms_name():
+    """``off`` and ``trl`` have the same gradient; ``on`` and ``measured`` another one, and leave nothing behind."""
+    shape = SHAPES["tiny"]
+    model = random_model(shape, CPU, torch.float32)
+    problem = StepProblem(model, word_tokenizer(shape.vocab), 4, 8)
+    gradients = {}
+    for name in ("trl", "on", "measured", "off", "trl"):
+        with problem.arm(name, PlotConfig(alpha=100.0)) as step:
+            step()
+        gradient = model.lm_head.weight.grad.clone()
+        if name in gradients:
+            assert torch.equal(gradient, gradients[name])
+        gradients[name] = gradient
+    torch.testing.assert_close(gradients["off"], gradients["trl"], rtol=1e-4, atol=1e-7)
+    assert torch.equal(gradients["on"], gradients["measured"])
+    assert not torch.allclose(gradients["on"], gradients["off"], rtol=1e-2, atol=1e-6)
+    reference = problem.trainer.ref_model
+    assert reference.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (PlotConfig(), 0.2),  # one in five balances α, and those that log fall on them
+        (PlotConfig(alpha=1.0), 0.02),
+        (PlotConfig(alpha=1.0, grad_ratio_steps=0), 0.0),
+        (PlotConfig(grad_ratio_steps=3), 7 / 15),  # 1/5 + 1/3 − 1/15
+    ],
+)
+def test_measured_share(config, share):
+    assert measured_share(config, 1500) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b", "llama-3.2-3b"])
+def test_shapes_have_the_models_parameters(name):
+    """Number of parameters of the real models; of ``tiny`` by hand.
+
+    Two matrices of 1,003 × 32; two layers of Q, O 32·32, K, V 32·16, three of 32·64, two norms of 32; one norm.
+    """
+    expected = {
+        "tiny": 2 * 1003 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32,
+        "qwen2.5-0.5b": 494_032_768,
+        "llama-3.2-3b": 3_212_749_824,
+    }
+    model = random_model(SHAPES[name], torch.device("meta"), torch.bfloat16)
+    assert sum(weight.numel() for weight in model.parameters()) == expected[name]
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_reference_shares_weights_and_is_frozen():
+    model = random_model(SHAPES["tiny"], CPU, torch.float32)
+    other = sharing_weights(model)
+    ids = torch.arange(2, 8).unsqueeze(0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert not any(weight.requires_grad for weight in other.parameters())
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_profile_shares_are_those_of_the_ranges(tmp_path):
+    """A head of 60 ms, 20 of them PLOT's, in a step of 100 ms with 10 more of PLOT's loss."""
+
+    def step():
+        with torch.profiler.record_function("plot_align/head_forward"):
+            time.sleep(0.04)
+            with torch.profiler.record_function("plot_align/marginal"):
+                time.sleep(0.02)
+        with torch.profiler.record_function("plot_align/loss"):
+            time.sleep(0.01)
+        time.sleep(0.03)
+
+    found = profile(step, CPU, tmp_path / "trace.json")
+    assert found["seconds"] == pytest.approx(0.1, rel=0.2)
+    assert found["head_share"] == pytest.approx(0.6, abs=0.06)
+    assert found["plot_share"] == pytest.approx(0.3, abs=0.06)
+    assert found["ranges"]["plot_align/marginal"]["calls"] == 1
+    assert "plot_align/marginal" in (tmp_path / "trace.json").read_text()
+
+
+def test_profile_without_a_range_says_so(tmp_path):
+    with pytest.raises(RunError, match="named ranges"):
+        profile(lambda: torch.zeros(3).add(1), CPU, tmp_path / "trace.json")
+
+
+def test_out_of_memory_is_one_sentence():
+    setting = Setting(8, 1024, "dpo", CPU, torch.float32, False, False, PlotConfig(), 1)
+    said = r"8 x 1024 tokens did not fit.*--rows.*--gradient_checkpointing.*--use_peft"
+    with pytest.raises(RunError, match=said), out_of_memory(setting):
+        torch.empty(1 << 55)
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory(setting):
+        raise RuntimeError("something else")
+
+
+def test_interleaved_stops_when_its_time_is_over():
+    from plot_align.training.overhead import interleaved
+
+    done: list[int] = []
+
+    def arm():
+        return contextlib.nullcontext(functools.partial(time.sleep, 0.02))
+
+    samples = interleaved({"a": arm, "b": arm}, repeats=50, device=CPU, budget=0.1, on_round=done.append)
+    rounds = len(samples["a"].seconds)
+    assert 1 <= rounds <= 4
+    assert len(samples["b"].seconds) == rounds
+    assert done == list(range(1, rounds + 2))  # the first round warms up
