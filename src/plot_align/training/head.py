@@ -209,7 +209,7 @@ class _FusedForward:
             if not kwargs.get("fused_lm_head"):
                 return before(*args, **kwargs)
             if module is backend.model and backend.is_policys(labels):
-                self._refuse_unsupported(module, kwargs)
+                self._refuse_unsupported(kwargs)
                 self._sweep = backend.sweep
             elif backend.is_references(labels):
                 self._sweep = backend.sweep_reference
@@ -233,18 +233,11 @@ class _FusedForward:
             setattr(self.model, "forward", self._before)  # noqa: B010
 
     @staticmethod
-    def _refuse_unsupported(module: Any, kwargs: dict[str, Any]) -> None:
+    def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
         if kwargs.get("shift_labels") is not None:
             raise InputError(
                 "the batch carries shift_labels, as under context or sequence parallelism, where no rank sees a whole "
                 "sequence; PLOT expects whole sequences: set the parallelism's size to 1."
-            )
-        weight = module.get_output_embeddings().weight
-        if isinstance(weight, DTensor) and weight.requires_grad:
-            raise InputError(
-                "the LM head is sharded on its own (a trainable DTensor at the time of the forward), and TRL's fused "
-                "head computes a wrong gradient for it; expected it whole: leave the head in the FSDP root group, as "
-                "accelerate's auto wrap policy does, or freeze it."
             )
 
     def apply(
@@ -271,6 +264,12 @@ class _FusedForward:
             raise RunError(
                 f"TRL's head scored {hidden.size(0)} positions where {scored.numel()} labels of {mask.numel()} were "
                 "expected; this TRL version lays them out in an unknown way: use plot_backend='separate'."
+            )
+        if isinstance(weight, DTensor) and weight.requires_grad:
+            raise InputError(
+                "the LM head is sharded on its own (a trainable DTensor when its logits are due), and TRL's fused head "
+                "computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the root "
+                "or of the final norm, as accelerate does, or freeze it."
             )
         spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._gather)
         if dense:
