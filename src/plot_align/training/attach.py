@@ -90,7 +90,7 @@ def attach(
             backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
             anchor = causal_lm(reference_model(trainer)) if config.needs_reference else None
-            backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast)
+            backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast, called=trainer.model)
         case "separate":
             backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
     return PlotHandle(trainer, kind, config, preference, term, backend)

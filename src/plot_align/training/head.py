@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, RunError
@@ -142,6 +143,7 @@ class FusedBackend(HeadBackend):
         reference: the model whose forward inside ``compute_loss`` yields the reference's output distributions: the
             trainer's own reference model, or the policy itself where PEFT's adapters are switched off for it.
         autocast: the context that accelerate has wrapped the trainer's own reference model in.
+        called: what the trainer calls: ``model`` itself (``None``), or the PEFT wrapper around it.
 
     Raises:
         InputError: the TRL version is not one this was tested with, or its head does not look as it should.
@@ -153,8 +155,10 @@ class FusedBackend(HeadBackend):
         term: PlotTerm,
         reference: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        called: nn.Module | None = None,
     ) -> None:
         super().__init__(model, term)
+        self.called = called
         self.wants_reference = reference is not None
         self._heads = [_FusedForward(model, self)]
         if reference is not None and reference is not model:
@@ -240,6 +244,23 @@ class _FusedForward:
                 "sequence; PLOT expects whole sequences: set the parallelism's size to 1."
             )
 
+    @contextmanager
+    def _whole(self, *parameters: Tensor | None) -> Iterator[None]:
+        """Parameters of the head, gathered. Under ZeRO-3 as TRL does it. FSDP2 gathers them for the forward and for a
+        backward from its outputs, and frees their storage after either: gradient norms are measured in between."""
+        freed = any(x is not None and x.numel() > 0 and x.untyped_storage().size() == 0 for x in parameters)
+        with self._gather(*parameters):
+            if not freed:
+                yield
+                return
+            head = self.model.get_output_embeddings()  # type: ignore[operator]
+            group = next(x for x in (head, self.model, self.backend.called) if isinstance(x, FSDPModule))
+            group.unshard()
+            try:
+                yield
+            finally:
+                group.reshard()
+
     def apply(
         self,
         hidden: Tensor,  # (N, H)
@@ -265,13 +286,14 @@ class _FusedForward:
                 f"TRL's head scored {hidden.size(0)} positions where {scored.numel()} labels of {mask.numel()} were "
                 "expected; this TRL version lays them out in an unknown way: use plot_backend='separate'."
             )
-        if isinstance(weight, DTensor) and weight.requires_grad:
+        own = self.model.get_output_embeddings().weight  # type: ignore[operator]
+        if isinstance(own, DTensor) and own.requires_grad:
             raise InputError(
                 "the LM head is sharded on its own (a trainable DTensor when its logits are due), and TRL's fused head "
                 "computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the root "
                 "or of the final norm, as accelerate does, or freeze it."
             )
-        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._gather)
+        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._whole)
         if dense:
             # Off Triton devices TRL scores every position and masks afterwards. Prompts are most of a batch: skip
             # them here, and put zeros where they were.
