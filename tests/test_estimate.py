@@ -389,7 +389,7 @@ def test_extraction_is_trls(shared: str, chosen: str, rejected: str) -> None:
     """Skipping ahead in a long common prompt changes nothing, for strings and for messages."""
     from trl.data_utils import extract_prompt
 
-    from plot_align.estimate import _extract
+    from plot_align.completions import _extract
 
     for one, other in ((shared + chosen, shared + rejected), (list(shared + chosen), list(shared + rejected))):
         expected = extract_prompt({"chosen": one, "rejected": other})
@@ -666,7 +666,7 @@ def test_refused_arguments(tokenizer: Any) -> None:
 
 def test_a_template_that_refuses(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(InputError, match=r"rows 0 to 39: .*roles must alternate"):
+    with pytest.raises(InputError, match=r"row 0: .*roles must alternate"):
         estimate(Dataset.from_list(CONVERSATIONAL), tokenizer, progress=False)
 
 
@@ -693,7 +693,7 @@ def test_refused_tokenized_rows(tokenizer: Any) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the killed worker is a forked one")
 def test_a_worker_that_dies(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["plot_align.estimate"], "_count_batch", lambda *_: os._exit(9))
+    monkeypatch.setattr(sys.modules["plot_align.counting_processes"], "count_batch", lambda *_: os._exit(9))
     with pytest.raises(RunError, match=r"worker process died.*num_proc = 2"):
         estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False, num_proc=2, batch_size=2)
 

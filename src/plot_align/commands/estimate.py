@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from plot_align.commands import launch
 from plot_align.commands.common import Parser, length, load_tokenizer
 from plot_align.errors import InputError
+from plot_align.files import require_writable
+from plot_align.ranks import process_state
 
 
 def make_parser() -> Parser:
@@ -16,7 +20,8 @@ def make_parser() -> Parser:
         "Count how often chosen and rejected completions use each token, exactly the\n"
         "tokens that a TRL preference trainer would train on.",
         "  plot-align estimate pairs.jsonl.gz --tokenizer Qwen/Qwen3-0.6B\n"
-        "  plot-align estimate trl-lib/ultrafeedback_binarized --tokenizer my/model",
+        "  plot-align estimate trl-lib/ultrafeedback_binarized --tokenizer my/model\n"
+        "  plot-align estimate my/corpus --streaming --num_processes 4 --tokenizer my/model",
     )
     parser.add_argument("data", help="hub id, or a .jsonl/.json/.csv/.parquet file, also .gz")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder of the model to tune")
@@ -32,7 +37,13 @@ def make_parser() -> Parser:
         "--truncation_mode", default="keep_start", metavar="MODE", help="as TRL's option of that name (%(default)s)"
     )
     parser.add_argument("--streaming", action="store_true", help="read the data set without downloading it first")
-    parser.add_argument("--num_proc", type=int, metavar="N", help="processes (default: one)")
+    parser.add_argument("--num_proc", type=int, metavar="N", help="tokenising processes, of each rank (default: one)")
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        metavar="N",
+        help="ranks that share the data set, as `accelerate launch` starts them (default: one)",
+    )
     parser.add_argument(
         "--merge", nargs="+", default=[], metavar="FILE", help="add the counts of these artefacts to the new ones"
     )
@@ -41,22 +52,50 @@ def make_parser() -> Parser:
 
 
 def run(arguments: list[str]) -> int:
-    """Parse ``arguments``, estimate, and write ``FILE`` and ``FILE`` with the suffix ``.record.json``."""
-    options = make_parser().parse(arguments)
-    if options.output.suffix != ".safetensors":  # before the work rather than after it
-        raise InputError(f"--output is {str(options.output)!r}, expected a name ending in .safetensors; rename it")
-    if options.num_proc is not None and options.num_proc < 1:
-        raise InputError(f"--num_proc is {options.num_proc}, expected 1 or more; leave it out for one process")
+    """Parse ``arguments``, estimate, and write ``FILE`` and ``FILE`` with the suffix ``.record.json``.
 
+    Under a launcher every rank runs this and counts its share; the main one writes.
+    """
+    options = make_parser().parse(arguments)
+    _check(options)
+    launched = launch.is_launched()
+    if options.num_processes not in (None, 1) and not launched:
+        require_writable(options.output.parent)  # before the work rather than after it
+        return launch.launch("estimate", ["--num_processes", str(options.num_processes)], arguments, use_cpu=True)
+    if not launched:
+        return _estimate(options)
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # accelerators count no tokens
+    # Else the tokenizer of each rank would start a thread for every core.
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
+    try:
+        return _estimate(options, process_state().is_main_process)
+    finally:
+        process_state().destroy_process_group()
+
+
+def _check(options: Any) -> None:
+    if options.output.suffix != ".safetensors":
+        raise InputError(f"--output is {str(options.output)!r}, expected a name ending in .safetensors; rename it")
+    for name in ("num_proc", "num_processes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}, expected 1 or more; leave it out for one process")
+
+
+def _estimate(options: Any, writes: bool = True) -> int:
     from plot_align.estimate import estimate, load_pairs
-    from plot_align.files import require_writable
     from plot_align.preference import PreferenceDistribution, require_preference
     from plot_align.records import write_record
 
+    if not writes:
+        import datasets
+
+        datasets.disable_progress_bars()
     others = [PreferenceDistribution.load(path) for path in options.merge]
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     pairs = load_pairs(options.data, name=options.name, split=options.split, streaming=options.streaming)
-    require_writable(options.output.parent)  # before the work rather than after it
+    if writes:
+        require_writable(options.output.parent)  # before the work rather than after it
     start = time.perf_counter()
     preference = estimate(
         pairs,
@@ -64,15 +103,17 @@ def run(arguments: list[str]) -> int:
         max_length=options.max_length,
         truncation_mode=options.truncation_mode,
         num_proc=options.num_proc,
+        distributed=launch.is_launched(),
     )
     seconds = time.perf_counter() - start
     for other in others:
         preference = preference.merge(other)
     require_preference(preference.difference())  # an artefact without a target would fail every later step
-    results = {**_results(preference), "seconds": seconds}
-    preference.save(options.output)
-    record = write_record(options.output.with_suffix(".record.json"), "estimate", results, config=vars(options))
-    _print(results, options.output, record)
+    if writes:
+        results = {**_results(preference), "seconds": seconds}
+        preference.save(options.output)
+        record = write_record(options.output.with_suffix(".record.json"), "estimate", results, config=vars(options))
+        _print(results, options.output, record)
     return 0
 
 
