@@ -13,6 +13,9 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Where there is no GPU, Triton's kernels are interpreted: this is read when they are defined.
+if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Data sets that a test processes are cached for this run only, never in the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="plot-align-tests-")
 os.environ["HF_DATASETS_CACHE"] = _CACHE.name

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from plot_align.errors import InputError
-from plot_align.fused import logits as module
-from plot_align.fused import output_distribution, target_log_probs
+from plot_align.fused import block_torch, output_distribution, target_log_probs
 from plot_align.geometry import line
 from plot_align.losses import make_divergence
 
@@ -47,7 +46,7 @@ def upstream(shape):
 @pytest.mark.parametrize("rows", [1, 2, 1000], ids=lambda rows: f"{rows} rows a slice")
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 def test_equals_materialised(monkeypatch, granularity, rows):
-    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", rows * V)
+    monkeypatch.setitem(block_torch._SLICE_ELEMENTS, "cpu", rows * V)
     logits, weights, segments, divergence = problem()
     segments = segments if granularity == "sequence" else None
     divergence = divergence if granularity == "token" else None
@@ -161,7 +160,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("rows_a_slice", [1, 1000])
 def test_target_log_probs(monkeypatch, rows_a_slice):
     """Against log_softmax; a NaN row is NaN and an infinite one infinite or NaN, and they spoil no other row."""
-    monkeypatch.setitem(module._SLICE_ELEMENTS, "cpu", rows_a_slice * V)
+    monkeypatch.setitem(block_torch._SLICE_ELEMENTS, "cpu", rows_a_slice * V)
     logits = problem()[0].detach()
     rows, targets = torch.tensor([0, 3, 4, 23]), torch.tensor([52, 0, 7, 7])
     want = logits.flatten(0, 1).log_softmax(-1)[rows, targets]

@@ -18,23 +18,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
+from ..errors import InputError
 from ..losses import Divergence
+from . import block_torch
+from .block import Gradients, Logits, Plot, Statistics, runs_of
+from .memory import block_bytes
 
+Impl = Literal["auto", "torch", "triton"]
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# One block of logits, `(rows, V)` in the compute dtype. On a CPU a block four times as large is no faster; a GPU
-# wants more rows a matrix product.
-_BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-# Elementwise work runs on slices of a block, so that its fp32 temporaries stay in a CPU's cache.
-_SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 # Where the head must be cast (fp32 master weights under bf16 autocast, or bf16 products that accumulate in fp32 on a
-# device without `out_dtype`), it is cast this many vocabulary rows at a time, never as a whole.
+# device without `out_dtype`), or a frozen head permuted, that is done this many vocabulary rows at a time.
 _CAST_ROWS = 32768
+# Rows of a block begin at multiples of this many elements: odd vocabularies would slow the matrix products down.
+_ALIGN = 64
 
 
 class Gather(Protocol):
@@ -56,9 +60,15 @@ class HeadSpec:
         softcap: ``z → softcap · tanh(z / softcap)`` (Gemma 2), before the temperature.
         logit_scale: factor on the raw logits, before the soft cap (Cohere, Granite).
         outputs: which of :data:`OPTIONAL_OUTPUTS` to compute.
-        block_bytes: bound on the one block of logits; ``None`` takes 256 MiB on a CPU and 1 GiB on a GPU.
+        block_bytes: bound on the one block of logits; ``None`` chooses it from the free memory
+            (:func:`plot_align.fused.memory.block_bytes`).
         gather: see :class:`Gather`.
         frozen: the caller wants no gradient of weight and bias, whatever they ask for: spares a matrix product.
+        impl: of the elementwise work between the matrix products. ``auto``: Triton kernels on a GPU where Triton is
+            installed, else torch.
+
+    Raises:
+        InputError: ``impl`` is none of these, or ``block_bytes`` below 1.
     """
 
     temperature: float = 1.0
@@ -68,6 +78,13 @@ class HeadSpec:
     block_bytes: int | None = None
     gather: Gather = _whole
     frozen: bool = False
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if self.impl not in get_args(Impl):
+            raise InputError(f"impl is {self.impl!r}; expected {', '.join(get_args(Impl))}.")
+        if self.block_bytes is not None and self.block_bytes < 1:
+            raise InputError(f"block_bytes is {self.block_bytes}; expected 1 or more, or None to have it chosen.")
 
 
 @dataclass(frozen=True)
@@ -125,27 +142,6 @@ def fused_head(
     return HeadOutput(*outputs)
 
 
-def _runs(weights: Tensor, segments: Tensor | None) -> list[tuple[int, int, int]]:
-    """``(start, end, segment)`` of the stretches of positive weight: what is not selected costs nothing."""
-    selected = weights > 0  # (N,)
-    label = torch.where(selected, 0 if segments is None else segments, -1)  # (N,)
-    values, counts = torch.unique_consecutive(label, return_counts=True)
-    runs, start = [], 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        if value >= 0:
-            runs.append((start, start + count, value))
-        start += count
-    return runs
-
-
-def _overlaps(runs: list[tuple[int, int, int]], start: int, end: int) -> Iterator[tuple[slice, slice, int]]:
-    """The parts of ``runs`` within rows [start, end): as rows of all, as rows of the slice, and their segment."""
-    for run_start, run_end, segment in runs:
-        low, high = max(run_start, start), min(run_end, end)
-        if low < high:
-            yield slice(low, high), slice(low - start, high - start), segment
-
-
 def _addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float) -> None:
     """``out = beta·out + a @ b`` accumulated in ``out``'s fp32 (or fp64), without rounding the product first."""
     if a.dtype == out.dtype:
@@ -156,32 +152,78 @@ def _addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
 
 
-class _Sweep:
-    """The blocks and slices of one pass over the logits; shared by forward and backward so that they agree."""
+def _implementation(spec: HeadSpec, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that does the elementwise work on ``device`` with statistics of ``dtype``.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, spec: HeadSpec):
-        self.spec = spec
+    Raises:
+        InputError: ``impl="triton"`` where its kernels cannot run.
+    """
+    if spec.impl == "torch" or (spec.impl == "auto" and (device.type != "cuda" or dtype != torch.float32)):
+        return block_torch
+    try:
+        from . import block_triton
+    except ImportError as error:
+        if spec.impl == "auto":
+            return block_torch
+        raise InputError(
+            f"impl is 'triton', which cannot be imported here ({error}); pip install triton, or use impl='torch'."
+        ) from error
+    if dtype != torch.float32:
+        raise InputError("impl is 'triton' with float64 inputs; expected float32 or narrower: use impl='torch'.")
+    if device.type != "cuda" and not block_triton.INTERPRETED:
+        raise InputError(
+            f"impl is 'triton' with tensors on {device.type}; expected a GPU (or TRITON_INTERPRET=1, set before "
+            "plot_align is imported, which is for tests): use impl='auto'."
+        )
+    return block_triton
+
+
+class _Sweep:
+    """The blocks of one pass over the logits; shared by forward and backward so that they agree.
+
+    Args:
+        dtype: of the matrix products.
+        order: ``(V,)`` the token of each column of a block; ``None`` for the vocabulary's own order.
+        trained: whether the pass needs the weight's gradient.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        dtype: torch.dtype,
+        spec: HeadSpec,
+        *,
+        order: Tensor | None,
+        trained: bool,
+    ) -> None:
         self.dtype = dtype
-        self.stat = torch.promote_types(dtype, torch.float32)
         self.hidden = hidden
-        self.weight = weight
-        self.bias = None if bias is None else bias.to(self.stat)  # (V,)
         cast = weight.dtype != dtype or (dtype.itemsize < 4 and weight.device.type != "cuda")
-        self.columns = _CAST_ROWS if cast else weight.size(0)
+        if order is not None and trained and not cast:
+            # Once for all blocks. The copy is as large as the weight's finished gradient, and gone before that is
+            # made; where there is no such gradient, it would raise the peak.
+            weight, order = weight[order], None
+        self.weight = weight
+        self.order = order
         rows, vocab = hidden.size(0), weight.size(0)
-        budget = spec.block_bytes or _BLOCK_BYTES.get(hidden.device.type, _BLOCK_BYTES["cuda"])
-        most = max(1, budget // (vocab * dtype.itemsize))
+        self.columns = _CAST_ROWS if cast or order is not None else vocab
+        budget = spec.block_bytes or block_bytes(
+            rows, vocab, weight.size(1), dtype.itemsize, hidden.device, converts_gradient=trained and not cast
+        )
+        width = -(-vocab // _ALIGN) * _ALIGN
+        most = max(1, budget // (width * dtype.itemsize))
         blocks = -(-rows // most)
         # Equal blocks: a last block of three rows would read the whole head for three rows.
         self.block = -(-rows // blocks) if blocks else 0
-        self.slice = max(1, _SLICE_ELEMENTS.get(hidden.device.type, _SLICE_ELEMENTS["cuda"]) // vocab)
-        self.tile = torch.empty(self.block, vocab, device=hidden.device, dtype=dtype)
+        self.tile = torch.empty(self.block, width, device=hidden.device, dtype=dtype)[:, :vocab]
 
     def head(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the head in the compute dtype: once where it has that dtype, else a group of rows at a time."""
         for start in range(0, self.weight.size(0), self.columns):
             columns = slice(start, start + self.columns)
-            yield columns, self.weight[columns].to(self.dtype)
+            rows = self.weight[columns] if self.order is None else self.weight[self.order[columns]]
+            yield columns, rows.to(self.dtype)
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields the block's first row, its hidden states (T, H) and the raw products h W^T (T, V)."""
@@ -192,31 +234,45 @@ class _Sweep:
                 torch.mm(hidden, weight.T, out=tile[:, columns])
             yield start, hidden, tile
 
-    def slices(self, tile: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields the first row of each slice and the slice itself, a view of ``tile`` (R, V)."""
-        for start in range(0, tile.size(0), self.slice):
-            yield start, tile[start : start + self.slice]
 
-    def logits(self, raw: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """(R, V) final logits in the statistics' dtype, over ``raw`` unless ``keep``; and 1 − tanh² where capped."""
-        spec = self.spec
-        z = raw.to(self.stat, copy=keep)
-        if self.bias is not None:
-            z = z.add_(self.bias)  # here and not in the compute dtype, where it would be rounded a second time
-        if spec.logit_scale != 1.0:
-            z = z.mul_(spec.logit_scale)
-        slope = None
-        if spec.softcap is not None:
-            z = z.div_(spec.softcap).tanh_()
-            slope = 1 - z.square()
-            z = z.mul_(spec.softcap)
-        if spec.temperature != 1.0:
-            z = z.div_(spec.temperature)
-        return z, slope
+@dataclass(frozen=True)
+class _Columns:
+    """In which order a pass lays the vocabulary out: its own, or the one in which the divergence needs no gather."""
+
+    order: Tensor | None = None  # (V,) token of each column
+    rank: Tensor | None = None  # (V,) column of each token
+
+    @classmethod
+    def of(cls, divergence: Divergence | None) -> tuple[_Columns, Divergence | None]:
+        """The order that ``divergence`` wants, and the divergence for columns in that order."""
+        found = None if divergence is None else divergence.in_its_order()
+        if found is None:
+            return cls(), divergence
+        order, sorted_divergence = found
+        return cls(order, order.argsort()), sorted_divergence
+
+    def place(self, vector: Tensor | None) -> Tensor | None:
+        """(V,) by token → by column."""
+        return vector if vector is None or self.order is None else vector[self.order]
+
+    def targets(self, targets: Tensor) -> Tensor:
+        """(N,) tokens → their columns."""
+        return targets if self.rank is None else self.rank[targets]
+
+    def restore(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """(V, …) by column → by token, in ``dtype``, without a second copy in the wider dtype."""
+        if self.rank is None:
+            return rows.to(dtype)
+        out = torch.empty_like(rows, dtype=dtype)
+        for start in range(0, rows.size(0), _CAST_ROWS):
+            some = slice(start, start + _CAST_ROWS)
+            out[some] = rows[self.rank[some]]
+        return out
 
 
 class _FusedHead(torch.autograd.Function):
     @staticmethod
+    @record_function("plot_align/head_forward")
     def forward(
         ctx: Any,
         hidden: Tensor,  # (N, H)
@@ -233,154 +289,90 @@ class _FusedHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         device = hidden.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+        stat = torch.promote_types(dtype, torch.float32)
         rows = hidden.size(0)
+        columns, divergence = _Columns.of(None if weights is None else divergence)
+
+        def per_token(wanted: bool, dtype: torch.dtype = stat) -> Tensor | None:
+            return torch.zeros(rows, device=device, dtype=dtype) if wanted else None
+
+        found = Statistics(
+            log_z=torch.zeros(rows, device=device, dtype=stat),
+            target_logit=torch.zeros(rows, device=device, dtype=stat),
+            entropy=per_token("entropy" in spec.outputs),
+            sum_sq=per_token("log_sum_sq_probs" in spec.outputs),
+            mean=per_token("mean_logits" in spec.outputs),
+            top1=per_token("is_top1" in spec.outputs, torch.bool),
+            values=per_token(divergence is not None),
+        )
+        plot = None if weights is None else Plot(weights.to(stat), segments, runs_of(weights, segments), divergence)
+        implementation = _implementation(spec, device, stat)
         # The Function runs under the caller's autocast; the products are cast by hand, so it must not interfere.
         with spec.gather(weight, bias), torch.autocast(device.type, enabled=False):
-            vocab = weight.size(0)
-            sweep = _Sweep(hidden, weight, bias, dtype, spec)
-
-            def per_token(wanted: bool, dtype: torch.dtype = sweep.stat) -> Tensor | None:
-                return torch.zeros(rows, device=device, dtype=dtype) if wanted else None
-
-            log_z = torch.zeros(rows, device=device, dtype=sweep.stat)
-            target_logit = torch.zeros_like(log_z)
-            entropy = per_token("entropy" in spec.outputs)
-            sum_sq = per_token("log_sum_sq_probs" in spec.outputs)
-            mean = per_token("mean_logits" in spec.outputs)
-            top1 = per_token("is_top1" in spec.outputs, torch.bool)
-            values = per_token(divergence is not None)
-            runs = [] if weights is None else _runs(weights, segments)
-            share = None if weights is None else weights.to(sweep.stat)  # (N,)
             marginals = None
             if weights is not None:
-                marginals = torch.zeros(num_segments, vocab, device=device, dtype=sweep.stat)  # (S, V)
-
-            for block_start, _, tile in sweep.blocks():
-                for slice_start, raw in sweep.slices(tile):
-                    first = block_start + slice_start
-                    r = slice(first, first + raw.size(0))
-                    z, _ = sweep.logits(raw, keep=False)  # (R, V)
-                    top, index = z.max(-1)  # the first maximum, as argmax: a tie with an earlier token is no hit
-                    if top1 is not None:
-                        top1[r] = index == targets[r]
-                    target_logit[r] = z.gather(-1, targets[r].unsqueeze(-1)).squeeze(-1)
-                    if mean is not None:
-                        mean[r] = z.mean(-1)
-                    e = torch.sub(z, top.unsqueeze(-1)).exp_()  # (R, V)
-                    total = e.sum(-1)  # (R,)
-                    log_z[r] = top + total.log()
-                    if entropy is not None:
-                        entropy[r] = log_z[r] - z.mul_(e).sum(-1) / total
-                    if sum_sq is not None:
-                        sum_sq[r] = torch.mul(e, e, out=z).sum(-1).log() - 2 * total.log()
-                    if share is None or marginals is None:
-                        continue
-                    for everywhere, here, segment in _overlaps(runs, first, r.stop):
-                        # `addmv` is a sweep over e, not a product of the head's size.
-                        torch.addmv(
-                            marginals[segment], e[here].T, share[everywhere] / total[here], out=marginals[segment]
-                        )
-                        if divergence is not None and values is not None:
-                            p = e[here] / total[here].unsqueeze(-1)  # (R', V)
-                            values[everywhere] = divergence.value(p).to(values.dtype)
-
-        log_probs = target_logit - log_z
-        ctx.save_for_backward(hidden, weight, bias, targets, weights, log_z, entropy)
-        ctx.spec, ctx.dtype, ctx.runs, ctx.divergence = spec, dtype, runs, divergence
-        fixed = [sum_sq, mean, top1] + ([marginals] if divergence is not None else [])
+                marginals = torch.zeros(num_segments, weight.size(0), device=device, dtype=stat)  # (S, V)
+            logits = _logits(bias, spec, stat, columns)
+            trained = ctx.needs_input_grad[1] and not spec.frozen
+            sweep = _Sweep(hidden, weight, dtype, spec, order=columns.order, trained=trained)
+            places = columns.targets(targets)
+            for first, _, tile in sweep.blocks():
+                implementation.forward(tile, first, logits, places, columns.order, found, plot, marginals)
+        if marginals is not None and columns.rank is not None:
+            marginals = marginals[:, columns.rank]
+        # Entropy is an output: kept on `ctx` itself it would hold its own graph, and never be freed.
+        ctx.save_for_backward(hidden, weight, bias, targets, found.log_z, found.entropy)
+        ctx.spec, ctx.dtype, ctx.plot, ctx.columns = spec, dtype, plot, columns
+        fixed = [found.sum_sq, found.mean, found.top1] + ([marginals] if divergence is not None else [])
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
-        return log_probs, entropy, sum_sq, mean, top1, marginals, values
+        log_probs = found.target_logit - found.log_z
+        return log_probs, found.entropy, found.sum_sq, found.mean, found.top1, marginals, found.values
 
     @staticmethod
+    @record_function("plot_align/head_backward")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        g_log_prob, g_entropy, _, _, _, potential, g_value = grads
-        hidden, weight, bias, targets, weights, log_z, entropy = ctx.saved_tensors
-        spec, runs, divergence = ctx.spec, ctx.runs, ctx.divergence
+        hidden, weight, bias, targets, log_z, entropy = ctx.saved_tensors
+        spec, columns, plot = ctx.spec, ctx.columns, ctx.plot
+        stat = log_z.dtype
+        of_log_prob, of_entropy, _, _, _, potential, of_value = (None if g is None else g.to(stat) for g in grads)
+        of_log_prob = torch.zeros_like(log_z) if of_log_prob is None else of_log_prob
+        gradients = Gradients(log_z, entropy, of_log_prob, of_entropy, potential, of_value)
+        if potential is None and of_value is None:
+            plot = None
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if spec.frozen:
             needs_weight = needs_bias = False
-        if potential is None and g_value is None:
-            runs = []
+        implementation = _implementation(spec, hidden.device, stat)
         with spec.gather(weight, bias), torch.autocast(hidden.device.type, enabled=False):
-            sweep = _Sweep(hidden, weight, bias, ctx.dtype, spec)
-            stat = sweep.stat
             grad_hidden = torch.empty_like(hidden, dtype=stat) if needs_hidden else None  # (N, H)
             grad_weight = torch.zeros_like(weight, dtype=stat) if needs_weight else None  # (V, H)
             grad_bias = torch.zeros_like(bias, dtype=stat) if needs_bias else None  # (V,)
-            zero = torch.zeros_like(log_z)
-            g_log_prob = zero if g_log_prob is None else g_log_prob.to(stat)  # (N,)
-            share = zero if weights is None else weights.to(stat)  # (N,)
-            outer = spec.logit_scale / spec.temperature
 
-            for block_start, hidden_block, tile in sweep.blocks():
-                for slice_start, raw in sweep.slices(tile):
-                    first = block_start + slice_start
-                    r = slice(first, first + raw.size(0))
-                    z, slope = sweep.logits(raw, keep=g_entropy is not None)  # (R, V)
-                    p = z.sub_(log_z[r].unsqueeze(-1)).exp_() if g_entropy is None else None
-                    log_p = None
-                    if p is None:
-                        log_p = z.sub_(log_z[r].unsqueeze(-1))
-                        p = log_p.exp()
-                    from_entropy = None
-                    if log_p is not None and g_entropy is not None and entropy is not None:
-                        # ∂H/∂z_j = −p_j·(log p_j + H)
-                        from_entropy = log_p.add_(entropy[r].unsqueeze(-1)).mul_(p)
-                        from_entropy.mul_(g_entropy[r].to(stat).unsqueeze(-1))
-                    # The gradient of the logits is p ⊙ factor + g·1[target]: a number a row where PLOT has no share.
-                    done = 0
-                    for everywhere, here, segment in _overlaps(runs, first, r.stop):
-                        p[done : here.start].mul_(-g_log_prob[first + done : everywhere.start].unsqueeze(-1))
-                        _times_plot_factor(
-                            p[here],
-                            -g_log_prob[everywhere],
-                            share[everywhere],
-                            None if potential is None else potential[segment].to(stat),
-                            None if g_value is None else g_value[everywhere].to(stat),
-                            divergence,
-                        )
-                        done = here.stop
-                    p[done:].mul_(-g_log_prob[first + done : r.stop].unsqueeze(-1))
-                    if from_entropy is not None:
-                        p.sub_(from_entropy)
-                    p.scatter_add_(-1, targets[r].unsqueeze(-1), g_log_prob[r].unsqueeze(-1))
-                    if slope is not None:
-                        p.mul_(slope)
-                    if outer != 1.0:
-                        p.mul_(outer)
-                    if p.data_ptr() != raw.data_ptr():
-                        raw.copy_(p)
-                rows = slice(block_start, block_start + tile.size(0))
-                for columns, head in sweep.head():
-                    if grad_hidden is not None:
-                        _addmm(grad_hidden[rows], tile[:, columns], head, beta=0.0 if columns.start == 0 else 1.0)
-                    if grad_weight is not None:
-                        _addmm(grad_weight[columns], tile[:, columns].T, hidden_block, beta=1.0)
-                if grad_bias is not None:
-                    grad_bias += tile.sum(0, dtype=stat)
+            def sweep_up() -> None:
+                """A function of its own, so that the block is freed before the gradients are rounded."""
+                sweep = _Sweep(hidden, weight, ctx.dtype, spec, order=columns.order, trained=needs_weight)
+                logits = _logits(bias, spec, stat, columns)
+                places = columns.targets(targets)
+                for first, hidden_block, tile in sweep.blocks():
+                    implementation.backward(tile, first, logits, places, gradients, plot)
+                    rows = slice(first, first + tile.size(0))
+                    for some, head in sweep.head():
+                        if grad_hidden is not None:
+                            _addmm(grad_hidden[rows], tile[:, some], head, beta=0.0 if some.start == 0 else 1.0)
+                        if grad_weight is not None:
+                            _addmm(grad_weight[some], tile[:, some].T, hidden_block, beta=1.0)
+                    if grad_bias is not None:
+                        grad_bias.add_(tile.sum(0, dtype=stat))
 
+            sweep_up()
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None if grad_weight is None else columns.restore(grad_weight, weight.dtype),
+            None if grad_bias is None else columns.restore(grad_bias, bias.dtype),
             *(None,) * 6,
         )
 
 
-def _times_plot_factor(
-    p: Tensor,  # (R, V), changed in place
-    row: Tensor,  # (R,) the rest of the factor
-    share: Tensor,  # (R,)
-    potential: Tensor | None,  # (V,) gradient of the loss with respect to this segment's marginal
-    g_value: Tensor | None,  # (R,) gradient of the loss with respect to each position's value
-    divergence: Divergence | None,
-) -> None:
-    """``p ⊙ (row + w_t·(s − ⟨p_t, s⟩))``, s the potential shared by a segment or the position's own."""
-    if g_value is not None and divergence is not None:
-        factor = divergence.potential(p).to(p.dtype)  # (R, V)
-        mean = torch.linalg.vecdot(p, factor)  # (R,)
-        factor.mul_(g_value.unsqueeze(-1)).add_((row - g_value * mean).unsqueeze(-1))
-        p.mul_(factor)
-    elif potential is not None:
-        row = row - share * torch.mv(p, potential)  # (R,)
-        p.mul_(torch.addr(row.unsqueeze(-1), share, potential))  # one pass builds the factor, one applies it
+def _logits(bias: Tensor | None, spec: HeadSpec, dtype: torch.dtype, columns: _Columns) -> Logits:
+    bias = None if bias is None else columns.place(bias.to(dtype))
+    return Logits(bias, spec.logit_scale, spec.softcap, spec.temperature, dtype)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..losses import Divergence
-from .chunked import _SLICE_ELEMENTS, _runs, _times_plot_factor
+from .block import Run, runs_of
+from .block_torch import rows_per_slice, times_plot_factor
 
 
 def output_distribution(
@@ -68,7 +69,7 @@ def target_log_probs(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """
     flat = logits.reshape(-1, logits.size(-1))  # (N, V)
     found = torch.empty(rows.numel(), device=logits.device, dtype=_statistics(logits))
-    step = _rows_per_slice(logits)
+    step = rows_per_slice(logits.device, logits.size(-1))
     for start in range(0, rows.numel(), step):
         r = slice(start, start + step)
         z = flat[rows[r]].to(found.dtype)  # (R, V)
@@ -80,11 +81,7 @@ def _statistics(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _rows_per_slice(logits: Tensor) -> int:
-    return max(1, _SLICE_ELEMENTS.get(logits.device.type, _SLICE_ELEMENTS["cuda"]) // logits.size(-1))
-
-
-def _slices(runs: list[tuple[int, int, int]], rows: int) -> Iterator[tuple[slice, int]]:
+def _slices(runs: list[Run], rows: int) -> Iterator[tuple[slice, int]]:
     """The runs in slices of at most ``rows``, each with its segment."""
     for first, end, segment in runs:
         for start in range(first, end, rows):
@@ -105,12 +102,12 @@ class _OutputDistribution(torch.autograd.Function):
         stat, vocab = _statistics(logits), logits.size(-1)
         flat = logits.detach().reshape(-1, vocab)  # (N, V)
         share = weights.detach().flatten().to(logits.device, stat)  # (N,)
-        runs = _runs(share, None if segments is None else segments.flatten().to(logits.device))
+        runs = runs_of(share, None if segments is None else segments.flatten().to(logits.device))
         log_z = torch.zeros_like(share)
         marginals = torch.zeros(num_segments, vocab, device=logits.device, dtype=stat)  # (S, V)
         values = torch.zeros_like(share) if divergence is not None else None  # (N,)
         with torch.autocast(logits.device.type, enabled=False):
-            for r, segment in _slices(runs, _rows_per_slice(logits)):
+            for r, segment in _slices(runs, rows_per_slice(logits.device, vocab)):
                 top = flat[r].amax(-1, keepdim=True).to(stat)  # (R, 1)
                 e = torch.sub(flat[r], top).exp_()  # (R, V) in `stat`, which `top` promotes to
                 total = e.sum(-1)  # (R,)
@@ -137,9 +134,9 @@ class _OutputDistribution(torch.autograd.Function):
         flat = logits.reshape(-1, logits.size(-1))  # (N, V)
         gradient = torch.zeros_like(flat)  # (N, V)
         with torch.autocast(logits.device.type, enabled=False):
-            for r, segment in _slices(ctx.runs, _rows_per_slice(logits)):
+            for r, segment in _slices(ctx.runs, rows_per_slice(logits.device, logits.size(-1))):
                 p = torch.sub(flat[r], log_z[r].unsqueeze(-1)).exp_()  # (R, V)
-                _times_plot_factor(
+                times_plot_factor(
                     p,
                     torch.zeros_like(share[r]),  # nothing but PLOT flows through these rows
                     share[r],

@@ -13,7 +13,7 @@ from plot_align.losses.sinkhorn import (
     SinkhornConvergenceWarning,
     SinkhornTopK,
 )
-from plot_align.losses.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
+from plot_align.losses.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, SortedLine, Wasserstein1
 
 __all__ = [
     "DIVERGENCES",
@@ -31,6 +31,7 @@ __all__ = [
     "SinkhornConvergenceWarning",
     "SinkhornTopK",
     "SlicedWasserstein",
+    "SortedLine",
     "TotalVariation",
     "Wasserstein1",
     "log_reward",

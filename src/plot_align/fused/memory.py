@@ -1,0 +1,38 @@
+"""How large a block of logits may be."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+# A larger block means fewer passes over the head's weight and its gradient. On a CPU one four times as large is no
+# faster; on a GPU 1 GiB is some thousand rows of the largest vocabularies, where the products are bound by arithmetic.
+_MOST = {"cpu": 256 << 20, "cuda": 1 << 30}
+_LEAST = 16 << 20
+# TRL's head works on tiles of so many tokens and vocabulary rows (`trl.kernels.chunked_logprob`, TRL 1.16).
+_TRL_TILE = (4096, 32768)
+
+
+def block_bytes(
+    rows: int, vocab: int, hidden: int, itemsize: int, device: torch.device, *, converts_gradient: bool
+) -> int:
+    """Bytes of one block of logits: as much as costs no memory that a step without PLOT does not use as well.
+
+    At most 1 GiB (256 MiB on a CPU) and half (a quarter) of what is free. On a GPU also no more than TRL's own tile of
+    4,096 tokens by 32,768 vocabulary rows, or than the head's finished gradient: it is accumulated in float32, and by
+    the time it is rounded to the weight's dtype, which TRL does as well, the block is freed.
+
+    Args:
+        rows, vocab, hidden: N, V, H.
+        itemsize: bytes of an element in the compute dtype.
+        device: where the block lives.
+        converts_gradient: whether the weight is trained in a dtype narrower than float32.
+    """
+    if device.type != "cuda":
+        return max(_LEAST, min(_MOST["cpu"], psutil.virtual_memory().available // 4))
+    unused, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    tokens, columns = _TRL_TILE
+    tile = min(rows, tokens) * min(vocab, columns) * itemsize
+    gradient = vocab * hidden * itemsize if converts_gradient else 0
+    return max(_LEAST, min(_MOST["cuda"], max(tile, gradient), (unused + cached) // 2))
