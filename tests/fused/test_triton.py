@@ -205,4 +205,4 @@ def test_compiles_without_a_gpu(tmp_path, capability, dtype, flags):
     assert len(sizes) == 6
     for name, size in sizes.items():
         assert size["cubin"] > 1000, name
-        assert not size["spills"], name
+        assert not size["local"], name

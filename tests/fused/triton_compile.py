@@ -1,4 +1,4 @@
-"""Compiles every kernel for a GPU that need not be there, and prints the registers that it spills.
+"""Compiles every kernel for a GPU that need not be there, and prints how large each is and whether it needs local memory.
 
 TRITON_INTERPRET=0 python triton_compile.py COMPUTE_CAPABILITY DTYPE (all|none)
 """
@@ -54,5 +54,5 @@ if __name__ == "__main__":
     sizes = {}
     for kernel in KERNELS:
         compiled = triton.compile(source(kernel, dtype, flags == "all"), target=target, options={"num_warps": 8})
-        sizes[kernel] = {"cubin": len(compiled.asm["cubin"]), "spills": ".local" in compiled.asm["ptx"]}
+        sizes[kernel] = {"cubin": len(compiled.asm["cubin"]), "local": ".local" in compiled.asm["ptx"]}
     print(json.dumps(sizes))

@@ -46,7 +46,7 @@ def statistics(
     row = tl.program_id(0)
     raw_ptr += row.to(tl.int64) * stride
     target = tl.load(targets_ptr + row)
-    target_logit, target_slope = _logits(
+    target_logit, _target_slope = _logits(
         tl.load(raw_ptr + target), bias_ptr, target, target >= 0, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP
     )
     target_token = target
@@ -62,7 +62,7 @@ def statistics(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocab
         raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-        z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+        z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
         new_top = tl.maximum(top, tl.max(tl.where(mask, z, -float("inf")), axis=0))
         rescale = tl.exp(top - new_top)
         e = tl.where(mask, tl.exp(z - new_top), 0.0)
@@ -109,7 +109,7 @@ def column_sums(
         exists = row < rows
         mask = exists[:, None] & inside[None, :]
         raw = tl.load(raw_ptr + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-        z, slope = _logits(
+        z, _slope = _logits(
             raw, bias_ptr, columns[None, :], inside[None, :], scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP
         )
         log_z = tl.load(log_z_ptr + row, mask=exists, other=0.0)
@@ -135,7 +135,7 @@ def potential(
             columns = start + tl.arange(0, BLOCK)
             mask = columns < vocab
             raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-            z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+            z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
             mean += tl.sum(tl.exp(z - log_z) * tl.load(potential_ptr + columns, mask=mask, other=0.0), axis=0)
         tl.store(factor_ptr + row, tl.load(factor_ptr + row) - share * mean)
 
@@ -173,7 +173,8 @@ def gradient(
     if PLOT:
         share = tl.load(share_ptr + row)
         potential_ptr += tl.load(segments_ptr + row) * vocab
-        factor += share * tl.load(potential_ptr + columns, mask=mask & (share > 0), other=0.0)
+        wanted = tl.where(share > 0, vocab, 0)  # a row without a share reads nothing
+        factor += share * tl.load(potential_ptr + columns, mask=columns < wanted, other=0.0)
     entropy = 0.0
     of_entropy = 0.0
     if ENTROPY:
@@ -201,7 +202,7 @@ def line_values(
         columns = start + tl.arange(0, BLOCK)
         mask = columns < vocab
         raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-        z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+        z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
         p = tl.where(mask, tl.exp(z - log_z), 0.0)
         difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
         gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
@@ -238,7 +239,7 @@ def line_gradient(
             columns = start + tl.arange(0, BLOCK)
             mask = columns < vocab
             raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-            z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+            z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
             p = tl.where(mask, tl.exp(z - log_z), 0.0)
             difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
             tail = before + tl.cumsum(difference, axis=0)
