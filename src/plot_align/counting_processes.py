@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +19,7 @@ from plot_align.errors import RunError
 from plot_align.sharing import Batch
 
 Result = Callable[[], Counts]  # the counts of a batch, or raises what is wrong with it
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 _WORKER: tuple[Any, Rules] | None = None  # data set and rules of a worker process, sent to it once
 
@@ -97,6 +100,11 @@ def _submitted(pool: ProcessPoolExecutor, batch: Batch, workers: int) -> Result:
 
 def _start_worker(data: Any, rules: Rules) -> None:
     global _WORKER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent answers for it
+    if sys.platform == "linux":
+        # Were the parent killed, this process would wait for work forever, and hold open what it inherited: the
+        # connections by which other ranks notice that the parent is gone.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism, and the
     # tokenizer's thread pool does not survive a fork
     _WORKER = data, rules

@@ -1,0 +1,202 @@
+"""Counts of several ranks are those of one process, and an error of one rank is that of all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from estimate_worker import ROWS, cases, pair_rows, tokenised_rows, unpaired_rows
+
+WORKER = Path(__file__).parent / "estimate_worker.py"
+COUNTED = (
+    "pairs", "pairs, truncated", "pairs, workers", "pairs, one batch", "unpaired", "one row", "pairs, stream",
+    "pairs, stream, workers", "pairs, shards", "pairs, shards, workers", "pairs, filtered shards",
+    "pairs, shards of Arrow", "pairs, part of shards", "pairs, shards in batches", "unpaired, shards", "tokenised",
+    "tokenised, stream", "tokenised, shards",
+)  # fmt: skip
+# What stops every rank, and one process, with the same sentence.
+REFUSED = {
+    "bad row": "data row 33: 'chosen' is missing",
+    "bad row, late rejected before early chosen": "data row 36: 'rejected' is missing",
+    "bad row, workers": "data row 33: 'chosen' is missing",
+    "bad row, stream": "data row 38: 'chosen' is missing",
+    "bad row, shards": "data row 38: 'chosen' is missing",
+    "bad row, tokenised": "dataset row 58: 'rejected_ids' is missing",
+    "bad row, tokenised shards": "dataset row 42: 'rejected_ids' is missing",
+    "bad id": "dataset row 40: 'chosen_ids' has token id 1000000",
+    "template": "data row 44: the tokenizer's chat template refused",
+    "empty": "the data set is empty",
+    "one side": "no rejected token is left",
+    "num_proc": "num_proc is 0",
+}
+
+
+def start(ranks: int, out: Path, tokenizer: Path, which: str) -> list[subprocess.Popen[str]]:
+    """The ranks, as a launcher would start them but without one: nobody stops them when one of them dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    processes = []
+    for rank in range(ranks):
+        place = {**shared, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(out), str(tokenizer), which],
+                env=environment | {name: str(value) for name, value in place.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[int]:
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes[0] == 0, outputs[0][-3000:]
+    return codes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[int, list[dict[str, Any]]]:
+    """Number of ranks → what each rank got, by case."""
+    found = {}
+    for ranks in (1, 2, 3):
+        out = tmp_path_factory.mktemp("ranks") / "out.json"
+        assert finish(start(ranks, out, tiny_tokenizer, "all")) == [0] * ranks
+        found[ranks] = [json.loads(out.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_tokenizer)
+
+
+def counts(outcome: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return outcome["chosen"], outcome["rejected"]
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_every_rank_has_the_counts_of_one_process(case: str, outcomes: Any) -> None:
+    (alone,) = outcomes[1]
+    assert sum(alone[case]["chosen"]) > 0
+    for ranks in (2, 3):
+        for found in outcomes[ranks]:
+            assert counts(found[case]) == counts(alone[case])
+            assert found[case]["provenance"] == alone[case]["provenance"]
+
+
+def test_counts_are_those_of_a_loop(outcomes: Any, tokenizer: Any) -> None:
+    """An independent count, token by token: of these texts the prompt's ids begin those of prompt + answer."""
+
+    def naive(rows: Any, liked: Any, length: int | None = None) -> tuple[list[int], list[int]]:
+        found = [0] * len(tokenizer), [0] * len(tokenizer)
+        for prompt, answer, good in zip(*rows, liked, strict=True):
+            for position, token in enumerate(prompt + answer):
+                if position >= max(1, len(prompt)) and (length is None or position < length):
+                    found[0 if good else 1][token] += 1
+        return found
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    def split(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        whole, start = ids(prompt + answer + "<eos>"), ids(prompt)
+        kept = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
+        return whole[:kept], whole[kept:]
+
+    (unpaired_alone,) = outcomes[1]
+    rows = [split(row["prompt"], row["completion"]) for row in unpaired_rows()]
+    want = naive(zip(*rows, strict=True), [row["label"] for row in unpaired_rows()])
+    assert counts(unpaired_alone["unpaired"]) == want == counts(unpaired_alone["unpaired, shards"])
+    assert counts(outcomes[3][2]["unpaired, shards"]) == want
+
+    tokenised = tokenised_rows(tokenizer)
+    rows = [(row["prompt_ids"], row[side]) for row in tokenised for side in ("chosen_ids", "rejected_ids")]
+    want = naive(zip(*rows, strict=True), [True, False] * ROWS, 14)
+    for case in ("tokenised", "tokenised, stream", "tokenised, shards"):
+        assert counts(outcomes[2][1][case]) == want
+
+
+def test_the_same_without_a_launcher(outcomes: Any, tokenizer: Any) -> None:
+    """``distributed=False``, the default, on the rows as they are."""
+    from datasets import Dataset
+
+    from plot_align import estimate
+
+    found = estimate(Dataset.from_list(pair_rows()), tokenizer, progress=False)
+    for case in (
+        "pairs",
+        "pairs, workers",
+        "pairs, one batch",
+        "pairs, stream",
+        "pairs, shards",
+        "pairs, shards of Arrow",
+    ):
+        assert counts(outcomes[2][0][case]) == (found.chosen_counts.tolist(), found.rejected_counts.tolist())
+
+
+def test_who_reads_what_of_a_stream(outcomes: Any) -> None:
+    """Whole shards are read by one rank each; the rest of a stream, or one whose shards are not its rows, by all."""
+    for ranks in (2, 3):
+        first = ROWS if ranks > 1 else 0  # every rank looks at the first row, on the way it reads some more
+        for case in ("pairs, shards", "pairs, shards, workers", "pairs, filtered shards"):
+            read = [found[case]["read"] for found in outcomes[ranks]]
+            assert ROWS <= sum(read) <= ROWS + 2 * ranks, (case, read)
+            assert max(read) < first
+        for case in ("pairs, stream", "pairs, stream, workers", "pairs, shards in batches"):
+            assert all(found[case]["read"] >= ROWS for found in outcomes[ranks]), case
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_first_bad_row_stops_all(case: str, outcomes: Any) -> None:
+    (alone,) = outcomes[1]
+    assert alone[case]["error"].startswith(f"2 {REFUSED[case]}")
+    for ranks in (2, 3):
+        assert [found[case] for found in outcomes[ranks]] == [alone[case]] * ranks
+
+
+def test_what_is_wrong_on_one_rank_only(outcomes: Any) -> None:
+    for ranks in (2, 3):
+        everyone = outcomes[ranks]
+        for case, message in {
+            "reader": "2 the data set cannot be read further (KeyError: 'only here')",
+            "other options": "2 max_length is 11 on rank 1 and 10 on rank 0, expected the same on every rank",
+            "other data": f"2 the number of rows is {ROWS - 1} on rank 1 and {ROWS} on rank 0",
+            "split already": "2 data was already split with split_dataset_by_node",
+        }.items():
+            assert all(found[case]["error"].startswith(message) for found in everyone), case
+        faults = [found["own fault"]["error"] for found in everyone]
+        assert faults.pop(1) == "ZeroDivisionError('division by zero')"  # as it was, for whoever debugs it
+        assert set(faults) == {"1 rank 1 failed while counting (ZeroDivisionError: division by zero)"}
+
+
+def test_every_case_is_looked_at(outcomes: Any, tokenizer: Any) -> None:
+    others = {"reader", "own fault", "other options", "other data", "split already"}
+    assert set(outcomes[1][0]) == set(cases(tokenizer, 0)) == {*COUNTED, *REFUSED, *others}
+
+
+def test_a_rank_that_dies(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    """The other one says so, though worker processes of the dead one held its connections."""
+    codes = finish(start(2, tmp_path / "out.json", tiny_tokenizer, "killed"))
+    assert codes == [0, -signal.SIGKILL]
+    error = json.loads((tmp_path / "out.0.json").read_text())["killed"]["error"]
+    assert error.startswith("1 rank 0 could not add its counts to those of the other ranks"), error
+    assert "\n" not in error
