@@ -1,4 +1,4 @@
-"""Compiles every kernel for a GPU that need not be there, and prints how large each is and whether it needs local memory.
+"""Compiles every kernel for a GPU that need not be there; prints how large each is, and whether it uses local memory.
 
 TRITON_INTERPRET=0 python triton_compile.py COMPUTE_CAPABILITY DTYPE (all|none)
 """

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from ..losses import Divergence
 from .block import Gradients, Logits, Plot, Statistics, overlaps
@@ -59,7 +60,10 @@ def forward(
             continue
         for everywhere, here, segment in overlaps(plot.runs, r.start, r.stop):
             # `addmv` is a sweep over e, not a product of the head's size.
-            torch.addmv(marginals[segment], e[here].T, plot.share[everywhere] / total[here], out=marginals[segment])
+            with record_function("plot_align/marginal"):
+                torch.addmv(
+                    marginals[segment], e[here].T, plot.share[everywhere] / total[here], out=marginals[segment]
+                )
             if plot.divergence is not None and found.values is not None:
                 p = e[here].div_(total[here].unsqueeze(-1))  # (R', V); nobody reads e after this
                 found.values[everywhere] = plot.divergence.value(p).to(found.values.dtype)
@@ -98,14 +102,15 @@ def backward(
             if plot is None:
                 break
             p[done : here.start].mul_(-g[r.start + done : everywhere.start].unsqueeze(-1))
-            times_plot_factor(
-                p[here],
-                -g[everywhere],
-                plot.share[everywhere],
-                None if gradients.potential is None else gradients.potential[segment],
-                None if gradients.of_value is None else gradients.of_value[everywhere],
-                plot.divergence,
-            )
+            with record_function("plot_align/potential"):
+                times_plot_factor(
+                    p[here],
+                    -g[everywhere],
+                    plot.share[everywhere],
+                    None if gradients.potential is None else gradients.potential[segment],
+                    None if gradients.of_value is None else gradients.of_value[everywhere],
+                    plot.divergence,
+                )
             done = here.stop
         p[done:].mul_(-g[r.start + done : r.stop].unsqueeze(-1))
         if from_entropy is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 from ..errors import InputError
 from ..losses import Divergence
@@ -90,6 +91,7 @@ def _slices(runs: list[Run], rows: int) -> Iterator[tuple[slice, int]]:
 
 class _OutputDistribution(torch.autograd.Function):
     @staticmethod
+    @record_function("plot_align/marginal")
     def forward(
         ctx: Any,
         logits: Tensor,  # (..., V)
@@ -122,6 +124,7 @@ class _OutputDistribution(torch.autograd.Function):
         return marginals, None if values is None else values.view(weights.shape)
 
     @staticmethod
+    @record_function("plot_align/potential")
     def backward(ctx: Any, potential: Tensor | None, g_value: Tensor | None) -> tuple[Tensor | None, ...]:
         if potential is None and g_value is None:
             return (None,) * 5

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from ..errors import InputError, RunError
 from ..fused import causal_lm, head_spec
@@ -240,18 +241,21 @@ class PlotHandle:
                 "target_scope='dataset'."
             )
         vanilla = result[0] if isinstance(result, tuple) else result
-        loss = self.term.loss(swept, batch).to(vanilla)
+        with record_function("plot_align/loss"):
+            loss = self.term.loss(swept, batch).to(vanilla)
         # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
         training = self.trainer.model.training
         steps = self.trainer.current_gradient_accumulation_steps if training else 1
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
-        norms = self._measure(vanilla * divisor, loss, swept) if training else None
+        with record_function("plot_align/measure"):
+            norms = self._measure(vanilla * divisor, loss, swept) if training else None
         state = self.trainer.state
         alpha = self.alpha.value(state.global_step, state.max_steps)
         # Evaluations are compared with each other, so a weight that changes in between is left out of their loss.
         weighs = training or self.config.schedule == "constant"
         total = vanilla + (alpha / divisor) * loss if weighs else vanilla
-        self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
+        with record_function("plot_align/log"):
+            self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
         return (total, *result[1:]) if isinstance(result, tuple) else total
 
     def _measure(self, vanilla: Tensor, loss: Tensor, swept: Swept) -> tuple[float, float] | None:

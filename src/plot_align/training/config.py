@@ -102,6 +102,15 @@ class PlotConfig:
         metadata={"help": "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway; free. "
                           "separate: a head pass of its own, for other TRL versions."},
     )  # fmt: skip
+    plot_impl: Literal["auto", "torch", "triton"] = field(
+        default="auto",
+        metadata={"help": "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."},
+    )
+    plot_block_mib: int | None = field(
+        default=None,
+        metadata={"help": "MiB of logits in memory at a time. Default: by what is free, and no more than TRL's head or "
+                          "the head's gradient takes anyway."},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -135,6 +144,7 @@ class PlotConfig:
         for name in ("slices", "sinkhorn_iterations"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         self._require("sinkhorn_size", self.sinkhorn_size is None or self.sinkhorn_size >= 1, "1 or more, or none")
+        self._require("plot_block_mib", self.plot_block_mib is None or self.plot_block_mib >= 1, "1 or more, or none")
         self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
         if self.alpha_end != 0 and self.schedule not in ("linear", "cosine"):
             raise InputError(
@@ -168,6 +178,11 @@ class PlotConfig:
     def needs_reference(self) -> bool:
         """Whether every step's target is anchored on the reference model's output over the same positions."""
         return self.target == "anchored" and self.target_scope == "batch" and not self.is_reward
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What these options say of :class:`plot_align.fused.HeadSpec`."""
+        return {"impl": self.plot_impl, "block_bytes": self.plot_block_mib and self.plot_block_mib << 20}
 
     @property
     def is_reward(self) -> bool:

@@ -47,6 +47,7 @@ class HeadBackend(ABC):
     def __init__(self, model: nn.Module, term: PlotTerm) -> None:
         self.model = model
         self.term = term
+        self.head_options = term.config.head_options if isinstance(term, PlotTerm) else {}
         self.pending: PolicyBatch | None = None
         self.swept: Swept | None = None
         self.reference: Tensor | None = None
@@ -222,9 +223,13 @@ class _FusedForward:
             self._mask = kwargs["labels"][:, 1:] != -100  # (B, T-1)
             try:
                 with context():
-                    return rebuilt(module, *args, **kwargs)
+                    output = rebuilt(module, *args, **kwargs)
             finally:
                 self._mask = self._sweep = None
+            if module is backend.model and backend.swept is not None:
+                fields = (getattr(output, name) for name in _OUTPUT_FIELDS)
+                backend.swept.outputs = tuple(x for x in fields if isinstance(x, Tensor) and x.requires_grad)
+            return output
 
         # Through `setattr`: to a type checker `forward` is a method, and here it becomes an instance attribute.
         self._forward = types.MethodType(forward, model)
@@ -289,11 +294,12 @@ class _FusedForward:
         own = self.model.get_output_embeddings().weight  # type: ignore[operator]
         if isinstance(own, DTensor) and own.requires_grad:
             raise InputError(
-                "the LM head is sharded on its own (a trainable DTensor when its logits are due), and TRL's fused head "
-                "computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the root "
+                "the LM head is sharded on its own (a trainable DTensor when its logits are due), and TRL's fused "
+                "head computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the root "
                 "or of the final norm, as accelerate does, or freeze it."
             )
-        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._whole)
+        options = self.backend.head_options
+        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._whole, **options)
         if dense:
             # Off Triton devices TRL scores every position and masks afterwards. Prompts are most of a batch: skip
             # them here, and put zeros where they were.
@@ -325,7 +331,7 @@ class SeparateBackend(HeadBackend):
 
     def __init__(self, model: Any, term: PlotTerm, temperature: float = 1.0) -> None:
         super().__init__(model, term)
-        self._spec = head_spec(model, temperature)
+        self._spec = dataclasses.replace(head_spec(model, temperature), **self.head_options)
         self._hook = model.base_model.register_forward_hook(self._after_backbone, with_kwargs=True)
 
     def remove(self) -> None:
@@ -415,7 +421,7 @@ class LogitsBackend(HeadBackend):
             **shares.arguments(hidden.device),
         )
         head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
-        self.swept = Swept(head, shares, hidden, rows)
+        self.swept = Swept(head, shares, hidden, rows, outputs=(logits,))
 
 
 def _trl_forward(model: nn.Module, bound: Any) -> types.FunctionType:
