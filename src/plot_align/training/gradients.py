@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,11 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int =
         swept: the head pass both come from.
         offset: which of the evenly spaced samples, e.g. the step.
     """
+    with _without_hooks(swept.outputs):
+        return _norms(vanilla, plot, swept, offset)
+
+
+def _norms(vanilla: Tensor, plot: Tensor, swept: Swept, offset: int) -> Tensor:
     if swept.some_rows is None:
         norms = []
         for loss in (vanilla, plot):
@@ -55,6 +63,21 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int =
         (gradient,) = torch.autograd.grad(outputs, hidden, gradients, retain_graph=True)  # (n, H)
         squares.append(gradient.float().square().sum() * (rows / sample.numel()))
     return torch.stack(squares).sqrt()
+
+
+@contextmanager
+def _without_hooks(outputs: Iterable[Tensor]) -> Iterator[None]:
+    """FSDP2 and DeepSpeed take the first gradient that passes the model's outputs for the backward of the step: they
+    gather weights, and at its end reduce gradients that are not there."""
+    hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
+    kept = [dict(of_output) for of_output in hooks]
+    for of_output in hooks:
+        of_output.clear()
+    try:
+        yield
+    finally:
+        for of_output, before in zip(hooks, kept, strict=True):
+            of_output.update(before)
 
 
 def _is_differentiable(output: Tensor | None) -> bool:

@@ -49,6 +49,7 @@ class Swept:
         reference: ``(S, V)`` the reference model's output distributions over the same positions, where asked for.
         some_rows: sweeps some of the rows again, given their indices, with the head's weights held fixed: its input
             and its output. ``None`` where the vanilla loss does not come from this pass.
+        outputs: what the model returned with a graph, on which FSDP2 and DeepSpeed put hooks.
     """
 
     head: HeadOutput
@@ -57,6 +58,7 @@ class Swept:
     rows: Tensor
     reference: Tensor | None = None
     some_rows: Callable[[Tensor], tuple[Tensor, HeadOutput]] | None = None
+    outputs: tuple[Tensor, ...] = ()
 
 
 class PlotTerm(Constants):
