@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
-from plot_align.bench import HeadProblem, HeadWork, Machine, compare, mixed, paired
+from plot_align.bench import HeadProblem, HeadWork, Machine, accuracy, compare, mixed, paired
 from plot_align.bench.profile import profile
-from plot_align.bench.run import Setting, out_of_memory
+from plot_align.bench.run import out_of_memory
 from plot_align.bench.shapes import SHAPES, random_model, sharing_weights, word_tokenizer
 from plot_align.bench.show import line
 from plot_align.bench.step import StepProblem, measured_share
 from plot_align.cli import main
 from plot_align.errors import RunError
-from plot_align.records import read_record
+from plot_align.records import read_record, write_record
 from plot_align.training import PlotConfig
 from plot_align.training.overhead import Samples
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -171,6 +175,21 @@ def test_arms_of_the_head_are_one_loss():
     assert (work.rows, work.selected, work.lines, work.per_token) == (20, 10, 2, True)
 
 
+def test_peaks_of_the_head_are_its_own():
+    """Each arm keeps its own term's constants and loses those of the others and what was there before."""
+    plots = {"few": PlotConfig(slices=2), "many": PlotConfig(slices=64)}
+    problem = HeadProblem(1000, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
+    few, many = (sum(x.nbytes for x in term.buffers()) for term in problem.terms.values())
+    assert many > few + 62 * 1000 * 8  # coordinates in float64
+    peak = problem.base + few + many + 1000
+    samples = {name: Samples([1.0, 1.0], [peak, peak + 5]) for name in ("off", "few", "many", "two-pass")}
+    found = {name: sample.peak for name, sample in problem.own_peaks(samples).items()}
+    assert found["off"] == [1000, 1005]
+    assert found["few"] == found["two-pass"] == [1000 + few, 1005 + few]
+    assert found["many"] == [1000 + many, 1005 + many]
+    assert problem.own_peaks({"off": Samples([1.0], [0])})["off"].peak == [0]  # where memory is not measured
+
+
 def test_head_without_pairs_selects_all_positions():
     problem = HeadProblem(37, 8, 3, 6, {"on": PlotConfig()}, device=CPU, dtype=torch.float32, method="sft")
     assert problem.work("on").selected == 15
@@ -261,13 +280,120 @@ def test_profile_without_a_range_says_so(tmp_path):
         profile(lambda: torch.zeros(3).add(1), CPU, tmp_path / "trace.json")
 
 
-def test_out_of_memory_is_one_sentence():
-    setting = Setting(8, 1024, "dpo", CPU, torch.float32, False, False, PlotConfig(), 1)
-    said = r"8 x 1024 tokens did not fit.*--rows.*--gradient_checkpointing.*--use_peft"
-    with pytest.raises(RunError, match=said), out_of_memory(setting):
-        torch.empty(1 << 55)
-    with pytest.raises(RuntimeError, match="something else"), out_of_memory(setting):
+def test_out_of_memory_is_one_sentence(bench, monkeypatch):
+    """A real failure of the allocator, where the bench makes its model."""
+    monkeypatch.setattr("plot_align.bench.run.random_model", lambda *_: torch.empty(1 << 55))
+    code, record, _, err = bench("--shape", "tiny", "--rows", "8", "--repeats", "1")
+    assert (code, record) == (1, None)
+    assert "8 x 24 tokens did not fit into the memory of cpu" in err
+    assert "take a smaller --rows or --length or --gradient_checkpointing or --use_peft" in err
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory("it", CPU, "less"):
         raise RuntimeError("something else")
+
+
+@pytest.mark.slow
+def test_accuracy_sees_a_kernel_that_is_wrong(monkeypatch):
+    """The torch implementation passes; one whose gradient is off by a thousandth in one entry fails there."""
+    case = accuracy.Case(67, torch.float32, "softcap", "sequence")
+    options = {"rows": 7, "hidden": 8, "device": CPU, "impl": "torch"}
+    found = accuracy.errors(case, **options)
+    assert set(found) == {"log_probs", "entropy", "marginals", "grad_hidden", "grad_weight"}
+    assert accuracy.failures(found) == []
+    assert all(entry["kernel"] < 1e-5 for entry in found.values())
+    assert "values" in accuracy.errors(accuracy.Case(67, torch.bfloat16, "plain", "token"), **options)
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            return weight.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            gradient = gradient.clone()
+            gradient[3] *= 1.001
+            return gradient
+
+    right = accuracy.fused_head
+    wrong = lambda hidden, weight, *rest, **options: right(hidden, Off.apply(weight), *rest, **options)  # noqa: E731
+    monkeypatch.setattr(accuracy, "fused_head", wrong)
+    assert accuracy.failures(accuracy.errors(case, **options)) == ["grad_weight"]
+    assert accuracy.failures({"x": {"kernel": float("nan"), "eager": 0.0, "allowed": 1.0}}) == ["x"]
+    assert len(list(accuracy.cases((5, 7)))) == 2 * 3 * 2 * 4
+
+
+def load(name: str):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_gpu_script_in_the_interpreter(tmp_path, monkeypatch, capsys):
+    """All stages on tiny shapes; the same command again runs nothing; a stage that failed is run again."""
+    pytest.importorskip("triton")
+    gpu, path = load("gpu"), tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--output", str(path)])
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is chosen before Triton is imported")
+    assert gpu.main() == 0, capsys.readouterr().out
+    record = read_record(path, "gpu")
+    results = record["results"]
+    assert list(results) == ["accuracy", "head/tiny/2 x 6", "step/tiny/2 x 6"]
+    assert (results["accuracy"]["cases"], results["accuracy"]["wrong"], results["accuracy"]["left_out"]) == (24, {}, 0)
+    assert set(results["head/tiny/2 x 6"]["floors"]) == set(gpu.PLOTS)
+    step = results["step/tiny/2 x 6"]
+    assert step["verdict"]["time"] == ("pass" if step["arms"]["on"]["time"]["value"] <= 1.005 else "miss")
+    out = capsys.readouterr().out
+    assert "24 heads, 0 wrong" in out
+    assert "time <= 1.005: " in out
+
+    def no_memory(run, seconds):
+        raise MemoryError
+
+    monkeypatch.setattr(gpu, "accuracy", no_memory)
+    assert gpu.main() == 0  # finished already
+    del results["accuracy"]
+    write_record(path, "gpu", results, config=record["config"])
+    assert gpu.main() == 1
+    assert "accuracy did not fit into the memory of cpu" in capsys.readouterr().out.replace("\n", " ")
+    again = read_record(path, "gpu")["results"]
+    assert "failed" in again["accuracy"]
+    assert again["step/tiny/2 x 6"] == step
+
+    write_record(path, "gpu", results, config={**record["config"], "tiny": False})
+    assert gpu.main() == 2
+    assert "record of another run" in capsys.readouterr().out
+
+
+def test_verdict_is_that_of_the_median():
+    gpu = load("gpu")
+    assert gpu.verdict({"value": 1.005, "n": 9, "interval": [1.0, 1.02]}, 1.005) == "pass"
+    assert gpu.verdict({"value": 1.0051, "n": 9, "interval": [1.0, 1.02]}, 1.005) == "miss"
+    assert gpu.verdict({"value": float("nan"), "n": 0}, 1.005) == "not measured"
+
+
+@pytest.mark.slow
+def test_cost_figure(tmp_path, monkeypatch):
+    cost = load("cost")
+    command = ["cost.py", "--sizes", "tiny", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path / "cost")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert cost.main() == 0
+    results = read_record(tmp_path / "cost.json", "cost")["results"]
+    assert list(results["vocabulary"]) == ["64", "128"]
+    assert list(results["tokens"]) == ["8", "16"]
+    assert set(results["pairs"]) == {"off", *(f"{g}, {x}" for g in cost.GRANULARITIES for x in cost.GEOMETRIES)}
+    assert results["vocabulary"]["64"]["token, norm"]["time"]["value"] > 0
+    first = (tmp_path / "cost.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    monkeypatch.setattr(
+        sys, "argv", ["cost.py", "--draw", str(tmp_path / "cost.json"), "--output", str(tmp_path / "b")]
+    )
+    monkeypatch.setattr(cost, "measure", None)
+    assert cost.main() == 0
+    assert (tmp_path / "b.png").read_bytes() == first
 
 
 def test_interleaved_stops_when_its_time_is_over():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plot_align.training import overhead
+from plot_align.training import PlotConfig, overhead
 
 
 @pytest.mark.parametrize(("method", "passes"), [("dpo", 2), ("sft", 1), ("kto", 2)])
@@ -25,3 +25,14 @@ def test_without_plot_is_trl_on_our_kernel(make_trainer, monkeypatch, method, pa
     assert len(calls) == 2 * passes
     assert trainer.model.forward == forward
     assert "compute_loss" not in vars(trainer)
+
+
+def test_without_plot_runs_the_kernel_of_the_options(make_trainer, monkeypatch):
+    trainer, specs = make_trainer("dpo"), []
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    kernel = overhead.fused_head
+    monkeypatch.setattr(overhead, "fused_head", lambda *args: specs.append(args[-1]) or kernel(*args))
+    with overhead.without_plot(trainer, PlotConfig(plot_impl="torch", plot_block_mib=3)):
+        trainer.compute_loss(trainer.model, dict(inputs))
+    assert [(spec.impl, spec.block_bytes) for spec in specs] == [("torch", 3 << 20)] * 2

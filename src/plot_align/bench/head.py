@@ -17,6 +17,7 @@ from ..training.attach import build_term
 from ..training.batches import PolicyBatch
 from ..training.checks import settled
 from ..training.config import PlotConfig
+from ..training.overhead import Samples, held
 from ..training.term import PlotTerm, Swept
 from .roofline import HeadWork
 
@@ -52,6 +53,7 @@ class HeadProblem:
         method: str = "dpo",
         spec: HeadSpec | None = None,
     ) -> None:
+        self.base = held(device)
         generator = torch.Generator(device).manual_seed(0)
         make = functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
         self.spec = spec or HeadSpec(outputs=OUTPUTS)
@@ -126,6 +128,19 @@ class HeadProblem:
             swept.reference = self.reference.expand(shares.counts.numel(), -1)
         return head, term.loss(swept, self.batch)
 
+    def own_peaks(self, samples: Mapping[str, Samples]) -> dict[str, Samples]:
+        """``samples`` with the memory of the head and of each arm's own term.
+
+        Taken off is what the process held before, and the constants of the other arms' terms, which all lie in memory.
+        """
+        every = sum(map(_bytes, self.terms.values()))
+        corrected = {}
+        for name, sample in samples.items():
+            term = self.terms.get(name) or (self._first if name in ("two-pass", "materialised") else None)
+            off = self.base + every - (0 if term is None else _bytes(term))
+            corrected[name] = Samples(sample.seconds, [peak and peak - off for peak in sample.peak])
+        return corrected
+
     def work(self, name: str) -> HeadWork:
         """What this arm needs at the least."""
         config = self.terms[name].config
@@ -141,6 +156,11 @@ class HeadProblem:
             lines=config.slices if on_directions else 1,
             per_token=config.granularity == "token",
         )
+
+
+def _bytes(term: PlotTerm) -> int:
+    """Of the term's constants: targets, coordinates, orders."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in term.buffers())
 
 
 def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:

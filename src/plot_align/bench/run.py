@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..errors import RunError, first_line
+from ..fused import HeadSpec
 from ..training import PlotConfig
 from ..training.overhead import Arm, Samples, interleaved
-from .head import HeadProblem
+from .head import OUTPUTS, HeadProblem
 from .machine import measure_machine
 from .profile import profile
 from .ratios import compare, extra_seconds, mixed, paired
@@ -57,7 +58,7 @@ def bench(
         RunError: the memory is not enough.
     """
     device = setting.device
-    with out_of_memory(setting):
+    with out_of_memory(f"{setting.rows} x {setting.length} tokens", device, _smaller(setting)):
         machine = measure_machine(setting.rows * setting.length, hidden, vocab, device, setting.dtype)
         head = measure_head(vocab, hidden, setting, rounds)
         floor = head.pop("work").plot_floor(machine)
@@ -84,6 +85,16 @@ def bench(
     return results
 
 
+def _smaller(setting: Setting) -> str:
+    """What would need less memory."""
+    advice = ["a smaller --rows or --length"]
+    if not setting.checkpointing:
+        advice.append("--gradient_checkpointing")
+    if not setting.use_peft:
+        advice.append("--use_peft")
+    return f"{' or '.join(advice)}, or a smaller model"
+
+
 def measure_head(vocab: int, hidden: int, setting: Setting, rounds: Rounds) -> dict[str, Any]:
     """The head alone, the term on against off; ``work`` of it beside."""
     problem = HeadProblem(
@@ -95,8 +106,10 @@ def measure_head(vocab: int, hidden: int, setting: Setting, rounds: Rounds) -> d
         device=setting.device,
         dtype=setting.dtype,
         method=setting.method,
+        spec=HeadSpec(outputs=OUTPUTS, **setting.plot.head_options),
     )
-    samples = rounds("the head alone", {name: functools.partial(problem.arm, name) for name in ("off", "on")})
+    arms = {name: functools.partial(problem.arm, name) for name in ("off", "on")}
+    samples = problem.own_peaks(rounds("the head alone", arms))
     work = problem.work("on")
     return {
         "arms": compare(samples, "off"),
@@ -162,20 +175,18 @@ def release(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def out_of_memory(setting: Setting) -> Iterator[None]:
-    """Turns an allocator's failure into one sentence with advice."""
+def out_of_memory(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Turns an allocator's failure into one sentence: ``what`` did not fit on ``device``, so take ``remedy``.
+
+    Raises:
+        RunError: the memory is not enough. Whatever else is raised passes through.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
         if not is_memory:
             raise
-        advice = ["a smaller --rows or --length"]
-        if not setting.checkpointing:
-            advice.append("--gradient_checkpointing")
-        if not setting.use_peft:
-            advice.append("--use_peft")
         raise RunError(
-            f"{setting.rows} x {setting.length} tokens did not fit into the memory of {setting.device} "
-            f"({first_line(error)}); take {' or '.join(advice)}, or a smaller model"
+            f"{what} did not fit into the memory of {device} ({first_line(error)}); take {remedy}"
         ) from error

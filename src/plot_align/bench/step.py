@@ -87,7 +87,7 @@ class StepProblem:
             case "trl":
                 yield self.step
             case "off":
-                with without_plot(self.trainer):
+                with without_plot(self.trainer, config):
                     yield self.step
             case "on" | "measured":
                 every = 1 if name == "measured" else 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..fused import HeadOutput, HeadSpec, causal_lm, fused_head
 from .batches import policy_batch, trainer_kind
 from .checks import makes_reference_forward
+from .config import PlotConfig
 from .head import FusedBackend
 from .marginal import reference_model
 from .term import Shares, Swept
@@ -41,12 +42,18 @@ class _WithoutPlot(FusedBackend):
 
 
 @contextmanager
-def without_plot(trainer: Any) -> Iterator[None]:
-    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's."""
+def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[None]:
+    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's.
+
+    Args:
+        trainer: without a term.
+        config: the options whose kernel it is (``plot_impl``, ``plot_block_mib``); ``None`` takes the defaults.
+    """
     kind = trainer_kind(trainer)
     anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None
     nothing: Any = torch.nn.Module()
     backend = _WithoutPlot(causal_lm(trainer.model), nothing, anchor, trainer.accelerator.autocast)
+    backend.head_options = (config or PlotConfig()).head_options
     original = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -141,10 +148,18 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def held(device: torch.device) -> int:
+    """Bytes that are held now, of the memory whose peaks :func:`interleaved` takes; 0 where it takes none."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    """Bytes that Linux tells of this process under ``name``; 0 elsewhere."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return 0
-    return next((int(row.split()[1]) * 1024 for row in status.splitlines() if row.startswith("VmHWM")), 0)
+    return next((int(row.split()[1]) * 1024 for row in status.splitlines() if row.startswith(name)), 0)
