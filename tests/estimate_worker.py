@@ -1,9 +1,10 @@
-"""One rank of several that count together, for test_estimate_ranks.py: every case in one start of the processes.
+"""Ranks that count together, for test_estimate_ranks.py: every case, on one, two and three of them.
 
-    python estimate_worker.py OUT.json TOKENIZER CASES
+    python estimate_worker.py FOLDER TOKENIZER
 
-Each rank writes what every case gave it, counts or an error, to ``OUT.<rank>.json``. ``CASES`` is ``all``, or
-``killed``: then rank 1 dies while it counts.
+What a rank gets of every case, counts or an error, goes to ``FOLDER/<ranks>.<rank>.json``. A last start is of two
+ranks, one of which dies while it counts: ``FOLDER/killed.0.json``. The libraries are imported once, and the ranks are
+forked before any of them has been used.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils  # noqa: F401 (it and trl.data_utils are imported here for all ranks)
 import numpy as np
 import pytest
+import trl.data_utils  # noqa: F401
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -184,29 +189,55 @@ def outcome(work: Callable[[], PreferenceDistribution]) -> dict[str, Any]:
     }
 
 
-def main(out: Path, tokenizer: Any, which: str) -> None:
-    state = process_state()
-    if which == "killed":
+def count_all(tokenizer: Any, rank: int) -> dict[str, Any]:
+    return {name: outcome(work) for name, work in cases(tokenizer, rank).items()}
 
-        def die(row: dict[str, Any]) -> dict[str, Any]:
-            if state.process_index == 1 and row == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return row
 
-        last = pair_rows()[50]
-        data = stream(pair_rows(), 1).map(die)
-        found = {
-            which: outcome(
-                lambda: estimate(data, tokenizer, progress=False, distributed=True, batch_size=5, num_proc=2)
-            )
-        }
-    else:
-        found = {name: outcome(work) for name, work in cases(tokenizer, state.process_index).items()}
-    out.with_suffix(f".{state.process_index}.json").write_text(json.dumps(found))
-    if which != "killed":
-        state.wait_for_everyone()
-    os._exit(0)  # gloo's threads now and then abort while the interpreter takes itself apart; all is written by now
+def count_and_die(tokenizer: Any, rank: int) -> dict[str, Any]:
+    """Rank 1 is killed while its worker processes wait for more."""
+    last = pair_rows()[50]
+
+    def die(row: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and row == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5, "num_proc": 2}
+    return {"killed": outcome(lambda: estimate(data, tokenizer, distributed=True, **options))}
+
+
+def start(ranks: int, work: Callable[[Any, int], dict[str, Any]], tokenizer: str, out: Path) -> list[int]:
+    """Run the ranks as a launcher would, and return their exit codes; but nobody stops them when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            if ranks > 1:
+                own = {**place, "RANK": rank, "LOCAL_RANK": rank}
+                os.environ.update({name: str(value) for name, value in own.items()})
+            state = process_state()
+            assert (state.num_processes, state.process_index) == (ranks, rank)
+            found = work(AutoTokenizer.from_pretrained(tokenizer), rank)
+            out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(found))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main(folder: Path, tokenizer: str) -> None:
+    for ranks in (1, 2, 3):
+        assert start(ranks, count_all, tokenizer, folder / str(ranks)) == [0] * ranks
+    assert start(2, count_and_die, tokenizer, folder / "killed") == [0, -signal.SIGKILL]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), sys.argv[2])
