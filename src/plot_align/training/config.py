@@ -108,8 +108,8 @@ class PlotConfig:
     )
     plot_block_mib: int | None = field(
         default=None,
-        metadata={"help": "MiB of logits in memory at a time. Default: by what is free, and no more than TRL's head or "
-                          "the head's gradient takes anyway."},
+        metadata={"help": "MiB of logits in memory at a time. Default: by what is free, and no more than TRL's "
+                          "head or the head's gradient takes anyway."},
     )  # fmt: skip
 
     def __post_init__(self) -> None:

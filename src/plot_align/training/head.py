@@ -295,8 +295,8 @@ class _FusedForward:
         if isinstance(own, DTensor) and own.requires_grad:
             raise InputError(
                 "the LM head is sharded on its own (a trainable DTensor when its logits are due), and TRL's fused "
-                "head computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the root "
-                "or of the final norm, as accelerate does, or freeze it."
+                "head computes a wrong gradient for it; expected it whole by then: leave it in the FSDP group of the "
+                "root or of the final norm, as accelerate does, or freeze it."
             )
         options = self.backend.head_options
         spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._whole, **options)
