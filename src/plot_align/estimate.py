@@ -95,7 +95,7 @@ def estimate(
         if rules.conversational:
             eos = "by the chat template"
         _begin(tally, data, tokenizer, rules.size, max_length, truncation_mode, batch_size, source)
-        with _share_bar(rows, batch_size, share, progress) as advance:
+        with _share_bar(rows, share, progress) as advance:
             if workers == 1:
                 results = counted_here(own_batches(rows, batch_size, share), partial(count_batch, rules=rules))
             else:
@@ -147,7 +147,7 @@ def estimate_tokenized(
         size = vocabulary_size(tokenizer)
         _begin(tally, dataset, tokenizer, size, max_length, truncation_mode, batch_size, source)
         one = partial(count_table, size=size, max_length=max_length, truncation_mode=truncation_mode)
-        with _share_bar(dataset, batch_size, share, progress) as advance:
+        with _share_bar(dataset, share, progress) as advance:
             batches = own_batches(dataset.with_format("arrow"), batch_size, share)
             _add_all(counted_here(batches, one), tally, advance)
 
@@ -394,10 +394,10 @@ def _finish(
     return PreferenceDistribution(torch.from_numpy(counts.chosen), torch.from_numpy(counts.rejected), provenance)
 
 
-def _share_bar(data: Any, batch_size: int, share: Share, shown: bool) -> contextlib.AbstractContextManager[Any]:
+def _share_bar(data: Any, share: Share, shown: bool) -> contextlib.AbstractContextManager[Any]:
     """The bar of the main rank; the others have about as much to do."""
     label = "counting tokens" if share.ranks == 1 else f"counting tokens, process 1 of {share.ranks}"
-    return progress_bar(label, shown and share.rank == 0, own_rows(data, batch_size, share))
+    return progress_bar(label, shown and share.rank == 0, own_rows(data, share))
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ those of one process.
 
 How the batches are dealt:
 
-- ``Dataset``: every ``ranks``-th batch, read by the rank that counts it.
+- ``Dataset``: consecutive rows, as many for each rank.
 - ``IterableDataset`` of enough shards: whole shards, each read by one rank.
-- any other ``IterableDataset``: every ``ranks``-th batch. Each rank reads all of the stream and tokenises its own
-  batches, so that reading does not get faster: give a large stream at least as many shards (files) as ranks.
+- any other ``IterableDataset``: of its batches every ``ranks``-th. Each rank reads all of the stream and tokenises its
+  own, so that reading does not get faster: give a large stream at least as many shards (files) as ranks.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def own_batches(data: Any, batch_size: int, share: Share, *, lazy: bool = False)
     import datasets
 
     if isinstance(data, datasets.Dataset):
-        for start in range(share.rank * batch_size, len(data), share.ranks * batch_size):
-            rows = range(start, min(start + batch_size, len(data)))
+        own = _consecutive(data, share)
+        for start in own[::batch_size]:
+            rows = range(start, min(start + batch_size, own.stop))
             yield Batch(0, start, rows if lazy else data[rows.start : rows.stop])
     elif shards := shards_to_deal(data, share.ranks):
         for shard in range(share.rank, shards, share.ranks):
@@ -104,14 +105,15 @@ def own_batches(data: Any, batch_size: int, share: Share, *, lazy: bool = False)
                 yield batch
 
 
-def own_rows(data: Any, batch_size: int, share: Share) -> int | None:
+def own_rows(data: Any, share: Share) -> int | None:
     """Number of rows in :func:`own_batches`; None where only reading tells."""
     import datasets
 
-    if not isinstance(data, datasets.Dataset):
-        return None
-    starts = range(share.rank * batch_size, len(data), share.ranks * batch_size)
-    return sum(min(batch_size, len(data) - start) for start in starts)
+    return len(_consecutive(data, share)) if isinstance(data, datasets.Dataset) else None
+
+
+def _consecutive(data: Any, share: Share) -> range:
+    return range(len(data) * share.rank // share.ranks, len(data) * (share.rank + 1) // share.ranks)
 
 
 def shards_to_deal(stream: Any, ranks: int) -> int:
