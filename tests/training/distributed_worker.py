@@ -10,6 +10,7 @@ OPTIONS holds ``model`` and ``data`` (paths), ``out`` (a folder) and ``cases``, 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -20,10 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from plot_align import PlotConfig, attach, estimate
@@ -63,7 +66,7 @@ def build(method: str, model: Any, folder: str, data: Dataset, args: dict[str, A
 
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The gradient of a parameter that FSDP2 or ZeRO may have split over the ranks."""
-    if hasattr(parameter, "ds_id") or getattr(parameter, "_hp_mapping", None) is not None:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # of ZeRO-3, of ZeRO-2
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(parameter)
@@ -119,15 +122,18 @@ def record(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def train_once(case: dict[str, Any], model_folder: str, data: Dataset, preference: Any, out: str) -> tuple:
     """One case on the engine that this process group is set up for."""
     args = {**case.get("args", {}), "output_dir": out}
-    dtype = torch.float64 if case.get("double") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
+    model: Any = model_folder
+    if case.get("by_name"):  # loaded by the trainer, when the engine is known: split, or on the first rank only
+        args["model_init_kwargs"] = {"dtype": "float32"}
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     trainer = build(case["method"], model, model_folder, data, args, case.get("peft", False))
     attach(trainer, preference, PlotConfig(**{**PAPER, **case["plot"]}))
     return record(trainer)
 
 
 @contextlib.contextmanager
-def on_cpu(engine: str) -> Iterator[dict[str, Any]]:
+def on_cpu(engine: str, options: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Options of the trainer for ``engine``. accelerate shards on accelerators only; what it builds on runs on gloo as
     well, so for the sharding engines it is told that these processes are such."""
     if engine == "ddp":
@@ -137,9 +143,10 @@ def on_cpu(engine: str) -> Iterator[dict[str, Any]]:
     PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         if engine == "fsdp2":
-            yield {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+            yield {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True, **(options or {})}}
         else:
             import deepspeed
 
@@ -148,6 +155,7 @@ def on_cpu(engine: str) -> Iterator[dict[str, Any]]:
             stage = int(engine.removeprefix("zero"))
             yield {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage, "reduce_scatter": stage == 3}}}
     finally:
+        unset_hf_deepspeed_config()
         PartialState._prepare_backend, PartialState.set_device = prepare, device
         os.environ.clear()
         os.environ.update(before)
@@ -157,8 +165,9 @@ def main(options: dict[str, Any]) -> None:
     data = Dataset.from_json(options["data"])
     preference = estimate(data, AutoTokenizer.from_pretrained(options["model"]), progress=False)
     for case in options["cases"]:
+        faulthandler.dump_traceback_later(options.get("patience", 60), exit=True)  # ranks that wait for each other
         out = Path(options["out"]) / case["name"]
-        with on_cpu(case["engine"]) as engine:
+        with on_cpu(case["engine"], case.get("engine_options")) as engine:
             case = {**case, "args": {**case.get("args", {}), **engine}}
             try:
                 gradients, said = train_once(case, options["model"], data, preference, str(out))

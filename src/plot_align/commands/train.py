@@ -248,6 +248,7 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
         truncation_mode=training_args.truncation_mode,
         num_proc=training_args.dataset_num_proc,
         progress=not training_args.disable_tqdm,
+        distributed=training_args.world_size > 1,
     )
 
 

@@ -26,7 +26,7 @@ from .checks import check, settled
 from .config import PlotConfig
 from .gradients import gradient_norms
 from .head import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
-from .marginal import reference_distribution, reference_model
+from .marginal import gathered, reference_distribution, reference_model
 from .term import PlotTerm, Swept
 
 
@@ -78,9 +78,9 @@ def attach(
     preference.check_head(rows)
     if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
         reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
-    embeddings = _embeddings(causal_lm(reference_model(trainer)))
+    embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
     if embeddings.size(0) != rows:
-        embeddings = _embeddings(model)  # the policy was resized after the reference was made
+        embeddings = _embeddings(model, trainer.accelerator)  # the policy was resized after the reference was made
     if config.divergence == "deft_log":
         spec = head_spec(model)  # refuses a model that caps its logits before it trains a step
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
@@ -394,14 +394,19 @@ def _head_rows(model: Any) -> int:
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
-def _embeddings(model: Any) -> Tensor:
+def _embeddings(model: Any, accelerator: Any) -> Tensor:
     """``(V, H)`` input embeddings of the policy as it starts, which is the reference; whole where they are sharded."""
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+    from accelerate.utils import broadcast
 
     weight = model.get_input_embeddings().weight
-    with maybe_gather_lm_head_ctx(weight):
+    with gathered(weight):
         full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        return full.detach().clone()
+        full = full.detach().clone()
+    if accelerator.num_processes == 1:
+        return full
+    # FSDP's RAM-efficient loading fills the weights of all ranks but the first only when training starts.
+    full = torch.empty_like(full, device=accelerator.device) if full.is_meta else full.to(accelerator.device)
+    return broadcast(full.contiguous(), from_process=0)
 
 
 def estimate_from(trainer: Any) -> PreferenceDistribution:
@@ -424,4 +429,5 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
         max_length=trainer.max_length if kind in LOGITS_TRAINERS else trainer.args.max_length,
         truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
         progress=not trainer.args.disable_tqdm,
+        distributed=trainer.accelerator.num_processes > 1,
     )

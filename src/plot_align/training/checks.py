@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -52,6 +53,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             f"reference was passed, and target={config.target!r} with target_scope={config.target_scope!r} does not "
             "look at it; expected target='anchored' with target_scope='dataset', or no reference."
         )
+    _check_ranks(trainer, config)
     _check_head(trainer, config)
     if kind == "SFTTrainer" and config.positions == "rejected":
         raise InputError(
@@ -78,6 +80,46 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
             "per_device_train_batch_size, as far as the memory goes.",
             stacklevel=3,
+        )
+
+
+def _check_ranks(trainer: Any, config: PlotConfig) -> None:
+    """Every rank must be a data-parallel one: p̄ is a mean over whole sequences and the whole vocabulary."""
+    accelerator = trainer.accelerator
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{ranks} processes were started and each would train a model of its own, since they do not run on "
+            "accelerators; expected use_cpu=True in the trainer's arguments, or `plot-align dpo --num_processes`."
+        )
+    kind = str(accelerator.distributed_type.value)
+    if kind == "MEGATRON_LM" or (kind == "FSDP" and not accelerator.is_fsdp2):
+        engine = "FSDP version 1, which flattens the LM head" if kind == "FSDP" else "Megatron-LM, which splits it"
+        raise InputError(
+            f"the trainer runs on {engine}, and PLOT needs the head whole; expected DDP, FSDP with fsdp_version: 2 or "
+            "DeepSpeed: change the configuration of accelerate."
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp", "pp")}
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None) if kind == "DEEPSPEED" else None
+    zero = {} if plugin is None else plugin.deepspeed_config
+    sizes["tp"] = max(
+        sizes["tp"],
+        zero.get("tensor_parallel", {}).get("autotp_size", 1) or 1,
+        getattr(trainer.model, "_tp_size", None) or 1,
+    )
+    names = {"tp": "tensor", "cp": "context", "sp": "sequence", "pp": "pipeline"}
+    for short, size in sizes.items():
+        if size > 1:
+            raise InputError(
+                f"{names[short]} parallelism over {size} ranks is on, where no rank sees a whole head and whole "
+                f"sequences; PLOT expects data parallelism alone: set {short}_size to 1."
+            )
+    is_sharded = kind == "FSDP" or zero.get("zero_optimization", {}).get("stage") == 3
+    if is_sharded and config.plot_backend == "separate":
+        raise InputError(
+            "plot_backend is 'separate' and the LM head is sharded (FSDP or ZeRO-3), which only TRL's own head "
+            "gathers; expected plot_backend='fused', or DDP or ZeRO-2."
         )
 
 
