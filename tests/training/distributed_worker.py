@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 distributed_worker.py OPTIONS.json
 
-OPTIONS holds ``model`` and ``data`` (paths), ``out`` (a folder) and ``cases``, each with ``name``, ``engine`` (``ddp``,
-``fsdp2``, ``zero2``, ``zero3``), ``method``, ``args`` and ``plot``. Rank 0 writes ``NAME.safetensors`` and
+OPTIONS holds ``model`` and ``data`` (paths), ``out`` (a folder) and ``cases``, each with ``name``, ``engine``
+(``ddp``, ``fsdp2``, ``zero2``, ``zero3``), ``method``, ``args`` and ``plot``. Rank 0 writes ``NAME.safetensors`` and
 ``NAME.json`` for each. :func:`train_once` without an engine is the one process that they are compared with.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, fsdp_utils, gather_object
 from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -133,6 +133,27 @@ def train_once(case: dict[str, Any], model_folder: str, data: Dataset, preferenc
 
 
 @contextlib.contextmanager
+def grouped(how: str | None) -> Iterator[None]:
+    """FSDP2's groups. ``None``: accelerate's. ``root``: the head in the root's group, freed after every forward, as
+    before accelerate 1.15. ``own``: the head in a group of its own."""
+    original, final_norm = torch.distributed.fsdp.fully_shard, fsdp_utils._find_final_norm
+
+    def fully_shard(module, **options):
+        if isinstance(module, (list, torch.nn.Embedding)):
+            return module
+        return original(module, **{**options, "reshard_after_forward": True})
+
+    if how == "root":
+        torch.distributed.fsdp.fully_shard = fully_shard
+    if how == "own":
+        fsdp_utils._find_final_norm = lambda model: None
+    try:
+        yield
+    finally:
+        torch.distributed.fsdp.fully_shard, fsdp_utils._find_final_norm = original, final_norm
+
+
+@contextlib.contextmanager
 def on_cpu(engine: str, options: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Options of the trainer for ``engine``. accelerate shards on accelerators only; what it builds on runs on gloo as
     well, so for the sharding engines it is told that these processes are such."""
@@ -170,7 +191,8 @@ def main(options: dict[str, Any]) -> None:
         with on_cpu(case["engine"], case.get("engine_options")) as engine:
             case = {**case, "args": {**case.get("args", {}), **engine}}
             try:
-                gradients, said = train_once(case, options["model"], data, preference, str(out))
+                with grouped(case.get("groups")):
+                    gradients, said = train_once(case, options["model"], data, preference, str(out))
             except Exception:
                 if os.environ.get("RANK") == "0":
                     out.with_suffix(".error").write_text(traceback.format_exc())

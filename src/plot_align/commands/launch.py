@@ -202,14 +202,14 @@ def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignErr
 
 
 def _how_to_resume(output_dir: str | None) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
     if output_dir is None:
         return "run the command again"
-    checkpoint = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-    if checkpoint is None:
+    # The Trainer writes this file last: a checkpoint without it was cut off.
+    complete = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    if not complete:
         return f"{output_dir} holds no checkpoint yet: run the command again, with a smaller --save_steps"
-    return f"go on with --resume_from_checkpoint {checkpoint}, with as many processes as you like"
+    last = max(complete, key=lambda path: (len(path.name), path.name))
+    return f"go on with --resume_from_checkpoint {last}, with as many processes as you like"
 
 
 @contextmanager
