@@ -12,7 +12,7 @@ from scipy.stats import wasserstein_distance
 
 from plot_align.errors import InputError
 from plot_align.geometry import Geometry, directions, line, slices
-from plot_align.losses import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
+from plot_align.losses import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1, wasserstein
 from plot_align.losses.exact import cost_matrix, exact_cost
 
 
@@ -358,3 +358,35 @@ def test_in_its_order_is_the_same_distance():
     leaf = p[:, order].clone().requires_grad_()
     torch.testing.assert_close(line_.value(leaf), line_.value(leaf.detach()), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(line_.value(p[:, order], p[0, order])[0], torch.tensor(0.0, dtype=p.dtype))
+
+
+@pytest.mark.parametrize("together", [1, 40 * 8 * 3, 1 << 30])
+@pytest.mark.parametrize("kind", [SlicedWasserstein, MaxSlicedWasserstein])
+def test_lines_at_a_time_make_no_difference(monkeypatch, kind, together):
+    """One line, three rows' worth, all: values and potentials are those of a loop over single lines."""
+    monkeypatch.setitem(wasserstein._TOGETHER, "cpu", together)
+    target = random_distributions(1, 1, 40)[0]
+    generator = torch.Generator().manual_seed(2)
+    lines = [on_line(torch.randn(40, generator=generator)) for _ in range(7)]
+    single = [Wasserstein1(target, line_) for line_ in lines]
+    for p in (random_distributions(3, 1, 40)[0], random_distributions(4, 3, 40)):
+        values = torch.stack([w1.value(p) for w1 in single], -1)  # (..., 7)
+        potentials = torch.stack([w1.potential(p) for w1 in single], -2)  # (..., 7, V)
+        value, potential = kind(target, lines).value_and_potential(p)
+        if kind is SlicedWasserstein:
+            torch.testing.assert_close(value, values.mean(-1))
+            torch.testing.assert_close(potential, potentials.mean(-2))
+        else:
+            largest = values.argmax(-1)
+            torch.testing.assert_close(value, values.amax(-1))
+            index = largest[..., None, None].expand(*largest.shape, 1, 40)
+            torch.testing.assert_close(potential, potentials.gather(-2, index).squeeze(-2))
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 16, 17, 1000])
+def test_cumulative_sums_by_products(size):
+    """What deterministic algorithms take on a GPU, where torch's own cumulative sum is refused."""
+    x = torch.randn(3, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    torch.testing.assert_close(wasserstein.cumulative_sums_by_products(x, block=4), x.cumsum(-1))
+    zeros = torch.zeros(2, size)
+    assert torch.equal(wasserstein.cumulative_sums_by_products(zeros, block=4), zeros)

@@ -11,6 +11,9 @@ from plot_align.errors import InputError
 from plot_align.geometry import Geometry
 from plot_align.losses.base import Divergence
 
+# Bytes of one buffer of the lines that are worked on together: a CPU keeps one line in its cache.
+_TOGETHER = {"cpu": 1, "cuda": 64 << 20}
+
 
 class Wasserstein1(Divergence):
     """The 1-Wasserstein distance of p to P for the cost ``|x_i - x_j|``.
@@ -88,7 +91,7 @@ class SortedLine(Divergence):
 
     @torch.no_grad()
     def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
-        distance = self._difference(p, target).cumsum_(-1).abs_()  # (..., V) |F_p - F_P|
+        distance = _cumulate(self._difference(p, target)).abs_()  # (..., V) |F_p - F_P|
         return distance.mul_(self.gaps.to(distance.dtype)).sum(-1)  # a product and a sum, as in `_transport`
 
     def _difference(self, p: Tensor, target: Tensor | None) -> Tensor:
@@ -104,8 +107,8 @@ class SlicedWasserstein(Divergence):
     The potential is the mean of the lines' potentials. A lower bound of the exact cost where every line is one, and of
     the largest slice. Source: Bonneel et al., "Sliced and Radon Wasserstein barycenters of measures" (2015).
 
-    One line is worked on at a time: four (..., V) buffers live at the peak, however many lines there are; 16 bytes per
-    line and token are kept.
+    Four buffers live at the peak, of one line (..., V) on a CPU, and of as many as make 64 MiB a buffer on a GPU;
+    16 bytes per line and token are kept.
 
     Args:
         target: (V,) P, see :class:`Divergence`.
@@ -135,22 +138,25 @@ class SlicedWasserstein(Divergence):
     @torch.no_grad()
     def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the geometries' coordinates."""
-        lines = self._lines(p, target)
-        value, potential = next(lines)
-        for line_value, line_potential in lines:
-            value += line_value
-            potential += line_potential
+        groups = ((values.sum(-1), potentials.sum(-2)) for values, potentials in self._groups(p, target))
+        value, potential = next(groups)
+        for group_value, group_potential in groups:
+            value += group_value
+            potential += group_potential
         return value.div_(len(self.gaps)), potential.div_(len(self.gaps))
 
-    def _lines(self, p: Tensor, target: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Value and potential of one line after the other."""
+    def _groups(self, p: Tensor, target: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Values (..., g) and potentials (..., g, V) of g lines after another: a GPU would wait for each launch."""
         p = self._prepare(p)  # (..., V)
         target = self._target_for(p, target).to(p.dtype)  # (V,) or (..., V)
-        for order, rank, gaps in zip(self.orders, self.ranks, self.gaps, strict=True):
-            difference = p.index_select(-1, order).sub_(target.index_select(-1, order))  # (..., V)
-            value, potential = _transport(difference, gaps.to(p.dtype))
+        together = max(1, _TOGETHER.get(p.device.type, _TOGETHER["cuda"]) // max(1, p.numel() * p.element_size()))
+        for start in range(0, len(self.gaps), together):
+            some = slice(start, start + together)
+            order, rank = self.orders[some], self.ranks[some]  # (g, V)
+            difference = p[..., order].sub_(target[..., order])  # (..., g, V)
+            values, potentials = _transport(difference, self.gaps[some].to(p.dtype))
             del difference
-            yield value, potential.index_select(-1, rank)
+            yield values, potentials.gather(-1, rank.long().expand_as(potentials))
 
 
 class MaxSlicedWasserstein(SlicedWasserstein):
@@ -168,12 +174,16 @@ class MaxSlicedWasserstein(SlicedWasserstein):
     @torch.no_grad()
     def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :meth:`Divergence.value_and_potential`; both in units of the geometries' coordinates."""
-        lines = self._lines(p, target)
+        lines = (
+            (values[..., line], potentials[..., line, :])
+            for values, potentials in self._groups(p, target)
+            for line in range(values.size(-1))
+        )
         value, potential = next(lines)
         for line_value, line_potential in lines:
             larger = line_value > value  # (...)
             value = torch.where(larger, line_value, value)
-            torch.where(larger.unsqueeze(-1), line_potential, potential, out=potential)
+            potential = torch.where(larger.unsqueeze(-1), line_potential, potential)
         return value, potential
 
 
@@ -193,10 +203,37 @@ def _sorted_line(geometry: Geometry, target: Tensor) -> tuple[Tensor, Tensor, Te
 def _transport(difference: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
     """p - P in the line's order, overwritten: (..., V) → W1 (...) and its potential (..., V) in the same order."""
     # cumsum of the difference, not difference of the cumsums: exact zeros where p = P, one pass less
-    tail = difference.cumsum_(-1)  # (..., V) F_p - F_P
+    tail = _cumulate(difference)  # (..., V) F_p - F_P
     slope = tail.sign().mul_(gaps)  # (..., V)
     value = tail.mul_(slope).sum(-1)  # (...); a product and a sum, because autocast and TF32 round matmuls
-    torch.cumsum(slope, -1, out=tail)
+    _cumulate(tail.copy_(slope))
     total = tail[..., -1:].clone()  # (..., 1)
     torch.sub(slope, tail, out=tail).add_(total)  # (..., V) sum over k >= j = total - (sum over k <= j) + slope_j
     return value, tail
+
+
+def _cumulate(x: Tensor) -> Tensor:
+    """Cumulative sums over the last dimension of ``x``, in place.
+
+    torch's own kernel on a GPU adds in an order that differs between runs, and is refused where deterministic
+    algorithms are asked for (``full_determinism`` of the Trainer).
+    """
+    if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return x.copy_(cumulative_sums_by_products(x))
+    return x.cumsum_(-1)
+
+
+def cumulative_sums_by_products(x: Tensor, block: int = 512) -> Tensor:
+    """Cumulative sums over the last dimension as matrix products in float64: (..., V) → (..., V), deterministic.
+
+    Within blocks by a triangle of ones, then over the blocks' sums in the same way.
+    """
+    size = x.size(-1)
+    blocks = -(-size // block)
+    padded = torch.nn.functional.pad(x.double(), (0, blocks * block - size))
+    triangle = torch.ones(block, block, dtype=torch.float64, device=x.device).triu()
+    within = padded.unflatten(-1, (blocks, block)) @ triangle  # (..., m, block)
+    if blocks > 1:
+        sums = within[..., -1]  # (..., m)
+        within = within + (cumulative_sums_by_products(sums, block) - sums).unsqueeze(-1)
+    return within.flatten(-2)[..., :size].to(x.dtype)
