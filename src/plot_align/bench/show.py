@@ -95,9 +95,8 @@ def profile_table(profile: Mapping[str, Any]) -> Table:
 def line(record: Mapping[str, Any]) -> str:
     """One line: version, device, model, micro-batch, ratios."""
     config, step = record["config"], record["results"]["step"]
-    gpus, device = record["hardware"]["gpus"], config["device"]
-    index = int(device.partition(":")[2] or 0)
-    machine = gpus[index]["name"] if device.startswith("cuda") else f"{record['hardware']['cpu']} (CPU)"
+    hardware = record["hardware"]
+    machine = hardware["gpus"][0]["name"] if config["device"] == "cuda" else f"{hardware['cpu']} (CPU)"
     model = config["model"] or f"{shape_name(config)} (random weights)"
     plot = config["plot"]
     parts = [
