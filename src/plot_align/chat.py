@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from plot_align.dealing import each
 from plot_align.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,40 +92,104 @@ def continue_rows(
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one.
     """
+    parts = continue_each(
+        model,
+        tokenizer,
+        [rows],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        advance=advance,
+    )
+    return next(parts)
+
+
+def continue_each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Iterable[Sequence[Sequence[int]]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Iterator[list[str]]:
+    """:func:`continue_rows` of each part, none of which shares a batch with another.
+
+    Batches are dealt to all processes (:func:`plot_align.dealing.each`); where they sample, each has its own seed.
+    """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is {value}, but must be at least 1: pass a positive number.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    plans = []  # a part: its rows, and their indices batch by batch
+    for rows in parts:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        plans.append((rows, [order[start : start + batch_size] for start in range(0, len(order), batch_size)]))
+    jobs = (
+        (*_padded_left([rows[i] for i in batch], pad), _batch_seed(seed, number))
+        for rows, batches in plans
+        for number, batch in enumerate(batches)
+    )
+    done = each(partial(_continued, model, tokenizer, max_new_tokens, pad, sampling), jobs)
+    for rows, batches in plans:
+        answers = [""] * len(rows)
+        for batch in batches:
+            for i, text in zip(batch, next(done), strict=True):
+                answers[i] = text
+            advance(len(batch))
+        yield answers
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    pad: int,
+    sampling: dict[str, float],
+    job: tuple[torch.Tensor, torch.Tensor, int],
+) -> list[str]:
+    """What comes after the rows of one batch: ids (B, T), attention mask (B, T), seed of the sampling."""
+    ids, mask, seed = job
     # A chat model may end its turn with a token of its own, which its generation config lists beside EOS.
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    answers = [""] * len(rows)
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            longest = len(rows[batch[-1]])
-            ids = torch.full((len(batch), longest), pad)  # (B, T)
-            mask = torch.zeros_like(ids)  # (B, T)
-            for r, i in enumerate(batch):
-                ids[r, longest - len(rows[i]) :] = torch.tensor(rows[i])
-                mask[r, longest - len(rows[i]) :] = 1
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                use_cache=True,
-                eos_token_id=ends,
-                pad_token_id=pad,
-                **sampling,
-            )  # (B, T + new)
-            for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
-                answers[i] = text
-            advance(len(batch))
-    return answers
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=bool(sampling),
+            use_cache=True,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            **sampling,
+        )  # (B, T + new)
+    return tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
+
+
+def _padded_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) and attention mask (B, T)."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)  # (B, T)
+    mask = torch.zeros_like(ids)  # (B, T)
+    for r, row in enumerate(rows):
+        ids[r, longest - len(row) :] = torch.tensor(row)
+        mask[r, longest - len(row) :] = 1
+    return ids, mask
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    """The first batch has the seed itself; the others must not depend on which were drawn before, or where."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
 
 
 def completion_logps(
@@ -160,19 +227,33 @@ def tail_logps(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     sums = torch.zeros(len(rows), dtype=torch.float64)  # (N,)
     counts = torch.tensor([len(row) - start for row, start in zip(rows, starts, strict=True)])  # (N,)
-    with evaluating(model):
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            longest = len(rows[batch[-1]])
-            ids = torch.zeros((len(batch), longest), dtype=torch.long)  # (B, T); the mask hides the padding
-            mask = torch.zeros_like(ids)  # (B, T)
-            scored = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
-            for r, i in enumerate(batch):
-                ids[r, : len(rows[i])] = torch.tensor(rows[i])
-                mask[r, : len(rows[i])] = 1
-                scored[r, starts[i] : len(rows[i])] = True
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
-            logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
-            sums[batch] = (logps.double() * scored[:, 1:]).sum(-1)
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    jobs = (_padded_right([rows[i] for i in batch], [starts[i] for i in batch]) for batch in batches)
+    for batch, found in zip(batches, each(partial(_scored, model), jobs), strict=True):
+        sums[batch] = found
     return sums, counts
+
+
+def _scored(model: PreTrainedModel, job: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Sums (B,) float64 over one batch: ids, attention mask and what is scored, (B, T) each."""
+    ids, mask, scored = job
+    with evaluating(model):
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
+        logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
+        return (logps.double() * scored[:, 1:]).sum(-1)
+
+
+def _padded_right(
+    rows: Sequence[Sequence[int]], starts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, attention mask, and whether a token is scored: (B, T) each."""
+    longest = max(map(len, rows))
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)  # (B, T); the mask hides the padding
+    mask = torch.zeros_like(ids)  # (B, T)
+    scored = torch.zeros_like(ids, dtype=torch.bool)  # (B, T)
+    for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[r, : len(row)] = torch.tensor(row)
+        mask[r, : len(row)] = 1
+        scored[r, start : len(row)] = True
+    return ids, mask, scored

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plot_align.chat import evaluating
+from plot_align.dealing import each
 from plot_align.errors import RunError
 from plot_align.estimate import ScoredSequence
 from plot_align.fused import causal_lm, fused_head, head_spec
@@ -54,27 +56,34 @@ def score(
     Raises:
         RunError: a log-probability is not finite, or the device is out of memory.
     """
-    base = causal_lm(model)
-    head, spec = base.get_output_embeddings(), head_spec(base)
     logps = torch.zeros(len(sequences), dtype=torch.float64)  # (N,)
     tokens = torch.tensor([s.stop - s.start for s in sequences], dtype=torch.long)  # (N,)
-    total = torch.zeros(head.weight.size(0), dtype=torch.float64)  # (V,)
-    with evaluating(base):
-        for batch in _batches(sequences, batch_size):
-            hidden, targets, rows = _hidden(base, [sequences[i] for i in batch])
-            ones = torch.ones(len(targets), device=hidden.device)  # (n,)
-            swept = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
-            assert swept.marginals is not None
-            total += swept.marginals[0].double().cpu()
-            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, swept.log_probs.double().cpu())
-            if not bool(torch.isfinite(sums).all()):
-                raise RunError(
-                    "the model gives a log-probability that is not finite, expected numbers; it overflows in its "
-                    "dtype: use bfloat16 or float32, or check its weights"
-                )
-            logps[batch] = sums
-            advance(len(batch))
+    total = torch.zeros(causal_lm(model).get_output_embeddings().weight.size(0), dtype=torch.float64)  # (V,)
+    batches = list(_batches(sequences, batch_size))
+    jobs = ([sequences[i] for i in batch] for batch in batches)
+    for batch, (sums, marginal) in zip(batches, each(partial(_score, model), jobs), strict=True):
+        logps[batch] = sums
+        total += marginal  # in the order of the batches, whoever computed them
+        advance(len(batch))
     return Scores(logps, tokens, total)
+
+
+def _score(model: Any, batch: list[ScoredSequence]) -> tuple[Tensor, Tensor]:
+    """Of one batch: log-probability of each sequence's scored tokens (B,), sum of the output distributions (V,)."""
+    base = causal_lm(model)
+    head, spec = base.get_output_embeddings(), head_spec(base)
+    with evaluating(base):
+        hidden, targets, rows = _hidden(base, batch)
+        ones = torch.ones(len(targets), device=hidden.device)  # (n,)
+        swept = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
+    assert swept.marginals is not None
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, swept.log_probs.double().cpu())
+    if not bool(torch.isfinite(sums).all()):
+        raise RunError(
+            "the model gives a log-probability that is not finite, expected numbers; it overflows in its "
+            "dtype: use bfloat16 or float32, or check its weights"
+        )
+    return sums, swept.marginals[0].double().cpu()
 
 
 def divergences(
@@ -94,19 +103,24 @@ def divergences(
     Returns:
         (N,) float64, nats a token; NaN where nothing is scored.
     """
-    p_model, q_model = causal_lm(model), causal_lm(reference)
     found = torch.full((len(sequences),), torch.nan, dtype=torch.float64)  # (N,)
-    with evaluating(p_model), evaluating(q_model):
-        for batch in _batches(sequences, batch_size):
-            chosen = [sequences[i] for i in batch]
-            hidden_p, _, rows = _hidden(p_model, chosen)
-            hidden_q, _, _ = _hidden(q_model, chosen)
-            values = torch.cat(list(_position_divergences(p_model, hidden_p, q_model, hidden_q)))  # (n,)
-            sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, values)
-            counts = torch.tensor([s.stop - s.start for s in chosen])
-            found[batch] = sums / counts
-            advance(len(batch))
+    batches = list(_batches(sequences, batch_size))
+    jobs = ([sequences[i] for i in batch] for batch in batches)
+    for batch, means in zip(batches, each(partial(_diverge, model, reference), jobs), strict=True):
+        found[batch] = means
+        advance(len(batch))
     return found
+
+
+def _diverge(model: Any, reference: Any, batch: list[ScoredSequence]) -> Tensor:
+    """Mean divergence (B,) of each sequence of one batch."""
+    p_model, q_model = causal_lm(model), causal_lm(reference)
+    with evaluating(p_model), evaluating(q_model):
+        hidden_p, _, rows = _hidden(p_model, batch)
+        hidden_q, _, _ = _hidden(q_model, batch)
+        values = torch.cat(list(_position_divergences(p_model, hidden_p, q_model, hidden_q)))  # (n,)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, values)
+    return sums / torch.tensor([s.stop - s.start for s in batch])
 
 
 def _position_divergences(p_model: Any, hidden_p: Tensor, q_model: Any, hidden_q: Tensor) -> Iterator[Tensor]:

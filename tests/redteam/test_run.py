@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -106,9 +107,10 @@ def test_answers_are_given_once_a_block_and_again_where_cases_changed(victim: Vi
     class Counting:
         identity: ClassVar[dict[str, str]] = {"model": "m"}
 
-        def answers(self, test_cases: list[str], **_: object) -> list[str]:
-            asked.extend(test_cases)
-            return [case.upper() for case in test_cases]
+        def answers_to_each(self, blocks: list[list[str]], **_: object) -> Iterator[list[str]]:
+            for test_cases in blocks:
+                asked.extend(test_cases)
+                yield [case.upper() for case in test_cases]
 
     path = tmp_path / "completions.json"
     cases = {f"id{i}": [f"case {i}"] for i in range(BLOCK + 1)}

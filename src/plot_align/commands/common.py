@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,6 +79,34 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         ) from error
 
 
+def add_num_processes(parser: Parser) -> None:
+    """What :func:`on_processes` reads."""
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="share the work among N processes, a GPU each (default: 1)"
+    )
+
+
+def on_processes(command: str, num_processes: int | None, arguments: list[str], main: Callable[[], int]) -> int:
+    """``main`` in this process, or in the main one of several, started here or by the user's own launcher.
+
+    Args:
+        command, arguments: as they were called, for the processes to be started.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        PlotAlignError: as ``main``; or a process could not be started, or was killed.
+    """
+    from plot_align.commands import launch
+    from plot_align.dealing import together
+
+    code = launch.with_processes(command, num_processes, arguments)
+    if code is not None:
+        return code
+    return together(main) if launch.is_launched() else main()
+
+
 def add_loading_options(parser: Parser) -> None:
     """What :func:`load_chat_model` reads."""
     parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
@@ -86,7 +115,7 @@ def add_loading_options(parser: Parser) -> None:
 
 
 def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
-    """Model, on its device, and tokenizer of a hub id or a folder.
+    """Model, on its device, and tokenizer of a hub id or a folder; with several processes each loads its own.
 
     Args:
         options: of :func:`add_loading_options`.
@@ -94,15 +123,20 @@ def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
     Raises:
         InputError: they cannot be loaded.
     """
-    import torch
+    from plot_align.dealing import share
+
+    return share(_chat_model, name, options.device, options.dtype, options.trust_remote_code)
+
+
+def _chat_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
+    from plot_align.dealing import own_device
+
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
-        return model.to(options.device or str(torch.accelerator.current_accelerator() or "cpu")), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model.to(own_device(device)), tokenizer
     except (OSError, KeyError, RuntimeError, AssertionError) as error:
         raise InputError(
             f"no model could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder, and a device "

@@ -15,10 +15,12 @@ from rich.markup import escape
 from plot_align.commands.common import (
     Parser,
     add_loading_options,
+    add_num_processes,
     check_dtype,
     load_chat_model,
     load_tokenizer,
     named_models,
+    on_processes,
 )
 from plot_align.errors import InputError, PlotAlignError, first_line
 
@@ -59,6 +61,7 @@ def make_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="rows a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and intervals (%(default)s)")
+    add_num_processes(parser)
     add_loading_options(parser)
     parser.add_argument("--quiet", action="store_true", help="print no table")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="(%(default)s)")
@@ -68,7 +71,10 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, measure what is not measured yet, print a table; 1 where a measure failed."""
     options = make_parser().parse(arguments)
+    return on_processes("evaluate", options.num_processes, arguments, lambda: _run(options))
 
+
+def _run(options: Any) -> int:
     from plot_align.chat import require_template
     from plot_align.evaluation.suite import Given, read_suite
     from plot_align.files import require_writable
@@ -249,6 +255,7 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
 
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
     """Measure and write the record; what went wrong, where something did: the other measures go on."""
+    from plot_align.dealing import LostProcesses
     from plot_align.evaluation.quantity import KIND
     from plot_align.records import write_record
 
@@ -257,6 +264,8 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
         found = entry.measure.run(subject)
         results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
         write_record(path, KIND, results, config=config, seed=options.seed)
+    except LostProcesses:
+        raise
     except PlotAlignError as error:
         return f"failed: {error}"
     except Exception as error:  # of a library, in one of many measures: the others must not be lost to it

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from plot_align.commands.common import (
     Parser,
     add_loading_options,
+    add_num_processes,
     check_dtype,
     did_you_mean,
     load_chat_model,
     named_models,
+    on_processes,
 )
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
@@ -64,6 +66,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add_num_processes(parser)
     add_loading_options(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/redteam"), metavar="DIR", help="(%(default)s)")
     return parser
@@ -72,7 +75,11 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, attack, judge, and write HarmBench's files, a record and a table."""
     options = make_parser().parse(arguments)
+    num_processes = vars(options).pop("num_processes")  # it changes no result, so no record holds it
+    return on_processes("redteam", num_processes, arguments, lambda: _run(options))
 
+
+def _run(options: Any) -> int:
     from plot_align.files import require_writable
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
@@ -109,9 +116,10 @@ def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
     Raises:
         InputError: it cannot be loaded, or has no chat template.
     """
+    from plot_align.dealing import share
     from plot_align.redteam.victim import Victim
 
-    return Victim(*load_chat_model(model, options), name or Path(model).name)
+    return share(Victim, *load_chat_model(model, options), name or Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:

@@ -20,18 +20,21 @@ import random
 import re
 import sqlite3
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 
 from plot_align.chat import evaluating
+from plot_align.dealing import each, share
 from plot_align.errors import InputError, RunError, first_line
 from plot_align.evaluation.harness_tasks import (
     configs_of,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 # Metrics whose every value lies between 0 and 1. By name: lm-eval does not say, and two models must agree on it.
 _RATE = re.compile(r"(acc|exact_match|math_verify|pass@|pass_at_|mc[12]$|em$)|.*_(acc|match|em)$")
+_COLLATOR = "lm_eval.models.huggingface.Collator"
 _RESAMPLES = 999
 _SLOW = {"bleu": 99, "chrf": 99, "chrf++": 99, "ter": 99}  # of a whole corpus: lm-eval, too, resamples them less
 
@@ -159,8 +163,8 @@ class LMEval:
         with ExitStack() as stack:
             stack.enter_context(_own_randomness())
             stack.enter_context(evaluating(subject.model))
-            with _quiet(_Notes()):
-                model = _language_model(subject, self.task)
+            model = share(_language_model, subject.model, subject.tokenizer, subject.batch_size)
+            model.bar = partial(subject.bar, self.task)
             stack.enter_context(_quiet(notes))
             stack.callback(_close_cache, model)
             if self.allow_code_execution:  # Hugging Face's code_eval looks for it when it is loaded and when it runs
@@ -434,56 +438,118 @@ def _close_cache(model: Any) -> None:
         model.cache_hook.dbdict.close()
 
 
-def _language_model(subject: Subject, description: str) -> Any:
-    """lm-eval's view of the model; tokenizer and model stay as they are."""
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's view of a model; tokenizer and model stay as they are."""
+    with _quiet(_Notes()):
+        # lm-eval gives a tokenizer a padding token and turns its padding side.
+        return _dealing()(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+@cache
+def _dealing() -> Any:
+    """lm-eval's ``HFLM`` with its batches, which stay what they are, dealt to all processes."""
     from lm_eval.models.huggingface import HFLM
 
-    class Watched(HFLM):
-        """Moves the subject's bar instead of drawing bars of its own."""
+    class Dealing(HFLM):
+        """``bar`` is called with how many requests there are, and returns what moves it by so many."""
+
+        bar: Callable[[int], OnItem] = staticmethod(lambda total: lambda done: None)
+        _on_item: OnItem = staticmethod(lambda done: None)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with self._watched(requests):
-                return super().loglikelihood(requests, disable_tqdm=True)
+            self._on_item = self.bar(len(requests))
+            return super().loglikelihood(requests, disable_tqdm=True)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            with self._watched(requests):
-                return super().generate_until(requests, disable_tqdm=True)
+            self._on_item = self.bar(len(requests))
+            with mock.patch(_COLLATOR, _planner()):
+                batches = super().generate_until(requests, disable_tqdm=True)
+            # What is drawn depends on what was drawn before: one process samples everything.
+            dealt = not any(request.args[1].get("do_sample") for request in requests)
+            jobs = ([requests[i].args for i in batch] for batch in batches)
+            found: list[Any] = [None] * len(requests)
+            for batch, answers in zip(batches, self._each("generate_until", jobs, dealt), strict=True):
+                for i, answer in zip(batch, answers, strict=True):
+                    self._keep("generate_until", requests[i].args, answer)
+                    found[i] = answer
+            return found
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            found = []
-            with self._watched(requests):
-                # lm-eval would keep the first text only once the last one is done.
-                for start in range(0, len(requests), subject.batch_size):
-                    part = requests[start : start + subject.batch_size]
-                    found += super().loglikelihood_rolling(part, disable_tqdm=True)
+            self._on_item = self.bar(len(requests))
+            # By parts: lm-eval would keep the first text only once the last one is done.
+            size = self.batch_size
+            texts = [[request.args for request in requests[i : i + size]] for i in range(0, len(requests), size)]
+            found: list[Any] = []
+            for part, totals in zip(texts, self._each("loglikelihood_rolling", iter(texts)), strict=True):
+                for arguments, total in zip(part, totals, strict=True):
+                    self._keep("loglikelihood_rolling", arguments, total)
+                    found.append(total)
             return found
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> list[Any]:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            with mock.patch(_COLLATOR, _planner()):
+                batches = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            jobs = ([requests[i] for i in batch] for batch in batches)
+            found: list[Any] = [None] * len(requests)
+            for batch, answers in zip(batches, self._each("_loglikelihood_tokens", jobs), strict=True):
+                for i, answer in zip(batch, answers, strict=True):
+                    if requests[i][0] is not None:  # else a window of a text, whose sum alone is kept
+                        self._keep("loglikelihood", requests[i][0], answer)
+                    found[i] = answer
+            return found
 
-        @contextmanager
-        def _watched(self, requests: list[Any]) -> Iterator[None]:
-            hook: Any = self.cache_hook
-            self.cache_hook: Any = _Counting(hook, subject.bar(description, len(requests)))
-            try:
-                yield
-            finally:
-                self.cache_hook = hook
+        def _each(self, method: str, jobs: Iterator[Any], dealt: bool = True) -> Iterator[Any]:
+            """The answers to each batch; the warnings come as if all of them were answered here."""
+            for answers, warned in each(partial(_answered, self, method), jobs, dealt=dealt):
+                for path, line, text in warned:
+                    record = logging.LogRecord("lm_eval", logging.WARNING, path, line, text, (), None)
+                    logging.getLogger("lm_eval").handle(record)
+                yield answers
 
-    # lm-eval gives a tokenizer a padding token and turns its padding side.
-    return Watched(subject.model, tokenizer=copy.deepcopy(subject.tokenizer), batch_size=subject.batch_size)
+        def _keep(self, method: str, arguments: Any, answer: Any) -> None:
+            self.cache_hook.add_partial(method, arguments, answer)
+            self._on_item(1)
+
+    return Dealing
 
 
-@dataclass
-class _Counting:
-    """lm-eval hands every answer to its cache as it is made: the place to count them."""
+def _answered(model: Any, method: str, requests: list[Any]) -> tuple[list[Any], list[tuple[str, int, str]]]:
+    """lm-eval's own answers to the requests of one batch, and its warnings: path, line and text."""
+    from lm_eval.api.model import CacheHook
+    from lm_eval.models.huggingface import HFLM
 
-    hook: Any
-    on_item: OnItem
+    if method != "_loglikelihood_tokens":
+        requests = [SimpleNamespace(args=arguments) for arguments in requests]
+    notes = _Notes()
+    with evaluating(model.model), mock.patch.object(model, "cache_hook", CacheHook(None)), _quiet(notes, alone=True):
+        answers = getattr(HFLM, method)(model, requests, disable_tqdm=True)
+    return answers, notes.all
 
-    def add_partial(self, attr: str, request: Any, answer: Any) -> None:
-        self.hook.add_partial(attr, request, answer)
-        self.on_item(1)
+
+@cache
+def _planner() -> Any:
+    """lm-eval's ``Collator`` made to say which requests stand in which batch, by index, and to answer none."""
+    from lm_eval.models.utils import Collator
+
+    class Planner(Collator):
+        def get_batched(self, n: int = 1, batch_fn: Any = None) -> Iterator[Any]:
+            self.batches = [
+                sorted(index for one in chunk for index, _ in self._standing_for(one))
+                for chunk in super().get_batched(n, batch_fn)
+            ]
+            return iter(())
+
+        def _standing_for(self, one: tuple[int, Any]) -> Any:
+            """Of requests that differ in their last token only, lm-eval computes one."""
+            return self._arr_with_indices[tuple(self._group_fn(one))] if self._group_by == "contexts" else [one]
+
+        def _reorder(self, arr: Any) -> Iterator[Any]:
+            yield from sorted(arr, key=self._sort_fn)  # with their indices
+
+        def get_original(self, newarr: list[Any]) -> list[Any]:
+            return self.batches
+
+    return Planner
 
 
 class _Notes(logging.Handler):
@@ -491,11 +557,13 @@ class _Notes(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
+        self.all: list[tuple[str, int, str]] = []
         self._first: dict[tuple[str, int], str] = {}
         self._count: dict[tuple[str, int], int] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         place = (record.pathname, record.lineno)
+        self.all.append((*place, record.getMessage()))
         self._first.setdefault(place, record.getMessage())
         self._count[place] = self._count.get(place, 0) + 1
 
@@ -507,16 +575,20 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def _quiet(notes: _Notes) -> Iterator[None]:
-    """lm-eval's warnings go to ``notes`` instead of the terminal, and its bars nowhere."""
+def _quiet(notes: _Notes, *, alone: bool = False) -> Iterator[None]:
+    """lm-eval's warnings go to ``notes`` instead of the terminal, and its bars nowhere.
+
+    Args:
+        alone: to nobody else who listens already.
+    """
     logger = logging.getLogger("lm_eval")
     propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(notes)
+    handlers, logger.handlers = logger.handlers, [notes] if alone else [*logger.handlers, notes]
     try:
         with mock.patch("lm_eval.api.task.tqdm", _no_bar), mock.patch("lm_eval.api.model.tqdm", _no_bar):
             yield
     finally:
-        logger.removeHandler(notes)
+        logger.handlers = handlers
         logger.propagate = propagate
 
 

@@ -14,12 +14,14 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from plot_align.chat import continue_rows
 from plot_align.commands.common import did_you_mean
+from plot_align.dealing import each
 from plot_align.endpoint import Endpoint, EndpointError
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import fastchat
@@ -177,8 +179,8 @@ def answer_questions(
     """The model's answers, those that ``path`` holds already read; question id → both turns.
 
     Each category has FastChat's temperature. Ten questions of one category are answered together, with a seed of
-    their own, and are on disk before the next: neither an interruption nor other categories change an answer. (The
-    batch size may change a sampled one.)
+    their own (by each process where there are several), and are on disk before the next: neither an interruption nor
+    other categories change an answer. (The batch size may change a sampled one.)
 
     Raises:
         InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or other
@@ -193,9 +195,13 @@ def answer_questions(
     made_by = {"max_new_tokens": max_new_tokens, "seed": subject.seed, "questions": bench.digest}
     same_or_new(record, {**subject.identity, **made_by}, path)
     rows = fastchat.read_answer_rows(path) if path.exists() else {}
-    for block in _blocks(bench.questions):
-        if not all(question.id in rows for question in block):
-            for question, turns in zip(block, _answer(subject, block, max_new_tokens), strict=True):
+    blocks = _blocks(bench.questions)
+    wanted = [block for block in blocks if not all(question.id in rows for question in block)]
+    answer = partial(_answer, subject.model, subject.tokenizer, subject.seed, subject.batch_size, max_new_tokens)
+    answered = each(answer, wanted)
+    for block in blocks:
+        if block in wanted:
+            for question, turns in zip(block, next(answered), strict=True):
                 rows[question.id] = fastchat.answer_row(subject.name, question, turns)
             fastchat.write_answers(path, rows)
         on_item(len(block))
@@ -211,22 +217,22 @@ def _blocks(questions: Iterable[Question]) -> list[list[Question]]:
     return [asked[i : i + BLOCK] for asked in by_category.values() for i in range(0, len(asked), BLOCK)]
 
 
-def _answer(subject: Subject, block: list[Question], max_new_tokens: int) -> list[Turns]:
+def _answer(
+    model: Any, tokenizer: Any, seed: int, batch_size: int, max_new_tokens: int, block: list[Question]
+) -> list[Turns]:
     """Both turns; the second sees the first answer."""
     conversations: list[list[dict[str, str]]] = [[] for _ in block]
     for turn in (0, 1):
         for conversation, question in zip(conversations, block, strict=True):
             conversation.append({"role": "user", "content": question.turns[turn]})
         answers = continue_rows(
-            subject.model,
-            subject.tokenizer,
-            subject.tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, tokenize=True, return_dict=False
-            ),
+            model,
+            tokenizer,
+            tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=False),
             max_new_tokens=max_new_tokens,
-            batch_size=subject.batch_size,
+            batch_size=batch_size,
             temperature=TEMPERATURES[block[0].category],
-            seed=_seed(subject.seed, block[0].id, turn),
+            seed=_seed(seed, block[0].id, turn),
         )
         for conversation, answer in zip(conversations, answers, strict=True):
             conversation.append({"role": "assistant", "content": answer.strip()})  # as FastChat strips it

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from plot_align.dealing import share
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import data
 from plot_align.evaluation.quantity import of_items
@@ -166,7 +167,7 @@ class AttackSuccess(_Judged):
             RunError: the judge decided none.
         """
         harmful, targets, left_out = self._requests(subject.seed)
-        victim = Victim(subject.model, subject.tokenizer, subject.name)
+        victim = share(Victim, subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
         layout = Layout(subject.folder / "redteam", attack.name, subject.name)
         advance = subject.bar(f"attack {attack.name}", 2 * len(harmful))

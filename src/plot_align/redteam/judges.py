@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plot_align.chat import continue_rows
+from plot_align.dealing import own_device, share
 from plot_align.endpoint import EndpointError, Reply
 from plot_align.errors import InputError
 from plot_align.records import share_of
@@ -300,6 +301,21 @@ def _literal(file: Path, name: str) -> dict[str, Any]:
     raise InputError(f"{file} sets no dictionary {name}; name a checkout of HarmBench or its eval_utils.py")
 
 
+def _classifier(checkpoint: str, device: str | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"no classifier could be loaded from {checkpoint!r} ({reason.rstrip('.;')}); name a hub id such as "
+            f"{CLASSIFIER} or a checkpoint folder"
+        ) from error
+    return model.to(own_device(device)).eval(), tokenizer
+
+
 @dataclass(frozen=True)
 class HarmBenchClassifier:
     """HarmBench's classifier: one greedy token, yes is 1, no is 0, anything else −1.
@@ -339,20 +355,7 @@ class HarmBenchClassifier:
         Raises:
             InputError: there is no such checkpoint.
         """
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(
-                f"no classifier could be loaded from {checkpoint!r} ({reason.rstrip('.;')}); name a hub id such as "
-                f"{CLASSIFIER} or a checkpoint folder"
-            ) from error
-        model.to(device or str(torch.accelerator.current_accelerator() or "cpu")).eval()
-        return cls(model, tokenizer, prompts, batch_size)
+        return cls(*share(_classifier, checkpoint, device, dtype), prompts, batch_size)
 
     def judge(
         self, behaviors: Sequence[Behavior], test_cases: Sequence[str], generations: Sequence[str]

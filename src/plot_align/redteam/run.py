@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from plot_align.dealing import each
 from plot_align.errors import InputError
 from plot_align.redteam import harmbench
-from plot_align.redteam.attack import Attack, Request
+from plot_align.redteam.attack import Attack, Attacked, Request
+from plot_align.redteam.attackers import EndpointAttacker
 from plot_align.redteam.behaviors import Behavior, require_targets
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
 from plot_align.redteam.judges import Judge
@@ -44,7 +46,7 @@ def make_test_cases(
     on_behavior: OnBehavior = lambda behavior: None,
     on_update: OnUpdate = lambda behavior, step: None,
 ) -> tuple[TestCases, dict[str, str]]:
-    """Attack every behaviour that has no test cases yet.
+    """Attack every behaviour that has no test cases yet; several processes attack one each at a time.
 
     Args:
         targets: BehaviorID to how a complying answer begins; may lack any for an attack that needs none.
@@ -73,6 +75,7 @@ def make_test_cases(
     }
     same_or_new(layout.folder / "options.json", made_by, layout.folder)
     failed: dict[str, str] = {}
+    requests: list[Request] = []
     for behavior in behaviors:
         folder = layout.behavior_folder(behavior.id)
         target = targets.get(behavior.id, "") if attack.needs_target else ""
@@ -80,18 +83,33 @@ def make_test_cases(
         if (folder / "test_cases.json").exists():
             same_or_new(folder / "request.json", asked, folder)
             on_behavior(behavior.id)
-            continue
-        request = Request(behavior, target, count, seed, tuple(snapshots))
-        result = attack.run(victim, request, partial(on_update, behavior.id))
+        else:
+            requests.append(Request(behavior, target, count, seed, tuple(snapshots)))
+    made = each(
+        partial(_attacked, attack, victim),
+        requests,
+        # One endpoint, asked by one process; it answers several instructions at a time.
+        dealt=not isinstance(getattr(attack, "attacker", None), EndpointAttacker),
+        on_main={"on_update": on_update},
+    )
+    for request, result in zip(requests, made, strict=True):
+        name, folder = request.behavior.id, layout.behavior_folder(request.behavior.id)
         if result.failed is not None:
-            failed[behavior.id] = result.failed
+            failed[name] = result.failed
         else:
             log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
+            asked = {"behavior": asdict(request.behavior), "target": request.target}
             harmbench.write_json(folder / "request.json", asked)
             harmbench.write_json(folder / "logs.json", log)
-            harmbench.write_json(folder / "test_cases.json", {behavior.id: result.cases})  # last: it says finished
-        on_behavior(behavior.id)
+            harmbench.write_json(folder / "test_cases.json", {name: result.cases})  # last: it says finished
+        on_behavior(name)
     return harmbench.merge_test_cases(layout, [behavior.id for behavior in behaviors]), failed
+
+
+def _attacked(
+    attack: Attack, victim: Victim, request: Request, on_update: OnUpdate = lambda behavior, step: None
+) -> Attacked:
+    return attack.run(victim, request, partial(on_update, request.behavior.id))
 
 
 def complete(
@@ -120,13 +138,14 @@ def complete(
         return [row["test_case"] for row in found.get(behavior, [])] == list(test_cases[behavior])
 
     names = list(test_cases)
-    for start in range(0, len(names), BLOCK):
-        block = names[start : start + BLOCK]
+    blocks = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
+    asked = [[case for name in block for case in test_cases[name]] for block in blocks if not all(map(current, block))]
+    answered = victim.answers_to_each(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for block in blocks:
         if not all(map(current, block)):
             flat = [(name, case) for name in block for case in test_cases[name]]
-            answers = victim.answers([c for _, c in flat], max_new_tokens=max_new_tokens, batch_size=batch_size)
             found.update({name: [] for name in block})
-            for (name, case), answer in zip(flat, answers, strict=True):
+            for (name, case), answer in zip(flat, next(answered), strict=True):
                 found[name].append({"test_case": case, "generation": answer})
             harmbench.write_json(path, found)
         for name in block:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from plot_align.chat import generate, prompt_ids, require_template, tail_logps
+from plot_align.chat import continue_each, prompt_ids, require_template, tail_logps
 from plot_align.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,14 @@ class Victim:
 
     def answers(self, test_cases: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers, one user turn each, no system message."""
-        return generate(self.model, self.tokenizer, test_cases, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return next(self.answers_to_each([test_cases], max_new_tokens=max_new_tokens, batch_size=batch_size))
+
+    def answers_to_each(
+        self, blocks: Sequence[Sequence[str]], *, max_new_tokens: int, batch_size: int
+    ) -> Iterator[list[str]]:
+        """:meth:`answers` to each block, none of which shares a batch with another."""
+        rows = [prompt_ids(self.tokenizer, block) if block else [] for block in blocks]
+        return continue_each(self.model, self.tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     def target_losses(self, test_cases: Sequence[str], targets: Sequence[str], *, batch_size: int = 64) -> list[float]:
         """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent."""
