@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..losses import Divergence
 
-Run = tuple[int, int, int]  # rows [start, end) of one segment, all with a positive weight
+Run = tuple[int, int, int]  # rows [start, end) of one segment
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Statistics:
 class Plot:
     """What a pass needs to know of the output distributions.
 
-    ``share (N,)`` in the statistics' dtype, ``segments (N,)`` or ``None`` for one, ``runs`` of the selected rows.
+    ``share (N,)`` in the statistics' dtype, ``segments (N,)`` or ``None`` for one, ``runs`` with the selected rows.
     """
 
     share: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 
 from ..losses import Divergence
-from .block import Gradients, Logits, Plot, Statistics, overlaps
+from .block import Gradients, Logits, Plot, Run, Statistics, overlaps, runs_of
 
 # On a GPU large enough to fill it, small enough that a handful of fp32 temporaries stay far below the block.
 _SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -18,6 +18,11 @@ _SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 def rows_per_slice(device: torch.device, vocab: int) -> int:
     """How many rows of V elements one step of elementwise work takes."""
     return max(1, _SLICE_ELEMENTS.get(device.type, _SLICE_ELEMENTS["cuda"]) // vocab)
+
+
+def runs(weights: Tensor, segments: Tensor | None, num_segments: int, divergence: Divergence | None) -> list[Run]:
+    """The stretches of rows to sum up: those of positive weight, segment by segment."""
+    return runs_of(weights, segments)
 
 
 def forward(

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.profiler import record_function
 from triton import knobs
 
-from ..losses import SortedLine
+from ..losses import Divergence, SortedLine
 from . import block_torch
 from . import triton_kernels as kernels
-from .block import Gradients, Logits, Plot, Statistics, overlaps
+from .block import Gradients, Logits, Plot, Run, Statistics, overlaps
 
 INTERPRETED = bool(knobs.runtime.interpret)
 
@@ -30,6 +30,13 @@ _ROW_BLOCK = 2048
 _BLOCK = 1024
 # The column sums' programs: so many columns wide, over so many rows, so many at a time.
 _SUM_COLUMNS, _SUM_ROWS, _SUM_STEP = 512, 64, 8
+
+
+def runs(weights: Tensor, segments: Tensor | None, num_segments: int, divergence: Divergence | None) -> list[Run]:
+    """See :func:`plot_align.fused.block_torch.runs`. The kernels skip unselected rows of a run by themselves."""
+    if num_segments == 1 and (divergence is None or isinstance(divergence, SortedLine)):
+        return [(0, weights.numel(), 0)]
+    return block_torch.runs(weights, segments, num_segments, divergence)
 
 
 def forward(
@@ -66,9 +73,9 @@ def forward(
             if isinstance(plot.divergence, SortedLine):
                 line = plot.divergence
                 kernels.line_values[(here.stop - here.start,)](
-                    raw[here], raw.stride(0), logits.bias, found.log_z[everywhere], line.target.float(),
-                    line.gaps.float(), found.values[everywhere], vocab, *_numbers(logits), **_flags(logits),
-                    BLOCK=_row_block(vocab), num_warps=8,
+                    raw[here], raw.stride(0), logits.bias, found.log_z[everywhere], plot.share[everywhere],
+                    line.target.float(), line.gaps.float(), found.values[everywhere], vocab, *_numbers(logits),
+                    **_flags(logits), BLOCK=_row_block(vocab), num_warps=8,
                 )  # fmt: skip
             else:
                 _add_values(raw[here], logits, found.log_z[everywhere], plot, found.values[everywhere])

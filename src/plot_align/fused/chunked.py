@@ -28,7 +28,7 @@ from torch.autograd.profiler import record_function
 from ..errors import InputError
 from ..losses import Divergence
 from . import block_torch
-from .block import Gradients, Logits, Plot, Statistics, runs_of
+from .block import Gradients, Logits, Plot, Statistics
 from .memory import block_bytes
 
 Impl = Literal["auto", "torch", "triton"]
@@ -305,8 +305,11 @@ class _FusedHead(torch.autograd.Function):
             top1=per_token("is_top1" in spec.outputs, torch.bool),
             values=per_token(divergence is not None),
         )
-        plot = None if weights is None else Plot(weights.to(stat), segments, runs_of(weights, segments), divergence)
         implementation = _implementation(spec, device, stat)
+        plot = None
+        if weights is not None:
+            runs = implementation.runs(weights, segments, num_segments, divergence)
+            plot = Plot(weights.to(stat), segments, runs, divergence)
         # The Function runs under the caller's autocast; the products are cast by hand, so it must not interfere.
         with spec.gather(weight, bias), torch.autocast(device.type, enabled=False):
             marginals = None

@@ -99,7 +99,8 @@ def column_sums(
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program for BLOCK columns of ROWS rows: their weighted softmax, summed into a line of its own.
+    # One program for BLOCK columns of ROWS rows: their weighted softmax, summed into a line of its own. A row without
+    # a share is not read, here and below: finding such rows beforehand would make the GPU wait for the CPU.
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
     split = tl.program_id(1)
@@ -107,13 +108,13 @@ def column_sums(
     for start in range(0, ROWS, STEP):
         row = split * ROWS + start + tl.arange(0, STEP)
         exists = row < rows
-        mask = exists[:, None] & inside[None, :]
+        share = tl.load(share_ptr + row, mask=exists, other=0.0)
+        mask = (share > 0)[:, None] & inside[None, :]
         raw = tl.load(raw_ptr + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
         z, _slope = _logits(
             raw, bias_ptr, columns[None, :], inside[None, :], scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP
         )
         log_z = tl.load(log_z_ptr + row, mask=exists, other=0.0)
-        share = tl.load(share_ptr + row, mask=exists, other=0.0)
         total += tl.sum(tl.where(mask, share[:, None] * tl.exp(z - log_z[:, None]), 0.0), axis=0)
     tl.store(partial_ptr + split.to(tl.int64) * vocab + columns, total, mask=inside)
 
@@ -123,7 +124,7 @@ def potential(
     raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, segments_ptr, potential_ptr, factor_ptr,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program a row: factor −= w·⟨p, s⟩. A row without a share is not read.
+    # One program a row: factor −= w·⟨p, s⟩.
     row = tl.program_id(0)
     share = tl.load(share_ptr + row)
     if share > 0:
@@ -189,26 +190,27 @@ def gradient(
 
 @triton.jit
 def line_values(
-    raw_ptr, stride, bias_ptr, log_z_ptr, target_ptr, gaps_ptr, values_ptr,
+    raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, target_ptr, gaps_ptr, values_ptr,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program a row: W1 = Σ_k |F_p(k) − F_P(k)|·gap_k along the line, the cumulative sum carried from step to step.
     row = tl.program_id(0)
-    raw_ptr += row.to(tl.int64) * stride
-    log_z = tl.load(log_z_ptr + row)
-    before = 0.0
-    distance = 0.0
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < vocab
-        raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-        z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
-        p = tl.where(mask, tl.exp(z - log_z), 0.0)
-        difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
-        gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
-        distance += tl.sum(tl.abs(before + tl.cumsum(difference, axis=0)) * gaps, axis=0)
-        before += tl.sum(difference, axis=0)
-    tl.store(values_ptr + row, distance)
+    if tl.load(share_ptr + row) > 0:
+        raw_ptr += row.to(tl.int64) * stride
+        log_z = tl.load(log_z_ptr + row)
+        before = 0.0
+        distance = 0.0
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < vocab
+            raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
+            z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+            p = tl.where(mask, tl.exp(z - log_z), 0.0)
+            difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
+            gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
+            distance += tl.sum(tl.abs(before + tl.cumsum(difference, axis=0)) * gaps, axis=0)
+            before += tl.sum(difference, axis=0)
+        tl.store(values_ptr + row, distance)
 
 
 @triton.jit
