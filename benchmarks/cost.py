@@ -123,7 +123,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
                 panel.yaxis.set_major_formatter("{x:g}")
                 panel.yaxis.set_minor_formatter("{x:g}")
                 if what == "time":
-                    panel.legend(frameon=False, fontsize=8)
+                    panel.legend(frameon=False, fontsize=8, loc="upper left")
+        axes[0][0].set_ylim(top=2.2 * axes[0][0].get_ylim()[1])  # room for the legends
         figure.suptitle(_title(record, config), fontsize=10)
         with complete_or_absent(path) as temporary:
             figure.savefig(temporary, dpi=130)
@@ -148,7 +149,8 @@ def _lines(panel: Any, by_size: Mapping[str, Any], what: str, label: str) -> Non
     """Ratio against a size, a line for each arm."""
     sizes = list(map(int, by_size))
     for index, name in enumerate(LINES):
-        _errorbar(panel, sizes, [arms[name][what] for arms in by_size.values()], name, index, linestyle="-")
+        beside = [size * 1.05 ** (index - 1) for size in sizes]  # so that equal lines are seen
+        _errorbar(panel, beside, [arms[name][what] for arms in by_size.values()], name, index, linestyle="-")
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [f"{size // 1024}k" if size >= 1024 else str(size) for size in sizes])
     panel.set_xlabel(label)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to reset the peak resident set
     except OSError:
@@ -153,7 +155,16 @@ def _peak(device: torch.device) -> int:
 
 def held(device: torch.device) -> int:
     """Bytes that are held now, of the memory whose peaks :func:`interleaved` takes; 0 where it takes none."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _trim()
+    return _status("VmRSS")
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system, where glibc keeps it: else a peak would count what another arm left."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:
