@@ -150,7 +150,8 @@ def tell_launcher(message: str) -> bool:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if _LAUNCHED not in os.environ or not path:
         return False
-    content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    now = time.time()  # torch elastic reads whole seconds, too few to tell the first error from those it caused
+    content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
     Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
     return True
 
@@ -187,8 +188,15 @@ def _choose_devices(options: Any, use_cpu: bool) -> None:
 
 def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignError:
     """One sentence for the process that stopped the others, whose own ends mostly follow from its."""
-    killed = {rank: failure for rank, failure in failures.items() if failure.exitcode < 0}
-    rank, failure = min((killed or failures).items(), key=lambda item: (item[1].timestamp, item[0]))
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, float, int]:
+        rank, failure = item
+        ended = -failure.exitcode == signal.SIGTERM  # by the launcher, after another
+        reported = failure.message if isinstance(failure.message, Mapping) else {}
+        when = float(reported.get("extraInfo", {}).get("time", failure.timestamp + 1))
+        return ended, failure.exitcode >= 0, when, rank
+
+    rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
         memory = ", perhaps for want of memory" if failure.signal_name() == "SIGKILL" else ""
         return RunError(
