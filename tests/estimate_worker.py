@@ -154,7 +154,7 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
         "bad row, workers": count(Dataset.from_list(broken(pairs, "chosen", 33, 47)), num_proc=2),
         "bad row, stream": count(stream(broken(pairs, "chosen", 38, 56), 1)),
         "bad row, shards": count(stream(broken(pairs, "chosen", 38, 56), 6)),
-        "bad row, tokenised": tokens(Dataset.from_list(broken(tokenised, "rejected_ids", 58))),
+        "bad row, tokenised": tokens(Dataset.from_list(broken(tokenised, "rejected_ids", 56, 58))),
         "bad row, tokenised shards": tokens(
             Dataset.from_list(broken(tokenised, "rejected_ids", 42, 58)).to_iterable_dataset(num_shards=6)
         ),

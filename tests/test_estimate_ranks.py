@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from estimate_worker import ROWS, cases, pair_rows, tokenised_rows, unpaired_rows
+from plot_align.errors import InputError
+from plot_align.preference import PreferenceDistribution
 
 WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
@@ -28,7 +31,7 @@ REFUSED = {
     "bad row, workers": "data row 33: 'chosen' is missing",
     "bad row, stream": "data row 38: 'chosen' is missing",
     "bad row, shards": "data row 38: 'chosen' is missing",
-    "bad row, tokenised": "dataset row 58: 'rejected_ids' is missing",
+    "bad row, tokenised": "dataset row 56: 'rejected_ids' is missing",
     "bad row, tokenised shards": "dataset row 42: 'rejected_ids' is missing",
     "bad id": "dataset row 40: 'chosen_ids' has token id 1000000",
     "template": "data row 44: the tokenizer's chat template refused",
@@ -172,3 +175,54 @@ def test_a_rank_that_dies(folder: Path) -> None:
     error = json.loads((folder / "killed.0.json").read_text())["killed"]["error"]
     assert error.startswith("1 rank 0 could not add its counts to those of the other ranks"), error
     assert "\n" not in error
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "plot_align.cli", "estimate", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_command_on_two_ranks(tmp_path: Path, pairs_file: Path, tiny_tokenizer: Path) -> None:
+    """``--num_processes 2`` with ``--num_proc``, ``--streaming`` and ``--merge``: once written, once said."""
+    from plot_align.cli import main
+
+    one, two = tmp_path / "one.safetensors", tmp_path / "two" / "two.safetensors"
+    assert main(["estimate", str(pairs_file), "--tokenizer", str(tiny_tokenizer), "--output", str(one)]) == 0
+    done = run(
+        pairs_file, "--tokenizer", tiny_tokenizer, "--output", two, "--merge", one,
+        "--streaming", "--num_proc", 2, "--num_processes", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("record:") == 1
+    assert done.stderr.count("counting tokens, process 1 of 2") >= 1
+    assert {path.name for path in two.parent.iterdir()} == {"two.safetensors", "two.record.json"}
+    alone, shared = PreferenceDistribution.load(one), PreferenceDistribution.load(two)
+    assert torch.equal(shared.chosen_counts, 2 * alone.chosen_counts)
+    assert torch.equal(shared.rejected_counts, 2 * alone.rejected_counts)
+    assert shared.rows == 2 * alone.rows == 48
+
+
+def test_the_command_leaves_nothing_where_a_row_is_bad(tmp_path: Path, tiny_tokenizer: Path) -> None:
+    rows = pair_rows()
+    rows[20]["rejected"] = None
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "out" / "counts.safetensors"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(pairs, "--tokenizer", tiny_tokenizer, "--output", out, "--num_processes", 2)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("plot-align:") == 1
+    assert "data row 20: 'rejected' is missing" in done.stderr
+    assert not out.parent.exists()
+
+
+def test_refused_options(tmp_path: Path, pairs_file: Path, tiny_tokenizer: Path) -> None:
+    from plot_align.commands.estimate import run as command
+
+    arguments = [str(pairs_file), "--tokenizer", str(tiny_tokenizer), "--output", str(tmp_path / "a.safetensors")]
+    for option in ("--num_processes", "--num_proc"):
+        with pytest.raises(InputError, match=f"{option} is 0, expected 1 or more"):
+            command([*arguments, option, "0"])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):  # before any process is started
+        command([*arguments[:-1], str(tmp_path / "file" / "a.safetensors"), "--num_processes", "2"])
