@@ -70,7 +70,7 @@ class Plan:
 
 
 REAL = Plan(VOCABULARIES, 64, 256, {name: SHAPES[name] for name in MODELS}, (2, 8), 15)
-TINY = Plan((67,), 7, 8, {"tiny": Shape(67, 16, 1, 16, 2, 1, length=6)}, (2,), 2)
+TINY = Plan((67,), 7, 8, {"tiny": Shape(67, 16, 1, 16, 2, 1, length=6)}, (2,), 1)
 
 
 class Run:
