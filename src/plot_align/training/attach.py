@@ -267,8 +267,10 @@ class PlotHandle:
             return None
         norms = gradient_norms(vanilla, loss, swept, offset=step)  # (2,)
         if self.trainer.accelerator.num_processes > 1:
-            # Every rank must take the same α; the ranks' rows are one batch, so their squares add.
-            norms = self.trainer.accelerator.reduce(norms.square(), "mean").sqrt()
+            # Every rank must take the same α. The ranks' rows are one batch, so their squares add; each rank's loss is
+            # a mean over its own rows alone, so a row pulls as many times harder there as there are ranks.
+            ranks = self.trainer.accelerator.num_processes
+            norms = self.trainer.accelerator.reduce(norms.square(), "sum").sqrt() / ranks
         of_vanilla, of_plot = norms.tolist()
         if balancing:
             self.alpha.observe(step, of_vanilla, of_plot)
