@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from plot_align.errors import InputError, RunError
 from plot_align.training import PlotConfig, attach
 from plot_align.training.batches import trainer_kind
-from plot_align.training.checks import settled
+from plot_align.training.checks import check, settled
 
 METHODS = ["dpo", "kto", "sft", "pro", "cpo", "simpo", "orpo", "grpo", "rloo"]
 
@@ -70,6 +73,58 @@ def test_a_reference_that_nothing_looks_at_is_refused(make_trainer, preference, 
     trainer = make_trainer("dpo")
     with pytest.raises(InputError, match="reference was passed"):
         attach(trainer, preference, PlotConfig(**options), reference=torch.full((300,), 1 / 300))
+
+
+def ranks(trainer, **options):
+    """The trainer as ``check`` sees it on several ranks of an engine that this machine does not start."""
+    state = SimpleNamespace(deepspeed_plugin=options.pop("deepspeed_plugin", None))
+    known = {"num_processes": 2, "is_fsdp2": False, "parallelism_config": None, "state": state}
+    return SimpleNamespace(model=trainer.model, accelerator=SimpleNamespace(**{**known, **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "plot", "said"),
+    [
+        ({"distributed_type": DistributedType.FSDP}, {}, "FSDP version 1, which flattens the LM head"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, {}, "Megatron-LM, which splits it"),
+        (
+            {"distributed_type": DistributedType.FSDP, "is_fsdp2": True},
+            {"plot_backend": "separate", "target": "relu"},
+            "plot_backend is 'separate' and the LM head is sharded",
+        ),
+        *(
+            (
+                {
+                    "distributed_type": DistributedType.FSDP,
+                    "is_fsdp2": True,
+                    "parallelism_config": SimpleNamespace(**{f"{short}_size": 2}),
+                },
+                {},
+                f"{name} parallelism over 2 ranks is on",
+            )
+            for short, name in {"tp": "tensor", "cp": "context", "sp": "sequence", "pp": "pipeline"}.items()
+        ),
+        (
+            {
+                "distributed_type": DistributedType.DEEPSPEED,
+                "deepspeed_plugin": SimpleNamespace(deepspeed_config={"tensor_parallel": {"autotp_size": 4}}),
+            },
+            {},
+            "tensor parallelism over 4 ranks is on",
+        ),
+    ],
+)
+def test_ranks_that_are_not_data_parallel_alone(make_trainer, options, plot, said):
+    trainer = make_trainer("dpo")
+    with pytest.raises(InputError, match=said):
+        check(ranks(trainer, **options), "DPOTrainer", PlotConfig(**plot))
+
+
+def test_processes_that_would_train_alone(make_trainer, preference, monkeypatch):
+    trainer = make_trainer("dpo")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were started and each would train a model of its own"):
+        attach(trainer, preference)
 
 
 def test_rejected_positions_are_not_held_to_chosen_tokens(make_trainer, preference):
