@@ -119,6 +119,11 @@ def test_any_vocabulary(monkeypatch, vocab, granularity):
     check(Problem(vocab, torch.float32, bias=False, scale=0.5), torch.float32, granularity, SPECS["softcap"])
 
 
+def test_more_rows_than_one_program_sums(monkeypatch):
+    monkeypatch.setattr(block_triton, "_SUM_ROWS", 8)
+    check(Problem(97, torch.float32, bias=False), torch.float32, "batch", SPECS["plain"])
+
+
 def test_small_logits_under_a_soft_cap():
     """tanh near 0, where 2·sigmoid(2x) − 1 would lose half its digits."""
     problem = Problem(50, torch.float32, bias=False, scale=1e-3)
@@ -130,6 +135,8 @@ def test_small_logits_under_a_soft_cap():
 def test_ties_go_to_the_earlier_token(impl, granularity):
     """is_top1 as argmax, also where the columns stand in the order of a line and not of the vocabulary."""
     problem = Problem(7, torch.float32, bias=False)
+    problem.leaves[1][0] = problem.leaves[1].mean(0)  # token 0 has others on both sides along the line
+    assert int(line(problem.leaves[1]).coordinates.argmin()) != 0
     problem.leaves[0][:] = 0  # all logits are 0
     problem.targets[:] = torch.arange(N) % 7
     found = problem.run(fused_head, torch.float32, granularity, dataclasses.replace(SPECS["plain"], impl=impl))
