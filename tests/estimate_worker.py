@@ -128,7 +128,7 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
     seven = {"batched": True, "batch_size": 7}
     return {
         "pairs": count(Dataset.from_list(pairs)),
-        "pairs, truncated": count(Dataset.from_list(pairs), max_length=14),
+        "pairs, truncated": count(Dataset.from_list(pairs), max_length=14, source=f"what rank {rank} calls it"),
         "pairs, workers": count(Dataset.from_list(pairs), num_proc=2),
         "pairs, one batch": count(Dataset.from_list(pairs), batch_size=1000),
         "unpaired": count(Dataset.from_list(unpaired)),
