@@ -228,11 +228,9 @@ class _Team:
     def pack(self, message: tuple[Any, ...]) -> bytes:
         """With what the others may forget, and what is shared as a reference."""
         gone = [key for key, reference in self.shared.items() if reference() is None]
-        keys = {id(reference()): key for key, reference in self.shared.items()}
+        keys = {id(reference()): key for key, reference in self.shared.items() if key not in gone}
         file = io.BytesIO()
-        pickler = _Pickler(file, keys)
-        pickler.dump(gone)
-        pickler.dump(message)
+        _Pickler(file, keys).dump((gone, message))
         for key in gone:
             del self.shared[key]
         return file.getvalue()
@@ -278,15 +276,11 @@ class _Team:
             self.computing = False
 
     def _unpack(self, message: bytes) -> tuple[Any, ...]:
-        file = io.BytesIO(message)
-        gone = _Unpickler(file, {}).load()
-        if self.rank:
-            for key in gone:
-                self.shared.pop(key, None)
-            known = self.shared
-        else:
-            known = {key: reference() for key, reference in self.shared.items()}
-        return _Unpickler(file, known).load()
+        known = self.shared if self.rank else {key: reference() for key, reference in self.shared.items()}
+        gone, content = _Unpickler(io.BytesIO(message), known).load()
+        for key in gone:
+            self.shared.pop(key, None)
+        return content
 
     def _send(self, message: bytes) -> None:
         from accelerate.utils import broadcast_object_list
