@@ -20,8 +20,7 @@ def make_parser() -> Parser:
         "Count how often chosen and rejected completions use each token, exactly the\n"
         "tokens that a TRL preference trainer would train on.",
         "  plot-align estimate pairs.jsonl.gz --tokenizer Qwen/Qwen3-0.6B\n"
-        "  plot-align estimate trl-lib/ultrafeedback_binarized --tokenizer my/model\n"
-        "  plot-align estimate my/corpus --streaming --num_processes 4 --tokenizer my/model",
+        "  plot-align estimate trl-lib/ultrafeedback_binarized --tokenizer my/model",
     )
     parser.add_argument("data", help="hub id, or a .jsonl/.json/.csv/.parquet file, also .gz")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder of the model to tune")
@@ -37,15 +36,15 @@ def make_parser() -> Parser:
         "--truncation_mode", default="keep_start", metavar="MODE", help="as TRL's option of that name (%(default)s)"
     )
     parser.add_argument("--streaming", action="store_true", help="read the data set without downloading it first")
-    parser.add_argument("--num_proc", type=int, metavar="N", help="tokenising processes, of each rank (default: one)")
+    parser.add_argument("--num_proc", type=int, metavar="N", help="workers of each process (default: none)")
     parser.add_argument(
         "--num_processes",
         type=int,
         metavar="N",
-        help="ranks that share the data set, as `accelerate launch` starts them (default: one)",
+        help="launch N to share the work (default: 1)",
     )
     parser.add_argument(
-        "--merge", nargs="+", default=[], metavar="FILE", help="add the counts of these artefacts to the new ones"
+        "--merge", nargs="+", default=[], metavar="A", help="add the counts of these artefacts to the new ones"
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="allow a tokenizer's own code")
     return parser
