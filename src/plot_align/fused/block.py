@@ -23,10 +23,12 @@ Run = tuple[int, int, int]  # rows [start, end) of one segment
 class Logits:
     """``z = softcap(logit_scale · (raw + bias)) / temperature``, in the statistics' dtype.
 
-    ``bias (V,)`` is added here and not in the compute dtype, where it would be rounded a second time.
+    ``bias (V,)`` is added here and not in the compute dtype, where it would be rounded a second time. ``tokens (V,)``
+    is the token of each column; ``None`` where column j is token j.
     """
 
     bias: Tensor | None
+    tokens: Tensor | None
     logit_scale: float
     softcap: float | None
     temperature: float

@@ -11,6 +11,10 @@ from torch.autograd.profiler import record_function
 from ..losses import Divergence
 from .block import Gradients, Logits, Plot, Run, Statistics, overlaps, runs_of
 
+# A divergence may gather p into an order of its own. Permuting the head's rows instead, as `block_triton` does, was
+# slower on a CPU: 1.4 times the head where the gather costs 1.1 to 1.3 (docs/LOG.md).
+IN_ITS_ORDER = False
+
 # On a GPU large enough to fill it, small enough that a handful of fp32 temporaries stay far below the block.
 _SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
@@ -30,7 +34,6 @@ def forward(
     first: int,
     logits: Logits,
     targets: Tensor,  # (N,)
-    tokens: Tensor | None,  # (V,)
     found: Statistics,
     plot: Plot | None,
     marginals: Tensor | None,  # (S, V)
@@ -41,7 +44,6 @@ def forward(
         raw: the block, which is overwritten where its dtype is that of the statistics.
         first: the block's first row among all N.
         targets: column of each row's next token.
-        tokens: token of each column; ``None`` where column j is token j.
     """
     for start, part in _slices(raw):
         r = slice(first + start, first + start + part.size(0))
@@ -50,7 +52,7 @@ def forward(
         target_logit = z.gather(-1, targets[r].unsqueeze(-1)).squeeze(-1)
         found.target_logit[r] = target_logit
         if found.top1 is not None:
-            found.top1[r] = index == targets[r] if tokens is None else _is_first(z, top, targets[r], tokens)
+            found.top1[r] = index == targets[r]
         if found.mean is not None:
             found.mean[r] = z.mean(-1)
         e = torch.sub(z, top.unsqueeze(-1)).exp_()  # (R, V)
@@ -170,9 +172,3 @@ def _slices(block: Tensor) -> Iterator[tuple[int, Tensor]]:
     step = rows_per_slice(block.device, block.size(-1))
     for start in range(0, block.size(0), step):
         yield start, block[start : start + step]
-
-
-def _is_first(z: Tensor, top: Tensor, targets: Tensor, tokens: Tensor) -> Tensor:
-    """(R,) whether the target is the earliest token with the largest logit, where columns are not in token order."""
-    earliest = torch.where(z == top.unsqueeze(-1), tokens, tokens.numel()).amin(-1)  # (R,)
-    return earliest == tokens[targets]

@@ -23,6 +23,8 @@ from . import block_torch
 from . import triton_kernels as kernels
 from .block import Gradients, Logits, Plot, Run, Statistics, overlaps
 
+# Along a line the kernels carry the cumulative sum from step to step, so columns must stand in the line's order.
+IN_ITS_ORDER = True
 INTERPRETED = bool(knobs.runtime.interpret)
 
 # Elements of a row that one step of a row's program takes, and of one program of the elementwise kernel.
@@ -44,7 +46,6 @@ def forward(
     first: int,
     logits: Logits,
     targets: Tensor,  # (N,)
-    tokens: Tensor | None,  # (V,)
     found: Statistics,
     plot: Plot | None,
     marginals: Tensor | None,  # (S, V)
@@ -54,10 +55,10 @@ def forward(
     r = slice(first, first + rows)
     with _on(raw.device):
         kernels.statistics[(rows,)](
-            raw, raw.stride(0), logits.bias, targets[r], tokens,
+            raw, raw.stride(0), logits.bias, targets[r], logits.tokens,
             found.log_z[r], found.target_logit[r], *(None if x is None else x[r] for x in (
                 found.entropy, found.sum_sq, found.mean, found.top1)),
-            vocab, *_numbers(logits), **_flags(logits), HAS_TOKENS=tokens is not None,
+            vocab, *_numbers(logits), **_flags(logits), HAS_TOKENS=logits.tokens is not None,
             ENTROPY=found.entropy is not None, SUM_SQ=found.sum_sq is not None, MEAN=found.mean is not None,
             TOP1=found.top1 is not None, BLOCK=_row_block(vocab), num_warps=8,
         )  # fmt: skip

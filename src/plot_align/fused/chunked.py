@@ -291,7 +291,12 @@ class _FusedHead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         stat = torch.promote_types(dtype, torch.float32)
         rows = hidden.size(0)
-        columns, divergence = _Columns.of(None if weights is None else divergence)
+        implementation = _implementation(spec, device, stat)
+        columns = _Columns()
+        if weights is None:
+            divergence = None
+        elif implementation.IN_ITS_ORDER:
+            columns, divergence = _Columns.of(divergence)
 
         def per_token(wanted: bool, dtype: torch.dtype = stat) -> Tensor | None:
             return torch.zeros(rows, device=device, dtype=dtype) if wanted else None
@@ -305,7 +310,6 @@ class _FusedHead(torch.autograd.Function):
             top1=per_token("is_top1" in spec.outputs, torch.bool),
             values=per_token(divergence is not None),
         )
-        implementation = _implementation(spec, device, stat)
         plot = None
         if weights is not None:
             runs = implementation.runs(weights, segments, num_segments, divergence)
@@ -320,7 +324,7 @@ class _FusedHead(torch.autograd.Function):
             sweep = _Sweep(hidden, weight, dtype, spec, order=columns.order, trained=trained)
             places = columns.targets(targets)
             for first, _, tile in sweep.blocks():
-                implementation.forward(tile, first, logits, places, columns.order, found, plot, marginals)
+                implementation.forward(tile, first, logits, places, found, plot, marginals)
         if marginals is not None and columns.rank is not None:
             marginals = marginals[:, columns.rank]
         # Entropy is an output: kept on `ctx` itself it would hold its own graph, and never be freed.
@@ -378,4 +382,4 @@ class _FusedHead(torch.autograd.Function):
 
 def _logits(bias: Tensor | None, spec: HeadSpec, dtype: torch.dtype, columns: _Columns) -> Logits:
     bias = None if bias is None else columns.place(bias.to(dtype))
-    return Logits(bias, spec.logit_scale, spec.softcap, spec.temperature, dtype)
+    return Logits(bias, columns.order, spec.logit_scale, spec.softcap, spec.temperature, dtype)
