@@ -209,7 +209,7 @@ class PreferenceDistribution:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: both counts, and the provenance as JSON in its metadata. Returns the path.
 
-        The file is complete or it is not there.
+        The file is complete or it is not there; the same counts and provenance make the same bytes.
 
         Raises:
             InputError: ``path`` does not end in ``.safetensors`` or cannot be written.
@@ -227,7 +227,8 @@ class PreferenceDistribution:
         }
         tensors = {"chosen_counts": self.chosen_counts, "rejected_counts": self.rejected_counts}
         with complete_or_absent(path) as temporary:
-            temporary.write_bytes(save({name: counts.contiguous() for name, counts in tensors.items()}, metadata))
+            content = save({name: counts.contiguous() for name, counts in tensors.items()}, metadata)
+            temporary.write_bytes(_with_sorted_header(content))
         return path
 
     @classmethod
@@ -356,6 +357,14 @@ class PreferenceDistribution:
         names = sorted({str(source.get("tokenizer")) for source in self.sources})
         fingerprint = self.provenance.get("tokenizer", {}).get("fingerprint")
         return _named(" / ".join(names) or "of unknown name", fingerprint)
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file with its JSON header in sorted order: the library writes metadata in a random one."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def target_weights(
