@@ -23,6 +23,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ from plot_align.bench.head import OUTPUTS
 from plot_align.bench.ratios import extra_seconds
 from plot_align.bench.run import Setting, measure_step, out_of_memory, plain_rounds, random_weights, release
 from plot_align.bench.show import arms_table, milliseconds, ratio
-from plot_align.errors import InputError, PlotAlignError, RunError
+from plot_align.errors import InputError, PlotAlignError
 from plot_align.fused import HeadSpec
-from plot_align.records import hardware, read_record, versions, write_record
+from plot_align.records import commit, hardware, read_record, versions, write_record
 from plot_align.training import PlotConfig
 
 TIME_TARGET, MEMORY_TARGET = 1.005, 1.01
@@ -104,7 +105,9 @@ class Run:
                     f"--output {self.output} is a record of another run ({what} differ); name another file, or give "
                     "--fresh to begin anew"
                 )
-        return {name: stage for name, stage in record["results"].items() if "failed" not in stage}
+        if record["commit"] != commit():
+            return {}  # other code: nothing of it holds
+        return {name: stage for name, stage in record["results"].items() if _is_whole(stage)}
 
     def write(self) -> None:
         """After every stage, so that nothing is lost."""
@@ -117,12 +120,17 @@ class Run:
         )  # fmt: skip
 
 
+def _is_whole(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage need not be run again: it did not fail, found nothing wrong, and left nothing out."""
+    return not any(stage.get(word) for word in ("failed", "wrong", "left_out"))
+
+
 def accuracy(run: Run, seconds: float) -> dict[str, Any]:
     """Cases that ran, the worst of each dtype, and whatever is wrong."""
     begin, plan = time.monotonic(), run.plan
     wrong: dict[str, Any] = {}
     worst: dict[str, dict[str, Any]] = {}
-    every = list(cases(plan.vocabularies))
+    every = list(cases(plan.vocabularies[::-1]))  # the largest first: they are the likeliest to be wrong
     ran = 0
     for case in every:
         if ran and time.monotonic() - begin > seconds:
@@ -172,10 +180,13 @@ def step(run: Run, seconds: float, *, shape: Shape, rows: int) -> dict[str, Any]
 
 
 def verdict(entry: Mapping[str, Any], target: float) -> str:
-    """``pass`` or ``miss``, ``not measured`` where it was not; the interval may reach beyond the target."""
+    """``pass`` or ``miss`` where the whole interval is on one side, else ``undecided``; below five rounds always."""
     if not entry["n"]:
         return "not measured"
-    return "pass" if entry["value"] <= target else "miss"
+    low, high = entry["interval"]
+    if entry["n"] < 5 or low <= target < high:
+        return "undecided"
+    return "pass" if high <= target else "miss"
 
 
 Stage = Callable[[Run, float], dict[str, Any]]
@@ -269,13 +280,13 @@ def _run(run: Run, console: Any, only: list[str] | None) -> bool:
 
 
 def _guarded(stage: Stage, run: Run, seconds: float, name: str) -> dict[str, Any]:
-    """A stage that fails must not cost the others."""
+    """A stage that fails, in Triton's compiler or in a library, must not cost the others."""
     begin = time.monotonic()
     try:
         with out_of_memory(name, run.device, "a GPU with more of it"):
             found = stage(run, seconds)
-    except (RunError, RuntimeError) as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {**found, "wall_seconds": time.monotonic() - begin}
 
 

@@ -69,6 +69,9 @@ class StepProblem:
         with _quietly():
             self.trainer, examples = _trainer(method, model, tokenizer, tokens, options, peft)
         trainer = self.trainer
+        if trainer.args.gradient_checkpointing:  # Trainer.train() does this, and is not called here
+            options = dict(trainer.args.activation_checkpointing_kwargs or {})
+            trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
         trainer.model_wrapped = self.model = trainer.accelerator.prepare(trainer.model)

@@ -178,7 +178,9 @@ def _choose_devices(options: Any, use_cpu: bool) -> None:
             f"{'s' * (present > 1)}; expected one process each: lower it, or add --use_cpu to train on the CPU"
         )
     options.num_processes = options.num_processes or max(1, present)
-    options.multi_gpu = count > 1 and not (options.use_fsdp or options.use_deepspeed or options.use_megatron_lm)
+    options.multi_gpu = options.num_processes > 1 and not (
+        options.use_fsdp or options.use_deepspeed or options.use_megatron_lm
+    )
     options.num_machines = machines
     options.mixed_precision = options.mixed_precision or "no"
     options.dynamo_backend = options.dynamo_backend or "no"

@@ -1,8 +1,8 @@
 """The elementwise part of the head by Triton's kernels: what ``block_torch.py`` computes, in fewer passes over memory.
 
 A forward reads the block once, and the rows that PLOT selects once more; a backward reads and writes it once, and
-reads the selected rows once more. Every sum has a fixed order (partial buffers, no atomics), so the same input gives
-the same bits. Logits are float32 in registers, whatever the block's dtype.
+reads the selected rows once more. Every sum has a fixed order (partial buffers, no atomics), so the same input in
+blocks of the same size gives the same bits. Logits are float32 in registers, whatever the block's dtype.
 
     TRITON_INTERPRET=1      # set before this module is imported: the kernels run on CPU tensors, slowly
 """
