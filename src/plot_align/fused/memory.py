@@ -22,8 +22,8 @@ def block_bytes(
     4,096 tokens by 32,768 vocabulary rows, or than the head's finished gradient: it is accumulated in float32, and by
     the time it is rounded to the weight's dtype, which TRL does as well, the block is freed.
 
-    Gradients that are summed over blocks of another size differ by roundings: where memory is so scarce that it decides,
-    a run repeats to the bit only with a size that is given (``plot_block_mib``).
+    Gradients that are summed over blocks of another size differ by roundings: where memory is so scarce that it
+    decides, a run repeats to the bit only with a size that is given (``plot_block_mib``).
 
     Args:
         rows, vocab, hidden: N, V, H.
