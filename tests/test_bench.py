@@ -58,9 +58,7 @@ def test_bench_measures_a_checkpoint(bench, tiny_llama, tmp_path):
         assert arm["time"]["n"] == 3
         assert arm["time"]["spread"][0] <= arm["time"]["value"] <= arm["time"]["spread"][1]
         assert arm["seconds"]["value"] > 0
-    on, measured = (results["step"]["arms"][name]["seconds"]["value"] for name in ("on", "measured"))
     assert results["step"]["measured_share"] == 0.2
-    assert min(on, measured) <= results["step"]["arms"]["training"]["seconds"]["value"] <= max(on, measured)
     # 4 products of 2·N·V·H over 4 sequences of 11 predicted tokens
     assert results["head"]["flops"] == 4 * 2 * 44 * record["config"]["vocab"] * record["config"]["hidden"]
     assert results["machine"]["bandwidth"]["value"] > 1e8
