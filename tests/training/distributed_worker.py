@@ -33,7 +33,7 @@ from plot_align import PlotConfig, attach, estimate
 from plot_align.training import gradients
 
 # Several ranks sample other rows than one process does; of all rows the norms must be the same.
-gradients._SAMPLED_ROWS = 10_000
+ALL_ROWS = 10_000
 
 ARGS = {
     "per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0,
@@ -183,6 +183,7 @@ def on_cpu(engine: str, options: dict[str, Any] | None = None) -> Iterator[dict[
 
 
 def main(options: dict[str, Any]) -> None:
+    gradients._SAMPLED_ROWS = ALL_ROWS
     data = Dataset.from_json(options["data"])
     preference = estimate(data, AutoTokenizer.from_pretrained(options["model"]), progress=False)
     for case in options["cases"]:

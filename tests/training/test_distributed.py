@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from distributed_worker import PAPER, build, record, train_once
+from distributed_worker import ALL_ROWS, PAPER, build, record, train_once
 from safetensors.torch import load_file
 from training_oracle import embeddings_at_start, materialised_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plot_align import PlotConfig, estimate
+from plot_align.training import gradients
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 TOLERANCE = 1e-5
@@ -81,8 +82,10 @@ def launch(tmp_path, tiny_llama, uneven):
 
 
 @pytest.fixture
-def one_process(tmp_path, tiny_llama, uneven):
+def one_process(tmp_path, tiny_llama, uneven, monkeypatch):
     """``one_process(case, ranks)`` → the same in this process on all ranks' rows at once; of the oracle, if it can."""
+
+    monkeypatch.setattr(gradients, "_SAMPLED_ROWS", ALL_ROWS)
 
     def run(case: dict[str, Any], ranks: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         folder, data = str(tiny_llama), Dataset.from_json(str(uneven))
