@@ -30,7 +30,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from plot_align import PlotConfig, attach, estimate
-from plot_align.training import gradients
+from plot_align.training import gradients as measured
 
 # Several ranks sample other rows than one process does; of all rows the norms must be the same.
 ALL_ROWS = 10_000
@@ -183,7 +183,7 @@ def on_cpu(engine: str, options: dict[str, Any] | None = None) -> Iterator[dict[
 
 
 def main(options: dict[str, Any]) -> None:
-    gradients._SAMPLED_ROWS = ALL_ROWS
+    measured._SAMPLED_ROWS = ALL_ROWS
     data = Dataset.from_json(options["data"])
     preference = estimate(data, AutoTokenizer.from_pretrained(options["model"]), progress=False)
     for case in options["cases"]:
