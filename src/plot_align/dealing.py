@@ -16,14 +16,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from plot_align.errors import InputError, RunError, first_line
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_PATIENCE = timedelta(days=30)  # an endpoint, or one long attack, may keep the others waiting
 
 
 class LostProcesses(RunError):
@@ -99,11 +97,12 @@ def share(build: Callable[..., Result], *arguments: Any) -> Result:
     """
     if _team is None or _team.computing:
         return build(*arguments)
+    number = next(_team.numbers)
     try:
-        message = _team.pack(("share", next(_team.numbers), build, arguments))
+        message = _team.pack(("share", number, build, arguments))
     except _NotShared:
         return build(*arguments)
-    return _team.share(message)
+    return _team.share(message, number)
 
 
 def each(
@@ -193,14 +192,12 @@ class _Team:
     @classmethod
     def joined(cls) -> _Team | None:
         """None where this process is the only one."""
-        from torch.distributed import distributed_c10d
-
-        from plot_align.ranks import process_state
+        from plot_align.ranks import be_patient, process_state
 
         state = process_state()
         if state.num_processes == 1:
             return None
-        distributed_c10d._set_pg_timeout(_PATIENCE)
+        be_patient()  # an endpoint, or one long attack, may keep the others waiting
         return cls(state.process_index, state.num_processes, state.device)
 
     # ---------------------------------------------------------------------------------- the main process
@@ -215,12 +212,16 @@ class _Team:
                 with suppress(LostProcesses):
                     self._send(self.pack(("end",)))
 
-    def share(self, message: bytes) -> Any:
-        outcomes = self._step(message, lambda kind, number, build, arguments: _keep(build(*arguments), number))
-        results = [outcome.unwrapped() for outcome in outcomes]
-        for key, part in _parts(*results[0]):
+    def share(self, message: bytes, number: int) -> Any:
+        outcomes = self._step(message, lambda kind, number, build, arguments: build(*arguments))
+        try:
+            result, *_ = [outcome.unwrapped() for outcome in outcomes]
+        except Exception:  # those that succeeded would keep theirs, beside the next model
+            self._step(self.pack(("drop", number)), lambda kind, number: None)
+            raise
+        for key, part in _parts(result, number):
             self.shared[key] = weakref.ref(part)
-        return results[0][0]
+        return result
 
     def compute(self, message: bytes, more: Mapping[str, Any]) -> list[_Outcome]:
         return self._step(message, lambda kind, function, jobs: function(jobs[0], **more))
@@ -263,6 +264,10 @@ class _Team:
             number, build, arguments = message
             self.shared.update(_parts(build(*arguments), number))
             return None
+        if kind == "drop":
+            for key in [key for key in self.shared if key[0] == message[0]]:
+                del self.shared[key]
+            return None
         function, jobs = message
         return function(jobs[self.rank]) if self.rank < len(jobs) else None
 
@@ -302,10 +307,6 @@ class _Team:
 
 
 _team: _Team | None = None
-
-
-def _keep(value: Any, number: int) -> tuple[Any, int]:
-    return value, number
 
 
 def _parts(value: Any, number: int) -> list[tuple[tuple[int, int], Any]]:

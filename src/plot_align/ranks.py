@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
+
+_PATIENCE = timedelta(days=30)
 
 
 def process_state() -> Any:
@@ -19,3 +22,10 @@ def process_state() -> Any:
         return PartialState()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu)
+
+
+def be_patient() -> None:
+    """Let processes wait for each other for a month; by default one that is half an hour behind ends the run."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._set_pg_timeout(_PATIENCE)

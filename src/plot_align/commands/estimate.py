@@ -11,7 +11,7 @@ from plot_align.commands import launch
 from plot_align.commands.common import Parser, length, load_tokenizer
 from plot_align.errors import InputError
 from plot_align.files import require_writable
-from plot_align.ranks import process_state
+from plot_align.ranks import be_patient, process_state
 
 
 def make_parser() -> Parser:
@@ -67,6 +67,8 @@ def run(arguments: list[str]) -> int:
     # Else the tokenizer of each rank would start a thread for every core.
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
+    if process_state().num_processes > 1:
+        be_patient()  # ranks meet at the end only, and shards of a stream are not all alike
     try:
         return _estimate(options, process_state().is_main_process)
     finally:
