@@ -189,6 +189,29 @@ def gradient(
 
 
 @triton.jit
+def _along_line(
+    raw_ptr, bias_ptr, log_z, target_ptr, gaps_ptr, before, start, vocab, scale, softcap, inv_t,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of a row along its line, ``before = F_p − F_P`` ahead of them: their places, z and its slope, p,
+    F_p − F_P and the gap at each, and F_p − F_P behind them."""
+    columns = start + tl.arange(0, BLOCK)
+    mask = columns < vocab
+    raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
+    z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
+    p = tl.where(mask, tl.exp(z - log_z), 0.0)
+    difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
+    gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
+    return columns, z, slope, p, before + tl.cumsum(difference, axis=0), gaps, before + tl.sum(difference, axis=0)
+
+
+@triton.jit
+def _signed(tail, gaps):
+    """c_k = sign(F_p(k) − F_P(k))·gap_k, with sign(0) = 0."""
+    return tl.where(tail > 0, gaps, tl.where(tail < 0, -gaps, 0.0))
+
+
+@triton.jit
 def line_values(
     raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, target_ptr, gaps_ptr, values_ptr,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
@@ -201,15 +224,11 @@ def line_values(
         before = 0.0
         distance = 0.0
         for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < vocab
-            raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-            z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
-            p = tl.where(mask, tl.exp(z - log_z), 0.0)
-            difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
-            gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
-            distance += tl.sum(tl.abs(before + tl.cumsum(difference, axis=0)) * gaps, axis=0)
-            before += tl.sum(difference, axis=0)
+            _columns, _z, _slope, _p, tail, gaps, before = _along_line(
+                raw_ptr, bias_ptr, log_z, target_ptr, gaps_ptr, before, start, vocab, scale, softcap, inv_t,
+                HAS_BIAS, HAS_SOFTCAP, BLOCK,
+            )  # fmt: skip
+            distance += tl.sum(tl.abs(tail) * gaps, axis=0)
         tl.store(values_ptr + row, distance)
 
 
@@ -238,36 +257,26 @@ def line_gradient(
         before = 0.0
         mass = 0.0
         for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < vocab
-            raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-            z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
-            p = tl.where(mask, tl.exp(z - log_z), 0.0)
-            difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
-            tail = before + tl.cumsum(difference, axis=0)
-            gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
-            c = tl.where(tail > 0, gaps, tl.where(tail < 0, -gaps, 0.0))
+            _columns, _z, _slope, p, tail, gaps, before = _along_line(
+                raw_ptr, bias_ptr, log_z, target_ptr, gaps_ptr, before, start, vocab, scale, softcap, inv_t,
+                HAS_BIAS, HAS_SOFTCAP, BLOCK,
+            )  # fmt: skip
+            c = _signed(tail, gaps)
             whole += tl.sum(c, axis=0)
             mean += tl.sum(c * (mass + tl.cumsum(p, axis=0)), axis=0)
-            before += tl.sum(difference, axis=0)
             mass += tl.sum(p, axis=0)
     before = 0.0
     passed = 0.0
     for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < vocab
-        raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
-        z, slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
-        p = tl.where(mask, tl.exp(z - log_z), 0.0)
-        difference = p - tl.load(target_ptr + columns, mask=mask, other=0.0)
-        tail = before + tl.cumsum(difference, axis=0)
-        gaps = tl.load(gaps_ptr + columns, mask=mask, other=0.0)
-        c = tl.where(tail > 0, gaps, tl.where(tail < 0, -gaps, 0.0))
+        columns, z, slope, _p, tail, gaps, before = _along_line(
+            raw_ptr, bias_ptr, log_z, target_ptr, gaps_ptr, before, start, vocab, scale, softcap, inv_t,
+            HAS_BIAS, HAS_SOFTCAP, BLOCK,
+        )  # fmt: skip
+        c = _signed(tail, gaps)
         potential = whole - (passed + tl.cumsum(c, axis=0) - c)
         gradient = _to_gradient(
             z, slope, log_z, weight * (potential - mean) - of_log_prob, columns, target, of_log_prob, entropy,
             of_entropy, outer, ENTROPY,
         )  # fmt: skip
-        tl.store(raw_ptr + columns, gradient.to(raw_ptr.dtype.element_ty), mask=mask)
-        before += tl.sum(difference, axis=0)
+        tl.store(raw_ptr + columns, gradient.to(raw_ptr.dtype.element_ty), mask=columns < vocab)
         passed += tl.sum(c, axis=0)
