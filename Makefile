@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/plot-align demo $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from plot_align.redteam import world
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("openai")
+pytestmark = pytest.mark.xdist_group("dealing")  # its fixtures start processes: once, on one worker
 WORKER = Path(__file__).parent / "dealing_worker.py"
 SUITE = """\
 stem:

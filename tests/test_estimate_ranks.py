@@ -17,6 +17,8 @@ from estimate_worker import ROWS, cases, pair_rows, tokenised_rows, unpaired_row
 from plot_align.errors import InputError
 from plot_align.preference import PreferenceDistribution
 
+pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start processes: once, on one worker
+
 WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
     "pairs", "pairs, truncated", "pairs, workers", "pairs, one batch", "unpaired", "one row", "pairs, stream",
