@@ -79,7 +79,7 @@ def test_every_dependency_has_a_tested_version_within_its_bounds() -> None:
         (["demo"], r"bin/plot-align demo *$"),
         (["demo", "QUICK=1"], r"bin/plot-align demo --quick$"),
         (["demo", "QUICK=0"], r"bin/plot-align demo *$"),
-        (["test"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2$"),
+        (["test"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup$"),
         (["check"], r"bin/mypy$"),
     ],
 )
