@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plot_align import dialogues
-from plot_align.commands.train import thinned
 from plot_align.reading import load_pairs
 from plot_align.training import PlotConfig
+from plot_align.training.artifacts import thinned
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FAMILIES = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")

@@ -113,6 +113,7 @@ def _train(
     from plot_align.reading import require_pairs, require_ranked
     from plot_align.records import write_record
     from plot_align.training import PlotDPOTrainer, PlotPROTrainer, PlotSFTTrainer
+    from plot_align.training.artifacts import results_of
 
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
@@ -172,13 +173,7 @@ def _train(
         path = write_record(
             Path(training_args.output_dir) / "plot_align_record.json",
             command,
-            {
-                "steps": trainer.state.global_step,
-                "metrics": result.metrics,
-                "last_log": _last_log(trainer, "loss"),
-                "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
-                "history": thinned(trainer.state.log_history),
-            },
+            results_of(trainer, result.metrics),
             config={
                 "script": vars(script_args),
                 "training": training_args.to_dict(),  # secrets are masked there
@@ -193,19 +188,6 @@ def _train(
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
-
-
-def _last_log(trainer: Any, having: str) -> dict[str, Any]:
-    """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
-    return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
-
-
-def thinned(entries: list[dict[str, Any]], most: int = 1000) -> list[dict[str, Any]]:
-    """All entries of a log, or ``most`` of them evenly spread with both ends: a record is read whole."""
-    last = len(entries) - 1
-    if last < most:
-        return entries
-    return [entries[round(place * last / (most - 1))] for place in range(most)]
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:

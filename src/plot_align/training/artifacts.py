@@ -1,9 +1,10 @@
-"""What a tuned model carries: the PLOT configuration, the preference distribution, and a model card that says so."""
+"""What a tuned model carries: PLOT's options, the preference distribution, a model card, a record of its training."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .._version import __version__
 from ..files import complete_or_absent
@@ -64,3 +65,27 @@ def _weight(config: PlotConfig) -> str:
         return f"{name} balanced to a gradient ratio of {config.ratio:g}"
     suffix = "" if config.schedule == "constant" else f" to {config.alpha_end:g} ({config.schedule})"
     return f"{name} = {config.alpha:g}{suffix}"
+
+
+def results_of(trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The results of a training record: what ``trainer.train()`` measured, and the log."""
+    return {
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "last_log": _last_log(trainer, "loss"),
+        "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
+        "history": thinned(trainer.state.log_history),
+    }
+
+
+def _last_log(trainer: Any, having: str) -> dict[str, Any]:
+    """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
+    return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
+
+
+def thinned(entries: list[dict[str, Any]], most: int = 1000) -> list[dict[str, Any]]:
+    """All entries of a log, or ``most`` of them evenly spread with both ends: a record is read whole."""
+    last = len(entries) - 1
+    if last < most:
+        return entries
+    return [entries[round(place * last / (most - 1))] for place in range(most)]

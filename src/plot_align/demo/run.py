@@ -1,0 +1,351 @@
+"""The demonstration from the model to the page. Every stage goes on where an earlier run of it stopped."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from plot_align._version import __version__
+from plot_align.demo import data
+from plot_align.demo.table import as_markdown, as_text, rows_of
+from plot_align.demo.train import ARMS, Setting, fast_bf16, make_trainer, quiet, train
+from plot_align.errors import InputError
+from plot_align.files import complete_or_absent, require_writable
+from plot_align.reading import file_digest
+from plot_align.records import measure, write_record
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done, and about how long each stage takes (seconds on two cores), to tell the time left.
+
+    Args:
+        steps: of training an arm. harmful, benign: held-out requests that every model answers.
+        attacked: requests that are attacked. samples: best of how many. rounds: of the cost measurement.
+    """
+
+    steps: int
+    harmful: int
+    benign: int
+    attacked: int
+    samples: int
+    rounds: int
+    seconds: dict[str, float]
+
+
+FULL = Size(30, 40, 60, 20, 8, 4, {"model": 60, "train": 110, "evaluate": 110, "attack": 110, "cost": 40})
+QUICK = Size(12, 16, 20, 10, 4, 0, {"model": 60, "train": 50, "evaluate": 40, "attack": 40, "cost": 0})
+FLOAT32_STEPS = 0.25  # of the steps where bfloat16 is no faster than float32, which takes five times as long a step
+
+
+def main(
+    *,
+    quick: bool = False,
+    output: Path = Path("runs/demo"),
+    model: str | None = None,
+    dataset: str | None = None,
+    seed: int = 0,
+) -> int:
+    """Runs the demonstration; what is finished under ``output`` is not done again.
+
+    Args:
+        quick: fewer steps and requests.
+        output: folder of models, records and the page.
+        model: hub id or folder of a chat model in place of SmolLM2-135M-Instruct.
+        dataset: pairs to train on in place of our own: a file or a hub id.
+        seed: of the order of the pairs, the samples and the intervals.
+
+    Returns:
+        The exit code: 1 where a measure failed.
+
+    Raises:
+        InputError: ``output`` holds a demonstration with other options.
+    """
+    require_writable(output)
+    console = Console(highlight=False)
+    size = QUICK if quick else FULL
+    console.print("[bold]plot-align demo[/bold]: DPO, DPO+SFT and DPO+PLOT on one real model, judged side by side")
+    bf16 = fast_bf16()
+    if not bf16:
+        console.print(
+            "this processor has neither AVX512-BF16 nor AMX: float32, five times as slow, so a quarter of the steps"
+        )
+    setting = Setting(size.steps if bf16 else max(4, round(size.steps * FLOAT32_STEPS)), bf16=bf16, seed=seed)
+    clock = _Clock(console, size)
+    quiet()
+
+    clock.begin("the model", "model")
+    folder = _model(model)
+    _same_demo(output, setting, size, folder, dataset)
+    files = _Files.write(output / "data", size)
+    pairs = _pairs(dataset)
+    preference = _preference(pairs, folder, output / "preference.safetensors")
+    models = {BASE: folder, **{arm.name: output / "models" / arm.name for arm in ARMS}}
+    for arm in ARMS:
+        clock.begin(f"train {arm.name}", "train")
+        with _bar(console, "  steps", setting.steps) as advance:
+            train(arm, setting, folder, pairs, preference, models[arm.name], advance)
+    codes = []
+    dtype = "bfloat16" if bf16 else "float32"
+    clock.begin("judge: held-out requests and pairs", "evaluate")
+    codes.append(_command("evaluate", _evaluate_arguments(models, files, output, dtype, seed), console))
+    for name, source in models.items():
+        clock.begin(f"attack {name}: a begun answer, the best of {size.samples}", "attack")
+        codes.append(_command("redteam", _redteam_arguments(name, source, files, output, dtype, seed), console))
+    cost: dict[str, Any] = {}
+    if size.rounds:
+        clock.begin("what PLOT costs: steps with and without it, interleaved", "cost")
+        cost = _cost(console, setting, folder, pairs, preference, output, size.rounds)
+    clock.begin("the page", None)
+    called = model or "SmolLM2-135M-Instruct"
+    arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
+    arguments += ["--title", f"plot-align demo: {called}, preference-tuned"]
+    rows = rows_of(output)
+    write_record(output / "summary.json", "demo", {"rows": rows, "cost": cost}, config=asdict(setting), seed=seed)
+    codes.append(_command("report", arguments, console))
+    with complete_or_absent(output / "table.md") as temporary:
+        temporary.write_text(as_markdown(rows, called), encoding="utf-8")
+    console.print(as_text(rows, called))
+    _print_cost(console, cost)
+    console.print(f"done in {clock.minutes()}; read the answers side by side: {output / 'report.html'}")
+    return max(codes)
+
+
+class _Clock:
+    """Announces each stage with the time left: nominal times, scaled by how this machine kept to them so far."""
+
+    def __init__(self, console: Console, size: Size) -> None:
+        self.console = console
+        per = size.seconds
+        self.ahead = [per["model"], *[per["train"]] * len(ARMS), per["evaluate"], *[per["attack"]] * (len(ARMS) + 1)]
+        self.ahead.append(per["cost"])
+        self.started = time.monotonic()
+        self.nominal = 0.0  # of the stages that are behind, and took time
+        self.spent = 0.0
+        self.current: float | None = None
+        self.at = self.started
+
+    def begin(self, what: str, kind: str | None) -> None:
+        now = time.monotonic()
+        if self.current:
+            # A stage that an earlier run had finished says nothing about the machine.
+            if now - self.at > 0.1 * self.current:
+                self.nominal += self.current
+                self.spent += now - self.at
+            self.ahead.pop(0)
+        self.current = None if kind is None else self.ahead[0]
+        self.at = now
+        pace = self.spent / self.nominal if self.nominal else 1.0
+        left = sum(self.ahead) * pace if kind is not None else 0.0
+        about = f"about {_minutes(left)} left" if left else "nearly done"
+        self.console.print(f"\n[bold]{what}[/bold] [dim]· {about}[/dim]")
+
+    def minutes(self) -> str:
+        return _minutes(time.monotonic() - self.started)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar; what it yields sets how much is done."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _command(name: str, arguments: list[str], console: Console) -> int:
+    """Runs a command as a user would, in this process, and shows how to run it again."""
+    from plot_align.commands import evaluate, redteam, report
+
+    console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", markup=False, soft_wrap=True)
+    return {"evaluate": evaluate.run, "redteam": redteam.run, "report": report.run}[name](arguments)
+
+
+def _model(model: str | None) -> Path:
+    from plot_align.fetch import fetch
+
+    return fetch() if model is None else fetch(model)
+
+
+def _pairs(dataset: str | None) -> Any:
+    if dataset is None:
+        return data.pairs("train")
+    from plot_align.evaluation.data import load
+
+    return load(dataset, split="train")
+
+
+def _preference(pairs: Any, model: Path, path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    from plot_align.estimate import estimate
+    from plot_align.preference import PreferenceDistribution
+
+    if path.exists():
+        return PreferenceDistribution.load(path)
+    preference = estimate(pairs, AutoTokenizer.from_pretrained(model), progress=False)
+    preference.save(path)
+    return preference
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The held-out requests and pairs as the commands read them, for a user to look at and to replace."""
+
+    folder: Path
+
+    @classmethod
+    def write(cls, folder: Path, size: Size) -> _Files:
+        from plot_align.redteam.behaviors import write_behaviors
+
+        targets = data.targets()
+        behaviors = data.behaviors()[: size.harmful]
+        texts = {
+            "targets.json": json.dumps({b.id: targets[b.id] for b in behaviors}, indent=1),
+            "attacks.yaml": f"prefill: {{}}\nbest_of_n: {{n: {size.samples}}}\n",
+            "suite.yaml": _SUITE.format(folder=folder, benign=size.benign),
+        }
+        for name, text in texts.items():
+            with complete_or_absent(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        write_behaviors(folder / "harmful.csv", behaviors)
+        write_behaviors(folder / "attacked.csv", behaviors[: size.attacked])
+        write_behaviors(folder / "benign.csv", data.benign()[: size.benign])
+        with complete_or_absent(folder / "heldout.jsonl") as temporary:
+            data.pairs("heldout").to_json(temporary)
+        return cls(folder)
+
+
+_SUITE = """\
+# What the demo measures; 48 new tokens show whether an answer refuses.
+harmlessness:
+  direct: {{kind: attack_success, behaviors: {folder}/harmful.csv, max_new_tokens: 48}}
+helpfulness:
+  preference_accuracy: {{kind: preference_accuracy, pairs: {folder}/heldout.jsonl}}
+guards:
+  over_refusal: {{kind: over_refusal, benign: {folder}/benign.csv, max_new_tokens: 48}}
+  displacement: {{kind: displacement, pairs: {folder}/heldout.jsonl}}
+  diversity: {{kind: diversity, limit: {benign}, max_new_tokens: 48}}
+  kl: {{kind: kl, limit: {benign}, max_new_tokens: 48}}
+  drift: {{kind: drift, pairs: {folder}/heldout.jsonl}}
+"""
+
+
+def _evaluate_arguments(models: dict[str, Path], files: _Files, output: Path, dtype: str, seed: int) -> list[str]:
+    return [
+        *(f"{name}={folder}" for name, folder in models.items()),
+        *("--suite", f"{files.folder / 'suite.yaml'}", "--reference", str(models[BASE])),
+        *("--preference", str(output / "preference.safetensors"), "--output", str(output / "evaluation")),
+        *("--dtype", dtype, "--batch_size", "64", "--seed", str(seed), "--quiet"),
+    ]
+
+
+def _redteam_arguments(name: str, source: Path, files: _Files, output: Path, dtype: str, seed: int) -> list[str]:
+    folder = files.folder
+    return [
+        f"{name}={source}",
+        *("--behaviors", f"{folder}/attacked.csv", "--targets", f"{folder}/targets.json"),
+        *("--attacks", "prefill,best_of_n", "--options", f"{folder}/attacks.yaml", "--max_new_tokens", "48"),
+        *("--dtype", dtype, "--batch_size", "64", "--seed", str(seed), "--output", str(output / "redteam")),
+    ]
+
+
+def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset: str | None) -> None:
+    """That what stands in ``output`` was made with the same options and versions, or nothing stands there."""
+    import importlib.metadata
+
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
+    digest = file_digest(Path(dataset)) if dataset and Path(dataset).is_file() else None
+    described = {
+        "plot_align": __version__, **versions, **asdict(setting), **asdict(size), "model": str(model),
+        "dataset": dataset, "dataset_digest": digest,
+    }  # fmt: skip
+    del described["seconds"]
+    path = output / "demo.json"
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name, value in described.items() if there.get(name) != value]
+        if differing:
+            raise InputError(
+                f"{output} holds a demo with another {' and '.join(differing)}; name another folder with --output, or "
+                "delete that one"
+            )
+        return
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def _cost(
+    console: Console, setting: Setting, model: Path, pairs: Any, preference: Any, output: Path, rounds: int
+) -> dict[str, Any]:
+    """Whole DPO steps, PLOT on against off on the same kernel: median of the rounds' ratios and their middle half."""
+    import tempfile
+
+    from plot_align.training import attach
+    from plot_align.training.overhead import interleaved, paired_ratio, without_plot
+
+    path = output / "cost.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    arm = ARMS[-1]
+    with tempfile.TemporaryDirectory() as folder, _bar(console, "  rounds", rounds + 1) as advance:
+        trainer = make_trainer(arm, setting, model, pairs, Path(folder))
+        device = trainer.accelerator.device
+        trainer.model.to(device).train()
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        batch = next(iter(trainer.get_train_dataloader()))
+
+        def step() -> None:
+            trainer.model.zero_grad()
+            trainer.training_step(trainer.model, dict(batch), None)
+
+        @contextmanager
+        def off() -> Iterator[Any]:
+            with without_plot(trainer):
+                yield step
+
+        @contextmanager
+        def on() -> Iterator[Any]:
+            handle = attach(trainer, preference, arm.plot)
+            yield step
+            handle.detach()
+
+        samples = interleaved({"off": off, "on": on}, repeats=rounds, device=device, on_round=advance)
+    time_ratio, *half = paired_ratio(samples["on"].seconds, samples["off"].seconds)
+    memory_ratio, *_ = paired_ratio(samples["on"].peak, samples["off"].peak)
+    found = {
+        "time_ratio": measure(time_ratio, rounds, spread=(half[0], half[1])),
+        "memory_ratio": measure(memory_ratio, rounds),
+    }
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return found
+
+
+def _print_cost(console: Console, cost: dict[str, Any]) -> None:
+    if cost:
+        ratio, memory = cost["time_ratio"], cost["memory_ratio"]
+        low, high = ratio["spread"]
+        console.print(
+            f"a step with PLOT over one without, same kernel, {ratio['n']} interleaved rounds: time × "
+            f"{ratio['value']:.2f} (middle half {low:.2f}–{high:.2f}), peak memory × {memory['value']:.2f}"
+        )

@@ -1,0 +1,81 @@
+"""The demonstration's table: a few of its measures, every arm a column, as the README shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Measure, quantity, label, which way is better, decimal places.
+ROWS = (
+    ("direct", "asr", "complies with harmful requests", "↓", 2),
+    ("redteam prefill", "asr", "… when the answer is begun", "↓", 2),
+    ("redteam best_of_n", "asr", "… in the best of N samples", "↓", 2),
+    ("over_refusal", "refused", "refuses harmless requests", "↓", 2),
+    ("redteam refused", "refused", "… that sound harmful", "↓", 2),
+    ("preference_accuracy", "accuracy", "orders held-out pairs rightly", "↑", 2),
+    ("displacement", "chosen", "chosen answers, nats gained", "↑", 1),
+    ("kl", "kl", "KL to the base, nats a token", "", 3),
+    ("diversity", "distinct_2", "distinct-2 of benign answers", "↑", 2),
+    ("diversity", "length", "tokens of a benign answer", "", 0),
+)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """Label, arrow, places, and per model value, interval and n, from the records below ``folder``."""
+    from plot_align.report.collect import collect
+
+    found = {(o.measure, o.name, o.model): o.quantity for o in collect([folder]).observations}
+    models = list(dict.fromkeys(model for *_, model in found))
+    rows = []
+    for measure, name, label, arrow, places in ROWS:
+        cells = {
+            model: {key: found[measure, name, model].get(key) for key in ("value", "interval", "n")}
+            for model in models
+            if (measure, name, model) in found
+        }
+        if cells:
+            rows.append({"label": label, "better": arrow, "places": places, "cells": cells})
+    return rows
+
+
+def heading(rows: list[dict[str, Any]], model: str) -> str:
+    counts = sorted({cell["n"] for row in rows for cell in row["cells"].values() if row["places"] == 2})
+    return (
+        f"{model}, held-out requests, one training seed; ± half of the 95 % interval over items "
+        f"(n {counts[0]} to {counts[-1]}); ↑ more is better, ↓ less is better"
+    )
+
+
+def models_of(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(model for row in rows for model in row["cells"]))
+
+
+def cell(row: dict[str, Any], model: str) -> str:
+    """``0.45±0.15``."""
+    entry = row["cells"].get(model)
+    if entry is None:
+        return "–"
+    places, interval = row["places"], entry["interval"]
+    text = f"{entry['value']:.{places}f}"
+    return f"{text}±{(interval[1] - interval[0]) / 2:.{places}f}" if interval else text
+
+
+def as_markdown(rows: list[dict[str, Any]], model: str) -> str:
+    models = models_of(rows)
+    lines = [heading(rows, model) + ".", "", f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    lines += [f"| {r['label']} {r['better']} | {' | '.join(cell(r, name) for name in models)} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def as_text(rows: list[dict[str, Any]], model: str) -> Any:
+    """For a terminal of 80 columns."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=heading(rows, model), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", max_width=32)
+    for name in models_of(rows):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(f"{row['label']} {row['better']}", *(cell(row, name) for name in models_of(rows)))
+    return table

@@ -1,0 +1,182 @@
+"""Tune one model with several losses from one seed, on the same pairs; each arm is an ordinary TRL run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plot_align.preference import PreferenceDistribution
+from plot_align.records import write_record
+from plot_align.training import PlotConfig, attach
+from plot_align.training.artifacts import results_of
+from plot_align.training.overhead import without_plot
+
+RECORD = "plot_align_record.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A loss of TRL's ``DPOConfig``, with the PLOT term (``plot``) or without it (None)."""
+
+    name: str
+    loss_type: tuple[str, ...]
+    plot: PlotConfig | None = None
+
+
+ARMS = (
+    Arm("DPO", ("sigmoid",)),
+    Arm("DPO+SFT", ("sigmoid", "sft")),
+    Arm("DPO+PLOT", ("sigmoid",), PlotConfig()),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arms share.
+
+    Args:
+        steps: optimiser steps. pairs: of preferences, a step. learning_rate: of AdamW, falling linearly to 0.
+        beta: of DPO. max_length: tokens of prompt and answer.
+        bf16: autocast to bfloat16 over float32 weights. seed: of the order of the pairs.
+    """
+
+    steps: int
+    pairs: int = 8
+    learning_rate: float = 2e-5
+    beta: float = 0.1
+    max_length: int = 160
+    bf16: bool = True
+    seed: int = 0
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies in bfloat16 faster than in float32: a GPU that can, or AVX512-BF16 or AMX."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Path) -> Any:
+    """TRL's ``DPOTrainer`` of an arm, the PLOT term not attached yet."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    args = DPOConfig(
+        output_dir=str(output),
+        max_steps=setting.steps,
+        per_device_train_batch_size=setting.pairs,
+        learning_rate=setting.learning_rate,
+        beta=setting.beta,
+        loss_type=list(arm.loss_type),
+        max_length=setting.max_length,
+        bf16=setting.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=setting.seed,
+        gradient_checkpointing=False,  # this model fits; recomputing would cost a third of the time
+        save_steps=max(1, -(-setting.steps // 3)),
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=args,
+        train_dataset=pairs,
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+
+
+def train(
+    arm: Arm,
+    setting: Setting,
+    model: Path,
+    pairs: Any,
+    preference: PreferenceDistribution,
+    folder: Path,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Trains an arm and saves it to ``folder``, with a record beside the weights; goes on from its last checkpoint.
+
+    Args:
+        model: checkpoint folder to start from, also the reference.
+        pairs: rows of ``prompt``, ``chosen`` and ``rejected``, as TRL takes them.
+        preference: token counts of those pairs.
+        folder: of the tuned model; what stands there with a record is finished.
+        on_step: called with the number of finished steps.
+
+    Arms without PLOT run on the same head kernel as the arm with it, so that their times compare.
+    """
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    if (folder / RECORD).exists():
+        on_step(setting.steps)
+        return
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            on_step(state.global_step)
+            if state.global_step >= setting.steps:
+                control.should_save = False  # the model is saved as a whole below; a last checkpoint is four times it
+
+    trainer = make_trainer(arm, setting, model, pairs, folder)
+    kernel: AbstractContextManager[None] = nullcontext()
+    if arm.plot is None:
+        kernel = without_plot(trainer)
+    else:
+        attach(trainer, preference, arm.plot)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Steps())
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        on_step(int(checkpoint.name.rpartition("-")[2]))
+    with kernel:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(folder))
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    write_record(
+        folder / RECORD,
+        "dpo",
+        results_of(trainer, result.metrics),
+        config={
+            "arm": arm.name,
+            "setting": asdict(setting),
+            "training": trainer.args.to_dict(),
+            "model": {"model_name_or_path": str(model)},
+            "plot": None if arm.plot is None else arm.plot.to_dict(),
+        },
+        seed=setting.seed,
+    )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that was written whole; the trainer's state is its last file."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def quiet() -> None:
+    """The libraries' progress bars and notices would drown the demo's own."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("trl", "accelerate", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
