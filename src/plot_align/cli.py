@@ -12,6 +12,7 @@ from plot_align.commands.launch import tell_launcher
 from plot_align.errors import InputError, PlotAlignError
 
 _COMMANDS = (
+    "fetch",
     "estimate",
     "inspect",
     "filter",
@@ -32,6 +33,7 @@ usage: plot-align [--version] [--debug] COMMAND [options]
 Preference fine-tuning with the PLOT term: L = L_vanilla + alpha * L_PLOT.
 
 commands:
+  fetch      bring a model onto this machine: SmolLM2-135M-Instruct by default
   estimate   count preferred and rejected tokens of a data set of pairs
   inspect    show what such a count prefers and rejects, with a figure
   filter     keep the pairs with the highest distribution reward (DEFT)
@@ -104,6 +106,10 @@ def _dispatch(arguments: list[str]) -> int:
             from plot_align.commands.train import run as train
 
             return train(command, rest)
+        case "fetch":
+            from plot_align.commands.fetch import run as fetch
+
+            return fetch(_without_debug(rest))
         case "estimate":
             from plot_align.commands.estimate import run as estimate
 

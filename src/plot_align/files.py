@@ -1,4 +1,4 @@
-"""Files that are complete or absent, never half-written."""
+"""Files that are complete or absent, never half-written, and the folder that models are kept in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plot_align.errors import InputError
+
+
+def default_cache_dir() -> Path:
+    """Where models are kept: ``$PLOT_ALIGN_CACHE``, or ``~/.cache/plot-align``."""
+    return Path(os.environ.get("PLOT_ALIGN_CACHE") or Path.home() / ".cache" / "plot-align").expanduser()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align.errors import InputError
+from plot_align.files import default_cache_dir
 from plot_align.sandbox import language as lang
 
 if TYPE_CHECKING:
@@ -303,11 +304,6 @@ def train_from_scratch(
 def _train(tokenizer: PreTrainedTokenizerBase, config: BaseConfig, seed: int, progress: bool) -> Any:
     batches = _batches(tokenizer, config, seed)
     return train_from_scratch(tokenizer, config, seed, batches, "Building the sandbox's base model", progress)
-
-
-def default_cache_dir() -> Path:
-    """``$PLOT_ALIGN_CACHE``, or ``~/.cache/plot-align``."""
-    return Path(os.environ.get("PLOT_ALIGN_CACHE") or Path.home() / ".cache" / "plot-align").expanduser()
 
 
 def _key(config: BaseConfig, seed: int) -> str:
