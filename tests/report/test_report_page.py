@@ -7,7 +7,6 @@ import html.parser
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def test_everything_is_on_one_page_with_files_beside_it(whole: Path) -> None:
     assert "A &amp; B" in page
     assert "default-src 'none'" in page
     assert "The paper’s figure for training time is +2.67 %" in page
-    for part in ("safety", "transport", "training", "alpha", "seeds", "costs", "made"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs", "made"):
         assert f'<h2 id="{part}">' in page, part
     assert "filter.json" in page  # not shown, and said
     folder = whole.parent / "page_files"
@@ -123,7 +122,7 @@ def test_figures_follow_the_colours_of_the_page(whole: Path) -> None:
 def test_sections_without_records_are_left_out(evaluation: Any) -> None:
     path = evaluation("m")
     _, page = report(path)
-    for part in ("safety", "transport", "training", "alpha", "seeds", "costs"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs"):
         assert f'id="{part}"' not in page
     assert "No record measures harmlessness, helpfulness, humanity, reasoning, coding, stem." in page
 
@@ -334,18 +333,6 @@ def test_200_records_of_10_models_are_a_small_page(evaluation: Any, tmp_path: Pa
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def test_in_a_browser(browser: Any, whole: Path) -> None:
