@@ -60,6 +60,9 @@ def whole(all_kinds: Path, evaluation_in: Any, tmp_path_factory: pytest.TempPath
     folder = Path(shutil.copytree(all_kinds, tmp_path_factory.mktemp("whole") / "records"))
     for number, name in enumerate((EVIL, "y" * 10_000)):
         evaluation_in(folder, name, items={f"item {i}": 1.0 for i in range(60)}, path=f"evil-{number}.json")
+        said = {"prompt": "?", "answer": "\n".join(NAMES), "label": EVIL, "reason": EVIL}
+        evaluation_in(folder, name, "over_refusal", {"item 0": 1.0}, section="guards", kind="over_refusal",
+                      name="refused", details={"answers": {"item 0": said}}, path=f"answers-{number}.json")  # fmt: skip
     code, _ = report(folder, "--paper", "--baseline", "base", "--title", "A & B")
     assert code == 0
     return folder.parent / "page.html"
