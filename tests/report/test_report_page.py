@@ -60,9 +60,9 @@ def whole(all_kinds: Path, evaluation_in: Any, tmp_path_factory: pytest.TempPath
     folder = Path(shutil.copytree(all_kinds, tmp_path_factory.mktemp("whole") / "records"))
     for number, name in enumerate((EVIL, "y" * 10_000)):
         evaluation_in(folder, name, items={f"item {i}": 1.0 for i in range(60)}, path=f"evil-{number}.json")
-        said = {"prompt": "?", "answer": "\n".join(NAMES), "label": EVIL, "reason": EVIL}
-        evaluation_in(folder, name, "over_refusal", {"item 0": 1.0}, section="guards", kind="over_refusal",
-                      name="refused", details={"answers": {"item 0": said}}, path=f"answers-{number}.json")  # fmt: skip
+        said = {"prompt": "?", "answer": "\n".join(NAMES), "label": "W" * 100, "reason": EVIL}
+        evaluation_in(folder, name, "over_refusal", {"item 0": 1.0}, section="guards", name="refused",
+                      kind="over_refusal", details={"answers": {"item 0": said}}, path=f"{number}.json")  # fmt: skip
     code, _ = report(folder, "--paper", "--baseline", "base", "--title", "A & B")
     assert code == 0
     return folder.parent / "page.html"
@@ -357,6 +357,8 @@ def test_in_a_browser(browser: Any, whole: Path) -> None:
             page.set_viewport_size({"width": width, "height": 800})
             overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert page.evaluate(overflow) <= 0, width
+            wide = "[...document.querySelectorAll('.answers li')].filter(e => e.scrollWidth > e.clientWidth).length"
+            assert page.evaluate(wide) == 0, width
         assert requests == [whole.as_uri()]
         found = Axe().run(page).response["violations"]
         serious = {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}

@@ -101,8 +101,6 @@ def side_by_side(comparison: Comparison) -> list[SideBySide]:
 def _of_row(row: Row, comparison: Comparison) -> SideBySide | None:
     seen = {model: row.cells[model].observation for model in comparison.models if model in row.cells}
     seen = {model: observation for model, observation in seen.items() if _answers(observation)}
-    if len(seen) < 2:
-        return None
     names = dict.fromkeys(name for observation in seen.values() for name in _answers(observation))
     bases = Counter((o.record.config.get("reference") or {}).get("name") for o in seen.values())
     base = next((name for name, _ in bases.most_common() if name in seen), "")
