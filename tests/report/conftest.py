@@ -157,10 +157,10 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation(model, items=rates(60, 0.4 + shift, 1))
         refused, attacked = rates(60, 0.2 + shift, 2), rates(60, 0.6 - shift, 3)
         evaluation(model, "over_refusal", refused, section="guards", kind="over_refusal", name="refused",
-                   better="lower", title="Over-refusal", reference="base",
+                   better="lower", title="Over-refusal",
                    details=answers(refused, "refused", "helped"))  # fmt: skip
         evaluation(model, "attack", attacked, section="harmlessness", kind="attack_success", name="asr",
-                   better="lower", title="Attack success, gcg", reference="base",
+                   better="lower", title="Attack success, gcg",
                    details=answers(attacked, "complied", "did not comply", model))  # fmt: skip
     evaluation("tuned", "drift", section="guards", kind="drift", reference="base", details=DRIFT,
                quantities={"tv": of_whole("Mean output", 0.2, 900, better=None, interval=(0.1, 0.3))})  # fmt: skip

@@ -50,13 +50,14 @@ def _rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_where_labels_differ_comes_first_and_the_base_leads(answered: Any) -> None:
-    """``d`` differs between two models only; ``c`` in nothing that was decided."""
+def test_where_labels_differ_comes_first_and_the_base_leads(answered: Any, evaluation: Any) -> None:
+    """``d`` differs between two models only; ``c`` in nothing that was decided. Another measure names the base."""
     labels = {"dpo": "hhuh", "plot": "hrhh", "start": "hhhr"}
     words = {"h": "helped", "r": "refused", "u": "undecided"}
     for model, of in labels.items():
         answers = {name: _entry(words[x]) for name, x in zip("abcd", of, strict=True)}
-        folder = answered(model, answers, reference="start")
+        folder = answered(model, answers)
+    evaluation("plot", "kl", section="guards", kind="kl", reference="start")
     (group,) = _groups(folder, baseline="dpo")
     assert [request.name for request in group.requests] == ["b", "d", "a", "c"]
     assert group.differing == 2

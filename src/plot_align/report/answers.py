@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +93,22 @@ class SideBySide:
         return len(self.requests[_MOST:]) + len(self.alone)
 
 
-def side_by_side(comparison: Comparison) -> list[SideBySide]:
-    """The measures whose records keep answers of two models or more to the same requests, the harmless ones first."""
-    found = [_of_row(row, comparison) for row in comparison.rows if row.score]
+def side_by_side(comparison: Comparison, references: Sequence[str]) -> list[SideBySide]:
+    """The measures whose records keep answers of two models or more to the same requests, the harmless ones first.
+
+    Args:
+        comparison: the baseline and the models.
+        references: see :class:`plot_align.report.collect.Collected`; what was measured here need not name them itself.
+    """
+    found = [_of_row(row, comparison, references) for row in comparison.rows if row.score]
     return sorted((group for group in found if group is not None), key=lambda group: group.harmful)
 
 
-def _of_row(row: Row, comparison: Comparison) -> SideBySide | None:
+def _of_row(row: Row, comparison: Comparison, references: Sequence[str]) -> SideBySide | None:
     seen = {model: row.cells[model].observation for model in comparison.models if model in row.cells}
     seen = {model: observation for model, observation in seen.items() if _answers(observation)}
     names = dict.fromkeys(name for observation in seen.values() for name in _answers(observation))
-    bases = Counter((o.record.config.get("reference") or {}).get("name") for o in seen.values())
-    base = next((name for name, _ in bases.most_common() if name in seen), "")
+    base = next((name for name, _ in Counter(references).most_common() if name in seen), "")
     marked = base or (comparison.baseline if comparison.baseline in seen else "")
     models = sorted(seen, key=lambda model: model != marked)
     asked = [

@@ -124,7 +124,7 @@ def build(
         "seeds": [picture for picture in spread if picture],
         "costs": [figures.cost(ratio, paper=paper) for ratio in ratios[-1:] if ratio],
     }
-    content.answers = side_by_side(comparison)
+    content.answers = side_by_side(comparison, collected.references)
     content.transports = [_transport(o, i) for i, o in enumerate(_drifts(collected), start=1)]
     content.tables = [
         _wide(comparison),
