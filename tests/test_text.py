@@ -1,4 +1,4 @@
-"""Foreign text on one line: whatever comes, nothing in it is obeyed."""
+"""Foreign text: whatever comes, nothing in it is obeyed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plot_align.text import one_line
+from plot_align.text import one_line, passage
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,30 @@ def test_any_text_is_one_printable_line_that_can_be_written(text: str, longest: 
     shown = one_line(text, longest=longest)
     assert shown.isprintable()
     assert len(shown) <= longest
+    shown.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\n one\r\n\n\ttwo \n", "one\n\n    two"),
+        ("a\rb\u2028c\u202ed\x1b[2J", r"a\rb\u2028c\u202ed\x1b[2J"),
+        ("x" * 12, "x" * 12),
+        ("x" * 13, "x" * 11 + "…"),
+        ("1\n2\n3", "1\n2\n3"),
+        ("1\n2\n3\n4", "1\n2\n…"),
+        (" \n\t", ""),
+    ],
+)
+def test_a_passage_keeps_its_lines(text: str, shown: str) -> None:
+    assert passage(text, longest=12 if text.startswith("x") else 60, lines=3) == shown
+
+
+@given(st.text(alphabet=st.characters() | st.just("\n"), max_size=60), st.integers(2, 40), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_any_passage_is_printable_lines_that_fit(text: str, longest: int, lines: int) -> None:
+    shown = passage(text, longest=longest, lines=lines)
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert len(shown) <= longest
+    assert shown.count("\n") < lines
     shown.encode("utf-8")

@@ -1,9 +1,9 @@
-"""Foreign text (tokens, names of models) on one line, with nothing in it that a screen would obey."""
+"""Foreign text (tokens, names of models, answers) with nothing in it that a screen would obey."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def _any(character: str) -> bool:
@@ -19,10 +19,27 @@ def one_line(text: str, has_glyph: Callable[[str], bool] = _any, *, space: str =
         space: what stands for a space.
         longest: characters, the ellipsis of a cut included.
     """
+    return _fitted(text, {" ": space}, has_glyph, longest)
+
+
+def passage(text: str, *, longest: int = 600, lines: int = 20) -> str:
+    """``text`` with its line breaks, the rest as :func:`one_line` has it, without the white space around it.
+
+    Args:
+        text: any text; a tab stands for four spaces.
+        longest: characters. lines: what is cut at either ends in an ellipsis.
+    """
+    rows = text.strip().replace("\r\n", "\n").split("\n")
+    kept = rows if len(rows) <= lines else [*rows[: lines - 1], "…"]
+    return _fitted("\n".join(kept), {"\n": "\n", "\t": "    "}, _any, longest)
+
+
+def _fitted(text: str, instead: Mapping[str, str], has_glyph: Callable[[str], bool], longest: int) -> str:
+    """``text`` cut to fit, what is not printable as escapes unless ``instead`` says what stands for it."""
     shown, length = [], 0
     for character in text:
-        if character == " ":
-            part = space
+        if character in instead:
+            part = instead[character]
         elif character.isprintable() and has_glyph(character):
             part = character
         else:

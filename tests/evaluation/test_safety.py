@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,6 +14,7 @@ from plot_align.evaluation.safety import AttackSuccess, OverRefusal
 from plot_align.evaluation.subject import Subject
 from plot_align.evaluation.world import SandboxJudges
 from plot_align.redteam import world
+from plot_align.redteam.behaviors import default_benign
 from plot_align.redteam.judges import Judged
 from plot_align.sandbox import TWIN, examples
 
@@ -60,7 +62,9 @@ def test_undecided_answers_are_counted_and_none_decided_is_an_error(
     monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(2))
     found = OverRefusal(limit=5).run(subject)
     assert found.quantities["refused"]["n"] == 2
+    answers = found.details.pop("answers")
     assert found.details == {"judge": "prefixes", "undecided": 3, "first_undecided": "mumbled"}
+    assert [entry["label"] for entry in answers.values()] == ["refused"] * 2 + ["undecided"] * 3
     monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(0))
     with pytest.raises(RunError, match=r"decided none of 5 answers \(the first: mumbled\)"):
         OverRefusal(limit=5).run(subject)
@@ -77,6 +81,63 @@ def test_attack_success_is_by_behaviour_and_resumes(subject: Subject, tmp_path: 
     assert all(len(rows) == 2 for rows in json.loads(written).values())
     assert measure.run(subject).quantities == found.quantities
     assert completions.read_bytes() == written
+
+
+def _giving(*verdicts: Judged) -> Any:
+    """A judge that gives these verdicts in turn, whatever it reads."""
+
+    class Verdicts:
+        name = "verdicts"
+
+        def judge(self, behaviors: list, cases: list, texts: list) -> list[Judged]:
+            return list(verdicts[: len(texts)])
+
+        judge_benign = judge
+
+    return Verdicts()
+
+
+def test_what_was_asked_answered_and_judged_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = _giving(
+        Judged(0, refused=True, helped=False, reason="says no"),
+        Judged(0, refused=False, helped=True),
+        Judged(0, refused=True, helped=True),
+        Judged(0, refused=False, helped=False),
+        Judged(-1, reason="mumbled"),
+    )
+    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: judge)
+    monkeypatch.setattr(Subject, "answers", lambda self, asked, *rest: [f"To {c[0]['content']}" for c in asked])
+    found = OverRefusal(limit=5).run(subject)
+    answers = found.details["answers"]
+    requests = default_benign()[:5]
+    assert list(answers) == [b.id for b in requests]
+    assert answers[requests[0].id] == {
+        "prompt": requests[0].prompt,
+        "answer": f"To {requests[0].prompt}",
+        "label": "refused",
+        "reason": "says no",
+    }
+    assert [entry["label"] for entry in answers.values()] == [
+        "refused", "helped", "refused and helped", "neither", "undecided",
+    ]  # fmt: skip
+    assert answers[requests[1].id]["reason"] == ""
+
+
+def test_the_first_test_case_of_an_attack_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch,
+                                                  tmp_path: Path) -> None:  # fmt: skip
+    """Labels of the first and second case in turn: a later success does not stand for the first."""
+    judge = _giving(*(Judged(label, reason=f"r{i}") for i, label in enumerate((0, 1, 1, 0, -1, 1))))
+    monkeypatch.setattr(AttackSuccess, "make_judge", lambda self: judge)
+    measure = AttackSuccess(behaviors="sandbox", attack="random", cases=2, limit=3, max_new_tokens=4)
+    found = measure.run(subject)
+    completions = json.loads(next((tmp_path / "redteam").rglob("completions/*.json")).read_text())
+    first = {name: rows[0] for name, rows in completions.items()}
+    labels = ("did not comply", "complied", "undecided")
+    assert found.details["answers"] == {
+        name: {"prompt": row["test_case"], "answer": row["generation"], "label": label, "reason": f"r{2 * i}"}
+        for i, ((name, row), label) in enumerate(zip(first.items(), labels, strict=True))
+    }
+    assert list(found.quantities["asr"]["items"].values()) == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,33 @@ def write_evaluation(
     )
 
 
+def answers(items: Mapping[str, float], one: str, zero: str, model: str = "") -> dict[str, Any]:
+    """Details as :mod:`plot_align.evaluation.safety` writes them. ``model``: who is attacked in words of its own."""
+    return {
+        "answers": {
+            name: {
+                "prompt": f"What about {name}? {model}".strip(),
+                "answer": f"This is {one if hit else zero}.\n\n\t{'And so on. ' * 80}",
+                "label": one if hit else zero,
+                "reason": "",
+            }
+            for name, hit in items.items()
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture(scope="session")
 def evaluation_in() -> Evaluation:
     """:func:`write_evaluation` itself."""
@@ -128,10 +155,13 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluation = functools.partial(write_evaluation, folder)
     for model, shift in (("base", 0.0), ("tuned", 0.3)):
         evaluation(model, items=rates(60, 0.4 + shift, 1))
-        evaluation(model, "over_refusal", rates(60, 0.2, 2), section="guards", name="refused", better="lower",
-                   title="Over-refusal")  # fmt: skip
-        evaluation(model, "attack", rates(60, 0.6 - shift, 3), section="harmlessness", name="asr", better="lower",
-                   title="Attack success, gcg")  # fmt: skip
+        refused, attacked = rates(60, 0.2 + shift, 2), rates(60, 0.6 - shift, 3)
+        evaluation(model, "over_refusal", refused, section="guards", kind="over_refusal", name="refused",
+                   better="lower", title="Over-refusal",
+                   details=answers(refused, "refused", "helped"))  # fmt: skip
+        evaluation(model, "attack", attacked, section="harmlessness", kind="attack_success", name="asr",
+                   better="lower", title="Attack success, gcg",
+                   details=answers(attacked, "complied", "did not comply", model))  # fmt: skip
     evaluation("tuned", "drift", section="guards", kind="drift", reference="base", details=DRIFT,
                quantities={"tv": of_whole("Mean output", 0.2, 900, better=None, interval=(0.1, 0.3))})  # fmt: skip
     evaluation("tuned", "mt_bench", section="humanity", kind="mt_bench", title="MT-Bench", details=JUDGED,

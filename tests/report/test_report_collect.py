@@ -51,6 +51,10 @@ def _quantity(content: dict[str, Any]) -> dict[str, Any]:
     return content["results"]["quantities"]["score"]
 
 
+def _answers(content: dict[str, Any], answers: Any) -> None:
+    content["results"]["details"]["answers"] = answers
+
+
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "the value is another": (lambda c: _quantity(c).update(value=0.9), "its items average to 0.5"),
     "an item was changed": (lambda c: _quantity(c)["items"].update(a=0.0), "its items average to"),
@@ -77,6 +81,14 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda c: c["results"].update(details={"moved": [{"token": 3, "change": 1}]}),
         "moved.token is no text",
     ),
+    "answers that are none": (lambda c: _answers(c, ["yes"]), "details.answers is no mapping"),
+    "an answer that is a text": (lambda c: _answers(c, {"a": "yes"}), "details.answers.a is no mapping"),
+    "an answer cut off": (lambda c: _answers(c, {"a": {"label": "helped", "prompt": "?"}}), "'answer' is missing"),
+    "a prompt that is a number": (
+        lambda c: _answers(c, {"a": {"label": "helped", "prompt": 1, "answer": "", "reason": ""}}),
+        "details.answers.a.prompt is no text",
+    ),
+    "a label that says nothing": (lambda c: _answers(c, {"a": {"label": ""}}), "details.answers.a.label is no text"),
     "an interval beside its value": (
         lambda c: _quantity(c).update(interval=[0.6, 0.9]),
         "does not hold its value 0.5",

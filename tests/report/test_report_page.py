@@ -7,7 +7,6 @@ import html.parser
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,9 @@ def whole(all_kinds: Path, evaluation_in: Any, tmp_path_factory: pytest.TempPath
     folder = Path(shutil.copytree(all_kinds, tmp_path_factory.mktemp("whole") / "records"))
     for number, name in enumerate((EVIL, "y" * 10_000)):
         evaluation_in(folder, name, items={f"item {i}": 1.0 for i in range(60)}, path=f"evil-{number}.json")
+        said = {"prompt": "?", "answer": "\n".join(NAMES), "label": "W" * 100, "reason": EVIL}
+        evaluation_in(folder, name, "over_refusal", {"item 0": 1.0}, section="guards", name="refused",
+                      kind="over_refusal", details={"answers": {"item 0": said}}, path=f"{number}.json")  # fmt: skip
     code, _ = report(folder, "--paper", "--baseline", "base", "--title", "A & B")
     assert code == 0
     return folder.parent / "page.html"
@@ -79,7 +81,7 @@ def test_everything_is_on_one_page_with_files_beside_it(whole: Path) -> None:
     assert "A &amp; B" in page
     assert "default-src 'none'" in page
     assert "The paper’s figure for training time is +2.67 %" in page
-    for part in ("safety", "transport", "training", "alpha", "seeds", "costs", "made"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs", "made"):
         assert f'<h2 id="{part}">' in page, part
     assert "filter.json" in page  # not shown, and said
     folder = whole.parent / "page_files"
@@ -123,7 +125,7 @@ def test_figures_follow_the_colours_of_the_page(whole: Path) -> None:
 def test_sections_without_records_are_left_out(evaluation: Any) -> None:
     path = evaluation("m")
     _, page = report(path)
-    for part in ("safety", "transport", "training", "alpha", "seeds", "costs"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs"):
         assert f'id="{part}"' not in page
     assert "No record measures harmlessness, helpfulness, humanity, reasoning, coding, stem." in page
 
@@ -336,18 +338,6 @@ def test_200_records_of_10_models_are_a_small_page(evaluation: Any, tmp_path: Pa
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 def test_in_a_browser(browser: Any, whole: Path) -> None:
     """No word on the console, no request, no scrolling sideways, nothing serious for axe, in light and dark."""
     from axe_playwright_python.sync_playwright import Axe
@@ -367,6 +357,8 @@ def test_in_a_browser(browser: Any, whole: Path) -> None:
             page.set_viewport_size({"width": width, "height": 800})
             overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert page.evaluate(overflow) <= 0, width
+            wide = "[...document.querySelectorAll('.answers li')].filter(e => e.scrollWidth > e.clientWidth).length"
+            assert page.evaluate(wide) == 0, width
         assert requests == [whole.as_uri()]
         found = Axe().run(page).response["violations"]
         serious = {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}

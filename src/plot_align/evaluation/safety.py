@@ -1,4 +1,11 @@
-"""Whether a model refuses what it should not, and complies with what it should not."""
+"""Whether a model refuses what it should not, and complies with what it should not.
+
+Both measures keep what was asked and answered in ``details["answers"]``: item id → ``{"prompt", "answer", "label",
+"reason"}``, all of them texts. The label is the judge's in words: ``refused``, ``helped``, ``refused and helped`` or
+``neither`` of a harmless request, ``complied`` or ``did not comply`` of a harmful one, ``undecided`` of either. Of a
+behaviour with several test cases it is the first, whatever became of it: the first that succeeded would make every
+attack look better than its rate.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +30,13 @@ from plot_align.redteam.behaviors import (
 )
 from plot_align.redteam.catalogue import make_attack, make_judge
 from plot_align.redteam.harmbench import Layout, success_by_behavior
-from plot_align.redteam.judges import Judge
+from plot_align.redteam.judges import Judge, Judged
 from plot_align.redteam.names import ATTACKS, TELL_REFUSALS
 from plot_align.redteam.run import complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 
 _ATTACKS = tuple(name for name in ATTACKS if name not in ("zero_shot", "sfs"))
+_HARMFUL_LABELS = {1: "complied", 0: "did not comply", -1: "undecided"}
 
 
 @dataclass(kw_only=True)
@@ -115,7 +123,15 @@ class OverRefusal(_Judged):
                 "refused": of_items("Over-refusal", refused, better="lower", **shares),
                 "helped": of_items("Harmless requests helped with", helped, better="higher", **shares),
             },
-            {"judge": self.judge, "undecided": len(unsure), "first_undecided": unsure[0] if unsure else None},
+            {
+                "judge": self.judge,
+                "undecided": len(unsure),
+                "first_undecided": unsure[0] if unsure else None,
+                "answers": {
+                    b.id: _answer(b.prompt, text, _benign_label(v), v.reason)
+                    for b, text, v in zip(requests, answers, verdicts, strict=True)
+                },
+            },
         )
 
 
@@ -200,9 +216,27 @@ class AttackSuccess(_Judged):
                 "failed": failed,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,
+                "answers": {
+                    name: _answer(
+                        row["test_case"], row["generation"], _HARMFUL_LABELS[row["label"]], row.get("reason", "")
+                    )
+                    for name, (row, *_) in ((name, rows) for name, rows in results.items() if rows)
+                },
             },
             f"{len(failed)} requests have no test case, the first: {next(iter(failed.values()))}" if failed else None,
         )
+
+
+def _answer(prompt: str, answer: str, label: str, reason: str) -> dict[str, str]:
+    """An entry of ``details["answers"]``."""
+    return {"prompt": prompt, "answer": answer, "label": label, "reason": reason}
+
+
+def _benign_label(verdict: Judged) -> str:
+    if verdict.refused is None:
+        return "undecided"
+    words = [word for word, holds in (("refused", verdict.refused), ("helped", verdict.helped)) if holds]
+    return " and ".join(words) or "neither"
 
 
 def _require_decided(decided: int, reasons: Sequence[str]) -> None:

@@ -118,7 +118,7 @@ def check_measure(place: str, entry: Any) -> None:
 
 
 def check_details(details: Mapping[str, Any]) -> None:
-    """The part that the report draws: which tokens moved, and the plan."""
+    """The part that the report shows: which tokens moved, the plan, and the answers."""
     for row in details.get("moved") or ():
         _text("details.moved.token", _mapping("details.moved", row)["token"])
         _finite("details.moved.change", row["change"])
@@ -132,6 +132,11 @@ def check_details(details: Mapping[str, Any]) -> None:
             _text(f"details.flows.{name}", _mapping("details.flows", row)[name])
         for name in ("mass", "cost"):
             _finite(f"details.flows.{name}", row[name])
+    for name, entry in _mapping("details.answers", details.get("answers") or {}).items():
+        place = f"details.answers.{name[:40]}"
+        _text(f"{place}.label", _mapping(place, entry)["label"])
+        for part in ("prompt", "answer", "reason"):
+            _text(f"{place}.{part}", entry[part], empty=True)
     if details.get("masses") is not None:
         for who in ("model", "reference"):
             for side in ("preferred", "rejected"):
@@ -233,8 +238,8 @@ def _mapping(place: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _text(place: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
+def _text(place: str, value: Any, *, empty: bool = False) -> str:
+    if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{place} is no text")
     return value
 

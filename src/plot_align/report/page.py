@@ -16,6 +16,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation.quantity import CATEGORIES, SECTIONS
 from plot_align.files import complete_or_absent
 from plot_align.report import compare, figures, runs
+from plot_align.report.answers import SideBySide, answers_table, side_by_side
 from plot_align.report.collect import Collected, Observation, Record
 from plot_align.report.compare import Cell, Comparison, Row, Verdict
 from plot_align.report.figures import Picture
@@ -34,13 +35,13 @@ from plot_align.report.tables import (
     shown,
     value_text,
 )
-from plot_align.text import one_line, readable
+from plot_align.text import one_line, passage, readable
 
 _LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all
 _LONGEST_TEXT = 300  # characters of a text in a record's configuration
 _LONGEST_CONFIG = 6000
-_DRAWN = ("moved", "flows", "masses")  # of the details
+_SHOWN = ("moved", "flows", "masses", "answers")  # of the details, elsewhere on the page
 _MARKS = {"better": "▲", "worse": "▼", "none": "○"}
 _WORDS = {"better": "better", "worse": "worse", "none": "no clear sign"}
 
@@ -64,6 +65,7 @@ class Content:
     comparison: Comparison
     verdict: Verdict
     pictures: dict[str, list[Picture]] = field(default_factory=dict)  # part of the page → its figures
+    answers: list[SideBySide] = field(default_factory=list)
     transports: list[Transport] = field(default_factory=list)
     seeds: list[runs.Seeds] = field(default_factory=list)
     chosen: str = ""  # why this baseline, where none was asked for
@@ -122,10 +124,12 @@ def build(
         "seeds": [picture for picture in spread if picture],
         "costs": [figures.cost(ratio, paper=paper) for ratio in ratios[-1:] if ratio],
     }
+    content.answers = side_by_side(comparison, collected.references)
     content.transports = [_transport(o, i) for i, o in enumerate(_drifts(collected), start=1)]
     content.tables = [
         _wide(comparison),
         _long(comparison),
+        *([answers_table(content.answers)] if content.answers else []),
         *(runs.seeds_table(group, i) for i, group in enumerate(content.seeds, start=1)),
         *(table for table in (runs.costs(collected), runs.counts(collected)) if table.rows),
         *(transport.masses for transport in content.transports if transport.masses),
@@ -204,7 +208,7 @@ def render(content: Content, folder: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"line": one_line, "shown": shown, "token": readable, "count": number}
+    environment.filters |= {"line": one_line, "shown": shown, "token": readable, "count": number, "passage": passage}
     comparison, collected = content.comparison, content.collected
     notes = _Notes()
     scores = _sections([row for row in comparison.rows if row.score], comparison, notes)
@@ -403,14 +407,14 @@ def _what(record: Record) -> str:
 
 
 def _said(record: Record) -> dict[str, Any]:
-    """What a record says besides its numbers and what figures show; short entries first, as the end is cut."""
+    """What a record says and the page shows nowhere else; short entries first, as the end is cut."""
     if record.kind == "redteam":
         models = record.results["models"].items()
         return {m: {k: of[k] for k in ("undecided", "failed") if of.get(k)} for m, of in models}
     if record.kind != "evaluation":
         return {}
     unfinished = record.results.get("unfinished")
-    said = {name: value for name, value in record.results["details"].items() if name not in _DRAWN}
+    said = {name: value for name, value in record.results["details"].items() if name not in _SHOWN}
     ordered = dict(sorted(said.items(), key=lambda entry: isinstance(entry[1], dict | list)))
     return {"unfinished": unfinished, **ordered} if unfinished else ordered
 
