@@ -5,11 +5,10 @@ AOT sorts within a micro-batch: the larger it is, the more there is to sort, and
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 from trl import DPOConfig
 
 from plot_align import PlotConfig, PlotDPOTrainer
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__, loss_type=["aot", "aot_unpaired"])
 trainer = PlotDPOTrainer(

@@ -1,4 +1,4 @@
-"""What the examples share: their command line, settings for a small model on a CPU, and the report at the end."""
+"""What the examples share: their command line, the demo's pairs, settings for a small model, the report at the end."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import argparse
 import tempfile
 from typing import Any
 
+from plot_align.demo.data import pairs
+
+from plot_align.demo.train import fast_bf16, on_cpu
+from plot_align.fetch import fetch
+
+__all__ = ["arguments", "pairs", "report", "settings"]
+
 
 def arguments(description: str, **choices: list[str]) -> argparse.Namespace:
     """``--steps``, ``--alpha``, ``--model``, and an option for each of ``choices``, the first value its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps")
     parser.add_argument("--alpha", type=float, help="weight of the PLOT term; none: balanced")
-    parser.add_argument("--model", help="a checkpoint folder with a chat template; none: the sandbox's base model")
+    parser.add_argument("--model", help="a checkpoint folder with a chat template; none: SmolLM2-135M-Instruct")
     for name, values in choices.items():
         parser.add_argument(f"--{name}", choices=values, default=values[0], help="which one")
     options = parser.parse_args()
-    if options.model is None:
-        from plot_align.sandbox import build_base
-
-        options.model = str(build_base())  # about a minute the first time, then cached
+    options.model = str(fetch(options.model))
     return options
 
 
-def settings(steps: int, batch_size: int = 16) -> dict[str, Any]:
-    """Training arguments of every TRL config: a CPU, a small model, five lines of log, nothing kept."""
+def settings(steps: int, batch_size: int = 8) -> dict[str, Any]:
+    """Training arguments of every TRL config: a small model, five lines of log, nothing kept."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="plot-align-example-"),
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-5,
         "logging_steps": max(1, steps // 5),
         "save_strategy": "no",
         "report_to": "none",
-        "bf16": False,
+        "bf16": fast_bf16(),
+        "use_cpu": on_cpu(),
         "gradient_checkpointing": False,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 from transformers import AutoTokenizer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from plot_align import PlotConfig, attach
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__, method=["cpo", "simpo", "orpo"])
 shared = settings(options.steps)

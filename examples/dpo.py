@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 from trl import DPOConfig
 
 from plot_align import PlotConfig, PlotDPOTrainer
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__, loss_type=["sigmoid", "sigmoid+sft"])
 trainer = PlotDPOTrainer(

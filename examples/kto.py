@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 from trl import KTOConfig, KTOTrainer
 
 from plot_align import PlotConfig, attach
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__)
 trainer = KTOTrainer(model=options.model, args=KTOConfig(**settings(options.steps)), train_dataset=pairs())

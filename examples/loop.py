@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from common import arguments
+from common import arguments, pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plot_align import PlotLoss, estimate, line
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__)
 alpha = 0.1 if options.alpha is None else options.alpha
@@ -18,11 +17,11 @@ data = pairs()
 preference = estimate(data, tokenizer)
 rows = model.get_output_embeddings().weight.size(0)
 plot = PlotLoss(preference.target(size=rows), line(model.get_input_embeddings().weight))
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
 
 history = []
 for step in range(options.steps):
-    batch = [data[(16 * step + i) % len(data)] for i in range(16)]
+    batch = [data[(8 * step + i) % len(data)] for i in range(8)]
     chats = [row["prompt"] + row["chosen"] for row in batch]
     tokens = tokenizer.apply_chat_template(chats, padding=True, return_dict=True, return_tensors="pt")
     prompts = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in batch]

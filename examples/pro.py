@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 
 from plot_align import PlotConfig, PlotPROTrainer, PROConfig
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__)
 
 
 def ranked(row):
-    """A list of any length, with a reward for each; the sandbox has two answers to a prompt."""
+    """A list of any length, with a reward for each; our pairs have two answers to a prompt."""
     return {"completions": [row["chosen"], row["rejected"]], "rewards": [1.0, 0.0]}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from common import arguments, report, settings
+from common import arguments, pairs, report, settings
 from transformers import AutoTokenizer
 from trl import SFTConfig
 
 from plot_align import PlotConfig, PlotSFTTrainer, estimate
-from plot_align.sandbox import pairs
 
 options = arguments(__doc__)
 data = pairs()

@@ -1,4 +1,4 @@
-"""The demo's four arms on real human preferences: HH-RLHF pairs, a small model first tuned on the chosen side.
+"""Four arms on real human preferences: HH-RLHF pairs, a small model first tuned on the chosen side.
 
     python experiments/hh_rlhf.py path/to/hh_rlhf_harmless_2000.jsonl.gz --output runs/hh
 
@@ -28,10 +28,16 @@ from rich.table import Table
 
 from plot_align.estimate import load_pairs
 from plot_align.records import mean_of, read_record, write_record
-from plot_align.sandbox.demo import ARMS, BASE
 from plot_align.sandbox.experiment import Arm, Probe, quiet
 from plot_align.training import PlotConfig, attach
 
+BASE = Arm("base")
+ARMS = (
+    Arm("DPO", ("sigmoid",)),
+    Arm("DPO+SFT", ("sigmoid", "sft")),
+    Arm("DPO+PLOT", ("sigmoid",), PlotConfig()),
+    Arm("DPO+SFT+PLOT", ("sigmoid", "sft"), PlotConfig()),
+)
 HELD_OUT = 200
 MAX_LENGTH = 128
 KEYS = ("accuracy", "reward_accuracy", "chosen_logp", "rejected_logp", "chosen_nll", "distance")

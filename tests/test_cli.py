@@ -714,41 +714,6 @@ def test_a_mixture_trains_and_evaluates(run: Run, trl_yaml: Path, pairs_file: Pa
     assert "eval_loss" in out
 
 
-def test_demo_ends_with_an_evaluation_and_the_page(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_base: Path
-) -> None:
-    """The training is left out; what it leaves behind is evaluated and reported by the commands of a user."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from plot_align import estimate, sandbox
-    from plot_align.sandbox import demo
-
-    tuned = tmp_path / "tuned"
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny_base), AutoModelForCausalLM.from_pretrained(tiny_base)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[7:20] += 0.5
-    model.save_pretrained(tuned)
-    tokenizer.save_pretrained(tuned)
-    calls = []
-
-    def main(**options: Any) -> demo.Tuned:
-        calls.append(options)
-        counts = estimate(sandbox.pairs(per_category=2), tokenizer, progress=False)
-        counts.save(tmp_path / "preference.safetensors")
-        return demo.Tuned({"base": tiny_base, "DPO": tuned}, tmp_path / "preference.safetensors")
-
-    monkeypatch.setattr(demo, "main", main)
-    code, out, err = run("demo", "--quick", "--output", tmp_path, "--seeds", 2)
-    assert code == 0, err
-    assert calls == [{"quick": True, "output": tmp_path, "seeds": 2}]
-    assert f"$ plot-align evaluate base={tiny_base} DPO={tuned} --suite sandbox" in out
-    for model in ("base", "DPO"):
-        assert len(list((tmp_path / "evaluation" / model).glob("*.json"))) == 15
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "a small offline world" in page
-    assert "The transport itself" in page
-
-
 def test_dpo_names_the_row_without_rejected(run: Run, tiny_llama: Path, pair_rows: Any, tmp_path: Path) -> None:
     """Before the model is loaded, and with nothing written."""
     rows = [dict(row) for row in pair_rows]

@@ -1,4 +1,4 @@
-"""The demo's machinery on a base of a few steps: records, resuming, pairing by seed, the table."""
+"""Runs on a base of a few steps: records, resuming, pairing by seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from plot_align.errors import InputError, RunError
-from plot_align.sandbox import CATEGORIES, build_base, demo
+from plot_align.sandbox import CATEGORIES, build_base
 from plot_align.sandbox.experiment import (
     METHODS,
     Arm,
@@ -186,38 +186,6 @@ def test_flipped_pairs() -> None:
         assert (b["chosen"], b["rejected"]) == (
             (a["rejected"], a["chosen"]) if flipped else (a["chosen"], a["rejected"])
         )
-
-
-def result(**scores: float) -> dict:
-    values = {
-        "over_refusal": 0.5,
-        "twin_help": 0.5,
-        "nll_good": 1.0,
-        "fluent": 1.0,
-        "distinct_2": 0.2,
-        "distance": 0.1,
-    }
-    entry = {key: {"value": scores.get(key, value), "n": 1} for key, value in values.items()}
-    return entry | {"scores": {c: {"value": scores.get(c, 0.5), "n": 1} for c in demo.CATEGORIES}}
-
-
-def test_the_verdict_says_worse_where_it_is_worse(capsys: pytest.CaptureFixture) -> None:
-    """Every seed down is worse, every seed up better, mixed signs neither; less over-refusal is better."""
-    from rich.console import Console
-
-    plain = [result() for _ in range(3)]
-    with_plot = [
-        result(stem=0.4, coding=0.6, humanity=0.5 + (-1) ** seed * 0.1, over_refusal=0.3, nll_good=1.2)
-        for seed in range(3)
-    ]
-    runs = {"base": plain, "DPO": plain, "DPO+SFT": plain, "DPO+PLOT": with_plot, "DPO+SFT+PLOT": plain}
-    summary = demo._summary(runs, {})
-    demo._print_verdict(Console(width=500), summary)
-    line = capsys.readouterr().out.splitlines()[0]
-    assert "better in coding, over-refusal; worse in stem, NLL of good answers; no clear sign in" in line
-    assert "humanity" in line.split("no clear sign in")[1]
-    assert "| stem ↑ |" in demo._markdown(summary, 3)
-    assert summary["plot_minus_without"]["DPO+PLOT"]["stem"]["value"] == pytest.approx(-0.1)
 
 
 def test_a_kept_checkpoint_is_the_model_that_was_judged(tiny_base: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def make_parser() -> Parser:
     )
     parser.usage = "plot-align evaluate MODEL [MODEL ...] [options]"
     parser.add_argument("models", metavar="MODEL", nargs="+", help="hub id or folder of a chat model, or NAME=MODEL")
-    parser.add_argument("--suite", default="quick", help="paper, quick, sandbox or a .yaml file (%(default)s)")
+    parser.add_argument("--suite", default="quick", help="paper, quick or a .yaml file (%(default)s)")
     parser.add_argument("--reference", metavar="MODEL", help="what the models were tuned from: KL, drift, shifts")
     parser.add_argument("--preference", metavar="FILE", help="from `plot-align estimate`: distance to the target")
     parser.add_argument("--only", metavar="A,B", help="measures, sections or kinds of the suite")

@@ -55,11 +55,18 @@ class Setting:
     seed: int = 0
 
 
+def on_cpu() -> bool:
+    """Whether there is no GPU, which TRL wants to be told before it takes bfloat16."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
 def fast_bf16() -> bool:
     """Whether this machine multiplies in bfloat16 faster than in float32: a GPU that can, or AVX512-BF16 or AMX."""
     import torch
 
-    if torch.cuda.is_available():
+    if not on_cpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
@@ -80,7 +87,7 @@ def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Pa
         loss_type=list(arm.loss_type),
         max_length=setting.max_length,
         bf16=setting.bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu(),
         seed=setting.seed,
         gradient_checkpointing=False,  # this model fits; recomputing would cost a third of the time
         save_steps=max(1, -(-setting.steps // 3)),
