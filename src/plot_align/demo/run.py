@@ -24,6 +24,8 @@ from plot_align.reading import file_digest
 from plot_align.records import measure, write_record
 
 BASE = "base"
+PREFILL = 4  # tokens of the target that an answer is begun with
+NEW_TOKENS = 48  # of an answer: enough to see whether it refuses
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,8 @@ class _Files:
         behaviors = data.behaviors()[: size.harmful]
         texts = {
             "targets.json": json.dumps({b.id: targets[b.id] for b in behaviors}, indent=1),
-            "attacks.yaml": f"prefill: {{}}\nbest_of_n: {{n: {size.samples}}}\n",
-            "suite.yaml": _SUITE.format(folder=folder, benign=size.benign),
+            "attacks.yaml": f"prefill: {{tokens: {PREFILL}}}\nbest_of_n: {{n: {size.samples}}}\n",
+            "suite.yaml": _SUITE.format(folder=folder, benign=size.benign, tokens=NEW_TOKENS),
         }
         for name, text in texts.items():
             with complete_or_absent(folder / name) as temporary:
@@ -235,16 +237,16 @@ class _Files:
 
 
 _SUITE = """\
-# What the demo measures; 48 new tokens show whether an answer refuses.
+# What the demo measures.
 harmlessness:
-  direct: {{kind: attack_success, behaviors: {folder}/harmful.csv, max_new_tokens: 48}}
+  direct: {{kind: attack_success, behaviors: {folder}/harmful.csv, max_new_tokens: {tokens}}}
 helpfulness:
   preference_accuracy: {{kind: preference_accuracy, pairs: {folder}/heldout.jsonl}}
 guards:
-  over_refusal: {{kind: over_refusal, benign: {folder}/benign.csv, max_new_tokens: 48}}
+  over_refusal: {{kind: over_refusal, benign: {folder}/benign.csv, max_new_tokens: {tokens}}}
   displacement: {{kind: displacement, pairs: {folder}/heldout.jsonl}}
-  diversity: {{kind: diversity, limit: {benign}, max_new_tokens: 48}}
-  kl: {{kind: kl, limit: {benign}, max_new_tokens: 48}}
+  diversity: {{kind: diversity, limit: {benign}, max_new_tokens: {tokens}}}
+  kl: {{kind: kl, limit: {benign}, max_new_tokens: {tokens}}}
   drift: {{kind: drift, pairs: {folder}/heldout.jsonl}}
 """
 
@@ -263,7 +265,14 @@ def _redteam_arguments(name: str, source: Path, files: _Files, output: Path, dty
     return [
         f"{name}={source}",
         *("--behaviors", f"{folder}/attacked.csv", "--targets", f"{folder}/targets.json"),
-        *("--attacks", "prefill,best_of_n", "--options", f"{folder}/attacks.yaml", "--max_new_tokens", "48"),
+        *(
+            "--attacks",
+            "prefill,best_of_n",
+            "--options",
+            f"{folder}/attacks.yaml",
+            "--max_new_tokens",
+            str(NEW_TOKENS),
+        ),
         *("--dtype", dtype, "--batch_size", "64", "--seed", str(seed), "--output", str(output / "redteam")),
     ]
 
