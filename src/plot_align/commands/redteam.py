@@ -18,7 +18,7 @@ from plot_align.commands.common import (
 )
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
-from plot_align.redteam.names import ATTACKS, JUDGES, TELL_REFUSALS
+from plot_align.redteam.names import ATTACKS, CURVES, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
     )
-    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. gcg: {steps: 100}")
+    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. prefill: {tokens: 8}")
     parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
     parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
     parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
@@ -395,10 +395,10 @@ def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
 
 
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
-    """A curve an attack: against the cases where there are several, against the steps where they were asked for."""
+    """The curves of each attack, where they have two points."""
     from plot_align.redteam.curves import draw
 
-    for key, xlabel in (("by_cases", "test cases a behaviour"), ("by_steps", "update steps")):
+    for key, xlabel in CURVES.items():
         for attack in next(iter(measured.values()))[key]:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):
