@@ -221,9 +221,8 @@ class _OwnDraws:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``scores``: logits (B, V) of the next token, after the processors of the model's generation config."""
         draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
-        logits = scores.to(
-            "cpu" if scores.device.type == "mps" else scores.device, torch.float64
-        )  # MPS has no float64
+        device = "cpu" if scores.device.type == "mps" else scores.device  # MPS has no float64
+        logits = scores.to(device, torch.float64)  # (B, V)
         logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature  # no overflow, however cold
         if self._nucleus is not None:
             logits = self._nucleus(input_ids, logits)

@@ -18,7 +18,7 @@ from plot_align.commands.common import (
 )
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
-from plot_align.redteam.names import ATTACKS, CURVES, JUDGES, TELL_REFUSALS
+from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -398,7 +398,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
     """The curves of each attack, where they have two points."""
     from plot_align.redteam.curves import draw
 
-    for key, xlabel in CURVES.items():
+    for key, xlabel in ATTACK_CURVES.items():
         for attack in next(iter(measured.values()))[key]:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):

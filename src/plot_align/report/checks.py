@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plot_align.evaluation.quantity import SECTIONS
-from plot_align.redteam.names import CURVES as ATTACK_CURVES
+from plot_align.redteam.names import ATTACK_CURVES
 
 _ROUNDING = 1e-6  # of a mean, relative to its items
 

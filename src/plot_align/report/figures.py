@@ -17,7 +17,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from plot_align.evaluation.quantity import CATEGORIES
-from plot_align.redteam.names import CURVES as ATTACK_CURVES
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title

@@ -11,7 +11,7 @@ from typing import Any
 
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.records import mean_of, paired
-from plot_align.redteam.names import CURVES as ATTACK_CURVES
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.collect import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
 
