@@ -143,8 +143,12 @@ def complete(
         asked[name] = [{"test_case": case, **prefix} for case in cases] * answering.samples
 
     def current(part: list[tuple[str, int]]) -> bool:
-        there = [found.get(name, [])[i : i + 1] for name, i in part]
-        return there == [[{**row[0], **asked[name][i]}] for row, (name, i) in zip(there, part, strict=True) if row]
+        return all(
+            row.get(key) == asked[name][i].get(key)
+            for name, i in part
+            for row in (found.get(name, [])[i : i + 1] or [{}])
+            for key in ("test_case", "prefix")
+        )
 
     names = list(test_cases)
     parts: list[list[tuple[str, int]]] = []  # what is answered together: behaviour and index of the row
