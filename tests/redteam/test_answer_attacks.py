@@ -360,7 +360,9 @@ def test_rates_and_curves_are_those_of_the_files(victim: Victim, tmp_path: Path)
     attacks: list[Attack] = [Prefill(3), BestOfN(4)]
     budget = Budget(max_new_tokens=NEW)
     found = measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, Judges(odd, odd), budget, tmp_path, bar=bar)
-    assert list(found["attacks"]) == ["Prefill (3 tokens)", "BestOfN (any of 4)"]
+    assert list(found["attacks"]) == ["Prefill", "BestOfN"]
+    assert found["titles"] == {"Prefill": "Prefill (3 tokens)", "BestOfN": "BestOfN (any of 4)"}
+    assert found["options"] == {"Prefill": {"tokens": 3, "text": None}, "BestOfN": {"temperature": 1.0}}
     assert all(done == total for done, total in bars.values())
 
     def lengths(of: str) -> Iterator[list[int]]:
@@ -380,12 +382,10 @@ def test_rates_and_curves_are_those_of_the_files(victim: Victim, tmp_path: Path)
         labels = list(lengths(f"Prefill/{tokens}_tokens"))
         assert [len(of) for of in labels] == [1, 1, 1]
         assert entry["value"] == pytest.approx(sum(of[0] for of in labels) / 3)
-    assert found["by_tokens"]["Prefill"][3]["value"] == pytest.approx(
-        sum(found["attacks"]["Prefill (3 tokens)"].values()) / 3
-    )
+    assert found["by_tokens"]["Prefill"][3]["value"] == pytest.approx(sum(found["attacks"]["Prefill"].values()) / 3)
     samples = list(lengths("BestOfN/default"))
     assert [len(of) for of in samples] == [4, 4, 4]
-    assert list(found["attacks"]["BestOfN (any of 4)"].values()) == [float(any(of)) for of in samples]
+    assert list(found["attacks"]["BestOfN"].values()) == [float(any(of)) for of in samples]
     for k, entry in found["by_samples"]["BestOfN"].items():
         draws = [list(itertools.combinations(of, k)) for of in samples]
         assert entry["value"] == pytest.approx(sum(sum(map(any, of)) / len(of) for of in draws) / 3)

@@ -303,16 +303,16 @@ def _report(
     table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
-    for attack in first["attacks"]:
-        shown[f"ASR, {attack}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
+    for attack, title in first["titles"].items():
+        shown[f"ASR, {title}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
     for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
         shown[heading] = {m: share(list(r[key].values())) for m, r in measured.items()}
     for heading, entries in shown.items():
         table.add_row(heading, *(_cell(entry) for entry in entries.values()))
     balances = {
         m: {
-            a: balance(shown[f"ASR, {a}"][m]["value"], shown["benign requests helped"][m]["value"])
-            for a in r["attacks"]
+            a: balance(shown[f"ASR, {title}"][m]["value"], shown["benign requests helped"][m]["value"])
+            for a, title in r["titles"].items()
         }
         for m, r in measured.items()
     }
@@ -325,7 +325,9 @@ def _report(
     paired: dict[str, Any] = {}
     if len(measured) == 2:
         control, treated = measured.values()
-        kinds = {f"ASR, {a}": (treated["attacks"][a], control["attacks"][a]) for a in control["attacks"]}
+        kinds = {
+            f"ASR, {title}": (treated["attacks"][a], control["attacks"][a]) for a, title in first["titles"].items()
+        }
         kinds["over-refusal"] = (treated["refused"], control["refused"])
         kinds["benign requests helped"] = (treated["helped"], control["helped"])
         kinds = {name: (a, b) for name, (a, b) in kinds.items() if a.keys() & b.keys()}

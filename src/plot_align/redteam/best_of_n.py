@@ -1,7 +1,7 @@
 """Best of N: the plain request, answered N times by sampling; broken where any answer complies.
 
-Anyone can ask again. J. Hughes et al. (arXiv 2412.03556) use the name where each sample has an altered prompt; here the
-prompt stays as it is, which is their baseline. HarmBench has no such method, so the folder's name is ours.
+Anyone can ask again. J. Hughes et al. (arXiv 2412.03556) use the name where each sample has an altered prompt; here
+the prompt stays as it is, which is their baseline. HarmBench has no such method, so the folder's name is ours.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from plot_align.redteam.curves import snapshot_cases, success_at_cases
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.harmbench import Layout, Rows, read_test_cases, success_by_behavior
 from plot_align.redteam.judges import Judge, agreement
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 from plot_align.statistics import share
@@ -75,16 +76,16 @@ def measure(
         bar: called with a description and a total; returns what moves it.
 
     Returns:
-        By the attack's title: ``attacks`` (behaviour → success rate), ``failed`` (behaviour → why it has no case),
-        ``agreement`` of the judges, ``undecided`` (n and the first reason). The curves by its name: ``by_cases``,
-        ``by_samples``, ``by_tokens``, ``by_steps``. ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+        By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
+        has no case), the curves (:data:`plot_align.redteam.names.ATTACK_CURVES`), ``agreement`` of the judges;
+        ``undecided`` (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
         InputError: as in :mod:`plot_align.redteam.run`, or a judge reads no answer where the attack is on the answer.
         RunError: a judge decided nothing.
     """
     length: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
-    kinds = ("attacks", "failed", "agreement", "by_cases", "by_samples", "by_tokens", "by_steps", "undecided")
+    kinds = ("attacks", "titles", "options", "failed", "agreement", *ATTACK_CURVES, "undecided")
     found: dict[str, Any] = {kind: {} for kind in kinds}
     for attack in attacks:  # all of them before the first, which may take hours
         answering = attack.answering(victim, harmful, targets, budget.seed)
@@ -117,14 +118,17 @@ def measure(
         rows = [row for of_one in results.values() for row in of_one]
         unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
         _decided(f"{attack.title}'s cases", unsure, len(rows))
-        found["undecided"][attack.title] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+        what = attack.name if attack in attacks else attack.title
+        found["undecided"][what] = {"n": len(unsure), "first": unsure[0] if unsure else None}
         return layout, steps, failed, answers, results
 
     for attack in attacks:
         layout, steps, failed, answers, results = attacked(attack)
         rates = success_by_behavior(results, any_answer=attack.any_answer)
-        found["attacks"][attack.title] = rates
-        found["failed"][attack.title] = failed
+        found["attacks"][attack.name] = rates
+        found["titles"][attack.name] = attack.title
+        found["options"][attack.name] = attack.identity
+        found["failed"][attack.name] = failed
         found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(results)
         for tokens, other in attack.by_tokens.items():
             then = rates if other == attack else success_by_behavior(attacked(other)[-1])
@@ -139,7 +143,7 @@ def measure(
         if judges.second is not None:
             other_results = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
             pairs = [[row["label"] for of in r.values() for row in of] for r in (results, other_results)]
-            found["agreement"][attack.title] = agreement(*pairs)
+            found["agreement"][attack.name] = agreement(*pairs)
     layout = Layout(output, "Benign", DirectRequest().experiment(victim))
     advance, _ = bar("benign requests", len(benign))
     cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)

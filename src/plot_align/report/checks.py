@@ -151,6 +151,9 @@ def check_redteam(content: Mapping[str, Any]) -> None:
             for value in _mapping(f"{place}.{part}", of).values():
                 if not 0 <= _number(f"{place}.{part}", value) <= 1:
                     raise ValueError(f"{place}.{part} has {value}, which is no rate")
+        for attack, title in _mapping(f"{place}.titles", found.get("titles") or {}).items():
+            _text(f"{place}.titles.{attack[:40]}", title)
+        _mapping(f"{place}.options", found.get("options") or {})
         for what, entry in _mapping(f"{place}.undecided", found.get("undecided") or {}).items():
             _check_counted(f"{place}.undecided.{what[:40]}", entry)
         for what, reasons in _mapping(f"{place}.failed", found.get("failed") or {}).items():
