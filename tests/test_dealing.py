@@ -39,6 +39,10 @@ guards:
   kl: {{kind: kl, prompts: sandbox, limit: 20, max_new_tokens: 8}}
   success: {{kind: attack_success, behaviors: sandbox, attack: random, limit: 5, judge: sandbox,
              max_new_tokens: 8}}
+  success_begun: {{kind: attack_success, behaviors: sandbox, attack: prefill, limit: 5, judge: sandbox,
+                   max_new_tokens: 8}}
+  success_sampled: {{kind: attack_success, behaviors: sandbox, attack: best_of_n, attack_options: {{n: 3}}, limit: 5,
+                     judge: sandbox, max_new_tokens: 8}}
 humanity:
   talk: {{kind: mt_bench, max_new_tokens: 8}}
 """

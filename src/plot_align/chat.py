@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -95,7 +95,7 @@ def continue_rows(
     parts = continue_each(
         model,
         tokenizer,
-        [rows],
+        [[Start(row) for row in rows]],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         temperature=temperature,
@@ -106,10 +106,24 @@ def continue_rows(
     return next(parts)
 
 
+class Start(NamedTuple):
+    """What a model goes on from.
+
+    Attributes:
+        ids: token ids of the prompt, and of the answer as far as it is begun.
+        begun: how many of them, the last ones, belong to the answer; the text that comes back starts with theirs.
+        seed: of this row's own sampling; None where its batch has one.
+    """
+
+    ids: Sequence[int]
+    begun: int = 0
+    seed: int | None = None
+
+
 def continue_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    parts: Iterable[Sequence[Sequence[int]]],
+    parts: Iterable[Sequence[Start]],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -120,7 +134,8 @@ def continue_each(
 ) -> Iterator[list[str]]:
     """:func:`continue_rows` of each part, none of which shares a batch with another.
 
-    Batches are dealt to all processes (:func:`plot_align.dealing.each`); where they sample, each has its own seed.
+    Batches are dealt to all processes (:func:`plot_align.dealing.each`). Where they sample, each has its own seed, or
+    each row has (:attr:`Start.seed`): its draws are then the same in any batch, as far as rounding is.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -129,10 +144,10 @@ def continue_each(
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     plans = []  # a part: its rows, and their indices batch by batch
     for rows in parts:
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         plans.append((rows, [order[start : start + batch_size] for start in range(0, len(order), batch_size)]))
     jobs = (
-        (*_padded_left([rows[i] for i in batch], pad), _batch_seed(seed, number))
+        ([rows[i] for i in batch], _batch_seed(seed, number))
         for rows, batches in plans
         for number, batch in enumerate(batches)
     )
@@ -152,10 +167,15 @@ def _continued(
     max_new_tokens: int,
     pad: int,
     sampling: dict[str, float],
-    job: tuple[torch.Tensor, torch.Tensor, int],
+    job: tuple[list[Start], int],
 ) -> list[str]:
-    """What comes after the rows of one batch: ids (B, T), attention mask (B, T), seed of the sampling."""
-    ids, mask, seed = job
+    """What comes after the rows of one batch: the rows, seed of the sampling."""
+    rows, seed = job
+    ids, mask = _padded_left([row.ids for row in rows], pad)  # (B, T) each
+    seeds = [row.seed for row in rows if row.seed is not None] if sampling else []
+    how: dict[str, Any] = {"do_sample": True, **sampling} if sampling and not seeds else {"do_sample": False}
+    if seeds:
+        how["logits_processor"] = [_OwnDraws(seeds, sampling["temperature"], sampling["top_p"])]
     # A chat model may end its turn with a token of its own, which its generation config lists beside EOS.
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     devices = [model.device] if model.device.type == "cuda" else []
@@ -165,13 +185,50 @@ def _continued(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=bool(sampling),
             use_cache=True,
             eos_token_id=ends,
             pad_token_id=pad,
-            **sampling,
+            **how,
         )  # (B, T + new)
-    return tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
+    for r, row in enumerate(rows):
+        if row.begun:
+            begun = tokenizer.decode(row.ids[len(row.ids) - row.begun :], skip_special_tokens=True)
+            whole = tokenizer.decode(out[r, ids.size(1) - row.begun :], skip_special_tokens=True)
+            # Decoded together they keep the space between them; apart only where a character is cut in two.
+            texts[r] = whole if whole.startswith(begun) else begun + texts[r]
+    return texts
+
+
+class _OwnDraws:
+    """Makes of a greedy choice a sample: every token but the drawn one is ruled out.
+
+    A row's draws come from its own generator, one number in [0, 1) a token, the same on every device; the token is the
+    first one whose cumulative probability exceeds it.
+
+    Args:
+        seeds: one a row.
+        temperature, top_p: of the sampling.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
+        from transformers import TopPLogitsWarper
+
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+        self._nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores``: logits (B, V) of the next token, after the processors of the model's generation config."""
+        draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
+        device = "cpu" if scores.device.type == "mps" else scores.device  # MPS has no float64
+        logits = scores.to(device, torch.float64)  # (B, V)
+        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature  # no overflow, however cold
+        if self._nucleus is not None:
+            logits = self._nucleus(input_ids, logits)
+        upto = logits.softmax(-1).cumsum(-1)  # (B, V)
+        drawn = torch.searchsorted(upto, torch.stack(draws).to(device) * upto[:, -1:], right=True)  # (B, 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.to(scores.device), 0.0)
 
 
 def _padded_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

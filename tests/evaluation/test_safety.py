@@ -140,6 +140,27 @@ def test_the_first_test_case_of_an_attack_is_kept(subject: Subject, monkeypatch:
     assert list(found.quantities["asr"]["items"].values()) == [0.5, 0.5, 0.5]
 
 
+def test_attacks_on_the_answer_say_of_what_their_rate_is(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that holds one answer of three for a success: any of them is enough; begun answers are begun."""
+    monkeypatch.setattr("plot_align.redteam.judges.RefusalPrefixes._judge", lambda self, text: Judged(len(text) % 2))
+    options: dict[str, Any] = {"behaviors": "sandbox", "limit": 4, "max_new_tokens": 6, "judge": "prefixes"}
+    found = AttackSuccess(attack="best_of_n", attack_options={"n": 3}, **options).run(subject)
+    assert found.quantities["asr"]["title"] == "Attack success, best_of_n (any of 3)"
+    rows = json.loads((tmp_path / "redteam" / "BestOfN" / "tiny" / "results" / "tiny.json").read_text())
+    assert [len(of) for of in rows.values()] == [3] * 4
+    assert any(len({row["label"] for row in of}) == 2 for of in rows.values())
+    assert found.quantities["asr"]["items"] == {
+        name: float(any(row["label"] for row in of)) for name, of in rows.items()
+    }
+    found = AttackSuccess(attack="prefill", attack_options={"tokens": 2}, **options).run(subject)
+    assert found.quantities["asr"]["title"] == "Attack success, prefill (2 tokens)"
+    begun = json.loads((tmp_path / "redteam" / "Prefill" / "tiny" / "completions" / "tiny.json").read_text())
+    targets = world.targets(world.behaviors(0, 4))
+    assert all(targets[name].startswith(row["prefix"]) and row["prefix"] for name, (row,) in begun.items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

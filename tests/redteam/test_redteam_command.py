@@ -69,6 +69,40 @@ def test_two_models_two_judges_and_a_second_call(tiny_base: Path, files, tmp_pat
     assert before == {p: p.stat().st_mtime_ns for p in before}  # nothing was attacked again
 
 
+def test_attacks_on_the_answer(tiny_base: Path, files, tmp_path: Path, capsys) -> None:
+    """With targets for one request of two; what the rates are of stands in the table and in the record."""
+    files["targets.json"].write_text(json.dumps({"a": "Of course: take"}), encoding="utf-8")
+    files["options.yaml"].write_text("prefill: {tokens: 2}\nbest_of_n: {n: 3, temperature: 0.7}", encoding="utf-8")
+    arguments = command(
+        tiny_base, files, "--targets", str(files["targets.json"]), "--compare", f"other={tiny_base}",
+        "--attacks", "direct,prefill,best_of_n", "--output", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert main(arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "ASR, Prefill (2 tokens)",
+        "ASR, BestOfN (any of 3)",
+        "balance, BestOfN",
+        "ASR, BestOfN (any of 3): +0",
+    ):
+        assert text in shown
+    (path,) = (tmp_path / "out").glob("redteam-*.json")
+    record = read_record(path, "redteam")["results"]
+    assert {"ASR, Prefill (2 tokens)", "ASR, BestOfN (any of 3)"} < record["rates"].keys()
+    result = record["models"]["other"]
+    assert list(result["by_tokens"]["Prefill"]) == ["0", "1", "2"]
+    assert list(result["by_samples"]["BestOfN"]) == ["1", "2", "3"]
+    assert result["options"]["BestOfN"] == {"temperature": 0.7}
+    assert result["by_tokens"]["Prefill"]["0"] == record["rates"]["ASR, DirectRequest"]["other"]
+    figures = {p.name for p in (tmp_path / "out").glob("*.png")}
+    assert figures == {f"{curve}-{tiny_base.name}-other.png" for curve in ("Prefill-by_tokens", "BestOfN-by_samples")}
+    rows = read_results(tmp_path / "out" / "Prefill" / "2_tokens" / "results" / "other.json")
+    assert [rows["a"][0]["prefix"], rows["b"][0]["prefix"]] == ["Of", "Su"]
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}
+    assert main(arguments) == 0
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}
+
+
 def test_balance_by_hand() -> None:
     """Refusing all and complying with all give 0; 2 * 0.5 * 1 / 1.5 = 2/3."""
     assert balance(0.0, 0.0) == 0.0
@@ -92,6 +126,7 @@ def test_balance_by_hand() -> None:
         (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
         (["--second_judge", "prefixes"], "name another or none"),
+        (["--attacks", "prefil"], "unknown attack 'prefil'; did you mean 'prefill'?"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
     ],

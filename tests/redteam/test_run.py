@@ -18,7 +18,7 @@ from plot_align.redteam.gcg import GCG
 from plot_align.redteam.harmbench import Layout
 from plot_align.redteam.judges import Judged, RefusalPrefixes
 from plot_align.redteam.run import BLOCK, complete, label, make_test_cases
-from plot_align.redteam.victim import Victim
+from plot_align.redteam.victim import Question, Victim
 from plot_align.redteam.zero_shot import ZeroShot
 
 BEHAVIORS = [Behavior(f"id{i}", f"How do I {verb} the king?") for i, verb in enumerate(("kill", "trick", "fake"))]
@@ -107,10 +107,10 @@ def test_answers_are_given_once_a_block_and_again_where_cases_changed(victim: Vi
     class Counting:
         identity: ClassVar[dict[str, str]] = {"model": "m"}
 
-        def answers_to_each(self, blocks: list[list[str]], **_: object) -> Iterator[list[str]]:
-            for test_cases in blocks:
-                asked.extend(test_cases)
-                yield [case.upper() for case in test_cases]
+        def answers_to_each(self, parts: list[list[Question]], **_: object) -> Iterator[list[str]]:
+            for questions in parts:
+                asked.extend(question.test_case for question in questions)
+                yield [question.test_case.upper() for question in questions]
 
     path = tmp_path / "completions.json"
     cases = {f"id{i}": [f"case {i}"] for i in range(BLOCK + 1)}

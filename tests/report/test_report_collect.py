@@ -208,6 +208,7 @@ def test_every_kind_is_taken_and_an_unknown_one_listed(everything: Path) -> None
     attacked = next(o for o in found.observations if o.measure == "redteam GCG" and o.model == "base")
     assert attacked.quantity["value"] == 0.75  # of 1.0 and 0.5
     assert attacked.section == "harmlessness"
+    assert attacked.quantity["title"] == "Attack success, GCG (as asked)"
 
 
 def test_the_newest_is_shown_and_it_is_said(evaluation: Any) -> None:
@@ -281,3 +282,18 @@ def test_weighted_means_are_checked_with_their_weights(evaluation: Any) -> None:
     edit(path, lambda c: _quantity(c)["weights"].update(a=1.0))
     with pytest.raises(InputError, match=r"its items average to 2\.5"):
         collect([path])
+
+
+@pytest.mark.parametrize(("key", "other"), [("titles", "GCG (any of 2)"), ("options", {"temperature": 0.5})])
+def test_an_attack_made_otherwise_is_not_the_same_measurement(
+    everything: Path, tmp_path: Path, key: str, other: object
+) -> None:
+    def alike() -> dict[str, str]:
+        return {o.measure: o.alike for o in collect([tmp_path]).observations if o.model == "base"}
+
+    content = json.loads((everything / "redteam.json").read_text())
+    (tmp_path / "redteam.json").write_text(json.dumps(content))
+    before = alike()
+    content["results"]["models"]["base"].setdefault(key, {})["GCG"] = other
+    (tmp_path / "redteam.json").write_text(json.dumps(content))
+    assert {measure for measure, text in alike().items() if text != before[measure]} == {"redteam GCG"}

@@ -53,6 +53,14 @@ def test_curves(everything: Path) -> None:
     assert set(runs.sandbox_curves(found)["loss"]) == {"DPO", "DPO+PLOT"}
 
 
+def test_attacks_have_the_curves_that_they_were_measured_on(everything: Path) -> None:
+    found = list(runs.attack_curves(collect([everything])))
+    assert sorted((kind, name) for kind, name, _ in found) == [
+        ("by_cases", "GCG"), ("by_samples", "BestOfN"), ("by_steps", "GCG"), ("by_tokens", "Prefill")
+    ]  # fmt: skip
+    assert all({at: e["value"] for at, e in of["base"].items()} == {1: 0.5, 2: 1.0} for *_, of in found)
+
+
 def test_a_sweep_has_a_line_for_each_combination(tmp_path: Path) -> None:
     def cell(plot: Any, value: float) -> dict[str, Any]:
         return {"method": "dpo", "setting": {}, "plot": plot, "seeds": [0, 1],

@@ -18,7 +18,7 @@ from plot_align.commands.common import (
 )
 from plot_align.errors import InputError
 from plot_align.options import read_yaml
-from plot_align.redteam.names import ATTACKS, JUDGES, TELL_REFUSALS
+from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
     )
-    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. gcg: {steps: 100}")
+    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. prefill: {tokens: 8}")
     parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
     parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
     parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
@@ -303,16 +303,16 @@ def _report(
     table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
-    for attack in first["attacks"]:
-        shown[f"ASR, {attack}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
+    for attack, title in first["titles"].items():
+        shown[f"ASR, {title}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
     for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
         shown[heading] = {m: share(list(r[key].values())) for m, r in measured.items()}
     for heading, entries in shown.items():
         table.add_row(heading, *(_cell(entry) for entry in entries.values()))
     balances = {
         m: {
-            a: balance(shown[f"ASR, {a}"][m]["value"], shown["benign requests helped"][m]["value"])
-            for a in r["attacks"]
+            a: balance(shown[f"ASR, {title}"][m]["value"], shown["benign requests helped"][m]["value"])
+            for a, title in r["titles"].items()
         }
         for m, r in measured.items()
     }
@@ -325,7 +325,9 @@ def _report(
     paired: dict[str, Any] = {}
     if len(measured) == 2:
         control, treated = measured.values()
-        kinds = {f"ASR, {a}": (treated["attacks"][a], control["attacks"][a]) for a in control["attacks"]}
+        kinds = {
+            f"ASR, {title}": (treated["attacks"][a], control["attacks"][a]) for a, title in first["titles"].items()
+        }
         kinds["over-refusal"] = (treated["refused"], control["refused"])
         kinds["benign requests helped"] = (treated["helped"], control["helped"])
         kinds = {name: (a, b) for name, (a, b) in kinds.items() if a.keys() & b.keys()}
@@ -395,10 +397,10 @@ def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
 
 
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
-    """A curve an attack: against the cases where there are several, against the steps where they were asked for."""
+    """The curves of each attack, where they have two points."""
     from plot_align.redteam.curves import draw
 
-    for key, xlabel in (("by_cases", "test cases a behaviour"), ("by_steps", "update steps")):
+    for key, xlabel in ATTACK_CURVES.items():
         for attack in next(iter(measured.values()))[key]:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):

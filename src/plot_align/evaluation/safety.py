@@ -186,7 +186,8 @@ class AttackSuccess(_Judged):
         victim = share(Victim, subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
         layout = Layout(subject.folder / "redteam", attack.name, subject.name)
-        advance = subject.bar(f"attack {attack.name}", 2 * len(harmful))
+        answering = attack.answering(victim, harmful, targets, subject.seed)
+        advance = subject.bar(f"attack {attack.title}", (1 + answering.samples) * len(harmful))
 
         def one(behavior: str) -> None:
             advance(1)
@@ -198,6 +199,7 @@ class AttackSuccess(_Judged):
             victim,
             cases,
             layout.completions(victim.name),
+            answering=answering,
             max_new_tokens=self.max_new_tokens,
             batch_size=subject.batch_size,
             on_behavior=one,
@@ -206,8 +208,8 @@ class AttackSuccess(_Judged):
         rows = [row for of_one in results.values() for row in of_one]
         unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
         _require_decided(len(rows) - len(unsure), unsure)
-        title = f"Attack success, {self.attack}"
-        rates = success_by_behavior(results)
+        title = f"Attack success, {self.attack}{attack.title.removeprefix(attack.name)}"
+        rates = success_by_behavior(results, any_answer=attack.any_answer)
         return Found(
             {"asr": of_items(title, rates, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
             {

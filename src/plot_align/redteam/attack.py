@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -14,6 +15,11 @@ from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
 
 OnStep = Callable[[int], None]
+
+
+def numeric_seed(*names: object) -> int:
+    """A seed of 63 bits of ``names``; the same whatever ran before it."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,8 @@ class Request:
     snapshots: tuple[int, ...] = ()
 
     def numeric_seed(self, *names: object) -> int:
-        """A seed of 63 bits of this request and of ``names``; the same whatever ran before it."""
-        text = "/".join(map(str, (self.seed, self.behavior.id, *names)))
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        """:func:`numeric_seed` of this request and of ``names``."""
+        return numeric_seed(self.seed, self.behavior.id, *names)
 
     def generator(self, device: torch.device | str, *names: object) -> torch.Generator:
         return torch.Generator(device).manual_seed(self.numeric_seed(*names))
@@ -75,6 +80,32 @@ def require_counts(attack: object, *names: str) -> None:
             raise InputError(f"{name} is {value}; expected 1 or more.")
 
 
+@dataclass(frozen=True)
+class Answering:
+    """How the model under attack answers test cases: greedily and from the beginning, unless an attack says otherwise.
+
+    Attributes:
+        prefixes: BehaviorID to the token ids that the answers to its test cases are begun with.
+        samples: answers to each test case.
+        temperature: of the sampling; 0 decodes greedily.
+        seed: of the sampling.
+    """
+
+    prefixes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the completions do not say themselves, and must have in common."""
+        return {"temperature": self.temperature, "seed": self.seed} if self.temperature > 0 else {}
+
+    def seed_of(self, behavior: str, answer: int) -> int | None:
+        """The seed of a behaviour's answer of that index, whatever else is sampled; None where nothing is."""
+        return numeric_seed(self.seed, behavior, "sample", answer) if self.temperature > 0 else None
+
+
 class Attack(Protocol):
     """An attack with its options; a frozen dataclass.
 
@@ -83,6 +114,8 @@ class Attack(Protocol):
         default_cases: test cases per behaviour, as in HarmBench.
         needs_target: whether :attr:`Request.target` must be there.
         white_box: whether its cases are made for one model (else they can be made once and replayed).
+        any_answer: whether a behaviour is broken as soon as one of its answers is; else the share of them counts, as
+            in HarmBench.
         steps: update steps; 0 where there are none.
     """
 
@@ -90,8 +123,36 @@ class Attack(Protocol):
     default_cases: ClassVar[int]
     needs_target: ClassVar[bool]
     white_box: ClassVar[bool]
+    any_answer: ClassVar[bool] = False
 
     @property
     def steps(self) -> int: ...
 
+    @property
+    def title(self) -> str:
+        """As it stands in tables: the name, and of what the rate is where the name alone does not say it."""
+        return self.name
+
+    @property
+    def by_tokens(self) -> Mapping[int, Attack]:
+        """For the curve, by the number of the answer's tokens that are given: the same attack, up to itself."""
+        return {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The options that decide its files, as JSON; whoever writes its prompts stands there as its own identity."""
+        return {name: getattr(value, "identity", value) for name, value in vars(self).items()}
+
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked: ...
+
+    def answering(
+        self, victim: Victim, behaviors: Sequence[Behavior], targets: Mapping[str, str], seed: int
+    ) -> Answering:
+        """How ``victim`` answers the test cases."""
+        return Answering()
+
+    def experiment(self, victim: Victim) -> str:
+        """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
+        if self.white_box:
+            return victim.name
+        return Path(str(getattr(getattr(self, "attacker", None), "name", "default"))).name

@@ -8,12 +8,14 @@ from plot_align.errors import InputError
 from plot_align.options import build
 from plot_align.redteam import judges
 from plot_align.redteam.attack import Attack
+from plot_align.redteam.best_of_n import BestOfN
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.gbda import GBDA
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.judges import Judge
 from plot_align.redteam.names import ATTACKS
 from plot_align.redteam.pez import PEZ
+from plot_align.redteam.prefill import Prefill
 from plot_align.redteam.random_suffix import RandomSuffix
 from plot_align.redteam.sfs import SFS
 from plot_align.redteam.uat import UAT
@@ -22,7 +24,7 @@ from plot_align.redteam.zero_shot import ZeroShot
 
 def attack_class(name: str) -> Any:
     """The class of the attack called ``name``, one of ATTACKS."""
-    classes = (DirectRequest, RandomSuffix, GCG, PEZ, GBDA, UAT, ZeroShot, SFS)
+    classes = (DirectRequest, Prefill, BestOfN, RandomSuffix, GCG, PEZ, GBDA, UAT, ZeroShot, SFS)
     return dict(zip(ATTACKS, classes, strict=True))[name]
 
 

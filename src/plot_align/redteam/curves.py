@@ -1,4 +1,4 @@
-"""The two curves of an attack: success against the number of cases, and against its update steps."""
+"""The curves of an attack: success against the number of cases or samples, of given tokens, of update steps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from plot_align.statistics import share
 
 
 def success_at_cases(results: Rows) -> dict[int, dict[str, Any]]:
-    """How often at least one of k test cases succeeds, for every k up to the fewest cases a behaviour has.
+    """How often at least one of k answers succeeds, for every k up to the fewest answers a behaviour has.
 
-    With c successes among n cases, a draw of k without replacement has one with probability 1 − C(n−c, k) / C(n, k):
+    With c successes among n answers, a draw of k without replacement has one with probability 1 − C(n−c, k) / C(n, k):
     every draw counts, not only the first k, so the curve is unbiased and rises (Chen et al., arXiv 2107.03374, eq. 1).
 
     Returns:
-        k → the mean over behaviours with its interval; empty where a behaviour has no case.
+        k → the mean over behaviours with its interval; empty where a behaviour has no answer.
     """
     counts = [(len(rows), sum(row["label"] == 1 for row in rows)) for rows in results.values()]
     most = min((n for n, _ in counts), default=0)

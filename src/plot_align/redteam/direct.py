@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from plot_align.redteam.attack import Attacked, OnStep, Request
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
 from plot_align.redteam.victim import Victim
 
 
 @dataclass(frozen=True)
-class DirectRequest:
+class DirectRequest(Attack):
     """No options; one test case, whatever is asked for, as more would be the same."""
 
     name: ClassVar[str] = "DirectRequest"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ START = 12.0  # of θ at the initial tokens, 0 elsewhere, as the authors begin
 
 
 @dataclass(frozen=True)
-class GBDA:
+class GBDA(Attack):
     """Options, HarmBench's defaults.
 
     Args:

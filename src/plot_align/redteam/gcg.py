@@ -13,14 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class GCG:
+class GCG(Attack):
     """Options, HarmBench's defaults.
 
     Args:

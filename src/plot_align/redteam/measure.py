@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError, RunError
-from plot_align.redteam.attack import Attack
+from plot_align.redteam.attack import Answering, Attack
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.curves import snapshot_cases, success_at_cases
 from plot_align.redteam.direct import DirectRequest
-from plot_align.redteam.harmbench import Layout, read_test_cases, success_by_behavior
+from plot_align.redteam.harmbench import Layout, Rows, read_test_cases, success_by_behavior
 from plot_align.redteam.judges import Judge, agreement
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 from plot_align.statistics import share
@@ -75,20 +76,32 @@ def measure(
         bar: called with a description and a total; returns what moves it.
 
     Returns:
-        By attack: ``attacks`` (behaviour → success rate), ``failed`` (behaviour → why it has no case), ``by_cases``
-        and ``by_steps`` (the curves), ``agreement`` of the judges; ``undecided`` (n and the first reason);
-        ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+        By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
+        has no case), the curves (:data:`plot_align.redteam.names.ATTACK_CURVES`), ``agreement`` of the judges;
+        ``undecided`` (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
-        InputError: as in :mod:`plot_align.redteam.run`. RunError: a judge decided nothing.
+        InputError: as in :mod:`plot_align.redteam.run`, or a judge reads no answer where the attack is on the answer.
+        RunError: a judge decided nothing.
     """
-    answering: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
-    kinds = ("attacks", "failed", "agreement", "by_cases", "by_steps", "undecided")
+    length: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
+    kinds = ("attacks", "titles", "options", "failed", "agreement", *ATTACK_CURVES, "undecided")
     found: dict[str, Any] = {kind: {} for kind in kinds}
-    for attack in attacks:
+    for attack in attacks:  # all of them before the first, which may take hours
+        answering = attack.answering(victim, harmful, targets, budget.seed)
+        for judge in (judges.main, judges.second):
+            if judge is not None and answering != Answering() and judge.reads == "nothing":
+                raise InputError(
+                    f"judge {judge.name} reads no answer, so {attack.title} would be a direct request to it; name "
+                    "another judge, or leave that attack out"
+                )
+
+    def attacked(attack: Attack) -> tuple[Layout, tuple[int, ...], dict[str, str], Rows, Rows]:
+        """Its folder, its snapshots, why cases are missing, answers, labels."""
         replayed = transfer_from is not None and attack.white_box  # the cases of others are for any model
-        layout = Layout(output, attack.name, str(transfer_from) if replayed else _experiment(attack, victim))
-        advance, update = bar(attack.name, 2 * len(harmful))
+        layout = Layout(output, attack.name, str(transfer_from) if replayed else attack.experiment(victim))
+        answering = attack.answering(victim, harmful, targets, budget.seed)
+        advance, update = bar(attack.title, (1 + answering.samples) * len(harmful))
         steps = () if replayed else tuple(s for s in budget.snapshots if s <= attack.steps)
         if not replayed:
             cases, failed = make_test_cases(
@@ -99,29 +112,42 @@ def measure(
         else:
             cases, failed = _replayed(layout, harmful), {}
         answers = complete(
-            victim, cases, layout.completions(victim.name), **answering, on_behavior=advance,
-        )  # fmt: skip
+            victim, cases, layout.completions(victim.name), answering=answering, **length, on_behavior=advance
+        )
         results = label(judges.main, harmful, answers, layout.results(victim.name))
         rows = [row for of_one in results.values() for row in of_one]
         unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
-        _decided(f"{attack.name}'s cases", unsure, len(rows))
-        found["undecided"][attack.name] = {"n": len(unsure), "first": unsure[0] if unsure else None}
-        found["attacks"][attack.name] = success_by_behavior(results)
+        _decided(f"{attack.title}'s cases", unsure, len(rows))
+        what = attack.name if attack in attacks else attack.title
+        found["undecided"][what] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+        return layout, steps, failed, answers, results
+
+    for attack in attacks:
+        layout, steps, failed, answers, results = attacked(attack)
+        rates = success_by_behavior(results, any_answer=attack.any_answer)
+        found["attacks"][attack.name] = rates
+        found["titles"][attack.name] = attack.title
+        found["options"][attack.name] = attack.identity
         found["failed"][attack.name] = failed
-        found["by_cases"][attack.name] = success_at_cases(results)
+        found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(results)
+        for tokens, other in attack.by_tokens.items():
+            then = rates if other == attack else success_by_behavior(attacked(other)[-1])
+            found["by_tokens"].setdefault(attack.name, {})[tokens] = share(list(then.values()))
         for step in steps:
             path = layout.folder / "steps" / f"{step}.json"
-            then = complete(victim, snapshot_cases(layout, list(cases), step), path, **answering)
-            rates = success_by_behavior(label(judges.main, harmful, then, path.with_suffix(".results.json")))
-            found["by_steps"].setdefault(attack.name, {})[step] = share(list(rates.values()))
+            cases = snapshot_cases(layout, list(answers), step)
+            then = success_by_behavior(
+                label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
+            )
+            found["by_steps"].setdefault(attack.name, {})[step] = share(list(then.values()))
         if judges.second is not None:
-            other = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
-            pairs = [[row["label"] for rows in r.values() for row in rows] for r in (results, other)]
+            other_results = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
+            pairs = [[row["label"] for of in r.values() for row in of] for r in (results, other_results)]
             found["agreement"][attack.name] = agreement(*pairs)
-    layout = Layout(output, "Benign", _experiment(DirectRequest(), victim))
+    layout = Layout(output, "Benign", DirectRequest().experiment(victim))
     advance, _ = bar("benign requests", len(benign))
     cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
-    answers = complete(victim, cases, layout.completions(victim.name), **answering, on_behavior=advance)
+    answers = complete(victim, cases, layout.completions(victim.name), **length, on_behavior=advance)
     generations = [answers[behavior.id][0]["generation"] for behavior in benign]
     verdicts = judges.benign.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
     unsure = [v.reason for v in verdicts if v.refused is None]
@@ -131,13 +157,6 @@ def measure(
     found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
     found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
     return found
-
-
-def _experiment(attack: Attack, victim: Victim) -> str:
-    """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
-    if attack.white_box:
-        return victim.name
-    return Path(str(getattr(getattr(attack, "attacker", None), "name", "default"))).name
 
 
 def _decided(what: str, reasons: list[str], n: int) -> int:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class PEZ:
+class PEZ(Attack):
     """Options, HarmBench's defaults.
 
     Args:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class RandomSuffix:
+class RandomSuffix(Attack):
     """Suffixes of tokens drawn evenly from those that the optimised attacks may use.
 
     Args:

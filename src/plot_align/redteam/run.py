@@ -16,21 +16,16 @@ from typing import Any
 from plot_align.dealing import each
 from plot_align.errors import InputError
 from plot_align.redteam import harmbench
-from plot_align.redteam.attack import Attack, Attacked, Request
+from plot_align.redteam.attack import Answering, Attack, Attacked, Request
 from plot_align.redteam.attackers import EndpointAttacker
 from plot_align.redteam.behaviors import Behavior, require_targets
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
 from plot_align.redteam.judges import Judge
-from plot_align.redteam.victim import Victim
+from plot_align.redteam.victim import Question, Victim
 
 OnBehavior = Callable[[str], None]
 OnUpdate = Callable[[str, int], None]
 BLOCK = 32  # behaviours answered together: fixed, as the batch can move a rounding and so an answer
-
-
-def describe(attack: Attack) -> dict[str, Any]:
-    """The attack's options as JSON; whoever writes its prompts stands there as its identity."""
-    return {name: getattr(value, "identity", value) for name, value in vars(attack).items()}
 
 
 def make_test_cases(
@@ -67,7 +62,7 @@ def make_test_cases(
     if count < 1:
         raise InputError(f"cases is {cases}, expected how many test cases a behaviour, 1 or more")
     made_by = {
-        "attack": {"name": attack.name, **describe(attack)},
+        "attack": {"name": attack.name, **attack.identity},
         "victim": victim.identity if attack.white_box else None,
         "cases": count,
         "seed": seed,
@@ -117,40 +112,69 @@ def complete(
     test_cases: Mapping[str, Sequence[str]],
     path: Path,
     *,
+    answering: Answering | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 32,
     on_behavior: OnBehavior = lambda behavior: None,
 ) -> Rows:
-    """The model's greedy answers to all test cases, those that ``path`` holds already read.
+    """The model's answers to all test cases, those that ``path`` holds already read.
 
-    An answer stands only as long as its test cases do: a behaviour whose cases changed is answered again.
+    An answer stands only as long as its test case and its prefix do. Samples are drawn one a test case at a time: the
+    first ones share their batches with the same others however many are wanted, so more go on from fewer.
+
+    Args:
+        answering: None: greedily, from the beginning.
+        max_new_tokens: of what follows a prefix.
+        on_behavior: called with a behaviour's id for each sample of it that is there.
 
     Raises:
-        InputError: ``path`` holds answers of other weights, another chat template, dtype or length.
+        InputError: ``path`` holds answers of other weights, another chat template, dtype, length or sampling.
     """
+    answering = answering or Answering()
     answered_by = _beside(path, "answered_by")
     if not path.exists():
         answered_by.unlink(missing_ok=True)
-    same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens}, path)
+    same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens, **answering.identity}, path)
     found = harmbench.read_completions(path) if path.exists() else {}
+    asked: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
+    for name, cases in test_cases.items():
+        ids = answering.prefixes.get(name, ())
+        prefix = {"prefix": victim.tokenizer.decode(ids, skip_special_tokens=True)} if ids else {}
+        asked[name] = [{"test_case": case, **prefix} for case in cases] * answering.samples
 
-    def current(behavior: str) -> bool:
-        return [row["test_case"] for row in found.get(behavior, [])] == list(test_cases[behavior])
+    def current(part: list[tuple[str, int]]) -> bool:
+        return all(
+            row.get(key) == asked[name][i].get(key)
+            for name, i in part
+            for row in (found.get(name, [])[i : i + 1] or [{}])
+            for key in ("test_case", "prefix")
+        )
 
     names = list(test_cases)
-    blocks = [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
-    asked = [[case for name in block for case in test_cases[name]] for block in blocks if not all(map(current, block))]
-    answered = victim.answers_to_each(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for block in blocks:
-        if not all(map(current, block)):
-            flat = [(name, case) for name in block for case in test_cases[name]]
-            found.update({name: [] for name in block})
-            for (name, case), answer in zip(flat, next(answered), strict=True):
-                found[name].append({"test_case": case, "generation": answer})
+    parts: list[list[tuple[str, int]]] = []  # what is answered together: behaviour and index of the row
+    for start in range(0, len(names), BLOCK):
+        for n in range(answering.samples):
+            of_each = [(name, len(test_cases[name])) for name in names[start : start + BLOCK]]
+            parts.append([(name, i) for name, count in of_each for i in range(n * count, (n + 1) * count)])
+    questions = [
+        [
+            Question(asked[name][i]["test_case"], answering.prefixes.get(name, ()), answering.seed_of(name, i))
+            for name, i in part
+        ]
+        for part in parts
+        if not current(part)
+    ]
+    answered = victim.answers_to_each(
+        questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=answering.temperature
+    )
+    for part in parts:
+        if not current(part):
+            for (name, i), answer in zip(part, next(answered), strict=True):
+                found.setdefault(name, [])[i : i + 1] = [{**asked[name][i], "generation": answer}]
             harmbench.write_json(path, found)
-        for name in block:
+        for name in dict.fromkeys(name for name, _ in part):
             on_behavior(name)
-    return {name: found[name] for name in names}
+    return {name: found.get(name, [])[: len(asked[name])] for name in names}
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
@@ -173,13 +197,15 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     for start in range(0, len(wanted), BLOCK):
         block = wanted[start : start + BLOCK]
         flat = [(behavior, row) for behavior in block for row in completions[behavior.id]]
-        new = [(b, row) for b, row in flat if _key(b.id, row) not in known]
+        # An answer that came twice is judged once.
+        new = {key: (b, row) for b, row in flat if (key := _key(b.id, row)) not in known}
         verdicts = judge.judge(
-            [b for b, _ in new], [r["test_case"] for _, r in new], [r["generation"] for _, r in new]
+            [b for b, _ in new.values()],
+            [row["test_case"] for _, row in new.values()],
+            [_read(judge, row) for _, row in new.values()],
         )
-        for (behavior, row), verdict in zip(new, verdicts, strict=True):
-            reason = {"reason": verdict.reason} if verdict.reason else {}
-            known[_key(behavior.id, row)] = {"label": verdict.label, **reason}
+        for key, verdict in zip(new, verdicts, strict=True):
+            known[key] = {"label": verdict.label, **({"reason": verdict.reason} if verdict.reason else {})}
         results.update({behavior.id: [] for behavior in block})
         for behavior, row in flat:
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
@@ -199,11 +225,17 @@ def _plain(content: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(content))
 
 
-def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return behavior, row["test_case"], row["generation"]
+def _read(judge: Judge, row: Mapping[str, Any]) -> str:
+    """What the judge reads of an answer; see :attr:`plot_align.redteam.judges.Judge.reads`."""
+    prefix = row.get("prefix", "")
+    return row["generation"].removeprefix(prefix) if prefix and judge.reads == "continuation" else row["generation"]
 
 
-def _labels(results: Rows) -> dict[tuple[str, str, str], dict[str, Any]]:
+def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    return behavior, row["test_case"], row.get("prefix", ""), row["generation"]
+
+
+def _labels(results: Rows) -> dict[tuple[str, ...], dict[str, Any]]:
     """What is known already, by behaviour, test case and answer; undecided ones are not."""
     return {
         _key(behavior, row): {name: row[name] for name in ("label", "reason") if name in row}

@@ -19,7 +19,7 @@ import torch
 from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError, RunError
 from plot_align.redteam import zero_shot
-from plot_align.redteam.attack import Attacked, OnStep, Request
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
 from plot_align.redteam.attackers import (
     ATTEMPTS,
     Attacker,
@@ -43,7 +43,7 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class SFS:
+class SFS(Attack):
     """Options; the numbers are HarmBench's, but for those that say otherwise.
 
     Args:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from plot_align.redteam.attack import Attacked, OnStep, Request, require_counts
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.gcg import promising_tokens
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
@@ -19,7 +19,7 @@ from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class UAT:
+class UAT(Attack):
     """Options, HarmBench's defaults.
 
     Args:

@@ -7,17 +7,31 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from plot_align.chat import continue_each, prompt_ids, require_template, tail_logps
+from plot_align.chat import Start, continue_each, prompt_ids, require_template, tail_logps
 from plot_align.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from plot_align.redteam.vocabulary import Vocabulary
+
+
+class Question(NamedTuple):
+    """One answer that is wanted.
+
+    Attributes:
+        test_case: the user's turn.
+        prefix: token ids that the answer is begun with.
+        seed: of its sampling, where answers are sampled.
+    """
+
+    test_case: str
+    prefix: Sequence[int] = ()
+    seed: int | None = None
 
 
 @dataclass
@@ -66,14 +80,35 @@ class Victim:
 
     def answers(self, test_cases: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers, one user turn each, no system message."""
-        return next(self.answers_to_each([test_cases], max_new_tokens=max_new_tokens, batch_size=batch_size))
+        asked = [[Question(case) for case in test_cases]]
+        return next(self.answers_to_each(asked, max_new_tokens=max_new_tokens, batch_size=batch_size))
 
     def answers_to_each(
-        self, blocks: Sequence[Sequence[str]], *, max_new_tokens: int, batch_size: int
+        self, parts: Sequence[Sequence[Question]], *, max_new_tokens: int, batch_size: int, temperature: float = 0.0
     ) -> Iterator[list[str]]:
-        """:meth:`answers` to each block, none of which shares a batch with another."""
-        rows = [prompt_ids(self.tokenizer, block) if block else [] for block in blocks]
-        return continue_each(self.model, self.tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        """The answers to each part, none of which shares a batch with another; a prefix is part of its answer.
+
+        Args:
+            max_new_tokens: of what follows the prefix.
+            temperature: 0 decodes greedily, anything above samples.
+        """
+        rows = []
+        for part in parts:
+            prompts = prompt_ids(self.tokenizer, [question.test_case for question in part]) if part else []
+            rows.append(
+                [
+                    Start([*prompt, *question.prefix], len(question.prefix), question.seed)
+                    for prompt, question in zip(prompts, part, strict=True)
+                ]
+            )
+        return continue_each(
+            self.model,
+            self.tokenizer,
+            rows,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+        )
 
     def target_losses(self, test_cases: Sequence[str], targets: Sequence[str], *, batch_size: int = 64) -> list[float]:
         """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError
-from plot_align.redteam.attack import Attacked, OnStep, Request
+from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
 from plot_align.redteam.attackers import (
     ATTEMPTS,
     Attacker,
@@ -33,7 +33,7 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(Attack):
     """Options; the numbers are HarmBench's.
 
     Args:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from plot_align.evaluation.quantity import SECTIONS
+from plot_align.redteam.names import ATTACK_CURVES
 
 _ROUNDING = 1e-6  # of a mean, relative to its items
 
@@ -155,12 +156,15 @@ def check_redteam(content: Mapping[str, Any]) -> None:
             for value in _mapping(f"{place}.{part}", of).values():
                 if not 0 <= _number(f"{place}.{part}", value) <= 1:
                     raise ValueError(f"{place}.{part} has {value}, which is no rate")
+        for attack, title in _mapping(f"{place}.titles", found.get("titles") or {}).items():
+            _text(f"{place}.titles.{attack[:40]}", title)
+        _mapping(f"{place}.options", found.get("options") or {})
         for what, entry in _mapping(f"{place}.undecided", found.get("undecided") or {}).items():
             _check_counted(f"{place}.undecided.{what[:40]}", entry)
         for what, reasons in _mapping(f"{place}.failed", found.get("failed") or {}).items():
             _mapping(f"{place}.failed.{what[:40]}", reasons)
-        for curves in ("by_cases", "by_steps"):
-            for attack, curve in _mapping(f"{place}.{curves}", found[curves]).items():
+        for curves in ATTACK_CURVES:
+            for attack, curve in _mapping(f"{place}.{curves}", found.get(curves) or {}).items():
                 for step, entry in _mapping(f"{place}.{curves}", curve).items():
                     int(step)
                     check_measure(f"{place}.{curves}.{attack[:40]}.{step[:10]}", entry)

@@ -310,11 +310,11 @@ def _counted(entry: Any) -> int:
 def _of_redteam(record: Record) -> Iterator[Observation]:
     """An attack is a measure of harmlessness; what happens to benign requests is a guard."""
     shared = {name: value for name, value in record.config.items() if name not in _NOT_ASKED}
-    alike = json.dumps([shared, record.seed], sort_keys=True)
 
     def observation(
-        model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, *gaps: str
+        model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, made: Any, *gaps: str
     ) -> Observation:
+        alike = json.dumps([shared, record.seed, made], sort_keys=True)
         quantity = {
             "title": title, "better": better, **share(list(items.values())), "bounds": [0.0, 1.0], "items": items,
             "weights": None,
@@ -328,15 +328,16 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
 
     for model, found in record.results["models"].items():
         for attack, rates in found["attacks"].items():
-            title = f"Attack success, {attack}"
+            made = [(found.get(key) or {}).get(attack) for key in ("titles", "options")]
+            title = f"Attack success, {made[0] or attack}"
             gaps = [*undecided(found, attack)]
             failed = (found.get("failed") or {}).get(attack)
             if failed:
                 gaps.append(f"{count(len(failed), 'request')} without a test case")
-            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates, *gaps)
+            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates, made, *gaps)
         for name, title, better in (
             ("refused", "Over-refusal", "lower"),
             ("helped", "Harmless requests helped with", "higher"),
         ):
             gaps = [*undecided(found, "benign requests")]
-            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name], *gaps)
+            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name], None, *gaps)

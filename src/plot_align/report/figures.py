@@ -17,6 +17,7 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from plot_align.evaluation.quantity import CATEGORIES
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
@@ -326,8 +327,8 @@ def sensitivity(
 def attack(
     kind: str, name: str, of: Mapping[str, Mapping[float, Any]], comparison: Comparison, number: int
 ) -> Picture:
-    """Success of an attack against its test cases, or its update steps."""
-    xlabel = {"by_cases": "test cases a behaviour", "by_steps": "update steps of the attack"}[kind]
+    """Success of an attack against its test cases, or another of ATTACK_CURVES."""
+    xlabel = ATTACK_CURVES[kind]
     file, title = f"attack_{kind}_{number}", f"Success of {name} against {xlabel}"
     models = [model for model in comparison.models if model in of]
     with _drawing(_WIDTH, 2.9 + _legend_height(models)) as figure:

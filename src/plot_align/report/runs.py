@@ -11,6 +11,7 @@ from typing import Any
 
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.records import mean_of, paired
+from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.collect import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
 
@@ -234,12 +235,12 @@ def counts(collected: Collected) -> Table:
 
 
 def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
-    """(by_cases or by_steps, attack, model → number → entry); the newest of each model, where it has two points."""
+    """(one of ATTACK_CURVES, attack, model → number → entry); the newest of each model, where it has two points."""
     found: dict[tuple[str, str], dict[str, Mapping[float, Any]]] = defaultdict(dict)
     for record in sorted(collected.of_kind("redteam"), key=lambda record: record.at):
         for model, of in record.results["models"].items():
-            for kind in ("by_cases", "by_steps"):
-                for attack, curve in of[kind].items():
+            for kind in ATTACK_CURVES:
+                for attack, curve in (of.get(kind) or {}).items():
                     if len(curve) > 1:
                         points = sorted((int(number), entry) for number, entry in curve.items())
                         found[kind, attack][model] = dict(points)
