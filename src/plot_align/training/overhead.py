@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class _WithoutPlot(FusedBackend):
     def sweep(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        head = fused_head(hidden, weight, bias, targets, spec)
+        head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
         nothing = Shares(hidden.new_zeros(0), None, hidden.new_zeros(0))
         self.swept = Swept(head, nothing, hidden, rows)  # once a step, as with PLOT
         return head
@@ -39,7 +39,7 @@ class _WithoutPlot(FusedBackend):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         self.reference = hidden.new_zeros(0)
-        return fused_head(hidden, weight, bias, targets, spec)
+        return fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
 
 
 @contextmanager
