@@ -246,6 +246,8 @@ class _Sweep:
                 group = min(_CAST_ROWS.get(device.type, vocab), vocab)
             if casts:
                 cast = lent.enter_context(workspace.lend("head", group, weight.size(1), dtype=dtype, device=device))
+            if cast is not None and group == vocab:  # once for all blocks
+                weight, order, cast = cast.copy_(weight if order is None else weight[order]), None, None
             yield cls(hidden, weight, dtype, order=order, tile=tile, group=group, cast=cast)
 
     def head(self) -> Iterator[tuple[slice, Tensor]]:
