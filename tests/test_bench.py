@@ -25,7 +25,7 @@ from plot_align.cli import main
 from plot_align.errors import RunError
 from plot_align.records import read_record, write_record
 from plot_align.training import PlotConfig
-from plot_align.training.overhead import Samples
+from plot_align.training.overhead import Samples, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -138,6 +138,23 @@ def test_compare_and_mixed():
     assert table["off"]["seconds"] == {"value": 1.0, "n": 2, "unit": "s", "quartiles": [1.0, 1.0]}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's counts")
+def test_page_faults_are_counted():
+    """A step that touches 64 MiB anew takes a fault for each page of it (of 4 KiB, or of 2 MiB at once)."""
+    arms = {"touches": 64 << 20, "does not": 1}
+
+    @contextlib.contextmanager
+    def arm(size):
+        yield lambda: torch.ones(size, dtype=torch.uint8)
+
+    found = interleaved({name: functools.partial(arm, size) for name, size in arms.items()}, repeats=2, device=CPU)
+    assert min(found["touches"].faults) >= 32
+    assert max(found["does not"].faults) < min(found["touches"].faults)
+    table = compare(found, "does not")
+    assert table["touches"]["faults"]["value"] >= 32
+    assert table["touches"]["kernel"]["unit"] == "s"
+
+
 def test_floors_by_hand():
     """N = 6 positions, M = 3 selected, V = 10, H = 4, 2 bytes; a machine of 1 FLOP/s and 1 byte/s.
 
@@ -225,6 +242,36 @@ def test_step_has_the_losses_its_arms_name(monkeypatch):
     assert not torch.allclose(gradients["on"], gradients["off"], rtol=1e-2, atol=1e-6)
     reference = problem.trainer.ref_model
     assert reference.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_bf16_is_autocast_over_the_weights_dtype(monkeypatch):
+    """The products of policy, reference and backward in bfloat16, in every arm; nothing of it is left afterwards."""
+    from plot_align.fused import chunked
+
+    dtypes, sweep = [], chunked._Sweep.__init__
+
+    def watched(self, *args, **kwargs):
+        sweep(self, *args, **kwargs)
+        dtypes.append(self.tile.dtype)
+
+    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    shape = SHAPES["tiny"]
+    model = random_model(shape, CPU, torch.float32)
+    problem = StepProblem(model, word_tokenizer(shape.vocab), 4, 8, bf16=True)
+    forward, gradients = model.forward, {}
+    for name in ("trl", "off", "on", "trl"):
+        with problem.arm(name, PlotConfig(alpha=1.0)) as step:
+            assert model.forward != forward
+            step()
+        assert dtypes == [torch.bfloat16] * (0 if name == "trl" else 3)
+        dtypes.clear()
+        assert model.forward == forward
+        gradient = model.lm_head.weight.grad.clone()
+        assert gradient.dtype == torch.float32
+        assert name not in gradients or torch.equal(gradient, gradients[name])
+        gradients[name] = gradient
+    error = (gradients["off"] - gradients["trl"]).norm() / gradients["trl"].norm()
+    assert 0 < error < 0.02
 
 
 @pytest.mark.parametrize(

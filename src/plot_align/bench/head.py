@@ -38,6 +38,7 @@ class HeadProblem:
         plots: name of an arm → the term's options.
         method: ``"dpo"`` or ``"sft"``, whose defaults settle ``target="auto"``.
         spec: options of the head. outputs default to those of TRL's DPO.
+        autocast: the dtype of the matrix products, where it is not that of the weights.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class HeadProblem:
         dtype: torch.dtype,
         method: str = "dpo",
         spec: HeadSpec | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
+        self.autocast = autocast
         self.base = held(device)
         generator = torch.Generator(device).manual_seed(0)
         make = functools.partial(torch.randn, generator=generator, device=device, dtype=dtype)
@@ -87,7 +90,9 @@ class HeadProblem:
     def step(self, name: str) -> None:
         """One forward and backward; gradients lie in ``hidden.grad`` and ``weight.grad``."""
         self.hidden.grad = self.weight.grad = None
-        self.loss(name).backward()
+        with torch.autocast(self.weight.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self.loss(name)
+        loss.backward()
 
     def loss(self, name: str) -> torch.Tensor:
         """The scalar that :meth:`step` goes back from."""
@@ -151,7 +156,7 @@ class HeadProblem:
             selected=int(selected.sum()),
             vocab=self.weight.size(0),
             hidden=self.weight.size(1),
-            itemsize=self.weight.element_size(),
+            itemsize=(self.autocast or self.weight.dtype).itemsize,
             segments=int(selected.any(-1).sum()) if config.granularity == "sequence" else 1,
             lines=config.slices if on_directions else 1,
             per_token=config.granularity == "token",

@@ -33,7 +33,10 @@ def paired(ours: Sequence[float], base: Sequence[float], *, seed: int = 0) -> di
 
 
 def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
-    """Each arm against ``base``: ratios of time and of peak memory, and both themselves."""
+    """Each arm against ``base``: ratios of time and of peak memory, and both themselves.
+
+    Beside them, where they were counted, the page ``faults`` of a step and its seconds in the system's ``kernel``.
+    """
     result = {}
     for name, sample in samples.items():
         rounds = len(sample.seconds)
@@ -44,6 +47,9 @@ def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
             "seconds": {**measure(quartiles[1], rounds, unit="s"), "quartiles": [quartiles[0], quartiles[2]]},
             "peak": measure(statistics.median(sample.peak), rounds, unit="B"),
         }
+        if sample.faults:
+            result[name]["faults"] = measure(statistics.median(sample.faults), rounds)
+            result[name]["kernel"] = measure(statistics.median(sample.kernel), rounds, unit="s")
     return result
 
 

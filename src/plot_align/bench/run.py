@@ -29,17 +29,26 @@ Rounds = Callable[[str, Mapping[str, Arm]], dict[str, Samples]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a micro-batch, a method, a device, the term."""
+    """What is measured: a micro-batch, a method, a device, the term.
+
+    ``dtype`` is that of the weights; with ``bf16`` the products are taken in bfloat16 under autocast.
+    """
 
     rows: int
     length: int
     method: str
     device: torch.device
     dtype: torch.dtype
+    bf16: bool
     checkpointing: bool
     use_peft: bool
     plot: PlotConfig
     repeats: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return torch.bfloat16 if self.bf16 else self.dtype
 
 
 def bench(
@@ -59,7 +68,7 @@ def bench(
     """
     device = setting.device
     with out_of_memory(f"{setting.rows} x {setting.length} tokens", device, _smaller(setting)):
-        machine = measure_machine(setting.rows * setting.length, hidden, vocab, device, setting.dtype)
+        machine = measure_machine(setting.rows * setting.length, hidden, vocab, device, setting.compute_dtype)
         head = measure_head(vocab, hidden, setting, rounds)
         floor = head.pop("work").plot_floor(machine)
         results: dict[str, Any] = {"machine": machine.to_dict(), "head": head}
@@ -77,6 +86,7 @@ def bench(
             method=setting.method,
             checkpointing=setting.checkpointing,
             use_peft=setting.use_peft,
+            bf16=setting.bf16,
         )
         results["step"] = measure_step(problem, setting.plot, rounds)
         if trace is not None:
@@ -105,6 +115,7 @@ def measure_head(vocab: int, hidden: int, setting: Setting, rounds: Rounds) -> d
         {"on": setting.plot},
         device=setting.device,
         dtype=setting.dtype,
+        autocast=torch.bfloat16 if setting.bf16 else None,
         method=setting.method,
         spec=HeadSpec(outputs=OUTPUTS, **setting.plot.head_options),
     )

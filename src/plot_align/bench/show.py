@@ -61,7 +61,7 @@ def arms_table(title: str, arms: Mapping[str, Any], names: Mapping[str, str]) ->
 
     rounds = next(iter(arms.values()))["time"]["n"]
     table = Table("arm", title=f"{title}, {rounds} rounds")
-    for column in ("ms", "time / off", "95 % interval", "peak MiB", "/ off"):
+    for column in ("ms", "time / off", "95 % interval", "peak MiB", "/ off", "page faults"):
         table.add_column(column, justify="right")
     for name, arm in arms.items():
         time, memory = arm["time"], arm["memory"]
@@ -73,6 +73,7 @@ def arms_table(title: str, arms: Mapping[str, Any], names: Mapping[str, str]) ->
             _between(time["interval"]),
             f"{arm['peak']['value'] / _MIB:,.0f}" if measured else "not measured",
             f"{memory['value']:.4f}" if measured else "",
+            f"{arm['faults']['value']:,.0f}" if "faults" in arm else "",
         )
     return table
 
@@ -105,6 +106,7 @@ def line(record: Mapping[str, Any]) -> str:
         machine,
         model,
         f"{config['rows']} x {config['length']} {config['dtype']} {config['method']}"
+        + (" bf16" if config.get("bf16") else "")  # records before 0.2 lack it
         + (" peft" if config["use_peft"] else "")
         + (" checkpointing" if config["gradient_checkpointing"] else ""),
         f"{plot['divergence']}/{plot['geometry']}/{plot['granularity']}",

@@ -32,6 +32,7 @@ class StepProblem:
         method: ``"dpo"`` or ``"sft"``.
         checkpointing: gradient checkpointing.
         use_peft: LoRA on all linear layers but the head.
+        bf16: bfloat16 autocast over the model's weights, as the Trainer's ``--bf16`` has it.
 
     Raises:
         InputError: an odd number of rows for DPO, or PEFT is not installed.
@@ -47,6 +48,7 @@ class StepProblem:
         method: str = "dpo",
         checkpointing: bool = False,
         use_peft: bool = False,
+        bf16: bool = False,
     ) -> None:
         if method == "dpo" and (rows < 2 or rows % 2):
             raise InputError(f"--rows is {rows}, expected an even number of sequences for dpo, half of them chosen")
@@ -61,7 +63,7 @@ class StepProblem:
             "output_dir": self.folder.name,
             "report_to": "none",
             "disable_tqdm": True,
-            "bf16": False,  # the weights have the dtype already
+            "bf16": bf16,
             "use_cpu": device.type == "cpu",
             "max_length": length,
             "gradient_checkpointing": checkpointing,
@@ -74,8 +76,7 @@ class StepProblem:
             trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
-        trainer.model_wrapped = self.model = trainer.accelerator.prepare(trainer.model)
-        self.model.train()
+        trainer.model.train()
         self.batch = trainer._prepare_inputs(trainer.data_collator(examples))
         self.device = device
 
@@ -86,18 +87,34 @@ class StepProblem:
         ``trl``: as TRL ships it. ``off``: without the term, on our kernel. ``on``: with the term of ``config``, a step
         that measures no gradient norms. ``measured``: one that does, to balance α anew, as one in five by default.
         """
+        head: contextlib.AbstractContextManager[None]
         match name:
             case "trl":
-                yield self.step
+                head = contextlib.nullcontext()
             case "off":
-                with without_plot(self.trainer, config):
-                    yield self.step
+                head = without_plot(self.trainer, config)
             case "on" | "measured":
                 every = 1 if name == "measured" else 0
-                with self._attached(replace(config or PlotConfig(), grad_ratio_steps=every)):
-                    yield self.step
+                head = self._attached(replace(config or PlotConfig(), grad_ratio_steps=every))
             case _:
                 raise ValueError(name)
+        with head, self._prepared():
+            yield self.step
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """The model as accelerate prepares it when training starts, so after :func:`attach`: in autocast's wrapper."""
+        trainer, model = self.trainer, self.trainer.model
+        before = dict(vars(model))
+        trainer.model_wrapped = trainer.accelerator.prepare(model)
+        try:
+            yield
+        finally:
+            trainer.accelerator._models.clear()
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(model).pop(name, None)
+                if name in before:
+                    setattr(model, name, before[name])
 
     @contextlib.contextmanager
     def _attached(self, config: PlotConfig) -> Iterator[None]:
@@ -112,8 +129,8 @@ class StepProblem:
 
     def step(self) -> None:
         """Forward and backward of the micro-batch."""
-        self.model.zero_grad()
-        self.trainer.training_step(self.model, dict(self.batch), None)
+        self.trainer.model.zero_grad()
+        self.trainer.training_step(self.trainer.model_wrapped, dict(self.batch), None)
 
 
 def _trainer(

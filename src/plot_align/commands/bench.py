@@ -49,6 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument("--rows", type=int, metavar="N", help="sequences, for dpo half of them chosen (2)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each (1024)")
     parser.add_argument("--dtype", metavar="D", help="of weights and products (bfloat16; on a CPU float32)")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16 by autocast, as TRL's --bf16")
     parser.add_argument("--use_peft", action="store_true", help="LoRA in place of full fine-tuning")
     parser.add_argument(
         "--gradient_checkpointing",
@@ -101,6 +102,7 @@ def run(arguments: list[str]) -> int:
         "length": setting.length,
         "method": setting.method,
         "dtype": str(setting.dtype).removeprefix("torch."),
+        "bf16": setting.bf16,
         "device": str(setting.device),
         "gradient_checkpointing": setting.checkpointing,
         "use_peft": setting.use_peft,
@@ -146,7 +148,7 @@ def _setting(options: Any) -> Setting:
     device = _device(options.device)
     shape = SHAPES.get(options.shape)
     on_cpu = device.type == "cpu"
-    name = options.dtype or ("float32" if on_cpu else "bfloat16")
+    name = options.dtype or ("float32" if on_cpu or options.bf16 else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {name!r}, expected float32, bfloat16 or float16; correct it")
     checkpointing = options.gradient_checkpointing
@@ -156,6 +158,7 @@ def _setting(options: Any) -> Setting:
         method=options.method,
         device=device,
         dtype=getattr(torch, name),
+        bf16=options.bf16,
         checkpointing=not on_cpu if checkpointing is None else checkpointing,
         use_peft=options.use_peft,
         plot=_plot(options),

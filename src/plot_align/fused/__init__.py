@@ -6,11 +6,13 @@ one block of them and matches it. ``logits.py`` starts from logits that exist al
 
 from .chunked import HeadOutput, HeadSpec, fused_head
 from .logits import output_distribution, target_log_probs
+from .memory import Workspace
 from .model import causal_lm, head_spec
 
 __all__ = [
     "HeadOutput",
     "HeadSpec",
+    "Workspace",
     "causal_lm",
     "fused_head",
     "head_spec",

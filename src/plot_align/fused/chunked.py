@@ -16,8 +16,8 @@ or without PLOT.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
 
@@ -29,14 +29,17 @@ from ..errors import InputError
 from ..losses import Divergence
 from . import block_torch
 from .block import Gradients, Logits, Plot, Statistics
-from .memory import block_bytes
+from .memory import Workspace, block_bytes
 
 Impl = Literal["auto", "torch", "triton"]
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# Where the head must be cast (fp32 master weights under bf16 autocast, or bf16 products that accumulate in fp32 on a
-# device without `out_dtype`), or a frozen head permuted, that is done this many vocabulary rows at a time.
-_CAST_ROWS = 32768
+# Where the head must be cast (fp32 master weights under bf16 autocast), or a frozen one permuted, a GPU does that this
+# many vocabulary rows at a time. Elsewhere it is done at once: see `_Sweep` for why products are not to be split.
+_CAST_ROWS = {"cuda": 32768}
+# Bytes of the weight's gradient that one product yields where it is rounded: they stay in a CPU's cache till they are
+# added up.
+_PRODUCT_BYTES = 8 << 20
 # Rows of a block begin at multiples of this many elements: odd vocabularies would slow the matrix products down.
 _ALIGN = 64
 
@@ -66,6 +69,8 @@ class HeadSpec:
         frozen: the caller wants no gradient of weight and bias, whatever they ask for: spares a matrix product.
         impl: of the elementwise work between the matrix products. ``auto``: Triton kernels on a GPU where Triton is
             installed, else torch.
+        workspace: memory that is shared with other passes of the same step; ``None`` shares it between this pass and
+            its backward.
 
     Raises:
         InputError: ``impl`` is none of these, or ``block_bytes`` below 1.
@@ -79,6 +84,7 @@ class HeadSpec:
     gather: Gather = _whole
     frozen: bool = False
     impl: Impl = "auto"
+    workspace: Workspace | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.impl not in get_args(Impl):
@@ -142,16 +148,6 @@ def fused_head(
     return HeadOutput(*outputs)
 
 
-def _addmm(out: Tensor, a: Tensor, b: Tensor, *, beta: float) -> None:
-    """``out = beta·out + a @ b`` accumulated in ``out``'s fp32 (or fp64), without rounding the product first."""
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.device.type == "cuda":
-        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-
-
 def _implementation(spec: HeadSpec, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module that does the elementwise work on ``device`` with statistics of ``dtype``.
 
@@ -181,10 +177,16 @@ def _implementation(spec: HeadSpec, device: torch.device, dtype: torch.dtype) ->
 class _Sweep:
     """The blocks of one pass over the logits; shared by forward and backward so that they agree.
 
+    Products of bf16 (or fp16) matrices end in fp32 on a GPU. A CPU has none such, and copies in fp32 would take three
+    times as long, so there each is rounded once, as eager's are: ∂h is one product over the whole vocabulary, ∂W one a
+    block, and the blocks are added up in fp32, as micro-batches are.
+
     Args:
         dtype: of the matrix products.
         order: ``(V,)`` the token of each column of a block; ``None`` for the vocabulary's own order.
-        trained: whether the pass needs the weight's gradient.
+        tile: ``(T, V)`` the block.
+        group: vocabulary rows of the head that are cast or permuted at a time.
+        cast: ``(group, H)`` where they are cast to, or ``None``.
     """
 
     def __init__(
@@ -192,47 +194,107 @@ class _Sweep:
         hidden: Tensor,  # (N, H)
         weight: Tensor,  # (V, H)
         dtype: torch.dtype,
-        spec: HeadSpec,
         *,
         order: Tensor | None,
-        trained: bool,
+        tile: Tensor,  # (T, V)
+        group: int,
+        cast: Tensor | None,  # (group, H)
     ) -> None:
         self.dtype = dtype
         self.hidden = hidden
-        cast = weight.dtype != dtype or (dtype.itemsize < 4 and weight.device.type != "cuda")
-        if order is not None and trained and not cast:
+        self.weight = weight
+        self.order = order
+        self.tile = tile
+        self.group = group
+        self.cast = cast
+
+    @classmethod
+    @contextmanager
+    def over(
+        cls,
+        hidden: Tensor,  # (N, H)
+        weight: Tensor,  # (V, H)
+        dtype: torch.dtype,
+        spec: HeadSpec,
+        workspace: Workspace,
+        *,
+        order: Tensor | None,
+        trained: bool,
+    ) -> Iterator[_Sweep]:
+        """A sweep, whose memory is lent for the duration of the block.
+
+        ``trained``: whether the pass needs the weight's gradient.
+        """
+        casts = weight.dtype != dtype
+        if order is not None and trained and not casts:
             # Once for all blocks. The copy is as large as the weight's finished gradient, and gone before that is
             # made; where there is no such gradient, it would raise the peak.
             weight, order = weight[order], None
-        self.weight = weight
-        self.order = order
-        rows, vocab = hidden.size(0), weight.size(0)
-        self.columns = _CAST_ROWS if cast or order is not None else vocab
+        rows, vocab, device = hidden.size(0), weight.size(0), hidden.device
         budget = spec.block_bytes or block_bytes(
-            rows, vocab, weight.size(1), dtype.itemsize, hidden.device, converts_gradient=trained and not cast
+            rows, vocab, weight.size(1), dtype.itemsize, device, converts_gradient=trained and not casts
         )
         width = -(-vocab // _ALIGN) * _ALIGN
         most = max(1, budget // (width * dtype.itemsize))
         blocks = -(-rows // most)
         # Equal blocks: a last block of three rows would read the whole head for three rows.
-        self.block = -(-rows // blocks) if blocks else 0
-        self.tile = torch.empty(self.block, width, device=hidden.device, dtype=dtype)[:, :vocab]
+        block = -(-rows // blocks) if blocks else 0
+        with ExitStack() as lent:
+            tile = lent.enter_context(workspace.lend("block", block, width, dtype=dtype, device=device))[:, :vocab]
+            group, cast = vocab, None
+            if casts or order is not None:
+                group = min(_CAST_ROWS.get(device.type, vocab), vocab)
+            if casts:
+                cast = lent.enter_context(workspace.lend("head", group, weight.size(1), dtype=dtype, device=device))
+            if cast is not None and group == vocab:  # once for all blocks
+                weight, order, cast = cast.copy_(weight if order is None else weight[order]), None, None
+            yield cls(hidden, weight, dtype, order=order, tile=tile, group=group, cast=cast)
 
     def head(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields the head in the compute dtype: once where it has that dtype, else a group of rows at a time."""
-        for start in range(0, self.weight.size(0), self.columns):
-            columns = slice(start, start + self.columns)
+        for start in range(0, self.weight.size(0), self.group):
+            columns = slice(start, start + self.group)
             rows = self.weight[columns] if self.order is None else self.weight[self.order[columns]]
-            yield columns, rows.to(self.dtype)
+            yield columns, rows if self.cast is None else self.cast[: rows.size(0)].copy_(rows)
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields the block's first row, its hidden states (T, H) and the raw products h W^T (T, V)."""
-        for start in range(0, self.hidden.size(0), self.block or 1):
-            hidden = self.hidden[start : start + self.block].to(self.dtype)  # (T, H)
+        for start in range(0, self.hidden.size(0), self.tile.size(0) or 1):
+            hidden = self.hidden[start : start + self.tile.size(0)].to(self.dtype)  # (T, H)
             tile = self.tile[: hidden.size(0)]  # (T, V)
             for columns, weight in self.head():
                 torch.mm(hidden, weight.T, out=tile[:, columns])
             yield start, hidden, tile
+
+    def add_gradients(
+        self,
+        tile: Tensor,  # (T, V) ∂z
+        hidden: Tensor,  # (T, H)
+        grad_hidden: Tensor | None,  # (T, H)
+        grad_weight: Tensor | None,  # (V, H)
+    ) -> None:
+        """``grad_hidden = ∂z W``, ``grad_weight += ∂z^T h``."""
+        for some, head in self.head():
+            if grad_hidden is not None:
+                _multiply(tile[:, some], head, grad_hidden, add=some.start > 0)
+            if grad_weight is not None:
+                _multiply(tile[:, some].T, hidden, grad_weight[some], add=True)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out = a @ b``, or ``out += a @ b``, in ``out``'s fp32 (or fp64); how exactly, :class:`_Sweep` says."""
+    beta = 1.0 if add else 0.0
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.device.type == "cuda":
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        step = max(1, _PRODUCT_BYTES // (b.size(1) * b.dtype.itemsize))
+        products = b.new_empty(min(step, a.size(0)), b.size(1))
+        for start in range(0, a.size(0), step):
+            rows = out[start : start + step]
+            product = torch.mm(a[start : start + step], b, out=products[: rows.size(0)])
+            rows.add_(product) if add else rows.copy_(product)
 
 
 @dataclass(frozen=True)
@@ -264,8 +326,9 @@ class _Columns:
         if self.rank is None:
             return rows.to(dtype)
         out = torch.empty_like(rows, dtype=dtype)
-        for start in range(0, rows.size(0), _CAST_ROWS):
-            some = slice(start, start + _CAST_ROWS)
+        step = _CAST_ROWS["cuda"]
+        for start in range(0, rows.size(0), step):
+            some = slice(start, start + step)
             out[some] = rows[self.rank[some]]
         return out
 
@@ -321,15 +384,16 @@ class _FusedHead(torch.autograd.Function):
                 marginals = torch.zeros(num_segments, weight.size(0), device=device, dtype=stat)  # (S, V)
             logits = _logits(bias, spec, stat, columns)
             trained = ctx.needs_input_grad[1] and not spec.frozen
-            sweep = _Sweep(hidden, weight, dtype, spec, order=columns.order, trained=trained)
+            workspace = spec.workspace or Workspace()
             places = columns.targets(targets)
-            for first, _, tile in sweep.blocks():
-                implementation.forward(tile, first, logits, places, found, plot, marginals)
+            with _Sweep.over(hidden, weight, dtype, spec, workspace, order=columns.order, trained=trained) as sweep:
+                for first, _, tile in sweep.blocks():
+                    implementation.forward(tile, first, logits, places, found, plot, marginals)
         if marginals is not None and columns.rank is not None:
             marginals = marginals[:, columns.rank]
         # Entropy is an output: kept on `ctx` itself it would hold its own graph, and never be freed.
         ctx.save_for_backward(hidden, weight, bias, targets, found.log_z, found.entropy)
-        ctx.spec, ctx.dtype, ctx.plot, ctx.columns = spec, dtype, plot, columns
+        ctx.spec, ctx.dtype, ctx.plot, ctx.columns, ctx.workspace = spec, dtype, plot, columns, workspace
         fixed = [found.sum_sq, found.mean, found.top1] + ([marginals] if divergence is not None else [])
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
         log_probs = found.target_logit - found.log_z
@@ -357,21 +421,21 @@ class _FusedHead(torch.autograd.Function):
 
             def sweep_up() -> None:
                 """A function of its own, so that the block is freed before the gradients are rounded."""
-                sweep = _Sweep(hidden, weight, ctx.dtype, spec, order=columns.order, trained=needs_weight)
                 logits = _logits(bias, spec, stat, columns)
                 places = columns.targets(targets)
-                for first, hidden_block, tile in sweep.blocks():
-                    implementation.backward(tile, first, logits, places, gradients, plot)
-                    rows = slice(first, first + tile.size(0))
-                    for some, head in sweep.head():
-                        if grad_hidden is not None:
-                            _addmm(grad_hidden[rows], tile[:, some], head, beta=0.0 if some.start == 0 else 1.0)
-                        if grad_weight is not None:
-                            _addmm(grad_weight[some], tile[:, some].T, hidden_block, beta=1.0)
-                    if grad_bias is not None:
-                        grad_bias.add_(tile.sum(0, dtype=stat))
+                with _Sweep.over(
+                    hidden, weight, ctx.dtype, spec, ctx.workspace, order=columns.order, trained=needs_weight
+                ) as sweep:
+                    for first, hidden_block, tile in sweep.blocks():
+                        implementation.backward(tile, first, logits, places, gradients, plot)
+                        of_block = None if grad_hidden is None else grad_hidden[first : first + tile.size(0)]
+                        sweep.add_gradients(tile, hidden_block, of_block, grad_weight)
+                        if grad_bias is not None:
+                            grad_bias.add_(tile.sum(0, dtype=stat))
 
             sweep_up()
+            if not spec.frozen:  # else some rows were swept again, and the step goes on
+                ctx.workspace.clear()
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else columns.restore(grad_weight, weight.dtype),

@@ -1,9 +1,14 @@
-"""How large a block of logits may be."""
+"""How large a block of logits may be, and where its memory comes from."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
+from torch import Tensor
 
 # A larger block means fewer passes over the head's weight and its gradient. On a CPU one four times as large is no
 # faster; on a GPU 1 GiB is some thousand rows of the largest vocabularies, where the products are bound by arithmetic.
@@ -39,3 +44,37 @@ def block_bytes(
     tile = min(rows, tokens) * min(vocab, columns) * itemsize
     gradient = vocab * hidden * itemsize if converts_gradient else 0
     return max(_LEAST, min(_MOST["cuda"], max(tile, gradient), (unused + cached) // 2))
+
+
+class Workspace:
+    """Buffers that the head's passes of one step lend each other: forward, the reference's forward, backward.
+
+    On a CPU only. There glibc maps every allocation above 32 MiB anew and unmaps it when it is freed, so each of its
+    pages costs a fault and is filled with zeros, in every pass again. torch's allocator for GPUs keeps what is freed,
+    and nothing is held here.
+
+    A workspace belongs to one step. The graph keeps it from the forward to the backward, which empties it; the
+    backward would take as much memory itself, so nothing is held that would not be there at the step's peak. What is
+    lent is taken out: who asks meanwhile, another thread for one, gets memory of their own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    @contextmanager
+    def lend(self, name: str, *shape: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+        """A buffer of this shape for the duration of the block, holding anything; it is the last one of that ``name``
+        where that is large enough."""
+        if device.type != "cpu":
+            yield torch.empty(shape, dtype=dtype, device=device)
+            return
+        size = math.prod(shape) * dtype.itemsize
+        memory = self._kept.pop(name, None)  # (bytes,)
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        yield memory[:size].view(dtype).view(shape)
+        self._kept[name] = memory
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._kept.clear()

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import InputError, RunError
-from ..fused import HeadOutput, HeadSpec, fused_head, head_spec, output_distribution, target_log_probs
+from ..fused import HeadOutput, HeadSpec, Workspace, fused_head, head_spec, output_distribution, target_log_probs
 from .batches import PolicyBatch
 from .term import PlotTerm, Swept
 
@@ -51,15 +51,17 @@ class HeadBackend(ABC):
         self.pending: PolicyBatch | None = None
         self.swept: Swept | None = None
         self.reference: Tensor | None = None
+        self.workspace: Workspace | None = None
 
     @contextmanager
     def capture(self, batch: PolicyBatch) -> Iterator[None]:
         """While open, the first head pass over ``batch`` by the policy is kept; read it with :meth:`take`."""
         self.pending, self.swept, self.reference = batch, None, None
+        self.workspace = Workspace()  # the graph keeps it till the backward
         try:
             yield
         finally:
-            self.pending = None
+            self.pending = self.workspace = None
 
     def take(self) -> Swept | None:
         """The pass that was kept, which is forgotten here so that its graph lives no longer than the step."""
@@ -105,6 +107,7 @@ class HeadBackend(ABC):
             raise RuntimeError("no batch is pending")
         shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
         self.term.to(hidden.device)
+        spec = dataclasses.replace(spec, workspace=self.workspace)
         whole = shares.arguments(hidden.device)
 
         def run(hidden: Tensor, spec: HeadSpec, some: slice | Tensor = slice(None)) -> HeadOutput:
@@ -130,6 +133,7 @@ class HeadBackend(ABC):
         if self.pending is None:
             raise RuntimeError("no batch is pending")
         shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
+        spec = dataclasses.replace(spec, workspace=self.workspace)
         head = fused_head(hidden, weight, bias, targets, spec, **shares.arguments(hidden.device))
         self.reference = head.marginals
         return head

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class _WithoutPlot(FusedBackend):
     def sweep(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        head = fused_head(hidden, weight, bias, targets, spec)
+        head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
         nothing = Shares(hidden.new_zeros(0), None, hidden.new_zeros(0))
         self.swept = Swept(head, nothing, hidden, rows)  # once a step, as with PLOT
         return head
@@ -39,7 +39,7 @@ class _WithoutPlot(FusedBackend):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         self.reference = hidden.new_zeros(0)
-        return fused_head(hidden, weight, bias, targets, spec)
+        return fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
 
 
 @contextmanager
@@ -73,10 +73,17 @@ def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[Non
 
 @dataclass
 class Samples:
-    """Measurements of one arm, round by round: seconds, and bytes that a step held at its peak."""
+    """Measurements of one arm, round by round.
+
+    ``seconds`` of a step; bytes that it held at its ``peak``; its page ``faults`` and the processors' seconds in the
+    operating system's ``kernel``, most of which are those faults: what memory costs that is given back and asked for
+    anew. The last two are empty where the system does not count them.
+    """
 
     seconds: list[float] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
+    kernel: list[float] = field(default_factory=list)
 
 
 Arm = Callable[[], AbstractContextManager[Callable[[], Any]]]
@@ -113,14 +120,17 @@ def interleaved(
             name = names[(k + repeat) % len(names)]
             with arms[name]() as step:
                 _reset_peak(device)
-                start = time.perf_counter()
+                before, start = _usage(), time.perf_counter()
                 step()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                seconds = time.perf_counter() - start
+                seconds, after = time.perf_counter() - start, _usage()
             if repeat:
                 samples[name].seconds.append(seconds)
                 samples[name].peak.append(_peak(device))
+                if before is not None and after is not None:
+                    samples[name].faults.append(after.ru_minflt - before.ru_minflt)
+                    samples[name].kernel.append(after.ru_stime - before.ru_stime)
         if on_round is not None:
             on_round(repeat + 1)
     return samples
@@ -151,6 +161,15 @@ def _reset_peak(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _usage() -> Any:
+    """What the system has counted of this process; None on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def held(device: torch.device) -> int:
