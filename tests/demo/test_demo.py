@@ -211,7 +211,14 @@ def test_other_pairs(tiny_base: Path, tmp_path: Path, pairs_file: Path, monkeypa
     monkeypatch.setattr(demo, "train", lambda arm, setting, model, pairs, *rest: trained.append(pairs))
     monkeypatch.setattr(demo, "_command", lambda *args: 0)
     monkeypatch.setattr(demo, "_cost", lambda *args: {})
-    monkeypatch.setattr(demo, "rows_of", lambda folder: [])
+    monkeypatch.setattr(
+        demo,
+        "rows_of",
+        lambda folder: [
+            {"label": "a", "better": "", "places": 2, "cells": {"base": {"value": 1.0, "interval": None, "n": 1}}}
+        ],
+    )
+    monkeypatch.setattr(demo, "draw", lambda *args: None)
     output = tmp_path / "out"
     assert demo.main(quick=True, output=output, model=str(tiny_base), dataset=str(pairs_file)) == 0
     assert [len(pairs) for pairs in trained] == [24] * 3

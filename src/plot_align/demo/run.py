@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plot_align._version import __version__
 from plot_align.demo import data
+from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, make_trainer, quiet, train
 from plot_align.errors import InputError
@@ -118,6 +119,7 @@ def main(
     codes.append(_command("report", arguments, console))
     with complete_or_absent(output / "table.md") as temporary:
         temporary.write_text(as_markdown(rows, called), encoding="utf-8")
+    draw(output, list(models), output / "demo.png")
     console.print(as_text(rows, called))
     _print_cost(console, cost)
     console.print(f"done in {clock.minutes()}; read the answers side by side: {output / 'report.html'}")
