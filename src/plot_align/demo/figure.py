@@ -43,24 +43,20 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
                 )  # fmt: skip
         for axes, (kind, attack, _) in zip(axes_of_curves, CURVES, strict=True):
             curve = curves.get((kind, attack), {}).get(model, {})
+            arms = [_arms(entry) for entry in curve.values()]
             axes.errorbar(
                 list(curve), [entry["value"] for entry in curve.values()], color=colour, marker="o", markersize=4,
-                yerr=[list(side) for side in zip(*(map(_side, _arms(e)) for e in curve.values()), strict=True)] or None,
-                elinewidth=0.6, linewidth=1.6,
+                yerr=[[low for (low,), _ in arms], [high for _, (high,) in arms]], elinewidth=0.6, linewidth=1.6,
             )  # fmt: skip
     frontier.set(xlabel="harmless requests refused", ylabel="harmful requests complied with")
-    frontier.legend(
-        handles=[
-            *(
-                Line2D([], [], color=c, marker="o", linestyle="", label=m)
-                for c, m in zip(COLOURS, models, strict=False)
-            ),
-            *(Line2D([], [], color="#333", marker=marker, linestyle="", label=label) for *_, label, marker in ATTACKS),
-        ],
-        fontsize=8,
-        frameon=False,
-        loc="best",
-    )
+    arms_shown = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=model)
+        for colour, model in zip(COLOURS, models, strict=False)
+    ]
+    attacks_shown = [
+        Line2D([], [], color="#333333", marker=marker, linestyle="", label=label) for *_, label, marker in ATTACKS
+    ]
+    frontier.legend(handles=arms_shown + attacks_shown, fontsize=8, frameon=False, loc="best")
     for axes, (_, attack, label) in zip(axes_of_curves, CURVES, strict=True):
         axes.set(xlabel=label, ylabel=f"success of {attack}")
     for axes in (frontier, *axes_of_curves):
@@ -74,7 +70,3 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
 def _arms(entry: dict[str, Any]) -> list[list[float]]:
     low, high = entry.get("interval") or (entry["value"],) * 2
     return [[max(0.0, entry["value"] - low)], [max(0.0, high - entry["value"])]]
-
-
-def _side(arm: list[float]) -> float:
-    return arm[0]
