@@ -1,4 +1,4 @@
-"""Every example runs as a user runs it, one step long, on a stand-in for the sandbox's base model."""
+"""Every example runs as a user runs it, one step long, on a tiny chat model and some of the demo's pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from plot_align import sandbox
+from plot_align.demo import data
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RUNS = [
@@ -20,26 +20,18 @@ RUNS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = sandbox.BaseConfig(
-        vocab_size=400, hidden_size=32, layers=1, heads=2, intermediate_size=48, steps=6, batch_size=8
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox.base, "_THREADS", 1)
-        return sandbox.build_base(seed=3, cache_dir=tmp_path_factory.mktemp("bases"), progress=False, config=config)
-
-
 def test_every_example_is_run():
     assert {run[0] for run in RUNS} == {path.stem for path in EXAMPLES.glob("*.py")} - {"common"}
 
 
 @pytest.mark.parametrize("run", RUNS, ids=" ".join)
-def test_runs(run, small_base, monkeypatch, capsys, tmp_path):
+def test_runs(run, tiny_base, monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sandbox, "TRAIN_PAIRS", 8)
-    monkeypatch.setattr(sys, "argv", [*run, "--steps", "1", "--alpha", "0.5", "--model", str(small_base)])
+    some = data.pairs("train").shuffle(seed=0).select(range(32))
+    monkeypatch.setattr(data, "pairs", lambda split="train": some)
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    monkeypatch.setattr(sys, "argv", [*run, "--steps", "1", "--alpha", "0.5", "--model", str(tiny_base)])
     runpy.run_path(str(EXAMPLES / f"{run[0]}.py"), run_name="__main__")
     table = capsys.readouterr().out.split("first")[-1].splitlines()[1:]
     metrics = {name: [float(value) for value in values] for name, *values in map(str.split, table)}
@@ -47,7 +39,7 @@ def test_runs(run, small_base, monkeypatch, capsys, tmp_path):
         assert all(0 < value < math.inf for name in ("loss", "vanilla_loss") for value in metrics[f"plot/{name}"])
         return
     assert metrics["plot/alpha"] == [0.5, 0.5]
-    if run[0] == "grpo":  # the judge rewards nothing that this model writes, so nothing is preferred yet
+    if run[0] == "grpo":  # all answers to a request are rewarded alike, so nothing is preferred yet
         assert metrics["plot/loss"] == [0, 0]
         return
     for name in ("loss", "vanilla_loss", "preferred_mass", "rejected_mass", "grad_ratio"):
