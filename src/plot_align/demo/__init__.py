@@ -1,0 +1,1 @@
+"""The demo's preference data: harmful requests, benign twins and everyday requests, with answers sorted into pairs."""
