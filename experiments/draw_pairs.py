@@ -4,28 +4,32 @@
 
 Draws k = 8 answers to each of the 360 requests in ``src/plot_align/demo/requests.csv`` (bfloat16 weights, at most 64
 new tokens, temperature 0.5: at 1.0 this model writes word salad, and at 0.7 still invents words) and writes
-``train.jsonl`` and ``heldout.jsonl`` beside the requests. A batch that was drawn before is read, so that an interrupted
-run goes on, and a run after a change to the rule or to the written answers draws nothing. Prints counts.
+``train.jsonl`` and ``heldout.jsonl`` beside the requests. A batch that was drawn before is read: an interrupted run
+goes on, and a run after a change to the rule or to the written answers draws nothing. Prints counts.
 
 The rule
 --------
 Every answer is cut at the end of its last complete sentence, and dropped where it has none. One is *usable* if it has
-no four words in a row twice, no code block, no blank to fill in such as "[Name]", and makes at most 128 tokens with its
-request and the chat template.
+no four words in a row twice, no code block, no blank to fill in such as "[Name]", and makes at most 128 tokens with
+its request and the chat template.
 
-- It *refuses* if RefusalPrefixes finds its phrase in the first 30 characters, its first sentence says that something
-  cannot or will not be done, it has 8 to 60 words, and nothing after that looks like compliance ("here is", a list).
+- It *refuses well* if RefusalPrefixes finds its phrase in the first 30 characters, its first sentence says that
+  something cannot or will not be done, it has 8 to 60 words, and nothing in it looks like compliance ("here is",
+  "however", "I can provide", a list).
+- It *declines* if RefusalPrefixes calls it a refusal, it says somewhere that something cannot be done, and has 8 to 70
+  words. This model's refusals are mostly of that sort ("I'm sorry for your loss, but as a chatbot I don't have the
+  ability …"), which is nothing to prefer, but is what not to say to a benign request.
 - It *helps* if it has 15 to 70 words, and no refusal phrase and no word of disapproval ("illegal", "unethical", …)
-  stands anywhere in it. On a harmful request that is compliance. An answer that does neither is not used at all.
+  stands anywhere in it. On a harmful request that is compliance. An answer that does none of the three is not used.
 
-Harmful request: chosen is the first drawn answer that refuses, else a refusal written by us, the topic's in turn;
-rejected the first that helps. Benign and ordinary request: chosen is, of the drawn answers that help, the one with the
-highest mean log-probability a token under the model, its end of turn included (so an answer that was cut where the
-model would have gone on scores lower); rejected the first that refuses, else an over-cautious refusal written by us, in
-turn, which names what the request is about. Written refusals are not shared between the splits.
+Harmful request: chosen is the first drawn answer that refuses well, else a refusal written by us, those of its topic
+in turn; rejected the first that helps. Benign and ordinary request: chosen is, of the drawn answers that help, the one
+with the highest mean log-probability a token under the model, its end of turn included (so an answer that was cut
+where the model would have gone on scores lower); rejected the first that declines, else an over-cautious refusal
+written by us, in turn, which names what the request is about. The splits share no written refusal.
 
 We read the pairs after that. ``overrides`` in ``draw_pairs.json`` replaces a side by another drawn answer (its number,
-counted from 0: still the model's) or by a text of ours (``written``). A row with a side that nothing fills is an error.
+counted from 0: still the model's) or by a text of ours (``written``). A side that nothing fills is an error.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ from rich.progress import Progress
 from plot_align.chat import completion_logps, continue_rows, prompt_ids
 from plot_align.errors import RunError
 from plot_align.files import complete_or_absent
+from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.judges import REFUSAL_PHRASES, RefusalPrefixes
 
 DEMO = Path(__file__).parents[1] / "src" / "plot_align" / "demo"
@@ -63,23 +68,32 @@ LONGEST = 128  # tokens of request and answer, template included
 
 Row = dict[str, str]
 
-# A full stop after a list's number or an abbreviation ends no sentence.
-_END = re.compile(r"""(?<!\b\d)(?<!\b\d\d)(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!e\.g)(?<!i\.e)(?<!P\.S)(?<!\.)"""
-                  r"""[.!?]["'”’)*_]*(?=\s|$)""")  # fmt: skip
+_END = re.compile(r"""[.!?]["'”’)*_]*(?=\s|$)""")
+# What such a mark ends without ending a sentence: a list's number, an abbreviation, words that trail off.
+_NO_SENTENCE = re.compile(r"(?:(?:^|\n|[.!?:]\s)\s*\W*\d+|\b(?:Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e|P\.S)|\.)$")
 _BLANK = re.compile(r"\[[^\]]*\]|```|_{3}")
-_CANNOT = re.compile(r"\b(can't|cannot|can not|couldn't|won't|will not|unable|not able|not going to|decline|refuse)\b")
-_COMPLIES = re.compile(r"\bhere(?:'s| is| are)\b|^\s*(?:\d+\.|[-*•])\s", re.MULTILINE)
-_DISAPPROVES = re.compile(
-    r"\b(?:illegal|unlawful|unethical|immoral|not ethical|against the law|not (?:recommended|advisable|acceptable|okay)"
-    r"|never (?:okay|acceptable)|crime|criminal offen[cs]e|strongly advise|advise against|discourage|sorry|apologi[sz]e"
-    r"|harmful|inappropriate|professional help|the authorities)\b"
+_CANNOT = re.compile(
+    r"\b(?:can't|cannot|can not|couldn't|won't|will not|unable|not able|not going to|decline|refuse|not equipped"
+    r"|not designed|not capable|don't have the (?:ability|capability|capacity))\b"
 )
+_COMPLIES = re.compile(
+    r"\bhere(?:'s| is| are)\b|\bhowever\b|\b(?:i|we) can (?!not\b)|^\s*(?:\d+\.|[-*•])\s", re.MULTILINE
+)
+_DISAPPROVES = re.compile(
+    r"\b(?:illegal|unlawful|unethical|immoral|not ethical|against the law|never (?:okay|acceptable)|crime"
+    r"|not (?:recommended|advisable|acceptable|okay)|criminal offen[cs]e|strongly advise|advise against|discourage"
+    r"|sorry|apologi[sz]e|harmful|inappropriate|professional help|the authorities)\b"
+)
+
+
+def ends(text: str) -> list[int]:
+    """Where its sentences end."""
+    return [match.end() for match in _END.finditer(text) if not _NO_SENTENCE.search(text[: match.start()])]
 
 
 def cut(text: str) -> str:
     """Up to the end of the last complete sentence; empty where there is none."""
-    ends = [match.end() for match in _END.finditer(text)]
-    return text[: ends[-1]].strip() if ends else ""
+    return text[: max(ends(text), default=0)].strip()
 
 
 def plain(text: str) -> str:
@@ -97,19 +111,27 @@ _PHRASE = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, REFUSAL_PHRASES))})(?
 _EARLY = RefusalPrefixes(beginning=30)
 
 
-def refuses(text: str) -> bool:
-    """The rule's refusal, but for what makes an answer usable."""
-    first = cut(_END.split(text)[0] + ".")
+def refuses_well(text: str) -> bool:
+    first = plain(text[: min(ends(text), default=len(text))])
     return (
-        _EARLY.judge([None], [""], [text])[0].label == 0
-        and _CANNOT.search(plain(first)) is not None
+        _refused(_EARLY, text)
+        and _CANNOT.search(first) is not None
         and 8 <= len(text.split()) <= 60
         and not _COMPLIES.search(plain(text))
     )
 
 
+def declines(text: str) -> bool:
+    return (
+        _refused(RefusalPrefixes(), text) and _CANNOT.search(plain(text)) is not None and 8 <= len(text.split()) <= 70
+    )
+
+
+def _refused(judge: RefusalPrefixes, text: str) -> bool:
+    return bool(judge.judge_benign([Behavior("", "")], [""], [text])[0].refused)
+
+
 def helps(text: str) -> bool:
-    """The rule's help or compliance, but for what makes an answer usable."""
     return 15 <= len(text.split()) <= 70 and not _PHRASE.search(plain(text)) and not _DISAPPROVES.search(plain(text))
 
 
@@ -198,11 +220,11 @@ def sort(
 
     for row in requests:
         identity, split, prompt = row["id"], row["split"], row["prompt"]
-        refusal = next(filter(refuses, usable[identity]), None)
+        harmful = row["kind"] == "harmful"
+        refusal = next(filter(refuses_well if harmful else declines, usable[identity]), None)
         helpful = [text for text in usable[identity] if helps(text)]
         override = written["overrides"].get(identity, {})
         sides: dict[str, tuple[str, str]] = {}
-        harmful = row["kind"] == "harmful"
         refusing, helping = ("chosen", "rejected") if harmful else ("rejected", "chosen")
         if helpful:
             best = helpful[0] if harmful else max(helpful, key=lambda text: scores[prompt, text])
