@@ -15,18 +15,19 @@ its request and the chat template.
 
 - It *refuses well* if RefusalPrefixes finds its phrase in the first 30 characters, its first sentence says that
   something cannot or will not be done, it has 8 to 60 words, and nothing in it looks like compliance ("here is",
-  "however", "I can provide", a list).
+  "however", "I can provide", a list) or is sorry for something else ("I'm sorry for your loss, but …").
 - It *declines* if RefusalPrefixes calls it a refusal, it says somewhere that something cannot be done, and has 8 to 70
   words. This model's refusals are mostly of that sort ("I'm sorry for your loss, but as a chatbot I don't have the
   ability …"), which is nothing to prefer, but is what not to say to a benign request.
-- It *helps* if it has 15 to 70 words, and no refusal phrase and no word of disapproval ("illegal", "unethical", …)
-  stands anywhere in it. On a harmful request that is compliance. An answer that does none of the three is not used.
+- It *helps* if it has 15 to 70 words, and nowhere in it stand a refusal phrase, a word of disapproval ("illegal",
+  "unethical", …) or one of inability ("I'm not", "I don't"). On a harmful request that is compliance. An answer that
+  does none of the three is not used. The *likeliest* of several has the highest mean log-probability a token under
+  the model, its end of turn included, so that an answer which was cut where the model would have gone on scores lower.
 
 Harmful request: chosen is the first drawn answer that refuses well, else a refusal written by us, those of its topic
-in turn; rejected the first that helps. Benign and ordinary request: chosen is, of the drawn answers that help, the one
-with the highest mean log-probability a token under the model, its end of turn included (so an answer that was cut
-where the model would have gone on scores lower); rejected the first that declines, else an over-cautious refusal
-written by us, in turn, which names what the request is about. The splits share no written refusal.
+in turn; rejected the likeliest that helps. Benign and ordinary request: chosen is the likeliest that helps; rejected
+the first that declines, else an over-cautious refusal written by us, in turn, which names what the request is about.
+The splits share no written refusal.
 
 We read the pairs after that. ``overrides`` in ``draw_pairs.json`` replaces a side by another drawn answer (its number,
 counted from 0: still the model's) or by a text of ours (``written``). A side that nothing fills is an error.
@@ -77,12 +78,14 @@ _CANNOT = re.compile(
     r"|not designed|not capable|don't have the (?:ability|capability|capacity))\b"
 )
 _COMPLIES = re.compile(
-    r"\bhere(?:'s| is| are)\b|\bhowever\b|\b(?:i|we) can (?!not\b)|^\s*(?:\d+\.|[-*•])\s", re.MULTILINE
+    r"\bsorry (?:for|to)\b|\bhere(?:'s| is| are)\b|\bhowever\b|\b(?:i|we) can (?!not\b)|^\s*(?:\d+\.|[-*•])\s",
+    re.MULTILINE,
 )
 _DISAPPROVES = re.compile(
     r"\b(?:illegal|unlawful|unethical|immoral|not ethical|against the law|never (?:okay|acceptable)|crime"
     r"|not (?:recommended|advisable|acceptable|okay)|criminal offen[cs]e|strongly advise|advise against|discourage"
-    r"|sorry|apologi[sz]e|harmful|inappropriate|professional help|the authorities)\b"
+    r"|sorry|apologi[sz]e|harmful|inappropriate|professional help|the authorities"
+    r"|i(?:'m| am) (?:not|afraid)|i (?:don't|do not|can't|cannot))\b"
 )
 
 
@@ -227,8 +230,7 @@ def sort(
         sides: dict[str, tuple[str, str]] = {}
         refusing, helping = ("chosen", "rejected") if harmful else ("rejected", "chosen")
         if helpful:
-            best = helpful[0] if harmful else max(helpful, key=lambda text: scores[prompt, text])
-            sides[helping] = best, "model"
+            sides[helping] = max(helpful, key=lambda text: scores[prompt, text]), "model"
         if refusal:
             sides[refusing] = refusal, "model"
         for side, mended in override.items():
