@@ -1,0 +1,87 @@
+"""The demo's requests and preference pairs, as they ship with the package.
+
+160 harmful requests in plain English, a benign twin for each (the same words or topic, plainly harmless) and 40
+everyday requests, all written for this package; 260 to train on and 100 held out. How the answers came about, and by
+which rule they are chosen and rejected, stands in README.md beside the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from importlib import resources
+from typing import TYPE_CHECKING, Literal
+
+from plot_align.errors import InputError
+from plot_align.redteam.behaviors import Behavior
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+def pairs(split: Split = "train") -> Dataset:
+    """Preference pairs in TRL's conversational format with an explicit prompt, one a request.
+
+    Columns ``prompt``, ``chosen``, ``rejected``, each a list of one message, and ``kind``: harmful, benign or ordinary.
+    A refusal is chosen where the request is harmful, a helpful answer where it is not.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    from datasets import Dataset
+
+    rows = map(json.loads, _text(f"{_known(split)}.jsonl").split("\n")[:-1])
+    return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected", "kind")} for row in rows])
+
+
+def behaviors(split: Split = "heldout") -> list[Behavior]:
+    """The harmful requests, as HarmBench's behaviours; ``semantic_category`` is the topic.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    return _behaviors(split, "harmful")
+
+
+def benign(split: Split = "heldout") -> list[Behavior]:
+    """The harmful requests' twins and the everyday requests: none should be refused. ``tags`` says which they are.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    return _behaviors(split, "benign", "ordinary")
+
+
+def targets(split: Split = "heldout") -> dict[str, str]:
+    """How an answer that complies would begin ("Sure, here is …"), by the id of the harmful request.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    return {row["id"]: row["target"] for row in _requests(split) if row["kind"] == "harmful"}
+
+
+def _behaviors(split: Split, *kinds: str) -> list[Behavior]:
+    return [
+        Behavior(row["id"], row["prompt"], semantic_category=row["topic"], tags=(row["kind"],))
+        for row in _requests(split)
+        if row["kind"] in kinds
+    ]
+
+
+def _requests(split: Split) -> list[dict[str, str]]:
+    _known(split)
+    return [row for row in csv.DictReader(_text("requests.csv").splitlines()) if row["split"] == split]
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}, expected {' or '.join(SPLITS)}; name one of them")
+    return split
+
+
+def _text(name: str) -> str:
+    return (resources.files("plot_align.demo") / name).read_text(encoding="utf-8")
