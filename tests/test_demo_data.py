@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
+import importlib
 import json
 import re
 import string
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def rows() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def draw_pairs() -> Any:
-    spec = importlib.util.spec_from_file_location("draw_pairs", ROOT / "experiments" / "draw_pairs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def draw_pairs() -> Iterator[Any]:
+    """The script, as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        yield importlib.import_module("draw_pairs")
 
 
 def words(text: str) -> set[str]:
