@@ -276,15 +276,15 @@ def test_the_sorting_prefers_what_the_model_said_and_then_what_we_wrote(draw_pai
         "harmful": {"train": {"t": ["I won't."]}},
         "benign": {"train": ["I won't speak of {about}."]},
         "about": {"y": "eggs"},
-        "overrides": {"z": {"rejected": 1}},
+        "overrides": {"z": {"rejected": 0}},
     }
-    scores = {("Good?", help_a): -2.0, ("Good?", help_b): -1.0}
+    scores = {(row["prompt"], text): score for row in requests for text, score in ((help_a, -2.0), (help_b, -1.0))}
     x, y, z = draw_pairs.sort(requests, drawn, drawn, scores, written)
     assert (answer(x, "chosen"), answer(x, "rejected")) == (drawn_no, help_a)
     assert (x["chosen_from"], x["rejected_from"]) == ("model", "model")
     assert (answer(y, "chosen"), answer(y, "rejected")) == (help_b, "I won't speak of eggs.")
     assert (y["chosen_from"], y["rejected_from"]) == ("model", "written")
-    assert (answer(z, "chosen"), answer(z, "rejected")) == ("I won't.", help_b)
+    assert (answer(z, "chosen"), answer(z, "rejected")) == ("I won't.", help_a)
     assert (z["chosen_from"], z["rejected_from"]) == ("written", "model")
     with pytest.raises(draw_pairs.RunError, match=r"y: none of .* chosen"):
         list(draw_pairs.sort(requests[1:2], {"y": [drawn_no]}, {"y": [drawn_no]}, scores, written))
