@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import importlib.util
+import importlib
 import json
 import re
 import string
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,11 @@ def rows() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def draw_pairs() -> Any:
-    spec = importlib.util.spec_from_file_location("draw_pairs", ROOT / "experiments" / "draw_pairs.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def draw_pairs() -> Iterator[Any]:
+    """The script, as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "experiments")
+        yield importlib.import_module("draw_pairs")
 
 
 def words(text: str) -> set[str]:
@@ -275,15 +276,15 @@ def test_the_sorting_prefers_what_the_model_said_and_then_what_we_wrote(draw_pai
         "harmful": {"train": {"t": ["I won't."]}},
         "benign": {"train": ["I won't speak of {about}."]},
         "about": {"y": "eggs"},
-        "overrides": {"z": {"rejected": 1}},
+        "overrides": {"z": {"rejected": 0}},
     }
-    scores = {("Good?", help_a): -2.0, ("Good?", help_b): -1.0}
+    scores = {(row["prompt"], text): score for row in requests for text, score in ((help_a, -2.0), (help_b, -1.0))}
     x, y, z = draw_pairs.sort(requests, drawn, drawn, scores, written)
     assert (answer(x, "chosen"), answer(x, "rejected")) == (drawn_no, help_a)
     assert (x["chosen_from"], x["rejected_from"]) == ("model", "model")
     assert (answer(y, "chosen"), answer(y, "rejected")) == (help_b, "I won't speak of eggs.")
     assert (y["chosen_from"], y["rejected_from"]) == ("model", "written")
-    assert (answer(z, "chosen"), answer(z, "rejected")) == ("I won't.", help_b)
+    assert (answer(z, "chosen"), answer(z, "rejected")) == ("I won't.", help_a)
     assert (z["chosen_from"], z["rejected_from"]) == ("written", "model")
     with pytest.raises(draw_pairs.RunError, match=r"y: none of .* chosen"):
         list(draw_pairs.sort(requests[1:2], {"y": [drawn_no]}, {"y": [drawn_no]}, scores, written))
