@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from plot_align._version import __version__
 from plot_align.demo import data
 from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
-from plot_align.demo.train import ARMS, Setting, fast_bf16, make_trainer, quiet, train
+from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
 from plot_align.errors import InputError
 from plot_align.files import complete_or_absent, require_writable
 from plot_align.reading import file_digest
@@ -26,7 +27,8 @@ from plot_align.records import measure, write_record
 
 BASE = "base"
 PREFILL = 4  # tokens of the target that an answer is begun with
-NEW_TOKENS = 48  # of an answer: enough to see whether it refuses
+LENGTH = 96  # tokens of a sequence whose step is timed, about those of our pairs
+NEW_TOKENS = 40  # of an answer: enough to see whether it refuses
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,22 @@ class Size:
     """How much is done, and about how long each stage takes (seconds on two cores), to tell the time left.
 
     Args:
-        steps: of training an arm. harmful, benign: held-out requests that every model answers.
-        attacked: requests that are attacked. samples: best of how many. rounds: of the cost measurement.
+        steps: of training an arm. harmful, benign: held-out requests that every model answers. pairs: held-out pairs.
+        attacked: harmful requests that are attacked. samples: best of how many. rounds: of the cost measurement.
     """
 
     steps: int
     harmful: int
     benign: int
+    pairs: int
     attacked: int
     samples: int
     rounds: int
     seconds: dict[str, float]
 
 
-FULL = Size(30, 40, 60, 20, 8, 4, {"model": 60, "train": 110, "evaluate": 110, "attack": 110, "cost": 40})
-QUICK = Size(12, 16, 20, 10, 4, 0, {"model": 60, "train": 50, "evaluate": 40, "attack": 40, "cost": 0})
+FULL = Size(22, 40, 40, 60, 16, 4, 3, {"model": 5, "train": 90, "evaluate": 130, "attack": 25, "cost": 30})
+QUICK = Size(10, 16, 20, 24, 8, 2, 0, {"model": 5, "train": 45, "evaluate": 65, "attack": 10, "cost": 0})
 FLOAT32_STEPS = 0.25  # of the steps where bfloat16 is no faster than float32, which takes five times as long a step
 
 
@@ -109,7 +112,7 @@ def main(
     cost: dict[str, Any] = {}
     if size.rounds:
         clock.begin("what PLOT costs: steps with and without it, interleaved", "cost")
-        cost = _cost(console, setting, folder, pairs, preference, output, size.rounds)
+        cost = _cost(console, setting, folder, output, size.rounds)
     clock.begin("the page", None)
     called = model or "SmolLM2-135M-Instruct"
     arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
@@ -218,24 +221,33 @@ class _Files:
 
     @classmethod
     def write(cls, folder: Path, size: Size) -> _Files:
-        from plot_align.redteam.behaviors import write_behaviors
+        from plot_align.redteam.behaviors import default_benign, write_behaviors
 
         targets = data.targets()
         behaviors = data.behaviors()[: size.harmful]
         texts = {
             "targets.json": json.dumps({b.id: targets[b.id] for b in behaviors}, indent=1),
             "attacks.yaml": f"prefill: {{tokens: {PREFILL}}}\nbest_of_n: {{n: {size.samples}}}\n",
-            "suite.yaml": _SUITE.format(folder=folder, benign=size.benign, tokens=NEW_TOKENS),
+            "suite.yaml": _SUITE.format(folder=folder, pairs=size.pairs, tokens=NEW_TOKENS),
         }
         for name, text in texts.items():
             with complete_or_absent(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         write_behaviors(folder / "harmful.csv", behaviors)
         write_behaviors(folder / "attacked.csv", behaviors[: size.attacked])
-        write_behaviors(folder / "benign.csv", data.benign()[: size.benign])
+        write_behaviors(folder / "benign.csv", _evenly(data.benign(), size.benign))
+        write_behaviors(folder / "sounds_harmful.csv", _evenly(default_benign(), size.benign // 2))
+        prompts = [json.dumps({"prompt": b.prompt}) + "\n" for b in _evenly(data.benign(), size.benign)]
+        with complete_or_absent(folder / "prompts.jsonl") as temporary:
+            temporary.write_text("".join(prompts), encoding="utf-8")
         with complete_or_absent(folder / "heldout.jsonl") as temporary:
             data.pairs("heldout").to_json(temporary)
         return cls(folder)
+
+
+def _evenly(rows: list[Any], count: int) -> list[Any]:
+    """``count`` rows, evenly spread: the file goes by kind and topic."""
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
 _SUITE = """\
@@ -243,13 +255,13 @@ _SUITE = """\
 harmlessness:
   direct: {{kind: attack_success, behaviors: {folder}/harmful.csv, max_new_tokens: {tokens}}}
 helpfulness:
-  preference_accuracy: {{kind: preference_accuracy, pairs: {folder}/heldout.jsonl}}
+  preference_accuracy: {{kind: preference_accuracy, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
 guards:
   over_refusal: {{kind: over_refusal, benign: {folder}/benign.csv, max_new_tokens: {tokens}}}
-  displacement: {{kind: displacement, pairs: {folder}/heldout.jsonl}}
-  diversity: {{kind: diversity, limit: {benign}, max_new_tokens: {tokens}}}
-  kl: {{kind: kl, limit: {benign}, max_new_tokens: {tokens}}}
-  drift: {{kind: drift, pairs: {folder}/heldout.jsonl}}
+  displacement: {{kind: displacement, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
+  diversity: {{kind: diversity, prompts: {folder}/prompts.jsonl, max_new_tokens: {tokens}}}
+  kl: {{kind: kl, prompts: {folder}/prompts.jsonl, max_new_tokens: {tokens}}}
+  drift: {{kind: drift, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
 """
 
 
@@ -267,6 +279,7 @@ def _redteam_arguments(name: str, source: Path, files: _Files, output: Path, dty
     return [
         f"{name}={source}",
         *("--behaviors", f"{folder}/attacked.csv", "--targets", f"{folder}/targets.json"),
+        *("--benign", f"{folder}/sounds_harmful.csv"),
         *(
             "--attacks",
             "prefill,best_of_n",
@@ -304,43 +317,27 @@ def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset:
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _cost(
-    console: Console, setting: Setting, model: Path, pairs: Any, preference: Any, output: Path, rounds: int
-) -> dict[str, Any]:
-    """Whole DPO steps, PLOT on against off on the same kernel: median of the rounds' ratios and their middle half."""
-    import tempfile
+def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds: int) -> dict[str, Any]:
+    """Whole DPO steps, PLOT on against off on the same kernel: median of the rounds' ratios and their middle half.
 
-    from plot_align.training import attach
-    from plot_align.training.overhead import interleaved, paired_ratio, without_plot
+    For more rounds, TRL itself beside, and a profile: ``plot-align bench``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plot_align.bench.step import StepProblem
+    from plot_align.training.overhead import interleaved, paired_ratio
 
     path = output / "cost.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    arm = ARMS[-1]
-    with tempfile.TemporaryDirectory() as folder, _bar(console, "  rounds", rounds + 1) as advance:
-        trainer = make_trainer(arm, setting, model, pairs, Path(folder))
-        device = trainer.accelerator.device
-        trainer.model.to(device).train()
-        trainer.create_optimizer()
-        trainer.current_gradient_accumulation_steps = 1
-        batch = next(iter(trainer.get_train_dataloader()))
-
-        def step() -> None:
-            trainer.model.zero_grad()
-            trainer.training_step(trainer.model, dict(batch), None)
-
-        @contextmanager
-        def off() -> Iterator[Any]:
-            with without_plot(trainer):
-                yield step
-
-        @contextmanager
-        def on() -> Iterator[Any]:
-            handle = attach(trainer, preference, arm.plot)
-            yield step
-            handle.detach()
-
-        samples = interleaved({"off": off, "on": on}, repeats=rounds, device=device, on_round=advance)
+    device = torch.device("cpu" if on_cpu() else "cuda")
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    problem = StepProblem(policy, tokenizer, 2 * setting.pairs, LENGTH, bf16=setting.bf16)
+    with _bar(console, "  rounds", rounds + 1) as advance:
+        arms = {"off": partial(problem.arm, "off"), "on": partial(problem.arm, "on")}
+        samples = interleaved(arms, repeats=rounds, device=device, on_round=advance)
     time_ratio, *half = paired_ratio(samples["on"].seconds, samples["off"].seconds)
     memory_ratio, *_ = paired_ratio(samples["on"].peak, samples["off"].peak)
     found = {

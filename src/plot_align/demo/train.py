@@ -47,8 +47,8 @@ class Setting:
     """
 
     steps: int
-    pairs: int = 8
-    learning_rate: float = 2e-5
+    pairs: int = 4
+    learning_rate: float = 5e-5
     beta: float = 0.1
     max_length: int = 160
     bf16: bool = True
