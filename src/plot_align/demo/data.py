@@ -25,7 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 def pairs(split: Split = "train") -> Dataset:
     """Preference pairs in TRL's conversational format with an explicit prompt, one a request.
 
-    Columns ``prompt``, ``chosen``, ``rejected``, each a list of one message, and ``kind``: harmful, benign or ordinary.
+    Columns ``prompt``, ``chosen``, ``rejected``, each a list of one message, and ``kind``: harmful, benign, ordinary.
     A refusal is chosen where the request is harmful, a helpful answer where it is not.
 
     Raises:

@@ -131,13 +131,9 @@ class Diversity:
 
 
 def answers_to(options: Diversity, subject: Subject) -> dict[str, str]:
-    """Greedy answers to the prompts that ``options`` name, by their ids; once a model, whoever asks."""
-    key = ("answers", options.prompts, options.split, options.limit, options.max_new_tokens)
-    if key not in subject.memory:
-        asked = data.prompts(options.prompts, split=options.split, limit=options.limit, seed=subject.seed)
-        answers = subject.answers(list(asked.values()), "answers", options.max_new_tokens)
-        subject.memory[key] = dict(zip(asked, answers, strict=True))
-    return subject.memory[key]
+    """Greedy answers to the prompts that ``options`` name, by their ids."""
+    asked = data.prompts(options.prompts, split=options.split, limit=options.limit, seed=subject.seed)
+    return dict(zip(asked, subject.answers(list(asked.values()), "answers", options.max_new_tokens), strict=True))
 
 
 def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:

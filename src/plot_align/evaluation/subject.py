@@ -75,16 +75,22 @@ class Subject:
     def answers(
         self, conversations: Sequence[Sequence[dict[str, str]]], description: str, max_new_tokens: int
     ) -> list[str]:
-        """Greedy answers to conversations that end with a user's turn, under a bar called ``description``."""
+        """Greedy answers to conversations that end with a user's turn, under a bar called ``description``.
+
+        The same ones are asked once, whichever measure wants their answers.
+        """
         rows = self.rows(conversations)
-        return continue_rows(
-            self.model,
-            self.tokenizer,
-            rows,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
-            advance=self.bar(description, len(rows)),
-        )
+        key = ("answers", tuple(map(tuple, rows)), max_new_tokens)
+        if key not in self.memory:
+            self.memory[key] = continue_rows(
+                self.model,
+                self.tokenizer,
+                rows,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                advance=self.bar(description, len(rows)),
+            )
+        return list(self.memory[key])
 
     def require_reference(self, measure: str) -> Subject:
         """The reference.
