@@ -48,7 +48,7 @@ class Setting:
 
     steps: int
     pairs: int = 4
-    learning_rate: float = 5e-5
+    learning_rate: float = 3e-5
     beta: float = 0.1
     max_length: int = 160
     bf16: bool = True
