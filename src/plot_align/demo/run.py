@@ -194,8 +194,8 @@ def _model(model: str | None) -> Path:
 
 def _pairs(dataset: str | None) -> Any:
     if dataset is None:
-        # In so few steps a model this small cannot tell a harmful request from its twin. With as many pairs that prefer
-        # help as pairs that prefer a refusal it would only learn to refuse less.
+        # In so few steps a model this small cannot tell a harmful request from its twin. With as many pairs that
+        # prefer help as pairs that prefer a refusal, it would only learn to refuse less.
         ours = data.pairs("train")
         harmful = [i for i, kind in enumerate(ours["kind"]) if kind == "harmful"]
         harmless = [i for i, kind in enumerate(ours["kind"]) if kind != "harmful"]
