@@ -1,4 +1,4 @@
-# make demo          the whole pipeline on the offline world (QUICK=1: one seed)
+# make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          all tests
 # make check         lint, format, types
 # make clean         remove the environment and caches; results under runs/ stay
