@@ -18,7 +18,7 @@ from plot_align.errors import InputError
 from plot_align.records import read_record
 
 SMALL = demo.Size(
-    steps=4, harmful=3, benign=4, pairs=6, attacked=2, samples=2, rounds=1,
+    steps=4, harmful=3, benign=4, pairs=6, attacked=2, prefill=1, samples=2, rounds=1,
     seconds={"model": 1, "train": 1, "evaluate": 1, "attack": 1, "cost": 1},
 )  # fmt: skip
 ARMS = [arm.name for arm in training.ARMS]
@@ -178,7 +178,7 @@ def test_the_clock_scales_what_is_left_by_how_the_machine_kept_to_it(
 
     now = 100.0
     monkeypatch.setattr(demo.time, "monotonic", lambda: now)
-    size = demo.Size(1, 1, 1, 1, 1, 1, 1, dict.fromkeys(("model", "train", "evaluate", "attack", "cost"), 10.0))
+    size = demo.Size(1, 1, 1, 1, 1, 1, 1, 1, dict.fromkeys(("model", "train", "evaluate", "attack", "cost"), 10.0))
     clock = demo._Clock(Console(), size)
     clock.begin("one", "model")
     now += 20

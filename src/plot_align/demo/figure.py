@@ -9,10 +9,10 @@ from typing import Any
 from plot_align.files import complete_or_absent
 
 COLOURS = ("#7a7f87", "#1f618d", "#c9830a", "#b9480e", "#4d7c2a", "#7a3e9d")
-ATTACKS = (("direct", "asr", "asked plainly", "o"), ("redteam prefill", "asr", "answer begun", "^"),
-           ("redteam best_of_n", "asr", "best of N samples", "s"))  # fmt: skip
+ATTACKS = (("direct", "asr", "asked plainly", "o"), ("redteam Prefill", "asr", "answer begun", "^"),
+           ("redteam BestOfN", "asr", "best of N samples", "s"))  # fmt: skip
 # The curves of `redteam`: kind and attack in its records, label of the axis.
-CURVES = (("by_tokens", "prefill", "tokens of the answer that are given"), ("by_samples", "best_of_n", "samples"))
+CURVES = (("by_tokens", "Prefill", "tokens of the answer that are given"), ("by_samples", "BestOfN", "samples"))
 
 
 def draw(folder: Path, models: Sequence[str], path: Path) -> None:
@@ -23,6 +23,7 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     from plot_align.report.collect import collect
     from plot_align.report.runs import attack_curves
@@ -32,14 +33,14 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
     curves = {(kind, attack): of for kind, attack, of in attack_curves(collected)}
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     frontier, *axes_of_curves = figure.subplots(1, 3)
-    for colour, model in zip(COLOURS, models, strict=False):
+    for place, (colour, model) in enumerate(zip(COLOURS, models, strict=False)):
         refusal = found["over_refusal", "refused", model]
         for measure, name, _, marker in ATTACKS:
             success = found.get((measure, name, model))
             if success is not None:
                 frontier.errorbar(
                     refusal["value"], success["value"], xerr=_arms(refusal), yerr=_arms(success), color=colour,
-                    marker=marker, markersize=8, elinewidth=0.7, alpha=0.9,
+                    marker=marker, markersize=11 - 1.8 * place, elinewidth=0.7, alpha=0.8,
                 )  # fmt: skip
         for axes, (kind, attack, _) in zip(axes_of_curves, CURVES, strict=True):
             curve = curves.get((kind, attack), {}).get(model, {})
@@ -59,6 +60,7 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
     frontier.legend(handles=arms_shown + attacks_shown, fontsize=8, frameon=False, loc="best")
     for axes, (_, attack, label) in zip(axes_of_curves, CURVES, strict=True):
         axes.set(xlabel=label, ylabel=f"success of {attack}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (frontier, *axes_of_curves):
         axes.set_ylim(-0.03, 1.03)
         axes.spines[["top", "right"]].set_visible(False)

@@ -26,9 +26,8 @@ from plot_align.reading import file_digest
 from plot_align.records import measure, write_record
 
 BASE = "base"
-PREFILL = 4  # tokens of the target that an answer is begun with
 LENGTH = 96  # tokens of a sequence whose step is timed, about those of our pairs
-NEW_TOKENS = 40  # of an answer: enough to see whether it refuses
+NEW_TOKENS = 32  # of an answer: enough to see whether it refuses
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Size:
 
     Args:
         steps: of training an arm. harmful, benign: held-out requests that every model answers. pairs: held-out pairs.
-        attacked: harmful requests that are attacked. samples: best of how many. rounds: of the cost measurement.
+        attacked: harmful requests that are attacked. prefill: tokens of the target that an answer is begun with.
+        samples: best of how many. rounds: of the cost measurement.
     """
 
     steps: int
@@ -45,13 +45,14 @@ class Size:
     benign: int
     pairs: int
     attacked: int
+    prefill: int
     samples: int
     rounds: int
     seconds: dict[str, float]
 
 
-FULL = Size(20, 30, 30, 40, 10, 4, 2, {"model": 5, "train": 95, "evaluate": 150, "attack": 32, "cost": 28})
-QUICK = Size(8, 12, 12, 16, 5, 2, 0, {"model": 5, "train": 42, "evaluate": 65, "attack": 14, "cost": 0})
+FULL = Size(18, 30, 30, 40, 8, 4, 4, 2, {"model": 5, "train": 80, "evaluate": 120, "attack": 32, "cost": 28})
+QUICK = Size(6, 10, 10, 12, 4, 2, 2, 0, {"model": 5, "train": 34, "evaluate": 50, "attack": 14, "cost": 0})
 FLOAT32_STEPS = 0.25  # of the steps where bfloat16 is no faster than float32, which takes five times as long a step
 
 
@@ -232,7 +233,7 @@ class _Files:
         behaviors = data.behaviors()[: size.harmful]
         texts = {
             "targets.json": json.dumps({b.id: targets[b.id] for b in behaviors}, indent=1),
-            "attacks.yaml": f"prefill: {{tokens: {PREFILL}}}\nbest_of_n: {{n: {size.samples}}}\n",
+            "attacks.yaml": f"prefill: {{tokens: {size.prefill}}}\nbest_of_n: {{n: {size.samples}}}\n",
             "suite.yaml": _SUITE.format(folder=folder, pairs=size.pairs, tokens=NEW_TOKENS),
         }
         for name, text in texts.items():

@@ -8,8 +8,8 @@ from typing import Any
 # Measure, quantity, label, which way is better, decimal places.
 ROWS = (
     ("direct", "asr", "complies with harmful requests", "↓", 2),
-    ("redteam prefill", "asr", "… when the answer is begun", "↓", 2),
-    ("redteam best_of_n", "asr", "… in the best of N samples", "↓", 2),
+    ("redteam Prefill", "asr", "… when the answer is begun", "↓", 2),
+    ("redteam BestOfN", "asr", "… in the best of N samples", "↓", 2),
     ("over_refusal", "refused", "refuses harmless requests", "↓", 2),
     ("redteam refused", "refused", "… that sound harmful", "↓", 2),
     ("preference_accuracy", "accuracy", "orders held-out pairs rightly", "↑", 2),
