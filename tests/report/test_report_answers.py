@@ -135,7 +135,7 @@ def test_harmful_ones_are_closed_as_a_whole_and_after_the_others(answered: Any) 
     before, closed = section.split("<details>", 1)
     assert "May I?" in before
     assert "Harmful?" not in before
-    assert "they stay closed until you open them" in before
+    assert "collapsed until you open them" in before
     assert "Harmful?" in closed.split("</details>")[0]
 
 
@@ -148,7 +148,7 @@ def test_an_answer_is_cut_on_the_page_and_not_in_the_file(answered: Any) -> None
     assert said[0].startswith("First.\n\n    Then.\nmore more")
     assert said[0].endswith("…")
     assert len(said[0]) == 600
-    assert said[2] == "(it says nothing)"
+    assert said[2] == "(empty answer)"
     assert _rows(folder)[0]["answer"] == r"First.\n\n\tThen.\n" + "more " * 400
 
 
