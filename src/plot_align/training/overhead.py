@@ -77,7 +77,7 @@ class Samples:
 
     ``seconds`` of a step; bytes that it held at its ``peak``; its page ``faults`` and the processors' seconds in the
     operating system's ``kernel``, most of which are those faults: what memory costs that is given back and asked for
-    anew. (What an arm frees is given back before the next one, so that peaks compare: a training has fewer faults.) The
+    anew. What an arm frees is given back before the next one, so that peaks compare: a training has fewer faults. The
     last two are empty where the system does not count them.
     """
 
