@@ -57,6 +57,9 @@ class Packed:
     tokenizer: Any
 
 
+pytestmark = pytest.mark.xdist_group("fetch")  # its module fixtures are costly: once, on one worker
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     folder = tmp_path_factory.mktemp("index")

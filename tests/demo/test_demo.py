@@ -17,6 +17,7 @@ from plot_align.demo.table import ROWS, as_markdown, cell, rows_of
 from plot_align.errors import InputError
 from plot_align.records import read_record
 
+pytestmark = pytest.mark.xdist_group("demo")  # its module fixtures are costly: once, on one worker
 SMALL = demo.Size(
     steps=4, harmful=3, benign=4, pairs=6, attacked=2, prefill=1, samples=2, rounds=1,
     seconds={"model": 1, "train": 1, "evaluate": 1, "attack": 1, "cost": 1},

@@ -13,7 +13,7 @@ def make_parser() -> Parser:
         "demo",
         "Tune SmolLM2-135M-Instruct with DPO, DPO+SFT and DPO+PLOT on preference pairs of\n"
         "our own, judge each on held-out requests, attack it, and write one page,\n"
-        "report.html, with the answers side by side. If interrupted, run it again to resume.",
+        "report.html, with the answers side by side. Run it again to resume.",
         "  plot-align demo --quick",
     )
     parser.add_argument("--quick", action="store_true", help="fewer steps and requests: under five minutes")
