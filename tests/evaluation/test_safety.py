@@ -148,7 +148,7 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
     options: dict[str, Any] = {"behaviors": "sandbox", "limit": 4, "max_new_tokens": 6, "judge": "prefixes"}
     found = AttackSuccess(attack="best_of_n", attack_options={"n": 3}, **options).run(subject)
     assert found.quantities["asr"]["title"] == "Attack success, best_of_n (any of 3)"
-    rows = json.loads((tmp_path / "redteam" / "BestOfN" / "tiny" / "results" / "tiny.json").read_text())
+    rows = json.loads((tmp_path / "redteam" / "BestOfN" / "default" / "results" / "tiny.json").read_text())
     assert [len(of) for of in rows.values()] == [3] * 4
     assert any(len({row["label"] for row in of}) == 2 for of in rows.values())
     assert found.quantities["asr"]["items"] == {
@@ -156,7 +156,8 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
     }
     found = AttackSuccess(attack="prefill", attack_options={"tokens": 2}, **options).run(subject)
     assert found.quantities["asr"]["title"] == "Attack success, prefill (2 tokens)"
-    begun = json.loads((tmp_path / "redteam" / "Prefill" / "tiny" / "completions" / "tiny.json").read_text())
+    AttackSuccess(attack="prefill", attack_options={"tokens": 1}, **options).run(subject)  # both in one suite
+    begun = json.loads((tmp_path / "redteam" / "Prefill" / "2_tokens" / "completions" / "tiny.json").read_text())
     targets = world.targets(world.behaviors(0, 4))
     assert all(targets[name].startswith(row["prefix"]) and row["prefix"] for name, (row,) in begun.items())
 

@@ -185,7 +185,7 @@ class AttackSuccess(_Judged):
         harmful, targets, left_out = self._requests(subject.seed)
         victim = share(Victim, subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
-        layout = Layout(subject.folder / "redteam", attack.name, subject.name)
+        layout = Layout(subject.folder / "redteam", attack.name, attack.experiment(victim))
         answering = attack.answering(victim, harmful, targets, subject.seed)
         advance = subject.bar(f"attack {attack.title}", (1 + answering.samples) * len(harmful))
 
