@@ -55,7 +55,7 @@ class Size:
 
 
 FULL = Size(16, 30, 30, 40, 8, 4, 4, 2, {"model": 5, "train": 80, "evaluate": 120, "attack": 32, "cost": 28})
-QUICK = Size(6, 10, 10, 12, 4, 2, 2, 0, {"model": 5, "train": 34, "evaluate": 50, "attack": 14, "cost": 0})
+QUICK = Size(5, 10, 10, 12, 4, 2, 2, 0, {"model": 5, "train": 34, "evaluate": 50, "attack": 14, "cost": 0})
 FLOAT32_STEPS = 0.25  # of the steps where bfloat16 is no faster than float32, which takes five times as long a step
 
 

@@ -92,7 +92,7 @@ def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Pa
         use_cpu=on_cpu(),
         seed=setting.seed,
         gradient_checkpointing=False,  # this model fits; recomputing would cost a third of the time
-        save_steps=max(1, -(-setting.steps // 3)),
+        save_steps=max(1, -(-setting.steps // 2)),  # once on the way: one is 2 GB
         save_total_limit=1,
         logging_steps=1,
         report_to="none",
