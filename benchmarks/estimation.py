@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plot_align.estimate import estimate, load_pairs
+from plot_align.preference.estimation import estimate, load_pairs
 from plot_align.records import write_record
 
 ROOT = Path(__file__).resolve().parent.parent

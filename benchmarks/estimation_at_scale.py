@@ -37,7 +37,7 @@ import psutil
 
 from estimation import HARMLESS, ROOT, spread, texts_of, train_tokenizer
 from plot_align.errors import RunError
-from plot_align.estimate import estimate, load_pairs
+from plot_align.preference.estimation import estimate, load_pairs
 from plot_align.records import read_record, write_record
 
 FILES = 4  # as many shards: two for each of two ranks

@@ -41,10 +41,10 @@ from plot_align.bench.head import OUTPUTS
 from plot_align.bench.ratios import extra_seconds
 from plot_align.bench.run import Setting, measure_step, out_of_memory, plain_rounds, random_weights, release
 from plot_align.bench.show import arms_table, milliseconds, ratio
+from plot_align.config import PlotConfig
 from plot_align.errors import InputError, PlotAlignError
-from plot_align.fused import HeadSpec
+from plot_align.head import HeadSpec
 from plot_align.records import commit, hardware, read_record, versions, write_record
-from plot_align.training import PlotConfig
 
 TIME_TARGET, MEMORY_TARGET = 1.005, 1.01
 MODELS = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")

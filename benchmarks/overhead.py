@@ -27,9 +27,9 @@ import torch
 from plot_align.bench import SHAPES, HeadProblem, Shape, StepProblem, compare
 from plot_align.bench.shapes import random_model, word_tokenizer
 from plot_align.bench.show import arms_table
+from plot_align.config import PlotConfig
 from plot_align.records import write_record
-from plot_align.training import PlotConfig
-from plot_align.training.overhead import Arm, Samples, interleaved
+from plot_align.trl.overhead import Arm, Samples, interleaved
 
 SHAPES = dict(SHAPES)  # a rehearsal puts small ones in their place, here and nowhere else
 HEAD_ARMS = {

@@ -6,9 +6,9 @@ AOT sorts within a micro-batch: the larger it is, the more there is to sort, and
 from __future__ import annotations
 
 from common import arguments, pairs, report, settings
-from trl import DPOConfig
 
 from plot_align import PlotConfig, PlotDPOTrainer
+from trl import DPOConfig
 
 options = arguments(__doc__, loss_type=["aot", "aot_unpaired"])
 trainer = PlotDPOTrainer(

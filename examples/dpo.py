@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from common import arguments, pairs, report, settings
-from trl import DPOConfig
 
 from plot_align import PlotConfig, PlotDPOTrainer
+from trl import DPOConfig
 
 options = arguments(__doc__, loss_type=["sigmoid", "sigmoid+sft"])
 trainer = PlotDPOTrainer(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from common import arguments, pairs, report, settings
 from transformers import AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from plot_align import PlotConfig, attach, estimate
 from plot_align.redteam.judges import RefusalPrefixes
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def reward(completions, kind, **_):

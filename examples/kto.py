@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from common import arguments, pairs, report, settings
-from trl import KTOConfig, KTOTrainer
 
 from plot_align import PlotConfig, attach
+from trl import KTOConfig, KTOTrainer
 
 options = arguments(__doc__)
 trainer = KTOTrainer(model=options.model, args=KTOConfig(**settings(options.steps)), train_dataset=pairs())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from common import arguments, pairs, report, settings
 from transformers import AutoTokenizer
-from trl import SFTConfig
 
 from plot_align import PlotConfig, PlotSFTTrainer, estimate
+from trl import SFTConfig
 
 options = arguments(__doc__)
 data = pairs()

@@ -52,9 +52,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from plot_align.chat import completion_logps, continue_rows, prompt_ids
 from plot_align.errors import RunError
-from plot_align.files import complete_or_absent
+from plot_align.inference.chat import completion_logps, continue_rows, prompt_ids
+from plot_align.io import complete_or_absent
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.judges import REFUSAL_PHRASES, RefusalPrefixes
 

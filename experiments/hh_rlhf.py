@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from plot_align.estimate import load_pairs
+from plot_align.config import PlotConfig
+from plot_align.preference.estimation import load_pairs
 from plot_align.records import mean_of, read_record, write_record
 from plot_align.sandbox.experiment import Arm, Probe, quiet
-from plot_align.training import PlotConfig, attach
+from plot_align.trl import attach
 
 BASE = Arm("base")
 ARMS = (
@@ -72,6 +73,7 @@ def build_base(train: Dataset, folder: Path, seed: int, steps: int) -> Path:
     """A small Llama tuned on the chosen side; kept under ``folder``."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.trainer_callback import PrinterCallback
+
     from trl import SFTConfig, SFTTrainer
 
     if (folder / "config.json").exists():
@@ -105,6 +107,7 @@ def build_base(train: Dataset, folder: Path, seed: int, steps: int) -> Path:
 def run(arm: Arm, base: Path, train: Dataset, heldout: Dataset, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.trainer_callback import PrinterCallback
+
     from trl import DPOConfig, DPOTrainer
 
     plot = None if arm.plot is None else arm.plot.to_dict()

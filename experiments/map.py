@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from plot_align.config import PlotConfig
 from plot_align.sandbox.experiment import Arm, Run, Setting
-from plot_align.training import PlotConfig
 from tables import Seeds, differences, means, run
 
 SETTINGS = {

@@ -11,8 +11,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from plot_align.config import PlotConfig
 from plot_align.sandbox.experiment import Arm, Run, Setting
-from plot_align.training import PlotConfig
 from tables import Seeds, differences, means, run, scores
 
 # SimPO's beta is on another scale.

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from plot_align.config import PlotConfig
 from plot_align.records import mean_of, paired, read_record, standard_error, write_record
 from plot_align.redteam import world
 from plot_align.redteam.attackers import LocalAttacker
@@ -37,7 +38,6 @@ from plot_align.redteam.world_attacker import FEW_SHOT_TEMPLATE, ZERO_SHOT_TEMPL
 from plot_align.redteam.zero_shot import ZeroShot
 from plot_align.sandbox import build_base
 from plot_align.sandbox.experiment import Arm, Run, Setting, quiet, run_many
-from plot_align.training import PlotConfig
 from plot_align.workers import ProcessWorker, deal, report_failures, share_out
 
 KIND = "sandbox-redteam"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from plot_align.config import PlotConfig
 from plot_align.sandbox.experiment import Arm, Run, Setting
-from plot_align.training import PlotConfig
 from tables import Seeds, means, run
 
 ANCHORED = {"target": "anchored", "target_scope": "batch", "geometry": "norm"}

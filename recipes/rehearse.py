@@ -350,7 +350,7 @@ def execute(words: list[str], log: io.StringIO) -> int:
     """Run one command of the script here; its exit code."""
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if words[0] == "plot-align":
-            from plot_align.cli import main
+            from plot_align.cli.main import main
 
             whole = [*words[1:], "--dry_run"] if words[1] == "sweep" else None  # the grid before its ends
             return (whole and main(whole)) or main(smaller(words)[1:])

@@ -45,14 +45,6 @@ def test_every_public_name_is_there() -> None:
         plot_align.nothing  # noqa: B018
 
 
-def test_estimate_is_the_function_even_after_its_module_was_imported() -> None:
-    """Python binds a submodule on its package, which would hide the function of the same name."""
-    code = "import plot_align; from plot_align.estimate import load_pairs; from plot_align import estimate"
-    assert _run(code + "; print(estimate is plot_align.estimate, estimate.__name__, callable(estimate))") == (
-        "True estimate True"
-    )
-
-
 def test_one_version_everywhere() -> None:
     assert metadata.version("plot-align") == plot_align.__version__
     assert f"\nversion: {plot_align.__version__}\n" in (ROOT / "CITATION.cff").read_text()

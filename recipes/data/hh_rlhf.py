@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pairs import count, write
 
-from plot_align.dialogues import Malformed, convert
 from plot_align.errors import PlotAlignError
-from plot_align.reading import load_pairs
+from plot_align.preference.datasets import load_pairs
+from plot_align.preference.dialogues import Malformed, convert
 
 
 def main(arguments: list[str] | None = None) -> int:

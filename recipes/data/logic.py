@@ -38,7 +38,7 @@ from pathlib import Path
 from pairs import count, pair, write
 
 from plot_align.errors import InputError, PlotAlignError
-from plot_align.reading import load_pairs
+from plot_align.preference.datasets import load_pairs
 
 KINDS = ("off_by_one", "lost_carry", "swapped_operation", "dropped_step")
 _SWAPPED = {"+": "-", "-": "+", "*": "+", "/": "*"}

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from plot_align.dialogues import Turn
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
+from plot_align.preference.dialogues import Turn
 
 
 def pair(prompt: list[Turn], chosen: str, rejected: str) -> dict[str, list[Turn]]:

@@ -6,27 +6,21 @@ The names below are loaded on first use, so that ``import plot_align`` pulls in 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from plot_align import errors
 from plot_align._version import __version__
 
 if TYPE_CHECKING:
-    from plot_align.estimate import estimate, load_pairs
-    from plot_align.geometry import Geometry, line
-    from plot_align.losses import PlotLoss, make_divergence, pro_loss
-    from plot_align.preference import PreferenceDistribution
-    from plot_align.training import (
-        PlotConfig,
-        PlotDPOTrainer,
-        PlotPROTrainer,
-        PlotSFTTrainer,
-        PROConfig,
-        PROTrainer,
-        attach,
-    )
+    from plot_align.config import PlotConfig
+    from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
+    from plot_align.methods.pro_loss import pro_loss
+    from plot_align.plot import PlotLoss
+    from plot_align.preference.datasets import load_pairs
+    from plot_align.preference.distribution import PreferenceDistribution
+    from plot_align.preference.estimation import estimate
+    from plot_align.transport import Geometry, line, make_divergence
+    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer, attach
 
 __all__ = [
     "Geometry",
@@ -49,21 +43,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "Geometry": "plot_align.geometry",
-    "PROConfig": "plot_align.training",
-    "PROTrainer": "plot_align.training",
-    "PlotConfig": "plot_align.training",
-    "PlotDPOTrainer": "plot_align.training",
-    "PlotLoss": "plot_align.losses",
-    "PlotPROTrainer": "plot_align.training",
-    "PlotSFTTrainer": "plot_align.training",
-    "PreferenceDistribution": "plot_align.preference",
-    "attach": "plot_align.training",
-    "estimate": "plot_align.estimate",
-    "line": "plot_align.geometry",
-    "load_pairs": "plot_align.estimate",
-    "make_divergence": "plot_align.losses",
-    "pro_loss": "plot_align.losses",
+    "Geometry": "plot_align.transport",
+    "PROConfig": "plot_align.methods.pro",
+    "PROTrainer": "plot_align.methods.pro",
+    "PlotConfig": "plot_align.config",
+    "PlotDPOTrainer": "plot_align.trl",
+    "PlotLoss": "plot_align.plot",
+    "PlotPROTrainer": "plot_align.methods.pro",
+    "PlotSFTTrainer": "plot_align.trl",
+    "PreferenceDistribution": "plot_align.preference.distribution",
+    "attach": "plot_align.trl",
+    "estimate": "plot_align.preference.estimation",
+    "line": "plot_align.transport",
+    "load_pairs": "plot_align.preference.datasets",
+    "make_divergence": "plot_align.transport",
+    "pro_loss": "plot_align.methods.pro_loss",
 }
 
 
@@ -75,18 +69,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps ``plot_align.estimate`` the function.
-
-    The import system binds every submodule on its package, so the first ``from plot_align.estimate import ...`` would
-    put the module where the public function of the same name belongs. Modules stay reachable by their full name.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -23,7 +23,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 
 FORMAT = "plot-align record"
 SCHEMA = 1

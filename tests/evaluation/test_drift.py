@@ -18,8 +18,8 @@ from plot_align import estimate, sandbox
 from plot_align.errors import InputError
 from plot_align.evaluation.drift import KL, Drift, flows, jackknife, moved_tokens, partial_plan
 from plot_align.evaluation.subject import Subject
-from plot_align.geometry import line
-from plot_align.inspection import token_text
+from plot_align.preference.inspection import token_text
+from plot_align.transport.geometry import line
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plot_align import cli
+from plot_align.cli import main as cli
 from plot_align.evaluation import fluency, world
 from plot_align.evaluation.subject import Found, Subject
 from plot_align.records import read_record

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from plot_align.cli import main
+from plot_align.cli.main import main
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import harness, harness_tasks
 from plot_align.evaluation.harness import LMEval

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from plot_align import endpoint as endpoint_module
-from plot_align.endpoint import Endpoint
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import fastchat, mt_bench
 from plot_align.evaluation.fastchat import TEMPERATURES, read_answers, read_bench
 from plot_align.evaluation.mt_bench import MTBench, answer_questions, judge_answers, scores
 from plot_align.evaluation.subject import Subject
+from plot_align.inference import endpoint as endpoint_module
+from plot_align.inference.endpoint import Endpoint
 from plot_align.records import read_record, write_record
 
 pytest.importorskip("openai")

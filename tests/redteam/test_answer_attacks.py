@@ -14,8 +14,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from plot_align import chat
 from plot_align.errors import InputError
+from plot_align.inference import chat
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, numeric_seed
 from plot_align.redteam.behaviors import Behavior

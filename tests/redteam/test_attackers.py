@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from plot_align.endpoint import Endpoint, EndpointError, Reply
 from plot_align.errors import InputError
+from plot_align.inference.endpoint import Endpoint, EndpointError, Reply
 from plot_align.redteam.attackers import (
     EndpointAttacker,
     LocalAttacker,

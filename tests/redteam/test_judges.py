@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plot_align.endpoint import EndpointError, Reply
 from plot_align.errors import InputError
+from plot_align.inference.endpoint import EndpointError, Reply
 from plot_align.redteam import judges
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.judges import (

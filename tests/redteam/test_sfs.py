@@ -14,8 +14,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError, RunError
+from plot_align.inference.endpoint import EndpointError
 from plot_align.redteam import sfs
 from plot_align.redteam.attack import Request
 from plot_align.redteam.behaviors import Behavior

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError
+from plot_align.inference.endpoint import EndpointError
 from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from plot_align.cli import main
+from plot_align.cli.main import main
 from plot_align.report.answers import Answer, SideBySide
 from plot_align.report.collect import collect
 from plot_align.report.page import build

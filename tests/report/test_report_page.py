@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from plot_align.cli import main
+from plot_align.cli.main import main
 from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.records import read_record
 from plot_align.report import figures

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from plot_align.chat import completion_logps, generate, prompt_ids
 from plot_align.errors import InputError
+from plot_align.inference.chat import completion_logps, generate, prompt_ids
 from plot_align.sandbox import CATEGORIES, TWIN, evaluate_model, examples
 from plot_align.sandbox import evaluate as module
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.sandbox import CATEGORIES, build_base
 from plot_align.sandbox.experiment import (
@@ -24,7 +25,6 @@ from plot_align.sandbox.experiment import (
     run_many,
     training_pairs,
 )
-from plot_align.training import PlotConfig
 
 SETTING = Setting(steps=2, batch_size=4, per_category=6, heldout=3)
 DPO = Arm("DPO", ("sigmoid",))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from plot_align.config import PlotConfig
 from plot_align.records import read_record
 from plot_align.sandbox.experiment import run_arm
 from plot_align.sweep import Cell, Job, expand
 from plot_align.sweep.run import describe, run
 from plot_align.sweep.workloads import Sandbox, sandbox_run
-from plot_align.training import PlotConfig
 
 SMALL = {"steps": [2], "batch_size": [4], "per_category": [6], "heldout": [3]}
 GRID: dict[str, list[Any]] = {**SMALL, "alpha": [0.1, 10.0], "seed": [0, 1]}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from plot_align.cli import main
-from plot_align.commands import sweep
+from plot_align.cli import sweep
+from plot_align.cli.main import main
 from plot_align.sweep import keys
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from plot_align.config import PlotConfig
 from plot_align.errors import InputError
 from plot_align.sandbox.experiment import METHODS, Setting
 from plot_align.sweep import Cell, Job, coerce, expand, keys
 from plot_align.sweep.grid import LOSS_TYPES
-from plot_align.training import PlotConfig
 
 
 def axis(values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:

@@ -119,7 +119,7 @@ def test_the_command_of_a_job(tmp_path: Path) -> None:
 
 def test_the_commands_flags_are_understood_by_the_training_command(tmp_path: Path) -> None:
     """The oracle is the parser of ``plot-align dpo``."""
-    from plot_align.commands import options
+    from plot_align.cli import options
 
     setting = (("loss_type", "sigmoid+sft"), ("steps", 5), ("learning_rate", 1e-05), ("beta", 0.3), ("batch_size", 2))
     plot = (("alpha", 0.1), ("norm_order", float("inf")), ("scaled", False), ("granularity", "token"))

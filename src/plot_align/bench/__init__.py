@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .head import HeadProblem
-from .machine import Machine, measure_machine
-from .ratios import compare, mixed, paired
-from .roofline import HeadWork
-from .shapes import SHAPES, Shape
-from .step import StepProblem
+from plot_align.bench.head import HeadProblem
+from plot_align.bench.machine import Machine, measure_machine
+from plot_align.bench.ratios import compare, mixed, paired
+from plot_align.bench.roofline import HeadWork
+from plot_align.bench.shapes import SHAPES, Shape
+from plot_align.bench.step import StepProblem
 
 __all__ = [
     "SHAPES",

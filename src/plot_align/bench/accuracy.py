@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fused import HeadOutput, HeadSpec, fused_head
-from ..fused.reference import reference_head
-from ..geometry import line, slices
-from ..losses import Divergence, make_divergence
+from plot_align.head import HeadOutput, HeadSpec, fused_head
+from plot_align.head.reference import reference_head
+from plot_align.transport import Divergence, make_divergence
+from plot_align.transport.geometry import line, slices
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Eager's own error is some 1e-7, 4e-3 and 1e-3.
@@ -72,7 +72,7 @@ def errors(case: Case, *, rows: int, hidden: int, device: torch.device, impl: st
         case: which head.
         rows, hidden: N, H.
         device: where all three run.
-        impl: of :class:`plot_align.fused.HeadSpec`.
+        impl: of :class:`plot_align.head.HeadSpec`.
 
     Returns:
         Result → ``kernel``, ``eager`` and ``allowed``.

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from ..fused import HeadOutput, HeadSpec, fused_head
-from ..fused.reference import reference_head
-from ..preference import PreferenceDistribution
-from ..training.attach import build_term
-from ..training.batches import PolicyBatch
-from ..training.checks import settled
-from ..training.config import PlotConfig
-from ..training.overhead import Samples, held
-from ..training.term import PlotTerm, Swept
-from .roofline import HeadWork
+from plot_align.bench.roofline import HeadWork
+from plot_align.config import PlotConfig
+from plot_align.head import HeadOutput, HeadSpec, fused_head
+from plot_align.head.reference import reference_head
+from plot_align.preference.distribution import PreferenceDistribution
+from plot_align.trl.attach import build_term
+from plot_align.trl.batches import PolicyBatch
+from plot_align.trl.checks import settled
+from plot_align.trl.overhead import Samples, held
+from plot_align.trl.term import PlotTerm, Swept
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPO asks of its head
 KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
@@ -80,7 +80,7 @@ class HeadProblem:
 
     @contextlib.contextmanager
     def arm(self, name: str) -> Iterator[Callable[[], None]]:
-        """A step of this arm, as :func:`plot_align.training.overhead.interleaved` wants it.
+        """A step of this arm, as :func:`plot_align.trl.overhead.interleaved` wants it.
 
         ``off``: the same kernel without the term. ``two-pass``: a second head pass for the first term of ``plots``.
         ``materialised``: whole logits. Any other: that term, in the head's own sweep.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..records import measure
+from plot_align.records import measure
 
 _ROUNDS = 7
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # far beyond the caches

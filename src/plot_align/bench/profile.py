@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..errors import RunError
-from ..files import complete_or_absent
-from .machine import synchronize
+from plot_align.bench.machine import synchronize
+from plot_align.errors import RunError
+from plot_align.io import complete_or_absent
 
 PREFIX = "plot_align/"
 _STEP = PREFIX + "step"

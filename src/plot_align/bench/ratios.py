@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..records import measure
-from ..training.overhead import Samples, paired_ratio
+from plot_align.records import measure
+from plot_align.trl.overhead import Samples, paired_ratio
 
 _RESAMPLES = 9999
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from ..errors import RunError, first_line
-from ..fused import HeadSpec
-from ..training import PlotConfig
-from ..training.overhead import Arm, Samples, interleaved
-from .head import OUTPUTS, HeadProblem
-from .machine import measure_machine
-from .profile import profile
-from .ratios import compare, extra_seconds, mixed, paired
-from .shapes import Shape, random_model, word_tokenizer
-from .step import StepProblem, measured_share
+from plot_align.bench.head import OUTPUTS, HeadProblem
+from plot_align.bench.machine import measure_machine
+from plot_align.bench.profile import profile
+from plot_align.bench.ratios import compare, extra_seconds, mixed, paired
+from plot_align.bench.shapes import Shape, random_model, word_tokenizer
+from plot_align.bench.step import StepProblem, measured_share
+from plot_align.config import PlotConfig
+from plot_align.errors import RunError, first_line
+from plot_align.head import HeadSpec
+from plot_align.trl.overhead import Arm, Samples, interleaved
 
 # How an arm's rounds are run: what runs, its arms → their samples.
 Rounds = Callable[[str, Mapping[str, Arm]], dict[str, Samples]]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from ..preference import vocabulary_fingerprint
-from ..training import PlotConfig, attach
-from ..training.alpha import AlphaSchedule
-from ..training.overhead import without_plot
-from .head import random_preference
-from .shapes import sharing_weights
+from plot_align.bench.head import random_preference
+from plot_align.bench.shapes import sharing_weights
+from plot_align.config import PlotConfig
+from plot_align.errors import InputError
+from plot_align.preference.distribution import vocabulary_fingerprint
+from plot_align.trl import attach
+from plot_align.trl.alpha import AlphaSchedule
+from plot_align.trl.overhead import without_plot
 
 
 class StepProblem:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 
 COLOURS = ("#7a7f87", "#1f618d", "#c9830a", "#b9480e", "#4d7c2a", "#7a3e9d")
 ATTACKS = (("direct", "asr", "asked plainly", "o"), ("redteam Prefill", "asr", "answer begun", "^"),

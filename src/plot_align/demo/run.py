@@ -25,7 +25,7 @@ from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent, require_writable
+from plot_align.io import complete_or_absent, require_writable
 from plot_align.records import mean_of, write_record
 
 BASE = "base"
@@ -187,14 +187,14 @@ def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[i
 
 def _command(name: str, arguments: list[str], console: Console) -> int:
     """Runs a command as a user would, in this process, and shows how to run it again."""
-    from plot_align.commands import evaluate, redteam, report
+    from plot_align.cli import evaluate, redteam, report
 
     console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", markup=False, soft_wrap=True)
     return {"evaluate": evaluate.run, "redteam": redteam.run, "report": report.run}[name](arguments)
 
 
 def _model(model: str | None) -> Path:
-    from plot_align.fetch import fetch
+    from plot_align.demo.fetch import fetch
 
     return fetch() if model is None else fetch(model)
 
@@ -215,8 +215,8 @@ def _pairs(dataset: str | None) -> Any:
 def _preference(pairs: Any, model: Path, path: Path, max_length: int) -> Any:
     from transformers import AutoTokenizer
 
-    from plot_align.estimate import estimate
-    from plot_align.preference import PreferenceDistribution
+    from plot_align.preference.distribution import PreferenceDistribution
+    from plot_align.preference.estimation import estimate
 
     if path.exists():
         return PreferenceDistribution.load(path)
@@ -354,8 +354,8 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from plot_align.bench.step import StepProblem, measured_share
-    from plot_align.training import PlotConfig
-    from plot_align.training.overhead import interleaved
+    from plot_align.config import PlotConfig
+    from plot_align.trl.overhead import interleaved
 
     path = output / "cost.json"
     if path.exists():

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plot_align.preference import PreferenceDistribution
+from plot_align.config import PlotConfig
+from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
-from plot_align.training import PlotConfig, attach
-from plot_align.training.artifacts import results_of
-from plot_align.training.overhead import without_plot
+from plot_align.trl import attach
+from plot_align.trl.artifacts import results_of
+from plot_align.trl.overhead import without_plot
 
 RECORD = "plot_align_record.json"
 
@@ -78,6 +79,7 @@ def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Pa
     """TRL's ``DPOTrainer`` of an arm, the PLOT term not attached yet."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(

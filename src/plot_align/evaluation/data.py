@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from plot_align.dialogues import Malformed, convert, is_dialogue
 from plot_align.errors import InputError
-from plot_align.estimate import ScoredSequence, scored_pairs
-from plot_align.reading import load_pairs
+from plot_align.preference.datasets import load_pairs
+from plot_align.preference.dialogues import Malformed, convert, is_dialogue
+from plot_align.preference.estimation import ScoredSequence, scored_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

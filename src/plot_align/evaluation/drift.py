@@ -14,18 +14,18 @@ from scipy.sparse import identity, kron, vstack
 from torch import Tensor
 
 from plot_align.errors import InputError, RunError
-from plot_align.estimate import ScoredSequence
 from plot_align.evaluation import data
 from plot_align.evaluation.fluency import Diversity, answers_to
 from plot_align.evaluation.preference import OnPairs
 from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.evaluation.subject import Found, Subject
-from plot_align.geometry import line, slices
-from plot_align.inspection import token_text
-from plot_align.losses import make_divergence
-from plot_align.preference import PreferenceDistribution, vocabulary_size
-from plot_align.scoring import divergences, score
+from plot_align.inference.scoring import divergences, score
+from plot_align.preference.distribution import PreferenceDistribution, vocabulary_size
+from plot_align.preference.estimation import ScoredSequence
+from plot_align.preference.inspection import token_text
 from plot_align.statistics import jackknife_interval
+from plot_align.transport import make_divergence
+from plot_align.transport.geometry import line, slices
 
 _GROUPS = 10  # of sequences, for the jackknife
 _SHOWN = 20  # tokens that gained, and that lost, most

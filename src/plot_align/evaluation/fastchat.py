@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 
 TEMPERATURES = {
     "writing": 0.7,

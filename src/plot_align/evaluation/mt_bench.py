@@ -19,15 +19,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from plot_align.chat import continue_rows
-from plot_align.commands.common import did_you_mean
-from plot_align.dealing import each
-from plot_align.endpoint import Endpoint, EndpointError
+from plot_align.cli.common import did_you_mean
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import fastchat
 from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
 from plot_align.evaluation.quantity import Quantity, of_items
 from plot_align.evaluation.subject import Found, OnItem, Subject
+from plot_align.inference.chat import continue_rows
+from plot_align.inference.dealing import each
+from plot_align.inference.endpoint import Endpoint, EndpointError
 from plot_align.redteam.run import same_or_new
 
 BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it

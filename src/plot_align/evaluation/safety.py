@@ -14,20 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plot_align.dealing import share
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation import data
 from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
+from plot_align.inference.dealing import share
 from plot_align.options import did_you_mean
 from plot_align.redteam import world
-from plot_align.redteam.behaviors import (
-    Behavior,
-    default_benign,
-    read_behaviors,
-    read_targets,
-    require_targets,
-)
+from plot_align.redteam.behaviors import Behavior, default_benign, read_behaviors, read_targets, require_targets
 from plot_align.redteam.catalogue import make_attack, make_judge
 from plot_align.redteam.harmbench import Layout, success_by_behavior
 from plot_align.redteam.judges import Judge, Judged
@@ -66,7 +60,7 @@ class _Judged:
 
     def options(self) -> dict[str, Any]:
         """As the record may hold them: an address can carry a password."""
-        from plot_align.endpoint import Endpoint
+        from plot_align.inference.endpoint import Endpoint
 
         plain = dict(vars(self))
         if self.judge_url is not None and self.judge_model is not None:

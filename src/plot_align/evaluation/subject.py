@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from plot_align.chat import continue_rows, require_template
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import Quantity
-from plot_align.preference import vocabulary_fingerprint
+from plot_align.inference.chat import continue_rows, require_template
+from plot_align.preference.distribution import vocabulary_fingerprint
 from plot_align.redteam.victim import model_identity
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation.quantity import SECTIONS
 from plot_align.evaluation.subject import Measure
 from plot_align.options import build, did_you_mean, read_yaml
-from plot_align.reading import file_digest
+from plot_align.preference.datasets import file_digest
 
 SUITES = ("paper", "quick", "sandbox")
 KINDS = (

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from plot_align.chat import continue_rows, prompt_ids, require_template
-from plot_align.endpoint import Endpoint
 from plot_align.errors import InputError
+from plot_align.inference.chat import continue_rows, prompt_ids, require_template
+from plot_align.inference.endpoint import Endpoint
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import model_identity
 

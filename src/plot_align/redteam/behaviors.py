@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
 CATEGORIES = ("standard", "contextual", "copyright")

@@ -66,7 +66,7 @@ def make_judge(
             prompts = judges.ClassifierPrompts.from_harmbench(harmbench)
             return judges.HarmBenchClassifier.from_checkpoint(classifier, prompts, device=device)
         case "endpoint":
-            from plot_align.endpoint import Endpoint
+            from plot_align.inference.endpoint import Endpoint
 
             if url is None or model is None:
                 raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")

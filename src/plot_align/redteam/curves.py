@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
 from plot_align.statistics import share
 

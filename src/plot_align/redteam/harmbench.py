@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 from plot_align.redteam.behaviors import read_json_object
 
 TestCases = dict[str, list[str]]

@@ -17,10 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from plot_align.chat import continue_rows
-from plot_align.dealing import own_device, share
-from plot_align.endpoint import EndpointError, Reply
 from plot_align.errors import InputError
+from plot_align.inference.chat import continue_rows
+from plot_align.inference.dealing import own_device, share
+from plot_align.inference.endpoint import EndpointError, Reply
 from plot_align.records import share_of
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
@@ -553,7 +553,7 @@ def _without_stock_phrases(plain: str) -> str:
 
 
 class ChatEndpoint(Protocol):
-    """What a judge needs of :class:`plot_align.endpoint.Endpoint`; threads share it."""
+    """What a judge needs of :class:`plot_align.inference.endpoint.Endpoint`; threads share it."""
 
     def chat(
         self,
@@ -593,7 +593,7 @@ class EndpointJudge:
     Where that fails, and where the endpoint does, the label is −1 and the reason says why; the other cases stand.
 
     Args:
-        endpoint: a :class:`plot_align.endpoint.Endpoint` or anything with its ``chat``.
+        endpoint: a :class:`plot_align.inference.endpoint.Endpoint` or anything with its ``chat``.
         max_tokens: of a reply; leave room where the model thinks before it answers.
         workers: requests under way at once.
 

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from plot_align.dealing import each
 from plot_align.errors import InputError
+from plot_align.inference.dealing import each
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
 from plot_align.redteam.attackers import EndpointAttacker

@@ -16,19 +16,11 @@ from typing import ClassVar
 
 import torch
 
-from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError, RunError
+from plot_align.inference.endpoint import EndpointError
 from plot_align.redteam import zero_shot
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
-from plot_align.redteam.attackers import (
-    ATTEMPTS,
-    Attacker,
-    Sampling,
-    fill,
-    require_slots,
-    with_context,
-    written,
-)
+from plot_align.redteam.attackers import ATTEMPTS, Attacker, Sampling, fill, require_slots, with_context, written
 from plot_align.redteam.victim import Victim
 
 TEMPLATE = (

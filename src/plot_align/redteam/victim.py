@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from plot_align.chat import Start, continue_each, prompt_ids, require_template, tail_logps
 from plot_align.errors import InputError
+from plot_align.inference.chat import Start, continue_each, prompt_ids, require_template, tail_logps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

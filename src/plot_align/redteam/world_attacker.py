@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.files import folder_complete_or_absent, require_writable
+from plot_align.io import folder_complete_or_absent, require_writable
 from plot_align.sandbox import base, words
 from plot_align.sandbox import language as lang
 from plot_align.sandbox.base import BaseConfig

@@ -8,18 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from plot_align.endpoint import EndpointError
 from plot_align.errors import InputError
+from plot_align.inference.endpoint import EndpointError
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
-from plot_align.redteam.attackers import (
-    ATTEMPTS,
-    Attacker,
-    Sampling,
-    fill,
-    require_slots,
-    with_context,
-    written,
-)
+from plot_align.redteam.attackers import ATTEMPTS, Attacker, Sampling, fill, require_slots, with_context, written
 from plot_align.redteam.victim import Victim
 
 TEMPLATE = (

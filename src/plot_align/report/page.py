@@ -14,7 +14,7 @@ from typing import Any
 from plot_align._version import __version__
 from plot_align.errors import InputError
 from plot_align.evaluation.quantity import CATEGORIES, SECTIONS
-from plot_align.files import complete_or_absent
+from plot_align.io import complete_or_absent
 from plot_align.report import compare, figures, runs
 from plot_align.report.answers import SideBySide, answers_table, side_by_side
 from plot_align.report.collect import Collected, Observation, Record
@@ -35,7 +35,7 @@ from plot_align.report.tables import (
     shown,
     value_text,
 )
-from plot_align.text import one_line, passage, readable
+from plot_align.report.text import one_line, passage, readable
 
 _LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align.errors import InputError
-from plot_align.files import default_cache_dir
+from plot_align.io import default_cache_dir
 from plot_align.sandbox import language as lang
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from plot_align.chat import completion_logps, generate
+from plot_align.inference.chat import completion_logps, generate
 from plot_align.sandbox import language as lang
 from plot_align.sandbox.judges import Verdict, judge
 

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import InputError
-from ..files import folder_complete_or_absent
-from ..records import measure, read_record, write_record
-from ..training import PlotConfig
-from ..workers import ProcessWorker, deal, gpus, report_failures, share_out
-from . import base as base_module
+from plot_align.config import PlotConfig
+from plot_align.errors import InputError
+from plot_align.io import folder_complete_or_absent
+from plot_align.records import measure, read_record, write_record
+from plot_align.sandbox import base as base_module
+from plot_align.workers import ProcessWorker, deal, gpus, report_failures, share_out
 
 KIND = "sandbox-run"
 JUDGING = 12  # a run's evaluation, in optimiser steps, for progress bars
@@ -273,7 +273,7 @@ def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any, keep_mo
 
 def training_pairs(setting: Setting, seed: int) -> Any:
     """The pairs that an arm trains on, label noise included; the noise is the same for every arm of a seed."""
-    from . import pairs
+    from plot_align.sandbox import pairs
 
     data = pairs("train", seed=seed, per_category=setting.per_category)
     if not setting.flipped:
@@ -295,7 +295,7 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from . import pairs
+    from plot_align.sandbox import pairs
 
     beta = setting.beta if arm.beta is None else arm.beta
     shared: dict[str, Any] = {
@@ -332,15 +332,16 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
                 parts[name] = parts[name].rename_column("chosen", "completion").remove_columns("rejected")
             return SFTTrainer(args=SFTConfig(**shared), **parts)
         case "kto":
-            from trl import KTOConfig, KTOTrainer
             from trl.data_utils import unpair_preference_dataset
+
+            from trl import KTOConfig, KTOTrainer
 
             for name in ("train_dataset", "eval_dataset"):
                 parts[name] = unpair_preference_dataset(parts[name])
             shared["per_device_train_batch_size"] *= 2
             return KTOTrainer(args=KTOConfig(**shared, beta=beta), **parts)
         case "pro":
-            from ..training.pro import PROConfig, PROTrainer
+            from plot_align.methods.pro import PROConfig, PROTrainer
 
             return PROTrainer(args=PROConfig(**shared, sft_weight=0.05), **parts)
         case "cpo":
@@ -369,9 +370,9 @@ def _train_and_judge(
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
-    from ..estimate import estimate
-    from ..training import attach
-    from . import evaluate_model
+    from plot_align.preference.estimation import estimate
+    from plot_align.sandbox import evaluate_model
+    from plot_align.trl import attach
 
     class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -423,7 +424,7 @@ class Probe:
     """
 
     def __init__(self, trainer: Any, config: PlotConfig, preference: Any = None) -> None:
-        from ..training import attach
+        from plot_align.trl import attach
 
         self.trainer = trainer
         handle = attach(trainer, preference, config)
@@ -432,7 +433,7 @@ class Probe:
 
     def distance(self, model: Any) -> float:
         """D(p̄, P) with p̄ the mean output of ``model`` over the held-out chosen positions."""
-        from ..training.marginal import collated, mean_output_distribution
+        from plot_align.trl.reference import collated, mean_output_distribution
 
         batches = collated(self.trainer, "DPOTrainer", dataset=self.trainer.eval_dataset)
         output = mean_output_distribution(model, batches, self.term.config.positions)

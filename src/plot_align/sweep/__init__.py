@@ -5,7 +5,7 @@ training; ``summary.py`` means, standard errors and paired differences; ``figure
 ``run.py`` puts them together.
 """
 
-from .grid import Cell, Job, Key, coerce, expand, keys
-from .summary import Metric, markdown, summarise
+from plot_align.sweep.grid import Cell, Job, Key, coerce, expand, keys
+from plot_align.sweep.summary import Metric, markdown, summarise
 
 __all__ = ["Cell", "Job", "Key", "Metric", "coerce", "expand", "keys", "markdown", "summarise"]

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import complete_or_absent
-from .grid import value_text
-from .summary import Metric, axis_text, has_deft, line_name, varying
+from plot_align.io import complete_or_absent
+from plot_align.sweep.grid import value_text
+from plot_align.sweep.summary import Metric, axis_text, has_deft, line_name, varying
 
 _COLUMNS = 3  # panels side by side
 _MARKERS = "osDv^PX*"

@@ -16,13 +16,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..errors import RunError
-from ..files import complete_or_absent, require_writable
-from ..records import write_record
-from .figures import draw
-from .grid import Job
-from .summary import markdown, summarise
-from .workloads import Workload
+from plot_align.errors import RunError
+from plot_align.io import complete_or_absent, require_writable
+from plot_align.records import write_record
+from plot_align.sweep.figures import draw
+from plot_align.sweep.grid import Job
+from plot_align.sweep.summary import markdown, summarise
+from plot_align.sweep.workloads import Workload
 
 
 def run(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import mean_of, paired
-from .grid import Cell, Job, value_text
+from plot_align.records import mean_of, paired
+from plot_align.sweep.grid import Cell, Job, value_text
 
 _DEFT = {"deft_log": "DEFT, log-probabilities", "deft_prob": "DEFT, probabilities"}
 

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InputError, RunError
-from ..records import read_record, write_record
-from ..sandbox import CATEGORIES
-from ..sandbox.experiment import JUDGING, Arm, Run, Setting, run_many, source_digest
-from ..training import PlotConfig
-from ..workers import CommandWorker, deal, gpus, report_failures, share_out
-from .grid import Cell, Job, coerce, keys, value_text
-from .summary import Metric
+from plot_align.config import PlotConfig
+from plot_align.errors import InputError, RunError
+from plot_align.records import read_record, write_record
+from plot_align.sandbox import CATEGORIES
+from plot_align.sandbox.experiment import JUDGING, Arm, Run, Setting, run_many, source_digest
+from plot_align.sweep.grid import Cell, Job, coerce, keys, value_text
+from plot_align.sweep.summary import Metric
+from plot_align.workers import CommandWorker, deal, gpus, report_failures, share_out
 
 KIND = "sweep-run"
 COMMANDS = ("dpo", "sft", "pro")  # the training commands of plot-align

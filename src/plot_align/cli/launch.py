@@ -1,0 +1,242 @@
+"""Start several processes as ``trl`` does: through ``accelerate launch``, with its options."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plot_align.cli.common import first_line
+from plot_align.errors import InputError, PlotAlignError, RunError
+
+_LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set for the processes that accelerate starts, so that they do not start others
+_DECIDED_HERE = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}  # options of accelerate
+
+
+@dataclass
+class Launch:
+    """What accelerate's launcher is told: options of the YAML file and of the command line."""
+
+    config: dict[str, Any]
+    flags: list[str]
+
+    def arguments(self) -> list[str]:
+        """As arguments of ``accelerate launch``; the command line comes last and so wins."""
+        if not self.config and not self.flags:
+            return []
+        from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+        found: list[str] = []
+        for key, value in self.config.items():
+            if isinstance(value, bool):  # its switches take no value
+                found += [f"--{key}"] * value
+            else:
+                found += [f"--{key}", str(value)]
+        for flag in self.flags:
+            found += flag.split("=", 1) if flag.startswith("--") else [flag]
+        try:
+            return resolve_accelerate_config_argument(found)
+        except ValueError as error:
+            raise InputError(f"--accelerate_config: {first_line(error)}") from error
+
+
+def is_launched() -> bool:
+    """Whether a launcher (ours, ``accelerate launch``, torchrun) started this process."""
+    return not {_LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+
+
+def launched_by_us() -> bool:
+    """Whether this process got the arguments as the user gave them, launcher options included."""
+    return _LAUNCHED in os.environ
+
+
+def launches_by_default() -> bool:
+    """As ``trl``: with several GPUs, or where the user ran ``accelerate config``, the launcher decides."""
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    return torch.cuda.device_count() > 1 or os.path.isfile(default_config_file)
+
+
+def launcher_options() -> dict[str, bool]:
+    """Every option of the launcher, with its dashes, and whether a value follows it."""
+    options = _parser()._option_string_actions.items()
+    return {name: action.nargs != 0 for name, action in options if name not in _DECIDED_HERE} | {
+        "--accelerate_config": True
+    }
+
+
+def with_processes(command: str, num_processes: int | None, arguments: list[str]) -> int | None:
+    """Run ``plot-align command`` in ``num_processes`` processes, for commands that parse their options themselves.
+
+    Args:
+        num_processes: as the user gave it. arguments: all of the command's, ``--num_processes`` among them.
+
+    Returns:
+        The exit code; None where this process is to do the work itself, being one of them or the only one.
+
+    Raises:
+        InputError: not a number of processes this machine can start. RunError, InputError: what stopped a process.
+    """
+    if num_processes is not None and num_processes < 1:
+        raise InputError(f"--num_processes is {num_processes}, expected 1 or more; correct it")
+    if num_processes in (None, 1) or is_launched():
+        return None
+    return launch(command, ["--num_processes", str(num_processes)], arguments)
+
+
+def launch(
+    command: str,
+    launch_arguments: list[str],
+    script_arguments: list[str],
+    *,
+    use_cpu: bool = False,
+    output_dir: str | None = None,
+) -> int:
+    """Run ``accelerate launch ... -m plot_align.cli``: on all accelerators, or without any on the CPU with gloo.
+
+    Args:
+        use_cpu: the processes are to leave accelerators alone.
+        output_dir: where checkpoints go, so that the error of a process that was killed can name the last one.
+
+    Raises:
+        InputError: options that accelerate refuses, more processes than accelerators; or wrong input in a process.
+        RunError: a process failed or was killed; the first one is named, with what it said.
+    """
+    import torch
+    from accelerate.commands.launch import launch_command
+
+    script = ["-m", "plot_align.cli", command, *script_arguments]
+    options = _parser().parse_args([*launch_arguments, *script])
+    use_cpu = use_cpu or options.cpu or not torch.accelerator.is_available()
+    _choose_devices(options, use_cpu)
+    before = dict(os.environ)
+    os.environ[_LAUNCHED] = "1"
+    if use_cpu:
+        # Without it each process would train alone: accelerate joins processes on the CPU only where it is told to.
+        options.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"  # its own --cpu starts one process only
+    try:
+        with _quiet_launchers():
+            launch_command(options)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except ValueError as error:
+        raise InputError(f"accelerate launch refused its options: {first_line(error)}") from error
+    except ImportError as error:  # of the engine
+        raise InputError(f"accelerate launch lacks a package: {first_line(error)}") from error
+    except Exception as error:
+        failures = getattr(error, "failures", None)  # torch.distributed.elastic's ChildFailedError
+        if failures:
+            raise _reason(failures, output_dir) from None
+        if getattr(error, "sigval", None) == signal.SIGINT:  # its SignalException
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return 0
+
+
+def tell_launcher(message: str) -> bool:
+    """Leave the error of this process to :func:`launch`, which says it once for all; False: nobody listens."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _LAUNCHED not in os.environ or not path:
+        return False
+    now = time.time()  # torch elastic reads whole seconds, too few to tell the first error from those it caused
+    content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
+    Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
+    return True
+
+
+def _choose_devices(options: Any, use_cpu: bool) -> None:
+    """Fill in what accelerate would ask for or guess: its ``--multi_gpu`` starts processes on the CPU too."""
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    if use_cpu and (options.use_fsdp or options.use_deepspeed):
+        engine = "--use_fsdp" if options.use_fsdp else "--use_deepspeed"
+        raise InputError(
+            f"{engine} came without an accelerator to train on, and accelerate shards models over accelerators only; "
+            f"leave {engine} out to train data-parallel on the CPU"
+        )
+    if options.config_file is not None or (os.path.isfile(default_config_file) and not use_cpu):
+        return
+    count = options.num_processes or 1
+    present = 0 if use_cpu else torch.accelerator.device_count()
+    machines = options.num_machines or 1
+    if 0 < present < count // machines:
+        raise InputError(
+            f"--num_processes is {options.num_processes} and this machine has {present} accelerator"
+            f"{'s' * (present > 1)}; expected one process each: lower it, or add --use_cpu to train on the CPU"
+        )
+    options.num_processes = options.num_processes or max(1, present)
+    options.multi_gpu = options.num_processes > 1 and not (
+        options.use_fsdp or options.use_deepspeed or options.use_megatron_lm
+    )
+    options.num_machines = machines
+    options.mixed_precision = options.mixed_precision or "no"
+    options.dynamo_backend = options.dynamo_backend or "no"
+    if machines == 1 and options.main_process_port is None:
+        options.main_process_port = 0  # any free one
+
+
+def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignError:
+    """One sentence for the process that stopped the others, whose own ends mostly follow from its."""
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, float, int]:
+        rank, failure = item
+        ended = -failure.exitcode == signal.SIGTERM  # by the launcher, after another
+        reported = failure.message if isinstance(failure.message, Mapping) else {}
+        when = float(reported.get("extraInfo", {}).get("time", failure.timestamp + 1))
+        return ended, failure.exitcode >= 0, when, rank
+
+    rank, failure = min(failures.items(), key=order)
+    if failure.exitcode < 0:
+        memory = ", perhaps for want of memory" if failure.signal_name() == "SIGKILL" else ""
+        return RunError(
+            f"rank {rank} was killed by {failure.signal_name()}{memory}, and the other ranks were stopped; "
+            f"{_how_to_resume(output_dir)}"
+        )
+    kind = InputError if failure.exitcode == InputError.exit_code else RunError
+    if isinstance(failure.message, Mapping):  # from tell_launcher()
+        return kind(f"rank {rank}: {failure.message['message']}")
+    return kind(f"rank {rank} ended with exit code {failure.exitcode}; what it said is above")
+
+
+def _how_to_resume(output_dir: str | None) -> str:
+    if output_dir is None:
+        return "run the command again"
+    # The Trainer writes this file last: a checkpoint without it was cut off.
+    complete = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    if not complete:
+        return f"{output_dir} holds no checkpoint yet: run the command again, with a smaller --save_steps"
+    last = max(complete, key=lambda path: (len(path.name), path.name))
+    return f"go on with --resume_from_checkpoint {last}, with as many processes as you like"
+
+
+@contextmanager
+def _quiet_launchers() -> Iterator[None]:
+    """Without torch elastic's account of every process it stops; its warnings say what :func:`_reason` says."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.run")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _parser() -> Any:
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()

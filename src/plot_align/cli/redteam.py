@@ -1,0 +1,420 @@
+"""``plot-align redteam``: attack success rate and over-refusal of one's own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plot_align.cli.common import (
+    Parser,
+    add_loading_options,
+    add_num_processes,
+    check_dtype,
+    did_you_mean,
+    load_chat_model,
+    named_models,
+    on_processes,
+)
+from plot_align.errors import InputError
+from plot_align.options import read_yaml
+from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from plot_align.redteam.attack import Attack
+    from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.victim import Victim
+
+CLASSIFIER = "cais/HarmBench-Llama-2-13b-cls"
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        "redteam",
+        "Attack your own model and measure how often it complies, with over-refusal of\n"
+        "benign requests beside it. Files are HarmBench's; an interrupted run goes on\n"
+        "where it stopped.",
+        "  plot-align redteam my-model --behaviors behaviors.csv --targets targets.json \\\n"
+        "    --benign benign.csv --attacks direct,gcg --compare my-model-with-plot",
+    )
+    parser.usage = "plot-align redteam MODEL --behaviors FILE [options]"
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model, or NAME=MODEL")
+    parser.add_argument("--compare", metavar="MODEL", help="a second model, with the same seed and budget")
+    parser.add_argument("--behaviors", required=True, metavar="FILE", help="HarmBench's behaviours, .csv")
+    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same form (default: 60 of our own)")
+    parser.add_argument("--targets", metavar="FILE", help="HarmBench's targets, .json")
+    parser.add_argument("--skip_copyright", action="store_true", help="leave copyright rows out instead of refusing")
+    parser.add_argument(
+        "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
+    )
+    parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. prefill: {tokens: 8}")
+    parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
+    parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
+    parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
+    parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
+    parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
+    parser.add_argument("--attacker_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
+    parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
+    parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
+    parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
+    parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
+    parser.add_argument("--judge_url", metavar="URL", help="of judge endpoint, OpenAI-compatible")
+    parser.add_argument("--judge_model", metavar="NAME", help="the model asked there")
+    parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    add_num_processes(parser)
+    add_loading_options(parser)
+    parser.add_argument("--output", type=Path, default=Path("runs/redteam"), metavar="DIR", help="(%(default)s)")
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Parse ``arguments``, attack, judge, and write HarmBench's files, a record and a table."""
+    options = make_parser().parse(arguments)
+    num_processes = vars(options).pop("num_processes")  # it changes no result, so no record holds it
+    return on_processes("redteam", num_processes, arguments, lambda: _run(options))
+
+
+def _run(options: Any) -> int:
+    from plot_align.io import require_writable
+    from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
+
+    harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
+    benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
+    targets = {} if options.targets is None else read_targets(options.targets)
+    _check_judges(options, harmful, benign, targets)
+    _check_addresses(options)
+    check_dtype(options.dtype)
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    options.snapshots = _steps(options.snapshots)
+    attacks = _attacks(options)
+    for attack in attacks:
+        if attack.needs_target and not (options.transfer_from and attack.white_box):
+            require_targets(harmful, targets, attack.name)
+    require_writable(options.output)
+
+    models = named_models([options.model] + ([options.compare] if options.compare else []))
+    loaded: dict[str, Any] = {}
+    measured, identities = {}, {}
+    for name, source in models.items():
+        victim = load_victim(source, options, name)
+        identities[name] = victim.identity
+        measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
+    _report(measured, identities, skipped, options)
+    return 0
+
+
+def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
+    """The chat model on its device, under a name of its own or its folder's.
+
+    Raises:
+        InputError: it cannot be loaded, or has no chat template.
+    """
+    from plot_align.inference.dealing import share
+    from plot_align.redteam.victim import Victim
+
+    return share(Victim, *load_chat_model(model, options), name or Path(model).name)
+
+
+def _steps(text: str | None) -> tuple[int, ...]:
+    steps = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(step.isdecimal() and int(step) > 0 for step in steps):
+        raise InputError(f"--snapshots is {text!r}, expected update steps such as 10,50,100")
+    return tuple(sorted({int(step) for step in steps}))
+
+
+def _attacks(options: Any) -> list[Attack]:
+    """The attacks asked for, with the options of the YAML file.
+
+    Raises:
+        InputError: an unknown attack or option, or an attacker that is missing.
+    """
+    wanted = [name.strip() for name in options.attacks.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ATTACKS:
+            raise InputError(
+                f"unknown attack {name!r}; {did_you_mean(name, ATTACKS, 'expected ' + ', '.join(ATTACKS))}"
+            )
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise InputError(f"--attacks is {options.attacks!r}, expected attacks of {', '.join(ATTACKS)}, each once")
+    given = {} if options.options is None else read_yaml(options.options, "--options")
+    for name in given:
+        if name not in ATTACKS or not isinstance(given[name], dict):
+            advice = did_you_mean(str(name), ATTACKS, f"expected {', '.join(ATTACKS)}, each with its options")
+            raise InputError(f"{name!r} in {options.options} is no attack with options; {advice}")
+    return [_attack(name, given.get(name, {}), options) for name in wanted]
+
+
+def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
+    from plot_align.redteam.catalogue import attack_class, make_attack
+
+    extra = {}
+    if name in ("zero_shot", "sfs"):
+        replayed = options.transfer_from and attack_class(name).white_box
+        extra["attacker"] = None if replayed else _attacker(name, options)
+    return make_attack(name, given, **extra)
+
+
+def _attacker(attack: str, options: Any) -> Any:
+    from plot_align.redteam.attackers import EndpointAttacker, LocalAttacker
+
+    if options.attacker is None:
+        raise InputError(f"{attack} needs a model that writes its prompts; name one with --attacker")
+    if options.attacker_url is not None:
+        from plot_align.inference.endpoint import Endpoint
+
+        return EndpointAttacker(Endpoint(options.attacker_url, options.attacker, options.attacker_key))
+    loaded = load_victim(options.attacker, options)
+    return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
+
+
+def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loaded: dict[str, Any]) -> Any:
+    """The judge of that name; but for the one that looks at the victim, ``loaded`` keeps it for the next model.
+
+    Raises:
+        InputError: what it needs is not given or not there.
+    """
+    from plot_align.redteam.catalogue import make_judge
+    from plot_align.redteam.judges import TargetLikelihood
+
+    if name == "likelihood":
+        return TargetLikelihood(victim, targets)
+    if name not in loaded:
+        loaded[name] = make_judge(
+            name,
+            harmbench=options.harmbench,
+            classifier=options.classifier,
+            device=options.device,
+            url=options.judge_url,
+            model=options.judge_model,
+            key_variable=options.judge_key,
+        )
+    return loaded[name]
+
+
+def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior], targets: dict[str, str]) -> None:
+    """Before any attack, which may take hours, that each judge has what it needs."""
+    from plot_align.redteam.behaviors import require_targets
+    from plot_align.redteam.judges import SandboxJudge
+
+    wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
+    for name in wanted:
+        if name not in JUDGES:
+            raise InputError(f"judge is {name!r}; {did_you_mean(name, JUDGES, 'expected ' + ', '.join(JUDGES))}")
+    if len(set(wanted)) < len(wanted):
+        raise InputError(f"--second_judge is {options.second_judge!r}, as the first one is; name another or none")
+    if "harmbench" in wanted:
+        from plot_align.redteam.judges import ClassifierPrompts
+
+        if options.harmbench is None:
+            raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
+        ClassifierPrompts.from_harmbench(options.harmbench)
+    if "likelihood" in wanted:
+        if options.targets is None:
+            raise InputError("judge likelihood needs the targets; name their file with --targets")
+        require_targets(harmful, targets, "judge likelihood")
+    if "sandbox" in wanted:  # it refuses a request that is not of its world
+        SandboxJudge().judge(harmful, [b.prompt for b in harmful], [""] * len(harmful))
+    if options.judge == "sandbox":
+        SandboxJudge().judge_benign(benign, [b.prompt for b in benign], [""] * len(benign))
+    if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
+        raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
+
+
+def _check_addresses(options: Any) -> None:
+    """That each endpoint is an address, and that the package for them is there."""
+    import importlib.util
+
+    labels = _addresses(options)
+    if any(labels.values()) and importlib.util.find_spec("openai") is None:
+        raise InputError('endpoints need the package openai, which is not installed; pip install "plot-align[api]"')
+
+
+def _measured(
+    victim: Victim,
+    harmful: list[Behavior],
+    benign: list[Behavior],
+    targets: dict[str, str],
+    attacks: list[Attack],
+    options: Any,
+    loaded: dict[str, Any],
+) -> dict[str, Any]:
+    """:func:`plot_align.redteam.measure.measure` under a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from plot_align.redteam.measure import Budget, Judges, measure
+
+    judge = _judge(options.judge, victim, targets, options, loaded)
+    judges = Judges(
+        judge,
+        # A judge of success alone cannot tell a refusal; the prefixes always can.
+        judge if options.judge in TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
+        _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
+    )
+    budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        return measure(
+            victim,
+            harmful,
+            benign,
+            targets,
+            attacks,
+            judges,
+            budget,
+            options.output,
+            transfer_from=options.transfer_from,
+            bar=lambda description, total: _bar(progress, f"{victim.name}: {description}", total),
+        )
+
+
+def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[str], None], Callable[[str, int], None]]:
+    """A bar: what moves it by one behaviour, and what shows the update step of the one under attack."""
+    task = progress.add_task(description, total=total, update="")
+
+    def advance(behavior: str) -> None:
+        progress.update(task, advance=1, update="")
+
+    def update(behavior: str, step: int) -> None:
+        progress.update(task, update=f"update {step}")
+
+    return advance, update
+
+
+def _report(
+    measured: dict[str, dict[str, Any]], identities: dict[str, dict[str, str]], skipped: list[str], options: Any
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from plot_align.records import write_record
+    from plot_align.redteam.measure import balance
+    from plot_align.statistics import holm, paired_difference, share
+
+    console = Console(highlight=False)
+    table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
+    shown: dict[str, dict[str, Any]] = {}
+    first = next(iter(measured.values()))
+    for attack, title in first["titles"].items():
+        shown[f"ASR, {title}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
+    for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
+        shown[heading] = {m: share(list(r[key].values())) for m, r in measured.items()}
+    for heading, entries in shown.items():
+        table.add_row(heading, *(_cell(entry) for entry in entries.values()))
+    balances = {
+        m: {
+            a: balance(shown[f"ASR, {title}"][m]["value"], shown["benign requests helped"][m]["value"])
+            for a, title in r["titles"].items()
+        }
+        for m, r in measured.items()
+    }
+    for attack in first["attacks"]:
+        table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
+    console.print(table)
+    if options.transfer_from:
+        console.print(f"white-box test cases made on {options.transfer_from}", markup=False)
+    console.print("balance: harmonic mean of 1 − ASR and benign requests helped; refusing everything gives 0")
+    paired: dict[str, Any] = {}
+    if len(measured) == 2:
+        control, treated = measured.values()
+        kinds = {
+            f"ASR, {title}": (treated["attacks"][a], control["attacks"][a]) for a, title in first["titles"].items()
+        }
+        kinds["over-refusal"] = (treated["refused"], control["refused"])
+        kinds["benign requests helped"] = (treated["helped"], control["helped"])
+        kinds = {name: (a, b) for name, (a, b) in kinds.items() if a.keys() & b.keys()}
+        paired = {name: paired_difference(*both, seed=options.seed) for name, both in kinds.items()}
+        adjusted = holm({name: entry["p"] for name, entry in paired.items()})
+        console.print(
+            f"{options.compare} less {options.model}, paired by behaviour, p after Holm's correction:", markup=False
+        )
+        for name, entry in paired.items():
+            entry["p_holm"] = adjusted[name]
+            low, high = entry["interval"]
+            console.print(f"  {name}: {entry['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {adjusted[name]:.3g}")
+    for model, result in measured.items():
+        for attack, entry in result["agreement"].items():
+            console.print(
+                f"{model}, {attack}: {options.judge} and {options.second_judge} agree on "
+                f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}", markup=False,
+            )  # fmt: skip
+        for what, entry in result["undecided"].items():
+            if entry["n"]:
+                console.print(
+                    f"{model}: {entry['n']} verdicts on {what} undecided, counted as no success: {entry['first']}",
+                    markup=False,
+                )
+        for attack, failed in result["failed"].items():
+            for behavior, reason in failed.items():
+                console.print(f"{model}, {attack}: {behavior} has no test case: {reason}", markup=False)
+    _draw(measured, options.output, "-".join(measured) + _source(options))
+    if skipped:
+        console.print(f"{len(skipped)} copyright rows were left out and are not counted")
+    record = write_record(
+        options.output / f"redteam-{_what(measured, options)}.json",
+        "redteam",
+        {
+            "rates": shown,
+            "balance": balances,
+            "paired": paired,
+            "models": _with_text_keys(measured),
+            "identities": identities,
+            "skipped": skipped,
+        },
+        config={**vars(options), **_addresses(options)},
+        seed=options.seed,
+    )
+    console.print(f"record: {record}", markup=False, soft_wrap=True)
+
+
+def _addresses(options: Any) -> dict[str, str | None]:
+    """The endpoints as a record may hold them: an address can carry a password."""
+    from plot_align.inference.endpoint import Endpoint
+
+    given = {
+        "attacker_url": (options.attacker_url, options.attacker),
+        "judge_url": (options.judge_url, options.judge_model),
+    }
+    return {name: Endpoint(url, model).label if url and model else None for name, (url, model) in given.items()}
+
+
+def _source(options: Any) -> str:
+    return f"-cases-of-{options.transfer_from}" if options.transfer_from else ""
+
+
+def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
+    """Models, attacks and where the cases came from: another run of them must not overwrite this one's record."""
+    attacks = "-".join(name.strip() for name in options.attacks.split(","))
+    return f"{'-'.join(measured)}-{attacks}{_source(options)}"
+
+
+def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
+    """The curves of each attack, where they have two points."""
+    from plot_align.redteam.curves import draw
+
+    for key, xlabel in ATTACK_CURVES.items():
+        for attack in next(iter(measured.values()))[key]:
+            curves = {model: result[key][attack] for model, result in measured.items()}
+            if all(len(curve) > 1 for curve in curves.values()):
+                for ending in ("png", "svg"):
+                    draw(curves, xlabel, output / f"{attack}-{key}-{name}.{ending}")
+
+
+def _with_text_keys(value: Any) -> Any:
+    """JSON has no numbers as keys."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    return value
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.2f} ({low:.2f}–{high:.2f}), n {entry['n']}"

@@ -1,0 +1,271 @@
+"""``plot-align dpo``, ``sft`` and ``pro``: TRL's own scripts, and one like them for PRO, with the PLOT term."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from plot_align.cli import launch
+from plot_align.cli.common import first_line, load_tokenizer
+from plot_align.cli.options import PlotArguments, make_parser, parse, set_environment, split_config, without_bare_debug
+from plot_align.errors import InputError
+from plot_align.options import read_yaml
+
+_HELP = """\
+usage: plot-align {command} [--config FILE.yaml] [options]
+
+{title}, as a flag or as a
+key of the YAML file, plus those marked *. --help-all lists all of them.
+
+  --config FILE                  options as YAML; flags win over the file
+  --model_name_or_path MODEL     hub id or folder
+  --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
+  --output_dir DIR               where checkpoints and the model go
+* --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
+* --balance_ratio R              without --alpha: PLOT's share of the gradient
+* --preference FILE              from `plot-align estimate`{default}
+* --preference_dataset DATA      estimate it from these pairs instead
+* --target T                     auto, anchored, chosen, relu, shift, softmax
+* --divergence D                 w1, sinkhorn, emo, tv, js, kl, deft_log, ...
+* --granularity G                batch, sequence, token
+  --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
+  --per_device_train_batch_size N, --gradient_accumulation_steps N
+  --max_length N                 longer rows are truncated
+  --use_peft                     LoRA, with --lora_r, --lora_alpha
+  --num_processes N              how many, started by `accelerate launch`
+  --resume_from_checkpoint DIR   continue an interrupted run
+
+example:
+  plot-align {command} --model_name_or_path Qwen/Qwen3-0.6B \\
+    --dataset_name {data}{extra}
+"""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch more processes where asked to, train, save."""
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(help_text(command), end="")
+        return 0
+    config_path, flags = split_config(without_bare_debug(arguments))
+    config = read_yaml(config_path) if config_path is not None else {}
+    set_environment(config.pop("env", None), config_path)  # before torch is imported, so that CUDA_* still counts
+    parser = make_parser(command)
+    if "--help-all" in flags:
+        parser.print_help()
+        return 0
+    options, launcher = parse(parser, config, flags, config_path)
+    if not launch.is_launched():
+        launch_arguments = launcher.arguments()
+        if launch_arguments or launch.launches_by_default():
+            _, training_args, *_ = options
+            return launch.launch(
+                command,
+                launch_arguments,
+                arguments,
+                use_cpu=training_args.use_cpu,
+                output_dir=training_args.output_dir,
+            )
+    elif launcher.flags and not launch.launched_by_us():
+        raise InputError(
+            f"{launcher.flags[0]} came to a process that is already launched; give it to the launcher instead"
+        )
+    _train(command, *options)
+    return 0
+
+
+def help_text(command: str) -> str:
+    """The short help of ``command``, one screen."""
+    title = f"`trl {command}` with the PLOT term: every option of `trl {command}`"
+    vanilla, columns, default, extra = "TRL", "", "", ""
+    match command:
+        case "dpo":
+            data, default = "pairs.jsonl", " (default: the pairs)"
+        case "sft":
+            data, extra = "good.jsonl", " --preference p.safetensors"
+        case "pro":
+            title = "Preference Ranking Optimization with the PLOT term: every option of PROConfig"
+            title += "\nand of TRL's ModelConfig and ScriptArguments"
+            columns = "\n                                 of prompt, completions, rewards; or of pairs"
+            columns += "\n  --sft_weight W                 weight of the best completion's NLL (0.05)"
+            vanilla = "PRO"
+            data, default = "ranked.jsonl", " (default: the lists)"
+        case _:
+            raise ValueError(command)
+    return _HELP.format(
+        command=command, title=title, vanilla=vanilla, columns=columns, default=default, data=data, extra=extra
+    )
+
+
+def _train(
+    command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
+) -> None:
+    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
+    from plot_align.methods.pro import PlotPROTrainer
+    from plot_align.preference.datasets import require_pairs, require_ranked
+    from plot_align.records import write_record
+    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
+    from plot_align.trl.artifacts import results_of
+    from trl import get_peft_config, get_quantization_config
+
+    if model_args.model_name_or_path is None:
+        raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
+    resume = training_args.resume_from_checkpoint
+    if isinstance(resume, str) and not os.path.isdir(resume):
+        raise InputError(
+            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true in the YAML "
+            "file for the newest in output_dir"
+        )
+    preference = _preference(command, training_args, model_args, preference_args)
+    train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
+    trainer_class: Any
+    match command:
+        case "dpo":
+            require_pairs(train_dataset)
+            trainer_class = PlotDPOTrainer
+        case "sft":
+            trainer_class = PlotSFTTrainer
+        case "pro":
+            require_ranked(train_dataset)
+            trainer_class = PlotPROTrainer
+        case _:
+            raise ValueError(command)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    try:
+        trainer = trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            plot=plot,
+            preference=preference,
+        )
+    except OSError as error:
+        raise InputError(
+            f"no model could be loaded from {model_args.model_name_or_path!r} ({first_line(error)}); name a hub id or "
+            "a checkpoint folder"
+        ) from error
+    if script_args.ignore_bias_buffers:
+        import torch
+
+        # As TRL's script: DDP cannot broadcast boolean buffers.
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        path = write_record(
+            Path(training_args.output_dir) / "plot_align_record.json",
+            command,
+            results_of(trainer, result.metrics),
+            config={
+                "script": vars(script_args),
+                "training": training_args.to_dict(),  # secrets are masked there
+                "model": vars(model_args),
+                "mixture": mixture,
+                "plot": plot.to_dict(),
+                "preference": preference_args,
+            },
+            seed=training_args.seed,
+        )
+        print(f"model saved to {training_args.output_dir}, record in {path}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
+    """The preference distribution asked for; None: the DPO or PRO trainer counts its own training set."""
+    if where.preference is not None and where.preference_dataset is not None:
+        raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
+    if where.preference is not None:
+        from plot_align.preference.distribution import PreferenceDistribution
+
+        return PreferenceDistribution.load(where.preference)
+    if where.preference_dataset is not None:
+        return _estimated(training_args, model_args, where.preference_dataset, where.preference_split)
+    if command == "sft":
+        raise InputError(
+            "--preference is missing: SFT data has no rejected answers to learn a preference from; name an artefact "
+            "of `plot-align estimate`, or pairs with --preference_dataset"
+        )
+    return None
+
+
+def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> Any:
+    """Counts of ``pairs`` under the template, EOS and truncation of this training run."""
+    from plot_align.preference.estimation import estimate, load_pairs
+
+    if getattr(training_args, "chat_template_path", None) is not None:
+        raise InputError(
+            "--chat_template_path and --preference_dataset were both given, and the template changes which tokens are "
+            "counted; save the tokenizer with that template, run `plot-align estimate` with it, pass its --preference"
+        )
+    name = model_args.model_name_or_path
+    tokenizer = load_tokenizer(
+        name, trust_remote_code=training_args.trust_remote_code, revision=model_args.model_revision
+    )
+    if getattr(training_args, "eos_token", None) is not None:
+        tokenizer.eos_token = training_args.eos_token
+    return estimate(
+        load_pairs(pairs, split=split),
+        tokenizer,
+        max_length=training_args.max_length,
+        truncation_mode=training_args.truncation_mode,
+        num_proc=training_args.dataset_num_proc,
+        progress=not training_args.disable_tqdm,
+        distributed=training_args.world_size > 1,
+    )
+
+
+def _datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[Any, Any]:
+    """Training and evaluation set; the latter None where nothing is evaluated.
+
+    A mixture comes from TRL; a single data set is opened by :func:`plot_align.load_pairs`, which also takes files.
+    """
+    strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)  # an Enum, mostly
+    evaluates = strategy != "no"
+    train, test = script_args.dataset_train_split, script_args.dataset_test_split
+    if mixture.datasets:
+        from trl import get_dataset
+
+        try:
+            splits = get_dataset(mixture)
+        except Exception as error:
+            raise InputError(
+                f"the mixture under 'datasets' cannot be loaded ({first_line(error)}); check its paths and splits"
+            ) from error
+        for split in [train, test] if evaluates else [train]:
+            if split not in splits:
+                raise InputError(
+                    f"split is {split!r}, but the mixture has {', '.join(splits)}; set test_split_size to split off a "
+                    "test set, or eval_strategy to no"
+                )
+        return splits[train], splits[test] if evaluates else None
+    source = script_args.dataset_name
+    if source is None:
+        raise InputError(
+            "--dataset_name is missing, expected a hub id, a file, or 'datasets' in the YAML file; add it"
+        )
+
+    from plot_align.preference.datasets import load_pairs
+
+    options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+    if evaluates and os.path.isfile(source):
+        raise InputError(
+            f"--eval_strategy is {strategy!r}, but the file {source} has no test split; "
+            "set it to no, or list the file under 'datasets' in the YAML file with test_split_size"
+        )
+    return (
+        load_pairs(source, split=train, **options),
+        load_pairs(source, split=test, **options) if evaluates else None,
+    )

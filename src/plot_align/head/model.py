@@ -1,0 +1,28 @@
+"""A Hugging Face model seen from its head: the causal language model itself, and what it does to its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plot_align.head.fused import HeadSpec
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model itself, out of a PEFT wrapper where there is one."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
+    """What the model's own forward does to its logits, read from its configuration as TRL reads it."""
+    config = model.config.get_text_config()
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None) if scale is None else scale
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return HeadSpec(
+        temperature=temperature,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=1.0 if scale is None else scale,
+    )

@@ -1,0 +1,65 @@
+"""The specification of the fused head: plain torch on materialised logits.
+
+    z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature           # (N, V)
+    p = softmax(z)                                                                # (N, V)
+    marginals[s] = Σ_{t in segment s} weights[t] · p[t]                           # (S, V)
+
+Slow and hungry on purpose; :func:`plot_align.head.fused_head` must match it in value and gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plot_align.head.fused import HeadOutput, HeadSpec
+from plot_align.transport import Divergence
+
+
+def reference_head(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,) int64
+    spec: HeadSpec | None = None,
+    *,
+    weights: Tensor | None = None,  # (N,)
+    segments: Tensor | None = None,  # (N,) int64
+    num_segments: int = 1,
+    divergence: Divergence | None = None,
+) -> HeadOutput:
+    """Same arguments and same results as :func:`plot_align.head.fused_head`, one plain line each."""
+    spec = spec or HeadSpec()
+    z = head_logits(hidden, weight, bias, spec)  # (N, V)
+    log_p = z.log_softmax(-1)  # (N, V)
+    p = log_p.exp()  # (N, V)
+
+    marginals = values = None
+    if weights is not None:
+        segments = torch.zeros_like(targets) if segments is None else segments
+        weighted = weights.to(p.dtype).unsqueeze(-1) * p  # (N, V)
+        marginals = p.new_zeros(num_segments, p.size(-1)).index_add(0, segments, weighted)  # (S, V)
+        if divergence is not None:
+            values = divergence.value(p) * (weights > 0)  # (N,)
+            marginals = marginals.detach()
+    wanted = spec.outputs
+    return HeadOutput(
+        log_probs=log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1),  # (N,)
+        entropy=-(p * log_p).sum(-1) if "entropy" in wanted else None,
+        log_sum_sq_probs=p.square().sum(-1).log().detach() if "log_sum_sq_probs" in wanted else None,
+        mean_logits=z.mean(-1).detach() if "mean_logits" in wanted else None,
+        is_top1=z.argmax(-1) == targets if "is_top1" in wanted else None,
+        marginals=marginals,
+        values=values,
+    )
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
+    """z of the module's docstring: (N, H) → (N, V), in float32 at least."""
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
+    if bias is not None:
+        z = z + bias
+    z = z * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    return z / spec.temperature

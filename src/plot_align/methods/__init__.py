@@ -1,0 +1,1 @@
+"""The methods that PLOT is combined and compared with: PRO and DEFT."""

@@ -1,0 +1,64 @@
+"""The embeddings that a divergence still needs after it was built: by reference, and known not to have changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from plot_align.errors import InputError
+from plot_align.transport.geometry import check_embeddings
+
+
+class Table:
+    """(V, H) in its own dtype; a cost on the embeddings must stay the same while the model trains.
+
+    A tensor that requires a gradient is going to be trained, so it is copied; any other is held by reference, and
+    :attr:`weight` refuses to hand it out once it was changed in place.
+
+    Args:
+        embeddings: (V, H), any floating dtype and device, finite.
+        vocab_size: V of the target.
+
+    Raises:
+        InputError: wrong shape or dtype, NaN or infinite entries, or another number of rows than the target.
+    """
+
+    def __init__(self, embeddings: Tensor, vocab_size: int) -> None:
+        weight = check_embeddings(embeddings)  # (V, H)
+        if weight.shape[0] != vocab_size:
+            raise InputError(
+                f"embeddings has {weight.shape[0]} rows and target {vocab_size} tokens, but both must have one entry "
+                "per row of the head: build the target with size = the number of rows."
+            )
+        self._weight = weight.clone() if embeddings.requires_grad else weight
+        self._version = _version(self._weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), detached.
+
+        Raises:
+            InputError: the tensor was changed in place since it was given.
+        """
+        if _version(self._weight) != self._version:
+            raise InputError(
+                "embeddings were changed in place after the divergence was built, but its cost must stay the same: "
+                "pass a copy (embeddings.clone()), or the reference model's own."
+            )
+        return self._weight
+
+    def to(self, device: torch.device) -> None:
+        """Follows the divergence to its device."""
+        if device != self._weight.device:
+            self._weight = self.weight.to(device)
+            self._version = _version(self._weight)
+
+    def __getstate__(self) -> Tensor:
+        return self.weight  # a copy counts its changes from its own beginning
+
+    def __setstate__(self, weight: Tensor) -> None:
+        self._weight, self._version = weight, _version(weight)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors do not count their changes

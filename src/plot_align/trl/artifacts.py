@@ -1,0 +1,91 @@
+"""What a tuned model carries: PLOT's options, the preference distribution, a model card, a record of its training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from plot_align._version import __version__
+from plot_align.config import PlotConfig
+from plot_align.io import complete_or_absent
+from plot_align.preference.distribution import PreferenceDistribution
+
+CONFIG_NAME = "plot_align.json"
+PREFERENCE_NAME = "preference.safetensors"
+_HEADING = "## PLOT"
+
+
+def save(folder: Path, config: PlotConfig, preference: PreferenceDistribution, *, step: int) -> None:
+    """Writes ``plot_align.json`` and ``preference.safetensors`` beside the weights."""
+    content = {
+        "schema_version": 1,
+        "plot_align": __version__,
+        "config": config.to_dict(),
+        "global_step": step,
+        "preference": {"file": PREFERENCE_NAME, "provenance": preference.provenance},
+    }
+    with complete_or_absent(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    preference.save(folder / PREFERENCE_NAME)
+
+
+def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDistribution, kind: str) -> None:
+    """Appends how the model was tuned to the card that TRL wrote; replaces the section of an earlier save."""
+    if not path.exists():
+        return
+    card = path.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n")
+    options = "\n".join(f"| `{name}` | `{value}` |" for name, value in config.to_dict().items())
+    chosen, rejected = int(preference.chosen_counts.sum()), int(preference.rejected_counts.sum())
+    section = f"""
+{_HEADING}
+
+This model was tuned with {_loss(config)}, with
+{_weight(config)} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
+{chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
+which data.
+
+| option | value |
+|---|---|
+{options}
+"""
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(card + "\n" + section, encoding="utf-8")
+
+
+def _loss(config: PlotConfig) -> str:
+    if config.is_reward:  # DEFT's, in the distance's place
+        return "`L = L_vanilla − ω·R` ([arXiv 2604.01787](https://arxiv.org/abs/2604.01787))"
+    return "`L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837))"
+
+
+def _weight(config: PlotConfig) -> str:
+    name = "ω" if config.is_reward else "α"
+    if config.schedule == "balance":
+        return f"{name} balanced to a gradient ratio of {config.ratio:g}"
+    suffix = "" if config.schedule == "constant" else f" to {config.alpha_end:g} ({config.schedule})"
+    return f"{name} = {config.alpha:g}{suffix}"
+
+
+def results_of(trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The results of a training record: what ``trainer.train()`` measured, and the log."""
+    return {
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "last_log": _last_log(trainer, "loss"),
+        "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
+        "history": thinned(trainer.state.log_history),
+    }
+
+
+def _last_log(trainer: Any, having: str) -> dict[str, Any]:
+    """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
+    return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
+
+
+def thinned(entries: list[dict[str, Any]], most: int = 1000) -> list[dict[str, Any]]:
+    """All entries of a log, or ``most`` of them evenly spread with both ends: a record is read whole."""
+    last = len(entries) - 1
+    if last < most:
+        return entries
+    return [entries[round(place * last / (most - 1))] for place in range(most)]

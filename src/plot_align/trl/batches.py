@@ -1,0 +1,152 @@
+"""Which positions of a trainer's batch are completions, and whose: chosen, rejected, packed.
+
+Every method names its batch differently; this is the only place that knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from plot_align.errors import InputError
+
+# Experimental in TRL: their loss reads `outputs.logits`, and evaluation does not go through `compute_loss`.
+LOGITS_TRAINERS = ("CPOTrainer", "ORPOTrainer")
+SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "PROTrainer", *LOGITS_TRAINERS)
+_HOMES = ("trl.trainer.", "trl.experimental.", "plot_align.methods.pro")  # PRO's trainer is ours
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """The policy's forward of one micro-batch.
+
+    Args:
+        labels: ``(B, T)`` as the trainer passes them to the model, −100 outside the completions, not shifted.
+        roles: ``(B,)`` +1 chosen, −1 rejected, 0 neither.
+        keep: ``(B, T)`` bool, completions that the model did not write itself (tool results) taken out; or ``None``.
+        segments: ``(B, T)`` document of each token where several are packed into a row; or ``None``.
+    """
+
+    labels: Tensor
+    roles: Tensor
+    keep: Tensor | None = None
+    segments: Tensor | None = None
+
+    def selected(self, positions: str) -> Tensor:
+        """``(B, T − 1)`` bool: position t is selected where it predicts a completion token of the wanted role."""
+        mask = self.labels[:, 1:] != -100  # (B, T-1)
+        if self.keep is not None:
+            mask = mask & self.keep[:, 1:]
+        match positions:
+            case "chosen":
+                return mask & (self.roles > 0).unsqueeze(-1)
+            case "rejected":
+                return mask & (self.roles < 0).unsqueeze(-1)
+            case "all":
+                return mask
+        raise InputError(f"positions is {positions!r}; expected chosen, rejected or all.")
+
+    def sequence_ids(self) -> Tensor:
+        """``(B, T − 1)`` int64, non-decreasing along the flattened batch: the sequence of each predicted token."""
+        batch, length = self.labels.shape
+        if self.segments is None:
+            rows = torch.arange(batch, device=self.labels.device)
+            return rows.unsqueeze(-1).expand(batch, length - 1)
+        per_row = self.segments[:, 1:]  # (B, T-1)
+        offset = self.segments.amax(-1).cumsum(0).roll(1)  # (B,)
+        offset[0] = 0
+        return per_row + (offset + torch.arange(batch, device=per_row.device)).unsqueeze(-1)
+
+
+def trainer_kind(trainer: Any) -> str:
+    """Name of the supported trainer that ``trainer`` is or descends from.
+
+    Raises:
+        InputError: it is none of :data:`SUPPORTED`.
+    """
+    for cls in type(trainer).__mro__:
+        if cls.__module__.startswith(_HOMES) and cls.__name__ in SUPPORTED:
+            return cls.__name__
+    raise InputError(
+        f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of "
+        f"{', '.join(SUPPORTED)} or a subclass: for any other training loop add plot_align.PlotLoss to its loss."
+    )
+
+
+def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a ``kind`` trainer passes to the policy of such a batch, apart from labels; offline methods only."""
+    if kind in LOGITS_TRAINERS:
+        # The padding is masked, so which token stands there makes no difference.
+        return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
+    return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+
+
+def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
+    """Reads the batch that ``compute_loss`` of a ``kind`` trainer is given."""
+    match kind:
+        case "DPOTrainer":
+            ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
+        case "CPOTrainer" | "ORPOTrainer":
+            labels = _stacked(inputs, "labels", -100)  # (2B, T)
+            return PolicyBatch(labels, _pair_roles(labels))
+        case "SFTTrainer":
+            labels = inputs["labels"]
+            segments = None
+            if "position_ids" in inputs:
+                segments = (inputs["position_ids"] == 0).long().cumsum(-1).sub(1).clamp(min=0)
+            roles = torch.ones(labels.size(0), dtype=torch.int8, device=labels.device)
+            return PolicyBatch(labels, roles, segments=segments)
+        case "KTOTrainer":
+            ids, completion = inputs["input_ids"], inputs["completion_mask"]
+            desirable = torch.as_tensor(inputs["label"], dtype=torch.bool, device=ids.device)
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), desirable.to(torch.int8) * 2 - 1)
+        case "GRPOTrainer" | "RLOOTrainer":
+            completion = inputs["completion_ids"]  # (B, C)
+            ids = torch.cat([inputs["prompt_ids"], completion], dim=1)  # (B, T)
+            seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+            labels = ids.masked_fill(seen == 0, -100)
+            labels[:, : -completion.size(1)] = -100
+            keep = None
+            if inputs.get("tool_mask") is not None:
+                keep = torch.cat([inputs["prompt_mask"], inputs["tool_mask"]], dim=1).bool()
+            advantages = inputs["advantages"]
+            if advantages.dim() > 1:
+                advantages = advantages.mean(-1)
+            return PolicyBatch(labels, advantages.sign().to(torch.int8), keep=keep)
+        case "PROTrainer":
+            ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (S, T): lists one after another
+            best = best_of_each_list(inputs["list_lengths"], ids.size(0))
+            return PolicyBatch(ids.masked_fill(completion == 0, -100), best.to(torch.int8) * 2 - 1)
+    raise InputError(f"trainer kind is {kind!r}; expected one of {', '.join(SUPPORTED)}.")
+
+
+def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
+    """``(S,)`` bool: the best completion of each prompt, which stands first in its list.
+
+    Args:
+        list_lengths: ``(P,)`` completions of each prompt, whose lists stand one after another.
+        completions: S, the sum of ``list_lengths``.
+    """
+    best = torch.zeros(completions, dtype=torch.bool, device=list_lengths.device)
+    best[list_lengths.cumsum(0) - list_lengths] = True
+    return best
+
+
+def _pair_roles(rows: Tensor) -> Tensor:
+    """``(2B,)`` roles of B chosen rows above B rejected ones."""
+    roles = torch.ones(rows.size(0), dtype=torch.int8, device=rows.device)
+    roles[rows.size(0) // 2 :] = -1
+    return roles
+
+
+def _stacked(inputs: Mapping[str, Any], name: str, fill: int) -> Tensor:
+    """``(2B, T)`` chosen rows above rejected ones, the shorter side filled up: ``concatenated_inputs`` of CPO."""
+    sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
+    length = max(side.size(1) for side in sides)
+    return torch.cat([functional.pad(side, (0, length - side.size(1)), value=fill) for side in sides])

@@ -1,0 +1,156 @@
+"""The mean output distribution of a model over a data set: the anchor of a target, and the distance to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from plot_align.errors import InputError
+from plot_align.head import causal_lm, fused_head, head_spec
+from plot_align.trl.batches import PolicyBatch, model_inputs, policy_batch
+
+
+@torch.no_grad()
+def mean_output_distribution(
+    model: Any, batches: Iterable[tuple[dict[str, Tensor], PolicyBatch]], positions: str = "chosen"
+) -> Tensor:
+    """``p̄ = mean_t softmax(z_t)`` over the selected positions of all batches, each position weighing the same.
+
+    Args:
+        model: a causal language model (or a PEFT wrapper of one); left in the mode it was in.
+        batches: ``(inputs of the model, PolicyBatch)`` pairs; tensors are moved to the model's device.
+        positions: ``chosen``, ``rejected`` or ``all``.
+
+    Returns:
+        ``(V,)`` float64 on the CPU, one entry a row of the head, sums to 1.
+
+    Raises:
+        InputError: no position is selected in any batch.
+    """
+    base = causal_lm(model)
+    head = base.get_output_embeddings()
+    device = head.weight.device
+    spec = replace(head_spec(base), gather=gathered)
+    total = torch.zeros(getattr(head.weight, "ds_shape", head.weight.shape)[0], dtype=torch.float64)
+    tokens = 0
+    sharded = is_sharded(model)
+    training = model.training
+    model.eval()
+
+    def add(backbone: nn.Module, args: Any, output: Any) -> None:
+        hidden = output.last_hidden_state[:, :-1][mask]  # (N, H)
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
+        swept = fused_head(
+            hidden,
+            weight,
+            bias,
+            torch.zeros(count, dtype=torch.long, device=device),
+            spec,
+            weights=torch.ones(count, device=device),
+        )
+        if swept.marginals is not None:
+            total.add_(swept.marginals[0].double().cpu())
+
+    hook = base.base_model.register_forward_hook(add)
+    try:
+        for inputs, batch in batches:
+            mask = batch.selected(positions).to(device)  # (B, T-1)
+            count = int(mask.sum())
+            if count == 0:
+                continue
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            if sharded:  # its weights are gathered where it is called as a whole
+                model(**inputs, use_cache=False, logits_to_keep=1)
+            else:
+                base.base_model(**inputs, use_cache=False)
+            tokens += count
+    finally:
+        hook.remove()
+        model.train(training)
+    if tokens == 0:
+        raise InputError(f"no batch has a position with positions={positions!r}; expected completions of that role.")
+    return total / total.sum()
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether FSDP2 or ZeRO-3 has split the weights over the ranks."""
+    return isinstance(model, FSDPModule) or any(hasattr(x, "ds_id") for x in model.parameters())
+
+
+def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """Parameters that ZeRO-3 has split, whole for the duration of a ``with`` block."""
+    if not any(hasattr(x, "ds_id") for x in parameters):
+        return nullcontext()  # TRL's asks whether ZeRO-3 is on, and a model made before it was is whole
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
+def collated(
+    trainer: Any, kind: str, rows: int | None = None, dataset: Any = None
+) -> Iterator[tuple[dict[str, Tensor], PolicyBatch]]:
+    """The first ``rows`` rows of a tokenised data set in order, through the trainer's collator."""
+    dataset = trainer.train_dataset if dataset is None else dataset
+    columns = None  # the collator is given what the trainer's own loader gives it
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        columns = trainer._signature_columns
+    chunk: list[dict[str, Any]] = []
+    for index, row in enumerate(dataset):
+        if rows is not None and index >= rows:
+            break
+        chunk.append({name: value for name, value in row.items() if columns is None or name in columns})
+        if len(chunk) == trainer.args.per_device_eval_batch_size:
+            batch = trainer.data_collator(chunk)
+            yield model_inputs(kind, batch), policy_batch(kind, batch)
+            chunk = []
+    if chunk:
+        batch = trainer.data_collator(chunk)
+        yield model_inputs(kind, batch), policy_batch(kind, batch)
+
+
+def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -> Tensor:
+    """p_ref ``(V,)`` float64: the reference model's p̄ over the first ``rows`` rows of the training set.
+
+    The policy as it starts is the reference unless the trainer was given one of its own.
+
+    Raises:
+        InputError: the trainer's data hold no completions (GRPO, RLOO), or images; or the policy is sharded already.
+    """
+    if kind in ("GRPOTrainer", "RLOOTrainer") or getattr(trainer, "_is_vision_dataset", False):
+        raise InputError(
+            f"target is 'anchored' and the training set of this {kind} has no text completions from which to estimate "
+            "the reference distribution; pass reference=, a (V,) distribution, to attach()."
+        )
+    from accelerate.utils import broadcast
+
+    model = reference_model(trainer)
+    accelerator = trainer.accelerator
+    own = getattr(trainer, "ref_model", None) is not None
+    if is_sharded(model) and not own:
+        raise InputError(
+            "target is 'anchored' on the data set and the policy, which is its own reference, is sharded by ZeRO-3 "
+            "before training; pass reference=, a (V,) distribution made by one process, to attach(), or use "
+            "target_scope='batch' or another target."
+        )
+    if accelerator.num_processes == 1 or is_sharded(model):  # all ranks take part in every forward of sharded weights
+        model.to(accelerator.device)
+        return mean_output_distribution(model, collated(trainer, kind, rows), positions)
+    found = torch.empty(causal_lm(model).get_output_embeddings().weight.size(0), dtype=torch.float64)
+    if accelerator.is_main_process:  # the only one whose policy is loaded where FSDP spares memory
+        model.to(accelerator.device)
+        found = mean_output_distribution(model, collated(trainer, kind, rows), positions)
+    return broadcast(found.to(accelerator.device), from_process=0).cpu()
+
+
+def reference_model(trainer: Any) -> Any:
+    """The reference policy: the trainer's own where it keeps one, else the policy as it starts."""
+    own = getattr(trainer, "ref_model", None)
+    return trainer.model if own is None else trainer.accelerator.unwrap_model(own)

@@ -1,0 +1,373 @@
+"""``evaluate`` and ``redteam`` by one process, two and three: the same files; what fails costs no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plot_align.cli import main as cli
+from plot_align.inference import chat
+from plot_align.redteam import world
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("openai")
+pytestmark = pytest.mark.xdist_group("dealing")  # its fixtures start processes: once, on one worker
+WORKER = Path(__file__).parent / "dealing_worker.py"
+SUITE = """\
+stem:
+  physics: {{kind: sandbox, category: stem, count: 40, max_new_tokens: 8}}
+  sums: {{kind: lm_eval, task: sums, include_path: {folder}}}
+  written: {{kind: lm_eval, task: written, include_path: {folder}}}
+guards:
+  prose: {{kind: lm_eval, task: prose, include_path: {folder}}}
+  drift: {{kind: drift, pairs: sandbox, limit: 40}}
+  displacement: {{kind: displacement, pairs: sandbox, limit: 20}}
+  kl: {{kind: kl, prompts: sandbox, limit: 20, max_new_tokens: 8}}
+  success: {{kind: attack_success, behaviors: sandbox, attack: random, limit: 5, judge: sandbox,
+             max_new_tokens: 8}}
+  success_begun: {{kind: attack_success, behaviors: sandbox, attack: prefill, limit: 5, judge: sandbox,
+                   max_new_tokens: 8}}
+  success_sampled: {{kind: attack_success, behaviors: sandbox, attack: best_of_n, attack_options: {{n: 3}}, limit: 5,
+                     judge: sandbox, max_new_tokens: 8}}
+humanity:
+  talk: {{kind: mt_bench, max_new_tokens: 8}}
+"""
+KILLED = """\
+stem:
+  physics: {kind: sandbox, category: stem, count: 4, max_new_tokens: 4}
+guards:
+  diversity: {kind: diversity, prompts: sandbox, limit: 160, max_new_tokens: 56}
+"""
+TASKS = {
+    "sums": """
+        task: sums
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {folder}/sums.jsonl}}}}
+        output_type: multiple_choice
+        test_split: test
+        doc_to_text: "{{{{question}}}}"
+        doc_to_choice: "{{{{choices}}}}"
+        doc_to_target: gold
+        metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+    """,
+    "written": """
+        task: written
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {folder}/sums.jsonl}}}}
+        output_type: generate_until
+        test_split: test
+        doc_to_text: "{{{{question}}}}"
+        doc_to_target: "{{{{choices[0]}}}}"
+        generation_kwargs: {{until: ["Q:"], do_sample: false, max_gen_toks: 6}}
+        metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+    """,
+    "prose": """
+        task: prose
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {folder}/sums.jsonl}}}}
+        output_type: loglikelihood_rolling
+        test_split: test
+        doc_to_text: ""
+        doc_to_target: "{{{{question}}}}"
+        metric_list: [{{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}}]
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[tuple[str, list[str]]]:
+    """Address of an endpoint that rates everything 7, and what it was asked."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][-1]["content"])
+            content = json.dumps({"choices": [{"message": {"role": "assistant", "content": "[[7]]"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A suite of every kind of work, tasks of lm-eval, a small MT-Bench, requests."""
+    folder = tmp_path_factory.mktemp("files")
+    sums = [
+        {"question": f"what is {i} plus {3 * i} ?", "choices": [f"{4 * i}", f"{i} and {i}", "no idea"], "gold": i % 3}
+        for i in range(14)
+    ]
+    _lines(folder / "sums.jsonl", sums)
+    for name, text in TASKS.items():
+        lines = [line.removeprefix(" " * 8) for line in text.format(folder=folder).splitlines()]
+        (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+    suites = folder / "suites"
+    suites.mkdir()
+    (suites / "all.yaml").write_text(SUITE.format(folder=folder))
+    (suites / "killed.yaml").write_text(KILLED)
+    bench = folder / "bench"
+    bench.mkdir()
+    questions = [
+        {"question_id": i, "category": "writing", "turns": [f"what is {i} ?", f"and {i} plus 1 ?"]} for i in range(24)
+    ]
+    _lines(bench / "question.jsonl", questions)
+    slots = "{question_1} | {answer_1} | {question_2} | {answer_2}"
+    templates = {
+        "single-v1": "{question} | {answer}",
+        "single-math-v1": "{question} | {ref_answer_1} | {answer}",
+        "single-v1-multi-turn": slots,
+        "single-math-v1-multi-turn": slots + " | {ref_answer_1} | {ref_answer_2}",
+    }
+    _lines(
+        bench / "judge_prompts.jsonl",
+        [
+            {"name": name, "system_prompt": "Be fair.", "prompt_template": text, "output_format": "[[rating]]"}
+            for name, text in templates.items()
+        ],
+    )
+    _lines(bench / "reference_answer_gpt-4.jsonl", [])
+    world.write(folder / "requests", count=5)
+    (folder / "options.yaml").write_text(
+        "gcg: {steps: 2, search_width: 8, top_k: 8, suffix_tokens: 3}\n"
+        "uat: {steps: 1, suffix_tokens: 3}\nzero_shot: {max_new_tokens: 8}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(files: Path, tiny_base: Path, judge: tuple[str, list[str]]) -> dict[str, list[str]]:
+    requests = files / "requests"
+    return {
+        "evaluate": [
+            "evaluate", f"base={tiny_base}", "--reference", f"{tiny_base}", "--suite", f"{files}/suites/all.yaml",
+            "--mt_bench", f"{files}/bench", "--judge_url", judge[0], "--judge_model", "kind", "--batch_size", "4",
+            "--output", "evaluate",
+        ],
+        "redteam": [
+            "redteam", f"base={tiny_base}", "--behaviors", f"{requests}/behaviors.csv",
+            "--benign", f"{requests}/benign.csv", "--targets", f"{requests}/targets.json", "--judge", "sandbox",
+            "--second_judge", "likelihood", "--attacks", "direct,gcg,uat,zero_shot", "--attacker", f"{tiny_base}",
+            "--options", f"{files}/options.yaml", "--cases", "2", "--max_new_tokens", "8", "--batch_size", "4",
+            "--snapshots", "1", "--output", "redteam",
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(
+    commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory, judge: tuple[str, list[str]]
+) -> tuple[Path, list[str]]:
+    """Where one process left everything, and what it asked the judge."""
+    folder, before = tmp_path_factory.mktemp("alone"), len(judge[1])
+    with _one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert [cli.main(arguments) for arguments in commands.values()] == [0, 0]
+    return folder, sorted(judge[1][before:])
+
+
+@pytest.fixture(scope="module")
+def found(
+    commands: dict[str, list[str]], alone: tuple[Path, list[str]], judge: tuple[str, list[str]], files: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[int, tuple[Path, dict[str, Any], list[str]]]:  # fmt: skip
+    """Processes → where they left everything, what they found, what they asked the judge. Three go on with one's."""
+    left: dict[int, tuple[Path, dict[str, Any], list[str]]] = {}
+    for size in (2, 3):
+        folder, before = tmp_path_factory.mktemp(f"of-{size}"), len(judge[1])
+        spec = [{"cwd": str(folder), "arguments": arguments} for arguments in commands.values()]
+        if size == 2:
+            few = [*commands["evaluate"], "--only", "displacement,physics,kl"]
+            (folder / "failing").mkdir()
+            failing = {"cwd": str(folder / "failing"), "arguments": few, "fail": True}
+            spec += [failing, {**failing, "fail": False}]
+        else:
+            _half_of(alone[0], folder)
+            spec[0]["arguments"] = [*commands["evaluate"], "--skip", "lm_eval"]  # whose files take long to read
+        (folder / "spec.json").write_text(json.dumps(spec))
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
+                str(WORKER), str(folder / "spec.json"), str(folder / "found.json"),
+            ],
+            env=_environment(), capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        left[size] = folder, json.loads((folder / "found.json").read_text()), sorted(judge[1][before:])
+        (folder / "said.txt").write_text(done.stdout)
+    return left
+
+
+def _half_of(source: Path, folder: Path) -> None:
+    """As an interruption leaves it: some records, answers, test cases and completions, and no others."""
+    for name in ("evaluate", "redteam"):
+        shutil.copytree(source / name, folder / name)
+    for path in folder.rglob("*.json"):
+        gone = ("kl", "drift", "success", "talk.", "redteam-", "results", "judged_by", "completions/base")
+        if any(part in str(path.relative_to(folder)) for part in gone):
+            path.unlink()
+    for path in folder.rglob("test_cases.json"):
+        if path.parent.name == "test_cases" or path.parent.name < "f":
+            path.unlink()
+    for path in folder.rglob("model_*/*"):
+        lines = path.read_text().splitlines(keepends=True)
+        if path.suffix == ".jsonl":
+            path.write_text("".join(lines[:12]))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_files_are_those_of_one_process(size: int, found: Any, alone: tuple[Path, list[str]]) -> None:
+    folder, outcome, _ = found[size]
+    assert outcome["codes"][:2] == [0, 0]
+    for command in ("evaluate", "redteam"):
+        want, got = _content(alone[0] / command), _content(folder / command)
+        assert len(want) > 15
+        assert got.keys() == want.keys()
+        for name, content in want.items():
+            if name == "base/talk.json" and size == 3:  # which says what this run alone asked
+                content, got[name] = (_quantities(at / "evaluate" / name) for at in (alone[0], folder))
+            assert got[name] == content, name
+
+
+def test_one_process_prints_and_asks(found: Any, alone: tuple[Path, list[str]]) -> None:
+    folder, _, asked = found[2]
+    assert asked == alone[1]
+    assert len(asked) == 48
+    assert (folder / "said.txt").read_text().count("see them with:") == 3  # of three calls
+    assert len(found[3][2]) == 48 - 12  # 12 of the judgements stood in the file
+
+
+def test_a_measure_that_fails_in_one_process_costs_no_other(found: Any, alone: tuple[Path, list[str]]) -> None:
+    folder, outcome, _ = found[2]
+    assert outcome["codes"][2:] == [1, 0]  # and the same again, where nothing fails
+    assert "base, displacement: failed: RuntimeError: this process only" in (folder / "said.txt").read_text()
+    want, got = _content(alone[0] / "evaluate"), _content(folder / "failing" / "evaluate")
+    for measure in ("physics", "kl", "displacement"):
+        assert got[f"base/{measure}.json"] == want[f"base/{measure}.json"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_jobs_are_dealt_in_order_and_errors_come_back(size: int, found: Any) -> None:
+    outcome = found[size][1]
+    assert outcome["code"] == 5
+    assert outcome["products"] == [[3.0 * job, job % size] for job in range(7)]
+    assert outcome["seen here"] == list(range(0, 7, size))
+    taken, kind, text, _ = outcome["error"]
+    assert (taken, kind, text) == ([3.0, 6.0, 9.0], "ValueError", "job -4")
+    taken, kind, text, cause = outcome["stubborn"]
+    assert (taken, kind, text) == ([3.0], "RunError", "Stubborn: job -101")
+    assert "in process 1" in cause
+    assert outcome["own"][:3] == [[], "ValueError", "job -7"]
+    assert outcome["nested"] == [[rank] * 3 for rank in range(size)]
+    assert outcome["alone"] == [0] * size
+    assert outcome["not shared"] == [0] * (size + 1)
+    assert outcome["share"][:2] == ["RunError", "Stubborn: not here"]
+    before, after = outcome["let go"]
+    assert before == [4] * size
+    assert after == [2] * size
+    assert outcome["after"] == [5.0 * job for job in range(size)]
+
+
+def test_a_killed_process_ends_the_run_and_one_goes_on(
+    files: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", f"base={tiny_base}", "--suite", f"{files}/suites/killed.yaml", "--output", "out",
+               "--batch_size", "4"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "plot_align.cli", *command, "--num_processes", "2"],
+        env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    first = tmp_path / "out" / "base" / "physics.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert first.exists()
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(running.pid).children(recursive=True)}
+    ranks["1"].send_signal(signal.SIGKILL)
+    _, complaint = running.communicate(timeout=60)
+    assert running.returncode == 1, complaint
+    assert "rank 1 was killed by SIGKILL" in complaint
+    assert complaint.count("plot-align: ") == 1
+    assert [path.name for path in (tmp_path / "out" / "base").iterdir()] == ["physics.json"]
+    with _one_thread():
+        assert cli.main(command) == 0
+    assert {path.name for path in (tmp_path / "out" / "base").iterdir()} == {"physics.json", "diversity.json"}
+
+
+def test_a_batch_samples_the_same_whatever_was_sampled_before(tiny_base: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    rows = chat.prompt_ids(tokenizer, [f"what is {i} plus {'1' * i} ?" for i in range(1, 7)])
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 3}
+    whole = chat.continue_rows(model, tokenizer, rows, seed=7, **options)
+    assert whole[:3] == chat.continue_rows(model, tokenizer, rows[:3], seed=7, **options)
+    assert whole[3:] == chat.continue_rows(model, tokenizer, rows[3:], seed=chat._batch_seed(7, 1), **options)
+    assert whole[3:] != chat.continue_rows(model, tokenizer, rows[3:], seed=7, **options)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """Every file by its name: JSON without dates, text and figures as they are; SQLite's pages are its own affair."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".json":
+            found[name] = _timeless(json.loads(path.read_text()))
+        elif path.suffix == ".jsonl":
+            found[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.is_file() and path.suffix not in (".db", ".svg"):  # a figure's date stands in its SVG
+            found[name] = path.read_bytes()
+    return found
+
+
+def _quantities(path: Path) -> Any:
+    return json.loads(path.read_text())["results"]["quantities"]
+
+
+def _timeless(content: Any) -> Any:
+    """In the order in which it stands."""
+    return json.dumps({k: v for k, v in content.items() if k not in ("created", "tstamp")})
+
+
+def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+class _one_thread:
+    """As every one of several processes has."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)

@@ -1,0 +1,243 @@
+"""Ranks that count together, for test_estimate_ranks.py: every case, on one, two and three of them.
+
+    python estimate_worker.py FOLDER TOKENIZER
+
+What a rank gets of every case, counts or an error, goes to ``FOLDER/<ranks>.<rank>.json``. A last start is of two
+ranks, one of which dies while it counts: ``FOLDER/killed.0.json``. The libraries are imported once, and the ranks are
+forked before any of them has been used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate.utils  # noqa: F401 (it and trl.data_utils are imported here for all ranks)
+import numpy as np
+import pytest
+import trl.data_utils  # noqa: F401
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from plot_align.errors import PlotAlignError
+from plot_align.inference.ranks import process_state
+from plot_align.preference.distribution import PreferenceDistribution
+from plot_align.preference.estimation import estimate, estimate_tokenized
+
+ROWS = 61
+WORDS = ["red", "green", "blue", "sorry", "cannot", "certainly", "the", "sky", "is"]
+READ: list[int] = []  # rows that this process has read of a stream
+
+
+def pair_rows() -> list[dict[str, Any]]:
+    generator = np.random.default_rng(5)
+
+    def words(least: int) -> str:
+        return " ".join(generator.choice(WORDS, generator.integers(least, 12)).tolist())
+
+    return [{"prompt": words(1) + " ", "chosen": words(1), "rejected": words(0) + " no"} for _ in range(ROWS)]
+
+
+def unpaired_rows() -> list[dict[str, Any]]:
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if index % 3 else "rejected"], "label": index % 3 > 0}
+        for index, row in enumerate(pair_rows())
+    ]
+
+
+def tokenised_rows(tokenizer: Any) -> list[dict[str, Any]]:
+    ids = {
+        name: tokenizer([row[name] for row in pair_rows()])["input_ids"] for name in ("prompt", "chosen", "rejected")
+    }
+    return [
+        {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        for prompt, chosen, rejected in zip(*ids.values(), strict=True)
+    ]
+
+
+def broken(rows: list[dict[str, Any]], column: str, *where: int) -> list[dict[str, Any]]:
+    return [{**row, column: None} if index in where else row for index, row in enumerate(rows)]
+
+
+def _read(parts: list[list[int]], rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for part in parts:
+        for index in part:
+            READ.append(index)
+            yield rows[index]
+
+
+def stream(rows: list[dict[str, Any]], shards: int) -> IterableDataset:
+    """A stream of ``shards`` unequal parts, the last of them empty where there are several."""
+    inner = sorted(np.random.default_rng(shards).choice(len(rows), shards - 2).tolist()) if shards > 1 else []
+    parts = [list(range(*ends)) for ends in itertools.pairwise([0, *inner, *[len(rows)] * min(shards, 2)])]
+    return IterableDataset.from_generator(_read, gen_kwargs={"parts": parts, "rows": _Rows(rows)})
+
+
+class _Rows(tuple):
+    """Rows that ``datasets`` does not deal out as it deals lists."""
+
+
+def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistribution]]:
+    """Name → the count, which the tests also make in one process; ``rank`` is only for what differs between ranks."""
+    pairs, unpaired, tokenised = pair_rows(), unpaired_rows(), tokenised_rows(tokenizer)
+
+    def count(data: Any, **options: Any) -> Callable[[], PreferenceDistribution]:
+        options = {"progress": False, "distributed": True, "batch_size": 5, **options}
+        return lambda: estimate(data, tokenizer, **options)
+
+    def tokens(data: Any) -> Callable[[], PreferenceDistribution]:
+        options = {"progress": False, "distributed": True, "batch_size": 5, "max_length": 14}
+        return lambda: estimate_tokenized(data, tokenizer, **options)
+
+    def chat(*where: int) -> list[dict[str, Any]]:
+        rows = [
+            {name: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[name]}]
+             for name in ("chosen", "rejected")}
+            for row in pairs
+        ]  # fmt: skip
+        for row in where:
+            rows[row]["chosen"] = [rows[row]["chosen"][0], {"role": "stranger", "content": "no"}]
+        return rows
+
+    talking = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    talking.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'stranger' %}{{ raise_exception('who?') }}{% endif %}"
+        "{{ message['content'] }}<eos>{% endfor %}"
+    )
+
+    def fails_here(row: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1:
+            raise KeyError("only here")
+        return row
+
+    def fails_in_counting() -> PreferenceDistribution:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(sys.modules["plot_align.preference.estimation"], "count_batch", lambda *_, **__: 1 / 0)
+            return count(Dataset.from_list(pairs))()
+
+    seven = {"batched": True, "batch_size": 7}
+    return {
+        "pairs": count(Dataset.from_list(pairs)),
+        "pairs, truncated": count(Dataset.from_list(pairs), max_length=14, source=f"what rank {rank} calls it"),
+        "pairs, workers": count(Dataset.from_list(pairs), num_proc=2),
+        "pairs, one batch": count(Dataset.from_list(pairs), batch_size=1000),
+        "unpaired": count(Dataset.from_list(unpaired)),
+        "one row": count(Dataset.from_list(pairs[:1])),
+        "pairs, stream": count(stream(pairs, 1)),
+        "pairs, stream, workers": count(stream(pairs, 1), num_proc=2),
+        "pairs, shards": count(stream(pairs, 6)),
+        "pairs, shards, workers": count(stream(pairs, 6), num_proc=2),
+        "pairs, filtered shards": count(stream(pairs, 6).filter(lambda row: len(row["chosen"]) % 2 == 0)),
+        "pairs, shards of Arrow": count(Dataset.from_list(pairs).to_iterable_dataset(num_shards=6)),
+        "pairs, part of shards": count(stream(pairs, 6).skip(3).take(40)),
+        "pairs, shards in batches": count(
+            stream(pairs, 6).map(lambda rows: {name: column[:-1] for name, column in rows.items()}, **seven)
+        ),
+        "unpaired, shards": count(stream(unpaired, 12)),
+        "tokenised": tokens(Dataset.from_list(tokenised)),
+        "tokenised, stream": tokens(Dataset.from_list(tokenised).to_iterable_dataset()),
+        "tokenised, shards": tokens(Dataset.from_list(tokenised).to_iterable_dataset(num_shards=6)),
+        "bad row": count(Dataset.from_list(broken(pairs, "chosen", 33, 47))),
+        "bad row, late rejected before early chosen": count(
+            Dataset.from_list(broken(broken(pairs, "prompt", 39), "rejected", 36))
+        ),
+        "bad row, workers": count(Dataset.from_list(broken(pairs, "chosen", 33, 47)), num_proc=2),
+        "bad row, stream": count(stream(broken(pairs, "chosen", 38, 56), 1)),
+        "bad row, shards": count(stream(broken(pairs, "chosen", 38, 56), 6)),
+        "bad row, tokenised": tokens(Dataset.from_list(broken(tokenised, "rejected_ids", 56, 58))),
+        "bad row, tokenised shards": tokens(
+            Dataset.from_list(broken(tokenised, "rejected_ids", 42, 58)).to_iterable_dataset(num_shards=6)
+        ),
+        "bad id": tokens(Dataset.from_list([*tokenised[:40], {**tokenised[40], "chosen_ids": [3, 10**6]}])),
+        "template": lambda: estimate(
+            Dataset.from_list(chat(51, 44)), talking, progress=False, distributed=True, batch_size=6
+        ),
+        "empty": count(Dataset.from_list(pairs).select([])),
+        "one side": count(Dataset.from_list([row for row in unpaired if row["label"]])),
+        "num_proc": count(Dataset.from_list(pairs), num_proc=0),
+        "reader": count(stream(pairs, 6).map(fails_here)),
+        "own fault": fails_in_counting,
+        "other options": count(Dataset.from_list(pairs), max_length=10 + rank),
+        "other data": count(Dataset.from_list(pairs[: ROWS - rank])),
+        "split already": count(split_dataset_by_node(stream(pairs, 6), rank=0, world_size=2)),
+    }
+
+
+def outcome(work: Callable[[], PreferenceDistribution]) -> dict[str, Any]:
+    READ.clear()
+    try:
+        found = work()
+    except PlotAlignError as error:
+        return {"error": f"{error.exit_code} {error}"}
+    except Exception as error:
+        return {"error": repr(error)}
+    return {
+        "chosen": found.chosen_counts.tolist(),
+        "rejected": found.rejected_counts.tolist(),
+        "provenance": found.provenance,
+        "read": len(READ),
+    }
+
+
+def count_all(tokenizer: Any, rank: int) -> dict[str, Any]:
+    return {name: outcome(work) for name, work in cases(tokenizer, rank).items()}
+
+
+def count_and_die(tokenizer: Any, rank: int) -> dict[str, Any]:
+    """Rank 1 is killed while its worker processes wait for more."""
+    last = pair_rows()[50]
+
+    def die(row: dict[str, Any]) -> dict[str, Any]:
+        if rank == 1 and row == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5, "num_proc": 2}
+    return {"killed": outcome(lambda: estimate(data, tokenizer, distributed=True, **options))}
+
+
+def start(ranks: int, work: Callable[[Any, int], dict[str, Any]], tokenizer: str, out: Path) -> list[int]:
+    """Run the ranks as a launcher would, and return their exit codes; but nobody stops them when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            if ranks > 1:
+                own = {**place, "RANK": rank, "LOCAL_RANK": rank}
+                os.environ.update({name: str(value) for name, value in own.items()})
+            state = process_state()
+            assert (state.num_processes, state.process_index) == (ranks, rank)
+            found = work(AutoTokenizer.from_pretrained(tokenizer), rank)
+            out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(found))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main(folder: Path, tokenizer: str) -> None:
+    for ranks in (1, 2, 3):
+        assert start(ranks, count_all, tokenizer, folder / str(ranks)) == [0] * ranks
+    assert start(2, count_and_die, tokenizer, folder / "killed") == [0, -signal.SIGKILL]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
