@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from plot_align.sandbox import BaseConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["trainers"]  # fixtures: a tiny trainer of every method
 
 
 @pytest.fixture(scope="session")
