@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plot_align.redteam.world_attacker import FEW_SHOT_TEMPLATE, ZERO_SHOT_TEMPLATE, build_attacker
+from plot_align.workers import ProcessWorker, deal, report_failures, share_out
 from rich.console import Console
 from rich.progress import Progress
 
@@ -34,11 +36,9 @@ from plot_align.redteam.run import complete, describe, label, make_test_cases
 from plot_align.redteam.sfs import SFS
 from plot_align.redteam.uat import UAT
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.world_attacker import FEW_SHOT_TEMPLATE, ZERO_SHOT_TEMPLATE, build_attacker
 from plot_align.redteam.zero_shot import ZeroShot
-from plot_align.sandbox import build_base
-from plot_align.sandbox.experiment import Arm, Run, Setting, quiet, run_many
-from plot_align.workers import ProcessWorker, deal, report_failures, share_out
+from sandbox import build_base
+from sandbox.runs import Arm, Run, Setting, quiet, run_many
 
 KIND = "sandbox-redteam"
 BASE = Arm("base")

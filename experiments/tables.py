@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from plot_align.sweep.workloads import sandbox_metrics
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plot_align.records import mean_of, paired
-from plot_align.sandbox import CATEGORIES, build_base
-from plot_align.sandbox.experiment import Run, quiet, run_many
-from plot_align.sweep.workloads import sandbox_metrics
+from sandbox import CATEGORIES, build_base
+from sandbox.runs import Run, quiet, run_many
 
 Seeds = dict[int, dict[str, float]]  # seed → name → number
 

@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plot_align.cli import main as cli
 from plot_align.inference import chat
-from plot_align.redteam import world
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("openai")
@@ -30,28 +29,25 @@ pytestmark = pytest.mark.xdist_group("dealing")  # its fixtures start processes:
 WORKER = Path(__file__).parent / "dealing_worker.py"
 SUITE = """\
 stem:
-  physics: {{kind: sandbox, category: stem, count: 40, max_new_tokens: 8}}
+  physics: {{kind: diversity, prompts: {pairs}, limit: 24, max_new_tokens: 8}}
   sums: {{kind: lm_eval, task: sums, include_path: {folder}}}
   written: {{kind: lm_eval, task: written, include_path: {folder}}}
 guards:
   prose: {{kind: lm_eval, task: prose, include_path: {folder}}}
-  drift: {{kind: drift, pairs: sandbox, limit: 40}}
-  displacement: {{kind: displacement, pairs: sandbox, limit: 20}}
-  kl: {{kind: kl, prompts: sandbox, limit: 20, max_new_tokens: 8}}
-  success: {{kind: attack_success, behaviors: sandbox, attack: random, limit: 5, judge: sandbox,
-             max_new_tokens: 8}}
-  success_begun: {{kind: attack_success, behaviors: sandbox, attack: prefill, limit: 5, judge: sandbox,
-                   max_new_tokens: 8}}
-  success_sampled: {{kind: attack_success, behaviors: sandbox, attack: best_of_n, attack_options: {{n: 3}}, limit: 5,
-                     judge: sandbox, max_new_tokens: 8}}
+  drift: {{kind: drift, pairs: {pairs}}}
+  displacement: {{kind: displacement, pairs: {pairs}, limit: 20}}
+  kl: {{kind: kl, prompts: {pairs}, limit: 20, max_new_tokens: 8}}
+  success: {{kind: attack_success, attack: random, max_new_tokens: 8}}
+  success_begun: {{kind: attack_success, attack: prefill, max_new_tokens: 8}}
+  success_sampled: {{kind: attack_success, attack: best_of_n, attack_options: {{n: 3}}, max_new_tokens: 8}}
 humanity:
   talk: {{kind: mt_bench, max_new_tokens: 8}}
 """
 KILLED = """\
 stem:
-  physics: {kind: sandbox, category: stem, count: 4, max_new_tokens: 4}
+  physics: {{kind: diversity, prompts: {folder}/many.jsonl, limit: 4, max_new_tokens: 4}}
 guards:
-  diversity: {kind: diversity, prompts: sandbox, limit: 160, max_new_tokens: 56}
+  diversity: {{kind: diversity, prompts: {folder}/many.jsonl, max_new_tokens: 56}}
 """
 TASKS = {
     "sums": """
@@ -117,7 +113,7 @@ def judge() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory, chat_pairs_file: Path, requests_folder: Path) -> Path:
     """A suite of every kind of work, tasks of lm-eval, a small MT-Bench, requests."""
     folder = tmp_path_factory.mktemp("files")
     sums = [
@@ -130,8 +126,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
     suites = folder / "suites"
     suites.mkdir()
-    (suites / "all.yaml").write_text(SUITE.format(folder=folder))
-    (suites / "killed.yaml").write_text(KILLED)
+    (suites / "all.yaml").write_text(SUITE.format(folder=folder, pairs=chat_pairs_file))
+    (suites / "killed.yaml").write_text(KILLED.format(folder=folder))
+    _lines(folder / "many.jsonl", [{"prompt": f"what is {i} plus {i % 7} ?"} for i in range(160)])
     bench = folder / "bench"
     bench.mkdir()
     questions = [
@@ -153,7 +150,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     _lines(bench / "reference_answer_gpt-4.jsonl", [])
-    world.write(folder / "requests", count=5)
+    shutil.copytree(requests_folder, folder / "requests")
     (folder / "options.yaml").write_text(
         "gcg: {steps: 2, search_width: 8, top_k: 8, suffix_tokens: 3}\n"
         "uat: {steps: 1, suffix_tokens: 3}\nzero_shot: {max_new_tokens: 8}\n"
@@ -167,12 +164,13 @@ def commands(files: Path, tiny_base: Path, judge: tuple[str, list[str]]) -> dict
     return {
         "evaluate": [
             "evaluate", f"base={tiny_base}", "--reference", f"{tiny_base}", "--suite", f"{files}/suites/all.yaml",
-            "--mt_bench", f"{files}/bench", "--judge_url", judge[0], "--judge_model", "kind", "--batch_size", "4",
-            "--output", "evaluate",
+            "--mt_bench", f"{files}/bench", "--behaviors", f"{requests}/behaviors.csv",
+            "--targets", f"{requests}/targets.json", "--judge_url", judge[0], "--judge_model", "kind",
+            "--batch_size", "4", "--output", "evaluate",
         ],
         "redteam": [
             "redteam", f"base={tiny_base}", "--behaviors", f"{requests}/behaviors.csv",
-            "--benign", f"{requests}/benign.csv", "--targets", f"{requests}/targets.json", "--judge", "sandbox",
+            "--benign", f"{requests}/benign.csv", "--targets", f"{requests}/targets.json",
             "--second_judge", "likelihood", "--attacks", "direct,gcg,uat,zero_shot", "--attacker", f"{tiny_base}",
             "--options", f"{files}/options.yaml", "--cases", "2", "--max_new_tokens", "8", "--batch_size", "4",
             "--snapshots", "1", "--output", "redteam",

@@ -23,7 +23,6 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from plot_align.errors import InputError, RunError
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized, load_pairs, scored_pairs, scored_range
-from plot_align.sandbox import train_tokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 CHATML = (
@@ -419,11 +418,11 @@ def test_any_implicit_text_counts_as_in_trl(tokenizer: Any, rows: list[dict[str,
     assert_counts(estimate(Dataset.from_list(rows), tokenizer, progress=False), tuple(expected))
 
 
-@pytest.mark.parametrize("vocabulary", ["of this file", "of the sandbox"])
-def test_real_data(real_data: Path, tiny_llama: Path, tmp_path: Path, vocabulary: str) -> None:
+@pytest.mark.parametrize("vocabulary", ["of this file", "of another text"])
+def test_real_data(real_data: Path, tiny_llama: Path, tiny_base: Path, tmp_path: Path, vocabulary: str) -> None:
     data = load_pairs(real_data / "hh_rlhf_harmless_2000.jsonl.gz")
-    if vocabulary == "of the sandbox":
-        tokenizer = train_tokenizer()
+    if vocabulary == "of another text":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     else:
         tokenizer = make_tokenizer(data["chosen"][:500] + data["rejected"][:500], 4000)
     trainer, expected = trl_counts(data, tokenizer, tiny_llama, tmp_path, max_length=512)

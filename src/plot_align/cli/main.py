@@ -40,7 +40,7 @@ commands:
   dpo        `trl dpo` with the PLOT term: the same YAML files and flags
   sft        `trl sft` with the PLOT term: the same YAML files and flags
   pro        ranking optimisation (PRO) with the PLOT term, of ranked lists
-  demo       DPO with and without PLOT on a small offline world, judged
+  demo       DPO with and without PLOT on a small real model, judged
   sweep      a grid over PLOT's options, methods and seeds: table and figures
   redteam    attack your own model: success rate, with over-refusal beside it
   evaluate   models on the seven sub-preferences and on what must not get worse

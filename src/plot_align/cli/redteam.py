@@ -86,7 +86,7 @@ def _run(options: Any) -> int:
     harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
     benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
     targets = {} if options.targets is None else read_targets(options.targets)
-    _check_judges(options, harmful, benign, targets)
+    _check_judges(options, harmful, targets)
     _check_addresses(options)
     check_dtype(options.dtype)
     for name in ("max_new_tokens", "batch_size"):
@@ -198,10 +198,9 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loa
     return loaded[name]
 
 
-def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior], targets: dict[str, str]) -> None:
-    """Before any attack, which may take hours, that each judge has what it needs."""
+def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]) -> None:
+    """Checks that each judge has what it needs, before attacks that may take hours."""
     from plot_align.redteam.behaviors import require_targets
-    from plot_align.redteam.judges import SandboxJudge
 
     wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
     for name in wanted:
@@ -219,10 +218,6 @@ def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior],
         if options.targets is None:
             raise InputError("judge likelihood needs the targets; name their file with --targets")
         require_targets(harmful, targets, "judge likelihood")
-    if "sandbox" in wanted:  # it refuses a request that is not of its world
-        SandboxJudge().judge(harmful, [b.prompt for b in harmful], [""] * len(harmful))
-    if options.judge == "sandbox":
-        SandboxJudge().judge_benign(benign, [b.prompt for b in benign], [""] * len(benign))
     if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
         raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
 

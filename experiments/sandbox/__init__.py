@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plot_align.errors import InputError
-from plot_align.sandbox.base import BaseConfig, build_base, default_cache_dir, train_tokenizer
-from plot_align.sandbox.evaluate import evaluate_model
-from plot_align.sandbox.judges import Verdict, judge
-from plot_align.sandbox.language import CATEGORIES, TWIN, examples
+from sandbox.base import BaseConfig, build_base, default_cache_dir, train_tokenizer
+from sandbox.evaluate import evaluate_model
+from sandbox.judges import Verdict, judge
+from sandbox.language import CATEGORIES, TWIN, examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

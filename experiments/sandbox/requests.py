@@ -14,15 +14,15 @@ from pathlib import Path
 from plot_align.errors import InputError
 from plot_align.redteam.behaviors import Behavior, write_behaviors
 from plot_align.redteam.harmbench import write_json
-from plot_align.sandbox import language
-from plot_align.sandbox.language import Item
+from sandbox import language
+from sandbox.language import Item
 
 
 def behaviors(seed: int = 0, count: int | None = None) -> list[Behavior]:
     """Held-out harmful requests of the sandbox, each once, in one of its phrasings; the id is made of the facts.
 
     Args:
-        seed: decides the split (the one of :func:`plot_align.sandbox.pairs`), the order and the phrasings.
+        seed: decides the split (the one of :func:`sandbox.pairs`), the order and the phrasings.
         count: how many, from the first on; None, and more than there are, mean all (21).
 
     Raises:

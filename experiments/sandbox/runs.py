@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from plot_align.workers import ProcessWorker, deal, gpus, report_failures, share_out
+
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
 from plot_align.io import folder_complete_or_absent
 from plot_align.records import measure, read_record, write_record
-from plot_align.sandbox import base as base_module
-from plot_align.workers import ProcessWorker, deal, gpus, report_failures, share_out
+from sandbox import base as base_module
 
 KIND = "sandbox-run"
 JUDGING = 12  # a run's evaluation, in optimiser steps, for progress bars
@@ -147,7 +148,7 @@ def source_digest() -> str:
 
 
 def default_base() -> Path:
-    """Where :func:`plot_align.sandbox.build_base` puts the default base; nothing is built."""
+    """Where :func:`sandbox.build_base` puts the default base; nothing is built."""
     return base_module.default_cache_dir() / f"sandbox-base-{base_module._key(base_module.BaseConfig(), seed=0)}"
 
 
@@ -174,7 +175,7 @@ def run_arm(
 
     Returns:
         The record, see :mod:`plot_align.records`; its ``results`` are those of
-        :func:`plot_align.sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
+        :func:`sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
         positions' mean output to the target, ``train_seconds`` and ``train_logs``.
     """
     path = record_path(folder, arm, setting, seed, base)
@@ -273,7 +274,7 @@ def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any, keep_mo
 
 def training_pairs(setting: Setting, seed: int) -> Any:
     """The pairs that an arm trains on, label noise included; the noise is the same for every arm of a seed."""
-    from plot_align.sandbox import pairs
+    from sandbox import pairs
 
     data = pairs("train", seed=seed, per_category=setting.per_category)
     if not setting.flipped:
@@ -295,7 +296,7 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from plot_align.sandbox import pairs
+    from sandbox import pairs
 
     beta = setting.beta if arm.beta is None else arm.beta
     shared: dict[str, Any] = {
@@ -371,8 +372,8 @@ def _train_and_judge(
     from transformers.trainer_callback import PrinterCallback
 
     from plot_align.preference.estimation import estimate
-    from plot_align.sandbox import evaluate_model
     from plot_align.trl import attach
+    from sandbox import evaluate_model
 
     class Steps(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
