@@ -7,12 +7,11 @@ Finished runs are read, not run again. Writes the table, each arm less the same 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-from plot_align.cli.sweep import make_parser, read_grid
 from plot_align.config import PlotConfig
-from plot_align.sweep import Job, Metric, expand, markdown, summarise
+from plot_align.sweep import Job, Metric, coerce, expand, keys, markdown, summarise
 from plot_align.sweep.figures import draw
 from sandbox.runs import Arm, Run, Setting
 from tables import COLUMNS, run
@@ -30,10 +29,17 @@ def sandbox_run(job: Job) -> Run:
 
 
 def main() -> None:
-    given = {name: value for name, value in vars(make_parser().parse(sys.argv[1:])).items() if value}
-    output, workers = Path(given.pop("output", "runs/grid")), given.pop("workers", None)
-    jobs = expand({"seed": [0, 1, 2], **read_grid(given)})
-    found = run([sandbox_run(job) for job in jobs], output / "records", None if workers is None else int(workers))
+    known = keys()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/grid"))
+    parser.add_argument("--workers", type=int)
+    for name in known:
+        parser.add_argument(f"--{name}", nargs="+", default=["0", "1", "2"] if name == "seed" else None)
+    options = vars(parser.parse_args())
+    output, workers = options.pop("output"), options.pop("workers")
+    grid = {name: [coerce(known[name], value) for value in values] for name, values in options.items() if values}
+    jobs = expand(grid)
+    found = run([sandbox_run(job) for job in jobs], output / "records", workers)
     cells = summarise(dict(zip(jobs, found, strict=True)))
     table = markdown(cells, METRICS, "Sandbox")
     (output / "table.md").write_text(table, encoding="utf-8")
