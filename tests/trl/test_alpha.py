@@ -176,7 +176,7 @@ def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
 
     def keep(*args):
         head = sweep(*args)
-        kept["swept"] = handle._backend.swept
+        kept["swept"] = handle._backend.result
         return head
 
     monkeypatch.setattr(handle._backend, "sweep", keep)
