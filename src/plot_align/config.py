@@ -19,6 +19,8 @@ class PlotAblations:
         InputError: an option outside its range; the message names it.
     """
 
+    _argument_group_name = "ablations"  # where HfArgumentParser lists them
+
     target_scope: Literal["auto", "dataset", "batch"] = field(
         default="auto",
         metadata={"help": "batch: one target a micro-batch, anchored on the reference's own output at the same "
@@ -92,6 +94,8 @@ class PlotConfig:
     Raises:
         InputError: an option outside its range, or options that exclude each other; the message names them.
     """
+
+    _argument_group_name = "PLOT"  # where HfArgumentParser lists them
 
     alpha: float | None = field(
         default=None,

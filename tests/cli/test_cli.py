@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from plot_align import __version__, errors
 from plot_align.cli import demo, launch, options, train
-from plot_align.cli.common import did_you_mean
 from plot_align.cli.main import main
-from plot_align.options import read_yaml
+from plot_align.errors import did_you_mean
+from plot_align.io import read_yaml
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import read_record
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from plot_align.errors import InputError
-from plot_align.options import build
+from plot_align.io import build
 
 
 @dataclass

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from plot_align.errors import InputError, first_line
-from plot_align.options import did_you_mean
+from plot_align.errors import InputError, did_you_mean, first_line
 
 
 class Parser(argparse.ArgumentParser):

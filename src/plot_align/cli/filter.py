@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli.common import Parser, check_dtype, first_line, length, load_tokenizer
-from plot_align.errors import InputError
+from plot_align.cli.common import Parser, check_dtype, length, load_tokenizer
+from plot_align.errors import InputError, first_line
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

@@ -1,25 +1,38 @@
-"""The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses plus ours, read by TRL's parser.
+"""The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses and ours, read by TRL's parser.
 
-A YAML file written for ``trl dpo`` works unchanged. What differs from TRL: an option that nobody knows is refused with
-the nearest right one, and abbreviations are not guessed.
+A YAML file written for ``trl dpo`` works unchanged. Unlike TRL, an unknown option is refused and the nearest right one
+named, and abbreviations are not guessed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from plot_align.cli.common import did_you_mean, first_line
 from plot_align.cli.launch import Launch, launcher_options
-from plot_align.errors import InputError
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, did_you_mean, first_line
 
 
 @dataclass
-class PlotArguments:
+class PlotOptions(PlotConfig):
+    """The options of PlotConfig itself. HfArgumentParser makes no flag of a field without ``init``."""
+
+    ablations: PlotAblations = field(default_factory=PlotAblations, init=False)
+
+    def join(self, ablations: PlotAblations) -> PlotConfig:
+        """These options and the ablations, which have flags of their own, as one PlotConfig."""
+        own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        return PlotConfig(**own, ablations=ablations)
+
+
+@dataclass
+class PreferenceOptions:
     """Where the preference distribution comes from."""
+
+    _argument_group_name = "preference"
 
     preference: str | None = field(
         default=None,
@@ -37,22 +50,20 @@ class PlotArguments:
 
 
 def make_parser(command: str) -> Any:
-    """TRL's parser over TRL's dataclasses and ours; its mistakes are :class:`InputError`."""
-    from plot_align.config import PlotAblations, PlotConfig
+    """TRL's parser over TRL's dataclasses and ours; it raises :class:`InputError` instead of exiting."""
     from plot_align.methods.pro import PROConfig
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     class TrainingParser(TrlParser):
-        def _parse_dataclass_field(self, parser: Any, field: Any) -> None:
-            if field.name != "ablations":  # PlotAblations has flags of its own
-                super()._parse_dataclass_field(parser, field)
-
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}; see 'plot-align {command} --help-all'")
 
     trainer_config = {"dpo": DPOConfig, "sft": SFTConfig, "pro": PROConfig}[command]
     return TrainingParser(
-        (ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig, PlotConfig, PlotAblations, PlotArguments),
+        [
+            *(ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig),
+            *(PlotOptions, PreferenceOptions, PlotAblations),
+        ],
         prog=f"plot-align {command}",
         usage=f"plot-align {command} [--config FILE.yaml] [options]",
         allow_abbrev=False,
@@ -88,8 +99,8 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the options were refused: {first_line(error)}") from error
-    *trl, plot, ablations, preference, _ = options
-    return (*trl, dataclasses.replace(plot, ablations=ablations), preference), Launch(launch_config, unknown)
+    *trl, plot, preference, ablations, _ = options
+    return (*trl, plot.join(ablations), preference), Launch(launch_config, unknown)
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:

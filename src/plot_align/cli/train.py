@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.cli import launch
-from plot_align.cli.common import first_line, load_tokenizer
-from plot_align.cli.options import PlotArguments, make_parser, parse, set_environment, split_config, without_bare_debug
-from plot_align.errors import InputError
-from plot_align.options import read_yaml
+from plot_align.cli.common import load_tokenizer
+from plot_align.cli.options import (
+    PreferenceOptions,
+    make_parser,
+    parse,
+    set_environment,
+    split_config,
+    without_bare_debug,
+)
+from plot_align.errors import InputError, first_line
+from plot_align.io import read_yaml
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
@@ -183,7 +190,7 @@ def _train(
     trainer.end()
 
 
-def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
+def _preference(command: str, training_args: Any, model_args: Any, where: PreferenceOptions) -> Any:
     """The preference distribution asked for; None: the DPO or PRO trainer counts its own training set."""
     if where.preference is not None and where.preference_dataset is not None:
         raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
