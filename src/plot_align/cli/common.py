@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,13 +13,16 @@ from plot_align.errors import InputError, did_you_mean, first_line
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are :class:`InputError`, with the nearest right option named."""
 
-    def __init__(self, command: str, description: str, example: str) -> None:
+    def __init__(
+        self, command: str, description: str, example: str, parents: Sequence[argparse.ArgumentParser] = ()
+    ) -> None:
         super().__init__(
             prog=f"plot-align {command}",
             description=description,
             epilog=f"example:\n{example}",
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
             allow_abbrev=False,
+            parents=parents,
         )
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:

@@ -6,6 +6,7 @@ named, and abbreviations are not guessed.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -36,17 +37,19 @@ class PreferenceOptions:
 
     preference: str | None = field(
         default=None,
-        metadata={
-            "help": "Artefact written by `plot-align estimate`. Default for dpo and pro: count the training set."
-        },
+        metadata={"help": "File written by `plot-align estimate`. Default for dpo and pro: count the training set."},
     )
     preference_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Estimate the preference from these pairs instead: hub id or local file."},
+        default=None, metadata={"help": "Count these pairs instead: a hub id or a local file."}
     )
-    preference_split: str = field(
-        default="train", metadata={"help": "Split of `preference_dataset` to estimate from."}
-    )
+    preference_split: str = field(default="train", metadata={"help": "Split of preference_dataset to count."})
+
+
+def plot_parser() -> argparse.ArgumentParser:
+    """PLOT's own options and the ablations, as one of the ``parents`` of another parser."""
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser([PlotOptions, PlotAblations], add_help=False)
 
 
 def make_parser(command: str) -> Any:
@@ -74,10 +77,10 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
     """Read the YAML options and the flags into TRL's dataclasses and ours.
 
     Returns:
-        (script, training, model, mixture, PLOT, preference) options, and what belongs to the launcher.
+        The options (script, training, model, mixture, PLOT, preference), and those of the launcher.
 
     Raises:
-        InputError: an option nobody knows, with the nearest right one; a value that is refused.
+        InputError: an unknown option, with the nearest right one; or a value that is refused.
     """
     _check_mixture(config.get("datasets"), config_path)
     known = {action.dest for action in parser._actions} - {"help"}
@@ -104,7 +107,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:
-    """Refuse whatever is neither an option of the launcher nor the value of one."""
+    """Refuse everything but the launcher's options and their values."""
     takes_value = launcher_options() if unknown else {}
     waiting = False
     for token in unknown:
@@ -124,7 +127,7 @@ def _check_launch_flags(parser: Any, unknown: list[str]) -> None:
 
 
 def _check_mixture(datasets: Any, config_path: str | None) -> None:
-    """Refuse a misspelt key of TRL's ``datasets:`` list, which it would report as a TypeError."""
+    """Refuse a misspelt key in TRL's ``datasets:`` list, where TRL raises a TypeError."""
     if datasets is None:
         return
     from trl.scripts.utils import DatasetConfig
@@ -142,7 +145,7 @@ def _check_mixture(datasets: Any, config_path: str | None) -> None:
 
 
 def without_bare_debug(arguments: list[str]) -> list[str]:
-    """Drop our ``--debug``; transformers' option of the same name always has a value."""
+    """Drop our ``--debug``: the option of that name in transformers always has a value."""
     following = [*arguments[1:], "--"]
     return [
         argument
@@ -153,24 +156,15 @@ def without_bare_debug(arguments: list[str]) -> list[str]:
 
 def split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
-    path: str | None = None
-    rest: list[str] = []
-    waiting = False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if waiting:
-            path, waiting = argument, False
-        elif name == "--config" and path is not None:
-            raise InputError("--config was given twice, expected one file; merge the two")
-        elif name == "--config" and equals:
-            path = value
-        elif name == "--config":
-            waiting = True
-        else:
-            rest.append(argument)
-    if waiting:
-        raise InputError("--config came without a file, expected a path after it; write --config FILE.yaml")
-    return path, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        raise InputError("--config came without a file, expected a path after it; write --config FILE.yaml") from None
+    if len(found.config) > 1:
+        raise InputError("--config was given twice, expected one file; merge the two")
+    return (found.config[0] if found.config else None), rest
 
 
 def set_environment(env: Any, config_path: str | None) -> None:
@@ -178,6 +172,6 @@ def set_environment(env: Any, config_path: str | None) -> None:
     if env is None:
         return
     if not isinstance(env, dict):
-        raise InputError(f"'env' in {config_path} is no mapping; write one 'NAME: value' on each line below it")
+        raise InputError(f"'env' in {config_path} is not a mapping; write one 'NAME: value' on each line below it")
     for key, value in env.items():
         os.environ[str(key)] = str(value)

@@ -1,4 +1,4 @@
-"""``plot-align dpo``, ``sft`` and ``pro``: TRL's own scripts, and one like them for PRO, with the PLOT term."""
+"""``plot-align dpo``, ``sft`` and ``pro``: what TRL's scripts do, with the PLOT term."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
 
 {title}, as a flag or as a
-key of the YAML file, plus those marked *. --help-all lists all of them.
+key of the YAML file, and those marked *. --help-all lists them all.
 
   --config FILE                  options as YAML; flags win over the file
   --model_name_or_path MODEL     hub id or folder
@@ -32,15 +32,15 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
 * --balance_ratio R              without --alpha: PLOT's share of the gradient
 * --preference FILE              from `plot-align estimate`{default}
-* --preference_dataset DATA      estimate it from these pairs instead
+* --preference_dataset DATA      count these pairs instead
+* --alpha_schedule S             constant, linear, cosine, balance
 * --target T                     auto, anchored, chosen, relu, shift, softmax
-* --divergence D                 w1, sinkhorn, emo, tv, js, kl, deft_log, ...
 * --granularity G                batch, sequence, token
   --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
   --per_device_train_batch_size N, --gradient_accumulation_steps N
   --max_length N                 longer rows are truncated
   --use_peft                     LoRA, with --lora_r, --lora_alpha
-  --num_processes N              how many, started by `accelerate launch`
+  --num_processes N              started by `accelerate launch`
   --resume_from_checkpoint DIR   continue an interrupted run
 
 example:
