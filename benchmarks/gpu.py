@@ -116,7 +116,8 @@ class Run:
     def setting(self, shape: Shape, rows: int) -> Setting:
         return Setting(
             rows=rows, length=shape.length, method="dpo", device=self.device, dtype=self.dtype, bf16=False,
-            checkpointing=True, use_peft=False, plot=PlotConfig.from_options(plot_impl="triton"), repeats=self.plan.repeats,
+            checkpointing=True, use_peft=False, plot=PlotConfig.from_options(plot_impl="triton"),
+            repeats=self.plan.repeats,
         )  # fmt: skip
 
 
