@@ -1,4 +1,4 @@
-"""``plot-align bench``: what the term costs on the user's own machine."""
+"""``plot-align bench``: measure what the term costs on the user's machine."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _check(options: Any) -> None:
-    """What needs no library to be seen."""
+    """Checks that need no library."""
     if (options.model is None) == (options.shape is None):
         came = "both MODEL and --shape" if options.model else "neither MODEL nor --shape"
-        raise InputError(f"{came} came, expected one; name the model you tune, or --shape llama-3.1-8b")
+        raise InputError(f"{came} came, expected one of the two; name the model you tune, or --shape llama-3.1-8b")
     for name in ("rows", "length", "repeats"):
         value = getattr(options, name)
         least = 2 if name == "length" else 1
@@ -182,7 +182,7 @@ def _plot(options: Any) -> PlotConfig:
 
 
 def _source(options: Any, setting: Setting) -> tuple[Callable[[], tuple[Any, Any]], int, int]:
-    """How model and tokenizer are made, and the size (V, H) of the head."""
+    """A function that makes model and tokenizer, and the size (V, H) of the head."""
     from plot_align.bench.run import random_weights
     from plot_align.bench.shapes import SHAPES
 
@@ -213,7 +213,7 @@ def _source(options: Any, setting: Setting) -> tuple[Callable[[], tuple[Any, Any
 
 @contextlib.contextmanager
 def _progress(rounds: int, *, parts: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields what is told the part that runs and how many of its ``rounds`` are done."""
+    """Yields a callback that takes the part that runs and how many of its ``rounds`` are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -17,17 +17,17 @@ _TRAINING = {
     "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
 }
 _COMMANDS = {  # each is a module of this package
-    "fetch": "bring a model onto this machine: SmolLM2-135M-Instruct by default",
+    "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
     "filter": "keep the pairs with the highest distribution reward (DEFT)",
     **_TRAINING,
     "demo": "tune SmolLM2-135M-Instruct with three losses, and compare them",
-    "sweep": "a grid over PLOT's options, methods and seeds: table and figures",
-    "redteam": "attack your own model: success rate, with over-refusal beside it",
-    "evaluate": "models on the seven sub-preferences and on what must not get worse",
-    "report": "one page from records: verdict, tables, figures",
-    "bench": "what PLOT costs on this machine: time, memory, a profile",
+    "sweep": "train over a grid of PLOT's options, methods and seeds; compare",
+    "redteam": "attack your own model: success rate and over-refusal",
+    "evaluate": "measure models on the seven sub-preferences, and for side effects",
+    "report": "make one page from records: verdict, tables, figures",
+    "bench": "measure what PLOT costs on this machine: time, memory, a profile",
 }
 
 _HELP = """\

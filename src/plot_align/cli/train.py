@@ -50,7 +50,7 @@ example:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch more processes where asked to, train, save."""
+    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch processes if asked to, train, save."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text(command), end="")
         return 0
@@ -107,7 +107,7 @@ def help_text(command: str) -> str:
 def _train(
     command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
 ) -> None:
-    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
+    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
     from plot_align.methods.pro import PlotPROTrainer
     from plot_align.preference.datasets import require_pairs, require_ranked
     from plot_align.records import write_record
@@ -191,9 +191,9 @@ def _train(
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PreferenceOptions) -> Any:
-    """The preference distribution asked for; None: the DPO or PRO trainer counts its own training set."""
+    """The preference distribution to use, or None: then the DPO or PRO trainer counts its training set."""
     if where.preference is not None and where.preference_dataset is not None:
-        raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
+        raise InputError("--preference and --preference_dataset were both given, expected one of them; drop the other")
     if where.preference is not None:
         from plot_align.preference.distribution import PreferenceDistribution
 
@@ -202,8 +202,8 @@ def _preference(command: str, training_args: Any, model_args: Any, where: Prefer
         return _estimated(training_args, model_args, where.preference_dataset, where.preference_split)
     if command == "sft":
         raise InputError(
-            "--preference is missing: SFT data has no rejected answers to learn a preference from; name an artefact "
-            "of `plot-align estimate`, or pairs with --preference_dataset"
+            "--preference is missing: SFT data has no rejected answers to learn a preference from; name a file that "
+            "`plot-align estimate` wrote, or pairs with --preference_dataset"
         )
     return None
 
@@ -215,7 +215,7 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
     if getattr(training_args, "chat_template_path", None) is not None:
         raise InputError(
             "--chat_template_path and --preference_dataset were both given, and the template changes which tokens are "
-            "counted; save the tokenizer with that template, run `plot-align estimate` with it, pass its --preference"
+            "counted; save the tokenizer with that template, run `plot-align estimate` with it, and pass --preference"
         )
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(
@@ -235,9 +235,9 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
 
 
 def _datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[Any, Any]:
-    """Training and evaluation set; the latter None where nothing is evaluated.
+    """Training set, and evaluation set or None.
 
-    A mixture comes from TRL; a single data set is opened by :func:`plot_align.load_pairs`, which also takes files.
+    TRL loads a mixture. A single data set is opened by :func:`plot_align.load_pairs`, which takes files as well.
     """
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)  # an Enum, mostly
     evaluates = strategy != "no"
