@@ -25,16 +25,13 @@ def make_parser() -> Parser:
     parser.add_argument("--model", required=True, help="hub id or folder of the model to tune")
     parser.add_argument("--preference", metavar="FILE", help="from `plot-align estimate` (default: these pairs)")
     parser.add_argument("--share", type=float, default=0.05, help="share of the pairs to keep (%(default)s)")
-    parser.add_argument(
-        "--direction", choices=["highest", "lowest"], default="highest", help="which to keep (%(default)s)"
-    )
-    parser.add_argument(
-        "--score",
-        choices=["chosen", "margin"],
-        default="chosen",
-        help="the chosen answer's reward, or its margin (%(default)s)",
-    )
-    parser.add_argument("--reading", choices=["log", "prob"], default="log", help="of the reward (%(default)s)")
+    for name, choices, default in (
+        ("direction", ("highest", "lowest"), "highest"),
+        ("score", ("chosen", "margin"), "chosen"),
+        ("reading", ("log", "prob"), "log"),
+    ):
+        text = f"{' or '.join(choices)} (%(default)s)"
+        parser.add_argument(f"--{name}", choices=choices, default=default, metavar=name[0].upper(), help=text)
     parser.add_argument(
         "--output", type=Path, default=Path("kept.jsonl"), metavar="FILE", help=".jsonl or .jsonl.gz (%(default)s)"
     )

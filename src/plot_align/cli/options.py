@@ -93,7 +93,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
                 raise InputError(f"unknown option {str(key)!r} in {config_path}; {advice}")
     parser.set_defaults_with_config(**config)
 
-    # Unknown flags first: a misspelt one must not hide behind the consequences of its absence.
+    # Unknown flags first: else the error would be about the value that the misspelt one was to give.
     _, unknown = parser.parse_known_args(flags)
     _check_launch_flags(parser, unknown)
     try:
