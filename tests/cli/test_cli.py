@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from plot_align import __version__, errors
 from plot_align.cli import demo, launch, options, train
-from plot_align.cli.main import _COMMANDS, main
+from plot_align.cli.main import COMMANDS, main
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import did_you_mean
 from plot_align.io import read_yaml
@@ -56,7 +56,7 @@ def _one_sentence(err: str) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    [(), *((name,) for name in _COMMANDS if name not in ("evaluate", "redteam"))],
+    [(), *((name,) for name in COMMANDS if name not in ("evaluate", "redteam"))],
 )
 def test_help_fits_a_screen_and_has_an_example(run: Run, command: tuple[str, ...]) -> None:
     code, out, err = run(*command, "--help")

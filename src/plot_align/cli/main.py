@@ -16,7 +16,7 @@ _TRAINING = {
     "sft": "`trl sft` with the PLOT term: the same YAML files and flags",
     "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
 }
-_COMMANDS = {  # each is a module of this package
+COMMANDS = {  # each is a module of this package
     "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
@@ -48,7 +48,7 @@ example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
 exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted
-""".format(commands="\n".join(f"  {name:<10} {text}" for name, text in _COMMANDS.items()))
+""".format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,8 +91,8 @@ def _dispatch(arguments: list[str]) -> int:
         advice = did_you_mean(command, ("--version", "--debug", "--help"), "see 'plot-align --help'")
         raise InputError(f"unknown option {command!r} before the command; {advice}")
 
-    if command not in _COMMANDS:
-        raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; {did_you_mean(command, COMMANDS, 'see plot-align --help')}")
 
     # Each module is imported only when its command runs: --help must not wait for torch.
     if command in _TRAINING:
