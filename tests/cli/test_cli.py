@@ -365,7 +365,7 @@ def test_filtered_pairs_train(run: Run, tmp_path: Path, pairs_file: Path, tiny_l
 
 
 def test_filter_refuses_and_leaves_nothing(
-    run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path, artefact: Path
+    run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path, tiny_tokenizer: Path
 ) -> None:
     output = tmp_path / "out" / "kept.jsonl"
     bad = tmp_path / "bad.jsonl"
@@ -375,7 +375,8 @@ def test_filter_refuses_and_leaves_nothing(
     for data, flags, said in [
         (bad, [], "no column 'chosen'"),
         (pairs_file, ["--model", tmp_path], "no tokenizer could be loaded"),
-        (pairs_file, ["--device", "warp"], "--device is 'warp', which this machine does not offer"),
+        (pairs_file, ["--model", tiny_tokenizer], "no model could be loaded"),
+        (pairs_file, ["--device", "warp"], "device type at start of device string: warp"),
         (pairs_file, ["--max_length", 0], "max_length is 0"),
         (tmp_path / "none.jsonl", [], "does not exist"),
         (same, ["--output", same], "would overwrite the data it is made from"),

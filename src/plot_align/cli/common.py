@@ -139,7 +139,9 @@ def _chat_model(name: str, device: str | None, dtype: str, trust_remote_code: bo
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         return model.to(own_device(device)), tokenizer
-    except (OSError, KeyError, RuntimeError, AssertionError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         raise InputError(
             f"no model could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder, and a device "
             "that this machine has"

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli.common import Parser, check_dtype, length, load_tokenizer
-from plot_align.errors import InputError, first_line
+from plot_align.cli.common import Parser, add_loading_options, check_dtype, length, load_chat_model
+from plot_align.errors import InputError
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -40,9 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max_length", type=length, default=1024, metavar="N", help="as for estimate (%(default)s)")
     parser.add_argument("--truncation_mode", default="keep_start", metavar="M", help="as for estimate (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="completions a pass (%(default)s)")
-    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    add_loading_options(parser)
     return parser
 
 
@@ -62,12 +60,11 @@ def run(arguments: list[str]) -> int:
     pairs = load_pairs(options.data, name=options.name, split=options.split)
     require_pairs(pairs)
     filtering.require_json(pairs)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     require_writable(options.output.parent)  # before the work rather than after it
+    model, tokenizer = load_chat_model(options.model, options)
     truncation = {"max_length": options.max_length, "truncation_mode": options.truncation_mode}
     if preference is None:
         preference = estimate(pairs, tokenizer, **truncation)
-    model = _load_model(options)
 
     start = time.perf_counter()
     partial = filtering.partial_path(options.output)
@@ -100,8 +97,6 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: Any) -> None:
     """Checks that must not wait until the scores are there."""
-    import torch
-
     from plot_align.methods import filter as filtering
 
     if not 0 < options.share <= 1:
@@ -112,29 +107,6 @@ def _check(options: Any) -> None:
     written = (options.output, filtering.scores_path(options.output))  # this also checks the ending
     if any(path.exists() and Path(options.data).exists() and path.samefile(options.data) for path in written):
         raise InputError(f"--output {options.output} would overwrite the data it is made from; name another file")
-    if options.device is None:
-        options.device = str(torch.accelerator.current_accelerator() or "cpu")
-
-
-def _load_model(options: Any) -> Any:
-    """The model on its device, in its dtype."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"no model could be loaded from {options.model!r} ({first_line(error)}); name a hub id or a checkpoint "
-            "folder"
-        ) from error
-    try:
-        return model.to(options.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(
-            f"--device is {options.device!r}, which this machine does not offer ({first_line(error)}); use cpu"
-        ) from error
 
 
 def _results(scores: Any, by: Any, kept: Any, direction: str) -> dict[str, Any]:
