@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plot_align._version import __version__
 from plot_align.demo import data
+from plot_align.demo.fetch import SMOLLM2, fetch
 from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
@@ -120,7 +121,8 @@ def main(
         clock.begin("what PLOT costs: steps with and without it, interleaved", "cost")
         cost = _cost(console, setting, folder, output, size.rounds)
     clock.begin("the page", None)
-    called = folder.name if model is None else model  # the Hub's weights and the de-quantised ones differ
+    own = SMOLLM2.wheel_name if folder.name == SMOLLM2.wheel_name else SMOLLM2.hub_name  # their weights differ
+    called = own if model is None else model
     arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
     arguments += ["--title", f"plot-align demo: {called}, preference-tuned"]
     rows = rows_of(output)
@@ -195,8 +197,6 @@ def _command(name: str, arguments: list[str], console: Console) -> int:
 
 
 def _model(model: str | None) -> Path:
-    from plot_align.demo.fetch import fetch
-
     return fetch() if model is None else fetch(model)
 
 
