@@ -6,6 +6,8 @@ without a traceback (``--debug`` shows one).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 
@@ -44,3 +46,11 @@ def require_packages(what: str, *packages: str, extra: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise InputError(f'{what} needs {package}, which is not installed; pip install "plot-align[{extra}]"')
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """How an error about an unknown ``name`` ends: with the nearest of ``known``, else with ``otherwise``."""
+    plain = {entry.lstrip("-").replace("-", "_"): entry for entry in sorted(known)}
+    wanted = name.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(wanted, plain, n=1) or [entry for entry in plain if entry.startswith(wanted)]
+    return f"did you mean {plain[near[0]]!r}?" if wanted and near else otherwise

@@ -21,6 +21,7 @@ from plot_align.bench.run import out_of_memory
 from plot_align.bench.shapes import SHAPES, random_model, sharing_weights, word_tokenizer
 from plot_align.bench.show import line
 from plot_align.bench.step import StepProblem, measured_share
+from plot_align.cli import bench as cli
 from plot_align.cli.main import main
 from plot_align.config import PlotConfig
 from plot_align.errors import RunError
@@ -100,8 +101,8 @@ def test_bench_of_random_weights(bench):
         (("--shape", "tiny", "--repeats", "0"), ["--repeats is 0", "1 or more"]),
         (("--shape", "tiny", "--dtype", "int8"), ["--dtype is 'int8'", "bfloat16"]),
         (("--shape", "tiny", "--device", "cuda:1"), ["--device is 'cuda:1'", "CUDA_VISIBLE_DEVICES"]),
-        (("--shape", "tiny", "--granularity", "tokens"), ["'tokens'", "did you mean 'token'"]),
-        (("--shape", "tiny", "--slices", "many"), ["slices is 'many'", "a whole number"]),
+        (("--shape", "tiny", "--granularity", "tokens"), ["--granularity", "'tokens'", "sequence"]),
+        (("--shape", "tiny", "--slices", "many"), ["--slices", "'many'", "int"]),
         (("--shape", "tiny", "--alpha", "0"), ["--alpha is 0", "positive weight"]),
         (("no/such/model",), ["'no/such/model'", "--shape"]),
     ],
@@ -113,6 +114,19 @@ def test_bench_refuses(bench, options, words):
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_bench_takes_every_option_of_plot(capsys):
+    flags = ["--granularity", "sequence", "--divergence", "sinkhorn", "--sinkhorn_size", "8", "--no_scaled"]
+    found = cli._plot(cli.make_parser().parse(["--shape", "tiny", *flags]))
+    assert found == PlotConfig.from_options(
+        granularity="sequence", divergence="sinkhorn", sinkhorn_size=8, scaled=False
+    )
+    assert main(["bench", "--help-all"]) == 0
+    assert main(["bench", "--help"]) == 0
+    long, short = capsys.readouterr().out.split("usage: ")[1:]
+    assert "--sinkhorn_size" in long.partition("ablations:")[2]
+    assert "--sinkhorn_size" not in short
 
 
 def test_paired_is_the_median_of_ratios_with_its_interval():
@@ -175,8 +189,8 @@ def test_arms_of_the_head_are_one_loss():
     """In the head's sweep, in a second pass and from whole logits: the same value and the same gradients."""
     plots = {
         "batch": PlotConfig(),
-        "token": PlotConfig(granularity="token", slices=2),
-        "sequence": PlotConfig(granularity="sequence", positions="all", geometry="norm"),
+        "token": PlotConfig.from_options(granularity="token", slices=2),
+        "sequence": PlotConfig.from_options(granularity="sequence", positions="all", geometry="norm"),
     }
     problem = HeadProblem(37, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
     found = {}
@@ -197,7 +211,7 @@ def test_arms_of_the_head_are_one_loss():
 
 def test_peaks_of_the_head_are_its_own():
     """Each arm keeps its own term's constants and loses those of the others and what was there before."""
-    plots = {"few": PlotConfig(slices=2), "many": PlotConfig(slices=64)}
+    plots = {"few": PlotConfig.from_options(slices=2), "many": PlotConfig.from_options(slices=64)}
     problem = HeadProblem(1000, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
     few, many = (sum(x.nbytes for x in term.buffers()) for term in problem.terms.values())
     assert many > few + 62 * 1000 * 8  # coordinates in float64

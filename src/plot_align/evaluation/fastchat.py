@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
-from plot_align.options import fits
+from plot_align.io import complete_or_absent, fits
 
 TEMPERATURES = {
     "writing": 0.7,

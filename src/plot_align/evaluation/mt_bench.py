@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from plot_align.cli.common import did_you_mean
-from plot_align.errors import InputError, RunError, require_packages
+from plot_align.errors import InputError, RunError, did_you_mean, require_packages
 from plot_align.evaluation import fastchat
 from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
 from plot_align.evaluation.quantity import Quantity, of_items
