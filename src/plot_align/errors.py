@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class PlotAlignError(Exception):
@@ -30,6 +31,21 @@ def first_line(error: BaseException) -> str:
     """The message of a foreign exception, shortened to one line for the user."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".;") if lines else type(error).__name__
+
+
+def require_packages(what: str, *packages: str, extra: str) -> None:
+    """Refuse early what needs optional packages.
+
+    Args:
+        what: needs them, as it stands in a sentence. packages: as they are imported. extra: of plot-align that brings
+            them.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise InputError(f'{what} needs {package}, which is not installed; pip install "plot-align[{extra}]"')
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

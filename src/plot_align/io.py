@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from plot_align.errors import InputError, did_you_mean
 
@@ -122,15 +122,16 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
             that is missing.
     """
     known = {field.name: str(field.type) for field in fields(kind) if field.init and field.name not in extra}
+    types = get_type_hints(kind, localns={"float": int | float})
     options = {}
     for name, value in given.items():
         if name not in known:
             near = did_you_mean(str(name), known, f"expected {', '.join(known) or 'none'}")
             raise InputError(f"{what} has no option {str(name)!r}; {near}")
-        if not _fits(value, known[name]):
+        options[name] = tuple(value) if isinstance(value, list) and "tuple" in known[name] else value
+        if not fits(options[name], types[name]):
             hint = known[name].replace("None", "null").replace("tuple", "list").replace(", ...", "")
             raise InputError(f"{what}: {name} is {value!r}, expected {hint}; correct it")
-        options[name] = tuple(value) if isinstance(value, list) and "tuple" in known[name] else value
     for field in fields(kind):
         required = field.init and field.default is MISSING and field.default_factory is MISSING
         if required and field.name not in {*options, *extra}:
@@ -138,26 +139,12 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
     return kind(**extra, **options)
 
 
-def _fits(value: Any, hint: str) -> bool:
-    """Whether a value as YAML gives it is of the type that an annotation such as ``int | None`` names."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    simple = {
-        "int": number and isinstance(value, int),
-        "float": number,
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-        "None": value is None,
-        "dict": isinstance(value, dict),
-    }
-    for part in hint.split(" | "):
-        if part.startswith("tuple["):
-            inner = part[len("tuple[") : -1].split(", ")
-            if isinstance(value, (list, tuple)) and (
-                all(_fits(x, inner[0]) for x in value)
-                if inner[-1] == "..."
-                else len(value) == len(inner) and all(map(_fits, value, inner))
-            ):
-                return True
-        elif simple.get(part.partition("[")[0].strip(), False):
-            return True
-    return False
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type such as ``int | None``, ``tuple[str, ...]`` or ``Literal["a", "b"]``."""
+    from huggingface_hub.dataclasses import type_validator
+
+    try:
+        type_validator("value", value, kind)
+    except TypeError:
+        return False
+    return True

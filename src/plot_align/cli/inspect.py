@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from plot_align.cli.common import Parser, load_tokenizer
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 
 
 def make_parser() -> Parser:
@@ -32,6 +32,8 @@ def run(arguments: list[str]) -> int:
     options = make_parser().parse(arguments)
     if options.top < 1:
         raise InputError(f"--top is {options.top}, expected how many tokens to show on each side, 1 or more")
+    if options.figure is not None:
+        require_packages("--figure", "matplotlib", extra="report")
 
     from plot_align.preference import inspection
     from plot_align.preference.distribution import PreferenceDistribution

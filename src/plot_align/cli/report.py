@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plot_align.cli.common import Parser
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 
 
 def make_parser() -> Parser:
@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> int:
     from plot_align.report.page import build, write
     from plot_align.report.text import one_line
 
+    require_packages("report", "matplotlib", "jinja2", extra="report")
     require_writable(options.output.parent)
     collected = collect(options.records, skip_bad=options.skip_bad)
     content = build(collected, baseline=options.baseline, title=options.title, paper=options.paper, seed=options.seed)
