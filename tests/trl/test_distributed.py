@@ -1,6 +1,6 @@
 """DDP, FSDP2 and ZeRO on two and four gloo ranks against one process on the concatenated batch: loss, every gradient.
 
-The one process is TRL's trainer plus the materialised term of ``training_oracle.py``. A gradient agrees where its
+The one process is TRL's trainer plus the materialised term of ``oracles/training.py``. A gradient agrees where its
 largest deviation is below 1e-5 of the tensor's largest entry.
 """
 
@@ -19,9 +19,9 @@ import torch
 from datasets import Dataset
 from distributed_worker import ALL_ROWS, PAPER, build, record, train_once
 from safetensors.torch import load_file
-from training_oracle import embeddings_at_start, materialised_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.training import embeddings_at_start, materialised_loss
 from plot_align import PlotConfig, estimate
 from plot_align.trl import gradients
 

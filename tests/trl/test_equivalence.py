@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from training_oracle import embeddings_at_start, materialised_loss
 
+from oracles.training import embeddings_at_start, materialised_loss
 from plot_align.config import PlotConfig
 from plot_align.trl import attach
 

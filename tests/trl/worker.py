@@ -35,7 +35,7 @@ def main(options: dict) -> None:
     shared = {"args": config(**options["args"]), "processing_class": tokenizer, "train_dataset": data}
     plot = PlotConfig.paper(**options["plot"])
     if options.get("oracle"):
-        from training_oracle import embeddings_at_start, materialised_loss
+        from oracles.training import embeddings_at_start, materialised_loss
 
         trainer = DPOTrainer(model, **shared)
         embeddings_at_start(trainer)
