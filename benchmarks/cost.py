@@ -54,7 +54,7 @@ SIZES = {
 
 
 def plot(granularity: str, geometry: str) -> PlotConfig:
-    return PlotConfig(granularity=granularity, geometry=geometry)  # type: ignore[arg-type]
+    return PlotConfig.from_options(granularity=granularity, geometry=geometry)  # type: ignore[arg-type]
 
 
 # Lines of the two panels with a size on the axis; then every pair of granularity and geometry that a panel shows.

@@ -51,9 +51,9 @@ TIME_TARGET, MEMORY_TARGET = 1.005, 1.01
 MODELS = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")
 PLOTS = {
     "batch": PlotConfig(),
-    "batch, norm": PlotConfig(geometry="norm"),
+    "batch, norm": PlotConfig.from_options(geometry="norm"),
     "sequence": PlotConfig(granularity="sequence"),
-    "token, norm": PlotConfig(granularity="token", geometry="norm"),
+    "token, norm": PlotConfig.from_options(granularity="token", geometry="norm"),
     "token, 16 slices": PlotConfig(granularity="token"),
 }
 VOCABULARIES = (32_000, 50_257, 128_256, 152_064, 256_001, 262_144)
@@ -117,7 +117,8 @@ class Run:
     def setting(self, shape: Shape, rows: int) -> Setting:
         return Setting(
             rows=rows, length=shape.length, method="dpo", device=self.device, dtype=self.dtype, bf16=False,
-            checkpointing=True, use_peft=False, plot=PlotConfig(plot_impl="triton"), repeats=self.plan.repeats,
+            checkpointing=True, use_peft=False, plot=PlotConfig.from_options(plot_impl="triton"),
+            repeats=self.plan.repeats,
         )  # fmt: skip
 
 

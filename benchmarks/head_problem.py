@@ -153,7 +153,7 @@ class HeadProblem:
         """What this arm needs at the least."""
         config = self.terms[name].config
         selected = self.batch.selected(config.positions)  # (B, T-1)
-        on_directions = config.divergence == "w1" and config.geometry in ("sliced", "max_sliced")
+        on_directions = config.ablations.divergence == "w1" and config.ablations.geometry in ("sliced", "max_sliced")
         return HeadWork(
             rows=self.hidden.size(0),
             selected=int(selected.sum()),
@@ -161,7 +161,7 @@ class HeadProblem:
             hidden=self.weight.size(1),
             itemsize=(self.autocast or self.weight.dtype).itemsize,
             segments=int(selected.any(-1).sum()) if config.granularity == "sequence" else 1,
-            lines=config.slices if on_directions else 1,
+            lines=config.ablations.slices if on_directions else 1,
             per_token=config.granularity == "token",
         )
 

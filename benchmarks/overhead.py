@@ -46,7 +46,7 @@ STEP_ARMS = {
     "on": ("on", PlotConfig()),
     "measured": ("measured", PlotConfig()),
     "paper": ("on", PlotConfig.paper()),
-    "separate": ("on", PlotConfig(plot_backend="separate")),
+    "separate": ("on", PlotConfig.from_options(plot_backend="separate")),
     "trl": ("trl", None),
 }
 

@@ -34,6 +34,6 @@ def test_without_plot_runs_the_kernel_of_the_options(make_trainer, monkeypatch):
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     kernel = baseline.fused_head
     monkeypatch.setattr(baseline, "fused_head", lambda *args: specs.append(args[-1]) or kernel(*args))
-    with baseline.without_plot(trainer, PlotConfig(plot_impl="torch", plot_block_mib=3)):
+    with baseline.without_plot(trainer, PlotConfig.from_options(plot_impl="torch", plot_block_mib=3)):
         trainer.compute_loss(trainer.model, dict(inputs))
     assert [(spec.impl, spec.block_bytes) for spec in specs] == [("torch", 3 << 20)] * 2

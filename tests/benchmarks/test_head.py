@@ -35,8 +35,8 @@ def test_arms_of_the_head_are_one_loss():
     """In the head's sweep, in a second pass and from whole logits: the same value and the same gradients."""
     plots = {
         "batch": PlotConfig(),
-        "token": PlotConfig(granularity="token", slices=2),
-        "sequence": PlotConfig(granularity="sequence", positions="all", geometry="norm"),
+        "token": PlotConfig.from_options(granularity="token", slices=2),
+        "sequence": PlotConfig.from_options(granularity="sequence", positions="all", geometry="norm"),
     }
     problem = HeadProblem(37, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
     found = {}
@@ -57,7 +57,7 @@ def test_arms_of_the_head_are_one_loss():
 
 def test_peaks_of_the_head_are_its_own():
     """Each arm keeps its own term's constants and loses those of the others and what was there before."""
-    plots = {"few": PlotConfig(slices=2), "many": PlotConfig(slices=64)}
+    plots = {"few": PlotConfig.from_options(slices=2), "many": PlotConfig.from_options(slices=64)}
     problem = HeadProblem(1000, 8, 4, 6, plots, device=CPU, dtype=torch.float32)
     few, many = (sum(x.nbytes for x in term.buffers()) for term in problem.terms.values())
     assert many > few + 62 * 1000 * 8  # coordinates in float64

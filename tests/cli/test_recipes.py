@@ -108,7 +108,7 @@ def test_only_the_term_tells_plot_from_none(family, name):
     assert (plain.pop("output_dir"), plot.pop("output_dir")) == (f"runs/{family}/{name}", f"runs/{family}/{name}-plot")
     found = {key: plot.pop(key) for key in term & plot.keys()}
     assert plain == plot
-    assert PlotConfig(**found) == PlotConfig.paper()
+    assert PlotConfig.from_options(**found) == PlotConfig.paper()
 
 
 @pytest.mark.parametrize("name", [f"{name}{plot}" for name in NAMES for plot in ("", "-plot")])

@@ -55,16 +55,18 @@ def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotCo
     logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
     p = (logits / getattr(trainer, "temperature", 1.0)).softmax(-1)  # (B, T-1, V)
 
-    if config.divergence == "deft_log":
+    if config.ablations.divergence == "deft_log":
         score = (logits / getattr(trainer, "temperature", 1.0)).log_softmax(-1) @ preference.difference()  # (B, T-1)
         if config.granularity == "sequence":
             means = [score[b][mask[b]].mean() for b in range(len(p)) if mask[b].any()]
             return -config.alpha * torch.stack(means).mean()
         return -config.alpha * score[mask].mean()
     target = dataset_target(preference)
-    if config.target_scope == "batch":
+    if config.ablations.target_scope == "batch":
         target = batch_target(trainer, kind, inputs, config, preference)
-    w1 = distance(config.divergence, config.geometry, embeddings_at_start(trainer).double(), preference)
+    w1 = distance(
+        config.ablations.divergence, config.ablations.geometry, embeddings_at_start(trainer).double(), preference
+    )
 
     match config.granularity:
         case "batch":

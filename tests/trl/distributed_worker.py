@@ -128,7 +128,7 @@ def train_once(case: dict[str, Any], model_folder: str, data: Dataset, preferenc
     else:
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     trainer = build(case["method"], model, model_folder, data, args, case.get("peft", False))
-    attach(trainer, preference, PlotConfig(**{**PAPER, **case["plot"]}))
+    attach(trainer, preference, PlotConfig.from_options(**{**PAPER, **case["plot"]}))
     return record(trainer)
 
 

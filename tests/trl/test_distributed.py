@@ -91,8 +91,8 @@ def one_process(tmp_path, tiny_llama, uneven, monkeypatch):
         folder, data = str(tiny_llama), Dataset.from_json(str(uneven))
         preference = estimate(data, AutoTokenizer.from_pretrained(folder), progress=False)
         args = {**case.get("args", {}), "per_device_train_batch_size": 4 * ranks, "use_cpu": True}
-        plot = PlotConfig(**{**PAPER, **case["plot"]})
-        if plot.alpha is None or (plot.target, plot.target_scope) == ("anchored", "dataset"):
+        plot = PlotConfig.from_options(**{**PAPER, **case["plot"]})
+        if plot.alpha is None or (plot.target, plot.ablations.target_scope) == ("anchored", "dataset"):
             return train_once({**case, "args": args}, folder, data, preference, str(tmp_path / "one"))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         args["output_dir"] = str(tmp_path / "one")

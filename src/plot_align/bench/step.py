@@ -6,7 +6,6 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ class StepProblem:
                 head = without_plot(self.trainer, config)
             case "on" | "measured":
                 every = 1 if name == "measured" else 0
-                head = self._attached(replace(config or PlotConfig(), grad_ratio_steps=every))
+                head = self._attached((config or PlotConfig()).replace(grad_ratio_steps=every))
             case _:
                 raise ValueError(name)
         with head, self._prepared():

@@ -177,7 +177,7 @@ def _plot(options: Any) -> Any:
 
     known = keys()
     given = {name: getattr(options, name) for name in _PLOT if getattr(options, name) is not None}
-    config = PlotConfig(**{name: coerce(known[name], value) for name, value in given.items()})
+    config = PlotConfig.from_options(**{name: coerce(known[name], value) for name, value in given.items()})
     if config.is_off:
         raise InputError("--alpha is 0, so there would be no term to measure; leave it out, or give a positive weight")
     return config

@@ -6,6 +6,7 @@ the nearest right one, and abbreviations are not guessed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -37,17 +38,21 @@ class PlotArguments:
 
 def make_parser(command: str) -> Any:
     """TRL's parser over TRL's dataclasses and ours; its mistakes are :class:`InputError`."""
-    from plot_align.config import PlotConfig
+    from plot_align.config import PlotAblations, PlotConfig
     from plot_align.methods.pro import PROConfig
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     class TrainingParser(TrlParser):
+        def _parse_dataclass_field(self, parser: Any, field: Any) -> None:
+            if field.name != "ablations":  # PlotAblations has flags of its own
+                super()._parse_dataclass_field(parser, field)
+
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}; see 'plot-align {command} --help-all'")
 
     trainer_config = {"dpo": DPOConfig, "sft": SFTConfig, "pro": PROConfig}[command]
     return TrainingParser(
-        (ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig, PlotConfig, PlotArguments),
+        (ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig, PlotConfig, PlotAblations, PlotArguments),
         prog=f"plot-align {command}",
         usage=f"plot-align {command} [--config FILE.yaml] [options]",
         allow_abbrev=False,
@@ -83,7 +88,8 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the options were refused: {first_line(error)}") from error
-    return options[:-1], Launch(launch_config, unknown)
+    *trl, plot, ablations, preference, _ = options
+    return (*trl, dataclasses.replace(plot, ablations=ablations), preference), Launch(launch_config, unknown)
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:

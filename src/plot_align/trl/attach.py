@@ -77,16 +77,16 @@ def attach(
     rows = _head_rows(model)
     preference.check_head(rows)
     if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
-        reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
+        reference = reference_distribution(trainer, kind, config.ablations.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
     if embeddings.size(0) != rows:
         embeddings = _embeddings(model, trainer.accelerator)  # the policy was resized after the reference was made
-    if config.divergence == "deft_log":
+    if config.ablations.divergence == "deft_log":
         spec = head_spec(model)  # refuses a model that caps its logits before it trains a step
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
     term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
     backend: HeadBackend
-    match config.plot_backend:
+    match config.ablations.plot_backend:
         case "fused" if kind in LOGITS_TRAINERS:
             backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
@@ -111,8 +111,8 @@ def build_term(
         return PlotTerm(config, DistributionReward(difference), difference, preference.vocab_size)
     # With a target of its own for every micro-batch, the data set's chosen tokens stand in for what is never used.
     target = preference.target(
-        config.target if config.target_scope == "dataset" else "chosen",
-        temperature=config.target_temperature,
+        config.target if config.ablations.target_scope == "dataset" else "chosen",
+        temperature=config.ablations.target_temperature,
         strength=config.target_strength,
         reference=reference,
         size=rows,
@@ -123,27 +123,37 @@ def build_term(
 
 def _divergence(config: PlotConfig, target: Tensor, embeddings: Tensor, valid: int) -> Divergence:
     geometry: Geometry | list[Geometry] | None = None
-    name: str = config.divergence
+    name: str = config.ablations.divergence
     if name == "w1":
-        match config.geometry:
+        match config.ablations.geometry:
             case "sliced" | "max_sliced":
                 geometry = slices(
-                    embeddings, config.slices, seed=config.geometry_seed, scaled=config.scaled, valid=valid
+                    embeddings,
+                    config.ablations.slices,
+                    seed=config.ablations.geometry_seed,
+                    scaled=config.ablations.scaled,
+                    valid=valid,
                 )
-                name = "max_w1" if config.geometry == "max_sliced" else "w1"
+                name = "max_w1" if config.ablations.geometry == "max_sliced" else "w1"
             case kind:
-                geometry = line(embeddings, kind, norm_order=config.norm_order, scaled=config.scaled, valid=valid)
+                geometry = line(
+                    embeddings,
+                    kind,
+                    norm_order=config.ablations.norm_order,
+                    scaled=config.ablations.scaled,
+                    valid=valid,
+                )
     return make_divergence(
         name,
         target,
         geometry,
         embeddings=embeddings,
-        sinkhorn_support=config.sinkhorn_support,
-        sinkhorn_size=config.sinkhorn_size,
-        sinkhorn_epsilon=config.sinkhorn_epsilon,
-        sinkhorn_iterations=config.sinkhorn_iterations,
+        sinkhorn_support=config.ablations.sinkhorn_support,
+        sinkhorn_size=config.ablations.sinkhorn_size,
+        sinkhorn_epsilon=config.ablations.sinkhorn_epsilon,
+        sinkhorn_iterations=config.ablations.sinkhorn_iterations,
         valid=valid,
-        seed=config.geometry_seed,
+        seed=config.ablations.geometry_seed,
     )
 
 
@@ -335,7 +345,7 @@ class PlotHandle:
                 "micro-batch; nothing of this step was applied: lower the learning rate, check that row of the data, "
                 "or use a wider dtype."
             )
-        if self.config.divergence == "kl":
+        if self.config.ablations.divergence == "kl":
             raise RunError(
                 f"the PLOT loss is infinite at {where}: kl from the output distribution to a target that gives some "
                 f"tokens no mass (target={self.config.target!r}); nothing of this step was applied: use divergence "
@@ -353,7 +363,7 @@ class PlotHandle:
             + (
                 "look at the other ranks' messages, whose output is pooled with this one's."
                 if pooled
-                else f"check the target (target={self.config.target!r}, divergence={self.config.divergence!r})."
+                else f"check the target (target={self.config.target!r}, divergence={self.config.ablations.divergence!r})."
             )
         )
 

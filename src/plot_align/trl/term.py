@@ -102,7 +102,7 @@ class PlotTerm(Constants):
 
     def head_divergence(self) -> Divergence | None:
         """What the head must evaluate at every position itself: only the ``token`` granularity needs that."""
-        is_asked = self.config.granularity == "token" and self.config.divergence != "deft_log"
+        is_asked = self.config.granularity == "token" and self.config.ablations.divergence != "deft_log"
         return self.divergence if is_asked else None
 
     def reward(
@@ -117,7 +117,7 @@ class PlotTerm(Constants):
         num_segments: int,
     ) -> Tensor | None:
         """``(S,)`` DEFT's reward in its log reading, from the head's input; ``None`` unless it is the term."""
-        if self.config.divergence != "deft_log":
+        if self.config.ablations.divergence != "deft_log":
             return None
         scale = reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
         with spec.gather(weight, bias):
@@ -146,7 +146,7 @@ class PlotTerm(Constants):
         marginals = head.marginals.to(widest_dtype(head.marginals.device))  # (S, V)
         counts = shares.counts.to(marginals.device)  # (S,)
         target = None
-        if self.config.target_scope == "batch" and not self.config.is_reward:
+        if self.config.ablations.target_scope == "batch" and not self.config.is_reward:
             target, has_target = self._batch_target(swept, batch)  # (S or 1, V), (S or 1,)
             counts = counts * has_target
         if self.config.pool:
@@ -195,7 +195,9 @@ class PlotTerm(Constants):
         if self.config.target != "chosen" and torch.equal(chosen, rejected):
             return counts.new_zeros(size)
         config, ids = self.config, slice(self.valid)
-        weights = target_weights(config.target, chosen[ids], rejected[ids], temperature=config.target_temperature)
+        weights = target_weights(
+            config.target, chosen[ids], rejected[ids], temperature=config.ablations.target_temperature
+        )
         return torch.cat([weights, weights.new_zeros(size - self.valid)])
 
     @torch.no_grad()
