@@ -157,7 +157,7 @@ class Endpoint:
             # The raw body, because the client takes any page and any JSON with status 200 for an answer.
             body = client.chat.completions.with_raw_response.create(
                 model=self.model,
-                messages=list(messages),  # type: ignore[arg-type]
+                messages=list(messages),
                 **options,
             ).text
         except openai.APITimeoutError:
