@@ -17,11 +17,10 @@ from plot_align.bench.step import random_preference
 from plot_align.bench.timing import Samples, held
 from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, fused_head
+from plot_align.preference.batch import Batch
 from plot_align.records import measure
-from plot_align.trl.attach import build_term
-from plot_align.trl.batches import PolicyBatch
-from plot_align.trl.checks import settled
-from plot_align.trl.term import PlotTerm, Swept
+from plot_align.trl.checks import resolve_auto
+from plot_align.trl.term import HeadResult, PlotTerm
 from roofline import HeadWork
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPO asks of its head
@@ -70,14 +69,14 @@ class HeadProblem:
         roles = torch.ones(rows, dtype=torch.int8, device=device)
         if method == "dpo":
             roles[rows // 2 :] = -1
-        self.batch = PolicyBatch(labels, roles)
+        self.batch = Batch(labels, roles)
         self.rows = torch.arange(count, device=device)
         self.targets = labels[:, 1:].flatten()  # (N,)
         preference = random_preference(vocab)
         self.terms: dict[str, PlotTerm] = {}
         for name, config in plots.items():
-            config = settled(config, None, KINDS[method])
-            self.terms[name] = build_term(config, preference, embeddings=self.weight.detach(), rows=vocab).to(device)
+            config = resolve_auto(config, None, KINDS[method])
+            self.terms[name] = PlotTerm(preference, self.weight.detach(), config).to(device)
         self.reference = torch.rand(1, vocab, generator=generator, device=device, dtype=torch.float32)  # (1, V)
         self.reference /= self.reference.sum()
 
@@ -126,14 +125,14 @@ class HeadProblem:
         if only is not None:
             rows = only.flatten().nonzero().squeeze(-1)
             hidden = hidden[rows]
-        shares = term.shares(self.batch, rows)
-        parts = shares.arguments(hidden.device)
+        pooling = term.pooling(self.batch, rows)
+        parts = pooling.arguments(hidden.device)
         divergence = term.head_divergence()
         head = run(hidden, self.weight, None, self.targets[rows], self.spec, divergence=divergence, **parts)
         head = replace(head, reward=term.reward(hidden, self.weight, None, self.spec, **parts))
-        swept = Swept(head, shares, hidden, rows)
+        swept = HeadResult(head, pooling, hidden, rows)
         if term.config.needs_reference:
-            swept.reference = self.reference.expand(shares.counts.numel(), -1)
+            swept.reference = self.reference.expand(pooling.counts.numel(), -1)
         return head, term.loss(swept, self.batch)
 
     def own_peaks(self, samples: Mapping[str, Samples]) -> dict[str, Samples]:

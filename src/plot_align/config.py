@@ -204,10 +204,42 @@ class PlotConfig:
         """A copy with other values for ``options`` of either class."""
         return self.from_options(**{**self._flat(), **options})
 
+    def resolve_auto(self, *, reference_forward: bool | None, reference: bool = False) -> PlotConfig:
+        """The options without ``auto``: what is compared with a target has its target from the same positions.
+
+        ``target="auto"`` becomes ``anchored`` on the micro-batch where the training step runs the reference model,
+        else ``chosen`` from the micro-batch's tokens. Where one target serves all (``granularity="token"``,
+        ``target_scope="dataset"``, or a ``reference`` distribution was passed), it becomes ``anchored`` on that, else
+        ``relu``. With any other target ``target_scope="auto"`` is ``dataset``.
+
+        Args:
+            reference_forward: whether the step yields the reference's output; ``None``: each call will tell, and a
+                target of the micro-batch stays ``auto``.
+            reference: whether the reference's mean output over the data set was passed.
+        """
+        scope = self.ablations.target_scope
+        if self.is_reward:
+            return self
+        if self.target != "auto":
+            return self.replace(target_scope="dataset" if scope == "auto" else scope)
+        if scope == "auto":
+            scope = "dataset" if self.granularity == "token" or reference else "batch"
+        if scope == "dataset":
+            return self.replace(target="anchored" if reference else "relu", target_scope=scope)
+        if reference_forward is None:
+            return self.replace(target_scope=scope)
+        is_anchored = reference_forward and self.ablations.plot_backend == "fused"
+        return self.replace(target="anchored" if is_anchored else "chosen", target_scope=scope)
+
+    @property
+    def has_batch_target(self) -> bool:
+        """Whether every micro-batch has a target of its own, made of the positions that are compared with it."""
+        return self.ablations.target_scope == "batch" and not self.is_reward
+
     @property
     def needs_reference(self) -> bool:
         """Whether every step's target is anchored on the reference model's output over the same positions."""
-        return self.target == "anchored" and self.ablations.target_scope == "batch" and not self.is_reward
+        return self.target == "anchored" and self.has_batch_target
 
     @property
     def head_options(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.trl import attach
 from plot_align.trl.batches import trainer_kind
-from plot_align.trl.checks import check, settled
+from plot_align.trl.checks import check, resolve_auto
 
 METHODS = ["dpo", "kto", "sft", "pro", "cpo", "simpo", "orpo", "grpo", "rloo"]
 
@@ -41,19 +41,19 @@ def logged(trainer, key):
 )
 def test_auto(make_trainer, method, options, expected):
     trainer = make_trainer(method)
-    found = settled(PlotConfig.from_options(**options), trainer, trainer_kind(trainer))
+    found = resolve_auto(PlotConfig.from_options(**options), trainer, trainer_kind(trainer))
     assert (found.target, found.target_scope) == expected
 
 
 def test_auto_without_a_reference_forward(make_trainer):
     trainer = make_trainer("dpo", precompute_ref_log_probs=True)
-    found = settled(PlotConfig(), trainer, "DPOTrainer")
+    found = resolve_auto(PlotConfig(), trainer, "DPOTrainer")
     assert (found.target, found.target_scope) == ("chosen", "batch")
 
 
 def test_auto_with_a_reference_of_the_users(make_trainer):
     trainer = make_trainer("grpo")
-    found = settled(PlotConfig(), trainer, "GRPOTrainer", torch.full((300,), 1 / 300))
+    found = resolve_auto(PlotConfig(), trainer, "GRPOTrainer", torch.full((300,), 1 / 300))
     assert (found.target, found.target_scope) == ("anchored", "dataset")
 
 

@@ -57,7 +57,7 @@ def test_every_term(make_trainer, preference, monkeypatch, options, cls, granula
     vanilla, loss, swept = first_sweep(trainer, handle, monkeypatch)
     assert loss.item() != 0
     found = gradient_norms(vanilla, loss, swept)
-    swept.some_rows = None
+    swept.recompute_rows = None
     torch.testing.assert_close(found, gradient_norms(vanilla, loss, swept), rtol=1e-4, atol=1e-9)
     assert ("plot/sinkhorn_error" in trainer._metrics["train"]) == issubclass(cls, transport.Sinkhorn)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, causal_lm, fused_head
+from plot_align.preference.batch import Pooling
 from plot_align.trl.backends import FusedBackend
 from plot_align.trl.batches import policy_batch, trainer_kind
 from plot_align.trl.checks import makes_reference_forward
 from plot_align.trl.reference import reference_model
-from plot_align.trl.term import Shares, Swept
+from plot_align.trl.term import HeadResult
 
 
 class _WithoutPlot(FusedBackend):
@@ -26,8 +27,8 @@ class _WithoutPlot(FusedBackend):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
-        nothing = Shares(hidden.new_zeros(0), None, hidden.new_zeros(0))
-        self.swept = Swept(head, nothing, hidden, rows)  # once a step, as with PLOT
+        nothing = Pooling(hidden.new_zeros(0), None, hidden.new_zeros(0))
+        self.result = HeadResult(head, nothing, hidden, rows)  # once a step, as with PLOT
         return head
 
     def sweep_reference(

@@ -1,4 +1,4 @@
-"""What a trainer and the term's options allow together, settled and checked before anything is built."""
+"""What a trainer and the term's options allow together, resolved and checked before anything is built."""
 
 from __future__ import annotations
 
@@ -18,25 +18,11 @@ def makes_reference_forward(trainer: Any, kind: str) -> bool:
     return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
 
 
-def settled(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
-    """``config`` without ``auto``: what is compared with the target should have its target from the same positions.
-
-    ``target="auto"`` becomes ``anchored`` on the micro-batch where its training step yields the reference's output,
-    else the micro-batch's ``chosen`` tokens; ``anchored`` on a ``reference`` that was passed; ``relu`` of the data set
-    where ``granularity="token"`` or ``target_scope="dataset"`` ask for one target for all. With any other target,
-    ``target_scope="auto"`` is ``dataset``.
-    """
-    scope = config.ablations.target_scope
-    if config.is_reward:
-        return config
-    if config.target != "auto":
-        return config.replace(target_scope="dataset" if scope == "auto" else scope)
-    if scope == "auto":
-        scope = "dataset" if config.granularity == "token" or reference is not None else "batch"
-    if scope == "dataset":
-        return config.replace(target="relu" if reference is None else "anchored", target_scope=scope)
-    is_anchored = config.ablations.plot_backend == "fused" and makes_reference_forward(trainer, kind)
-    return config.replace(target="anchored" if is_anchored else "chosen", target_scope=scope)
+def resolve_auto(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
+    """``config`` without ``auto``, by what this trainer's step offers."""
+    return config.resolve_auto(
+        reference_forward=makes_reference_forward(trainer, kind), reference=reference is not None
+    )
 
 
 def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None = None) -> None:
@@ -50,9 +36,10 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
     if reference is not None and (
         config.is_reward or (config.target, config.ablations.target_scope) != ("anchored", "dataset")
     ):
+        scope = config.ablations.target_scope
         raise InputError(
-            f"reference was passed, and target={config.target!r} with target_scope={config.ablations.target_scope!r} does not "
-            "look at it; expected target='anchored' with target_scope='dataset', or no reference."
+            f"reference was passed, and target={config.target!r} with target_scope={scope!r} does not look at it; "
+            "expected target='anchored' with target_scope='dataset', or no reference."
         )
     _check_ranks(trainer, config)
     _check_head(trainer, config)
@@ -72,7 +59,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
             "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
         )
-    if config.ablations.target_scope == "batch" and not config.is_reward:
+    if config.has_batch_target:
         _check_batch_target(trainer, kind, config)
     sorts = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
     if sorts and trainer.args.per_device_train_batch_size == 1:
