@@ -99,9 +99,12 @@ def _check(options: Any) -> None:
     import torch
 
     from plot_align.methods import filter as filtering
-    from plot_align.methods.deft import READINGS
 
-    for name, known in (("direction", filtering.DIRECTIONS), ("score", filtering.SCORES), ("reading", READINGS)):
+    for name, known in (
+        ("direction", filtering.DIRECTIONS),
+        ("score", filtering.SCORES),
+        ("reading", filtering.READINGS),
+    ):
         if getattr(options, name) not in known:
             raise InputError(f"--{name} is {getattr(options, name)!r}, expected {' or '.join(known)}")
     if not 0 < options.share <= 1:
