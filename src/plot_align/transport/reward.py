@@ -1,4 +1,4 @@
-"""DEFT's distribution reward over probabilities (arXiv 2604.01787): a divergence that is linear in p and has no target."""
+"""DEFT's distribution reward over probabilities (arXiv 2604.01787): a divergence linear in p, without a target."""
 
 from __future__ import annotations
 
