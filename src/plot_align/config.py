@@ -11,6 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from plot_align.errors import InputError
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class PlotAblations:
     """Other distances, targets and implementations: what an experiment changes, and a training run leaves alone.
@@ -19,60 +23,53 @@ class PlotAblations:
         InputError: an option outside its range; the message names it.
     """
 
-    target_scope: Literal["auto", "dataset", "batch"] = field(
-        default="auto",
-        metadata={"help": "batch: one target a micro-batch, anchored on the reference's own output at the same "
-                          "positions, or counted in the micro-batch's own tokens. auto: batch with target=auto, else "
-                          "dataset."},
-    )  # fmt: skip
-    target_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of target=softmax, in units of max|d| / ln V."}
+    _argument_group_name = "ablations"  # where HfArgumentParser lists them
+
+    target_scope: Literal["auto", "dataset", "batch"] = _option(
+        "auto",
+        "auto: batch if target=auto, else dataset. batch: a target for each micro-batch, anchored on the reference "
+        "model's output at the same positions or counted in the micro-batch's own tokens. dataset: one target for "
+        "the whole training set.",
     )
-    reference_rows: int = field(
-        default=512, metadata={"help": "Training rows from which target=anchored estimates the reference."}
+    target_temperature: float = _option(1.0, "Temperature of target=softmax, in units of max|d| / ln V.")
+    reference_rows: int = _option(
+        512, "Training rows from which target=anchored estimates the reference model's output."
     )
-    divergence: Literal["w1", "sinkhorn", "emo", "kl", "js", "tv", "deft_log", "deft_prob"] = field(
-        default="w1",
-        metadata={"help": "w1: optimal transport on lines. sinkhorn: entropy-regularised, on a small support. emo: "
-                          "expected cosine cost. kl, js, tv (the 0-1 cost) ignore the embeddings. deft_log, "
-                          "deft_prob: DEFT's distribution reward in the distance's place, in its two readings."},
-    )  # fmt: skip
-    geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = field(
-        default="sliced",
-        metadata={"help": "Of divergence=w1, a token's coordinate: its place on random directions (mean or largest "
-                          "distance), norm of its embedding (our reading of the paper), its place on the first "
-                          "principal axis, or its bare id (ablation)."},
-    )  # fmt: skip
-    norm_order: float = field(default=2.0, metadata={"help": "The l of geometry=norm, 1 or more; .inf is allowed."})
-    slices: int = field(default=16, metadata={"help": "Random directions of geometry=sliced and max_sliced."})
-    geometry_seed: int = field(default=0, metadata={"help": "Of the random directions, and of sinkhorn's clusters."})
-    scaled: bool = field(
-        default=True, metadata={"help": "Scale coordinates so that two random tokens are at distance 1 on average."}
+    divergence: Literal["w1", "sinkhorn", "emo", "kl", "js", "tv", "deft_log", "deft_prob"] = _option(
+        "w1",
+        "w1: optimal transport on lines. sinkhorn: entropy-regularised transport on a small support. emo: expected "
+        "cosine cost. kl, js, tv: these ignore the embeddings. deft_log, deft_prob: DEFT's distribution reward "
+        "instead of a distance, in its two readings.",
     )
-    sinkhorn_support: Literal["topk", "clusters"] = field(
-        default="topk", metadata={"help": "The largest tokens of both sides and a rest, or k-means clusters."}
+    geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = _option(
+        "sliced",
+        "With divergence=w1: a token's coordinate. sliced, max_sliced: its place on random directions, whose "
+        "distances are averaged or the largest taken. norm: the norm of its embedding, our reading of the paper. "
+        "principal: its place on the first principal axis. vocabulary: its id.",
     )
-    sinkhorn_size: int | None = field(
-        default=None, metadata={"help": "Tokens of each side, or clusters; default 96 tokens, 256 clusters."}
+    norm_order: float = _option(2.0, "With geometry=norm: the order of the norm, 1 or more, or inf.")
+    slices: int = _option(16, "With geometry=sliced or max_sliced: how many random directions.")
+    geometry_seed: int = _option(0, "Seed of the random directions and of sinkhorn's clusters.")
+    scaled: bool = _option(True, "Scale coordinates so that two random tokens are at distance 1 on average.")
+    sinkhorn_support: Literal["topk", "clusters"] = _option(
+        "topk", "topk: the largest tokens of both sides, and one for the rest. clusters: k-means clusters of tokens."
     )
-    sinkhorn_epsilon: float = field(
-        default=0.1, metadata={"help": "Strength of the entropy, relative to the cost of a random move."}
+    sinkhorn_size: int | None = _option(None, "Tokens of each side, or clusters. Default: 96 tokens, 256 clusters.")
+    sinkhorn_epsilon: float = _option(0.1, "Strength of the entropy, relative to the cost of a random move.")
+    sinkhorn_iterations: int = _option(100, "Most iterations. A warning says if they were too few.")
+    plot_backend: Literal["fused", "separate"] = _option(
+        "fused",
+        "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway. separate: a head pass of its "
+        "own, for other TRL versions.",
     )
-    sinkhorn_iterations: int = field(default=100, metadata={"help": "At most; a warning says where it was too few."})
-    plot_backend: Literal["fused", "separate"] = field(
-        default="fused",
-        metadata={"help": "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway; free. "
-                          "separate: a head pass of its own, for other TRL versions."},
-    )  # fmt: skip
-    plot_impl: Literal["auto", "torch", "triton"] = field(
-        default="auto",
-        metadata={"help": "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."},
+    plot_impl: Literal["auto", "torch", "triton"] = _option(
+        "auto", "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."
     )
-    plot_block_mib: int | None = field(
-        default=None,
-        metadata={"help": "MiB of logits in memory at a time. Default: by what is free, and no more than TRL's "
-                          "head or the head's gradient takes anyway."},
-    )  # fmt: skip
+    plot_block_mib: int | None = _option(
+        None,
+        "MiB of logits in memory at a time. Default: as much as is free, but no more than TRL's head or the head's "
+        "gradient takes anyway.",
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -93,45 +90,44 @@ class PlotConfig:
         InputError: an option outside its range, or options that exclude each other; the message names them.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it. Default: balanced."},
+    _argument_group_name = "PLOT"  # where HfArgumentParser lists them
+
+    alpha: float | None = _option(
+        None,
+        "Weight of the PLOT term. 0 trains exactly as TRL does without it. Default: balanced, see alpha_schedule.",
     )
-    balance_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head. "
-                          "Default: 0.5; 0.1 for DEFT's reward, which pulls the same way at every step."},
-    )  # fmt: skip
-    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] | None = field(
-        default=None,
-        metadata={"help": "linear, cosine: from alpha to alpha_end over the run. balance: alpha is chosen as training "
-                          "goes, so that PLOT's gradient is balance_ratio times the vanilla loss's. Default: constant "
-                          "where alpha is given, else balance."},
-    )  # fmt: skip
-    alpha_end: float = field(default=0.0, metadata={"help": "Weight after the last step of linear and cosine."})
-    target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = field(
-        default="auto",
-        metadata={"help": "How token preferences become a target distribution. anchored: the reference model's own "
-                          "output, shifted by them. chosen: the preferred tokens' own frequencies. relu: our reading "
-                          "of the paper. auto: anchored where the training step runs the reference model (DPO, KTO), "
-                          "else chosen."},
-    )  # fmt: skip
-    target_strength: float = field(
-        default=0.1, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
+    balance_ratio: float | None = _option(
+        None,
+        "With alpha_schedule=balance: norm of PLOT's gradient divided by that of the vanilla loss, at the head. "
+        "Default: 0.5, or 0.1 for DEFT's reward, which pulls the same way at every step.",
     )
-    granularity: Literal["batch", "sequence", "token"] = field(
-        default="batch", metadata={"help": "What is compared with the target: the mean output of a micro-batch, of a "
-                                           "sequence, or each position."}
-    )  # fmt: skip
-    positions: Literal["chosen", "rejected", "all"] = field(
-        default="chosen",
-        metadata={"help": "Completions whose positions count; online methods choose by the sign of the advantage."},
+    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] | None = _option(
+        None,
+        "constant: alpha throughout. linear, cosine: from alpha to alpha_end over the run. balance: alpha is set "
+        "during training so that PLOT's gradient is balance_ratio times the vanilla one. Default: constant if alpha "
+        "is given, else balance.",
     )
-    pool: bool = field(
-        default=False, metadata={"help": "Average the output distribution over all ranks before comparing it."}
+    alpha_end: float = _option(0.0, "With alpha_schedule=linear or cosine: weight after the last step.")
+    target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = _option(
+        "auto",
+        "How token preferences become a target distribution. auto: anchored if training runs the reference model "
+        "(DPO, KTO), else chosen. anchored: the reference model's own output, shifted by the preferences. chosen: "
+        "frequencies in the preferred completions. relu: our reading of the paper. shift, softmax: variants of it.",
     )
-    grad_ratio_steps: int = field(
-        default=50, metadata={"help": "Log the ratio of PLOT's to the vanilla gradient every so many steps; 0: never."}
+    target_strength: float = _option(
+        0.1, "With target=anchored: how far the preferences shift the reference model's output."
+    )
+    granularity: Literal["batch", "sequence", "token"] = _option(
+        "batch",
+        "What is compared with the target: the mean output of a micro-batch, that of each sequence, or each position.",
+    )
+    positions: Literal["chosen", "rejected", "all"] = _option(
+        "chosen",
+        "Completions whose positions count. Online methods tell chosen from rejected by the sign of the advantage.",
+    )
+    pool: bool = _option(False, "Average the output distribution over all ranks before it is compared.")
+    grad_ratio_steps: int = _option(
+        50, "Log the ratio of PLOT's gradient to the vanilla one every this many steps. 0: never."
     )
     ablations: PlotAblations = field(default_factory=PlotAblations)
 

@@ -20,6 +20,7 @@ from plot_align.bench.random_weights import random_model, word_tokenizer
 from plot_align.bench.run import out_of_memory
 from plot_align.bench.show import line
 from plot_align.bench.step import sharing_weights
+from plot_align.cli import bench as cli
 from plot_align.cli.main import main
 from plot_align.config import PlotConfig
 from plot_align.errors import RunError
@@ -105,8 +106,8 @@ def test_bench_of_random_weights(bench, tmp_path):
         (("no/such/model", "--repeats", "0"), ["--repeats is 0", "1 or more"]),
         (("no/such/model", "--dtype", "int8"), ["--dtype is 'int8'", "bfloat16"]),
         (("no/such/model", "--device", "cuda:1"), ["--device is 'cuda:1'", "CUDA_VISIBLE_DEVICES"]),
-        (("no/such/model", "--granularity", "tokens"), ["'tokens'", "did you mean 'token'"]),
-        (("no/such/model", "--slices", "many"), ["slices is 'many'", "a whole number"]),
+        (("no/such/model", "--granularity", "tokens"), ["--granularity", "'tokens'", "sequence"]),
+        (("no/such/model", "--slices", "many"), ["--slices", "'many'", "int"]),
         (("no/such/model", "--alpha", "0"), ["--alpha is 0", "positive weight"]),
         (("no/such/model",), ["'no/such/model'", "a hub id or a folder"]),
     ],
@@ -118,6 +119,19 @@ def test_bench_refuses(bench, options, words):
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_bench_takes_every_option_of_plot(capsys):
+    flags = ["--granularity", "sequence", "--divergence", "sinkhorn", "--sinkhorn_size", "8", "--no_scaled"]
+    found = cli._plot(cli.make_parser().parse(["gpt2", *flags]))
+    assert found == PlotConfig.from_options(
+        granularity="sequence", divergence="sinkhorn", sinkhorn_size=8, scaled=False
+    )
+    assert main(["bench", "--help-all"]) == 0
+    assert main(["bench", "--help"]) == 0
+    long, short = capsys.readouterr().out.split("usage: ")[1:]
+    assert "--sinkhorn_size" in long.partition("ablations:")[2]
+    assert "--sinkhorn_size" not in short
 
 
 def test_paired_is_the_median_of_ratios_with_its_interval():

@@ -1,16 +1,18 @@
-"""The slow, obvious version of what the PLOT term must compute."""
+"""What a trainer's step with the term must give: TRL's own loss, plus the oracle's term on materialised logits."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from oracles import term
 from plot_align.config import PlotConfig
 
 
-def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, attention and the (B, T − 1) bool mask of selected positions, from the batch's raw keys, row by row."""
+def selection(kind: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens, attention and the (B, T − 1) bool masks of each role, from the batch's raw keys, row by row."""
     if "chosen_labels" in inputs:
         sides = [
             (inputs[f"{side}_input_ids"][row], inputs[f"{side}_attention_mask"][row], inputs[f"{side}_labels"][row])
@@ -29,107 +31,136 @@ def selection(kind: str, inputs: dict[str, Any], positions: str) -> tuple[torch.
     else:
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         scored = inputs["completion_mask"] if "completion_mask" in inputs else (inputs["labels"] != -100).long()
-    mask = torch.zeros(len(ids), ids.size(1) - 1, dtype=torch.bool)
+    masks = {role: torch.zeros(len(ids), ids.size(1) - 1, dtype=torch.bool) for role in ("chosen", "rejected", "all")}
     for row in range(len(ids)):
-        match kind:
-            case "DPOTrainer" | "CPOTrainer" | "ORPOTrainer":
-                role = "chosen" if row < len(ids) / 2 else "rejected"
-            case "SFTTrainer":
-                role = "chosen"
-            case "PROTrainer":
-                before = [int(inputs["list_lengths"][:p].sum()) for p in range(len(inputs["list_lengths"]))]
-                role = "chosen" if row in before else "rejected"
-            case "KTOTrainer":
-                role = "chosen" if inputs["label"][row] else "rejected"
-            case _:
-                advantage = float(inputs["advantages"][row])
-                role = "chosen" if advantage > 0 else "rejected" if advantage < 0 else "neither"
-        if positions in ("all", role):
-            mask[row] = scored[row, 1:].bool()
-    return ids, attention, mask
+        masks["all"][row] = scored[row, 1:].bool()
+        role = role_of(kind, inputs, row, len(ids))
+        if role in masks:
+            masks[role][row] = scored[row, 1:].bool()
+    return ids, attention, masks
+
+
+def role_of(kind: str, inputs: dict[str, Any], row: int, rows: int) -> str:
+    match kind:
+        case "DPOTrainer" | "CPOTrainer" | "ORPOTrainer":
+            return "chosen" if row < rows / 2 else "rejected"
+        case "SFTTrainer":
+            return "chosen"
+        case "PROTrainer":
+            before = [int(inputs["list_lengths"][:p].sum()) for p in range(len(inputs["list_lengths"]))]
+            return "chosen" if row in before else "rejected"
+        case "KTOTrainer":
+            return "chosen" if inputs["label"][row] else "rejected"
+        case "GRPOTrainer" | "RLOOTrainer":
+            advantage = float(inputs["advantages"][row])
+            return "chosen" if advantage > 0 else "rejected" if advantage < 0 else "neither"
+    raise term.Unknown(kind)
+
+
+def materialised_term(trainer, kind: str, inputs: dict[str, Any], config: PlotConfig, preference) -> torch.Tensor:
+    """L_PLOT without its weight."""
+    ids, attention, masks = selection(kind, inputs)
+    temperature = getattr(trainer, "temperature", 1.0)
+    p = (trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double() / temperature).softmax(-1)
+    q = None
+    if kind in ("DPOTrainer", "KTOTrainer") and config.ablations.plot_backend == "fused":
+        with torch.no_grad():
+            q = reference_logits(trainer, ids, attention)[:, :-1].double().softmax(-1)
+    world = term.World(
+        p=p,
+        q=q,
+        tokens=ids[:, 1:],
+        masks=masks,
+        sequences=torch.arange(len(ids))[:, None].expand(len(ids), ids.size(1) - 1),
+        embeddings=embeddings_at_start(trainer),
+        chosen=preference.chosen_counts,
+        rejected=preference.rejected_counts,
+        reference=dataset_reference(trainer, kind, config) if needs_dataset_reference(config) else None,
+    )
+    return term.plot_loss(config, world)
 
 
 def materialised_loss(trainer, kind: str, inputs: dict[str, Any], config: PlotConfig, preference) -> torch.Tensor:
-    """α·L_PLOT from full logits with plain torch: softmax, mean, sort, cumulative sums, target and coordinates too."""
-    ids, attention, mask = selection(kind, inputs, config.positions)
-    logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double()
-    p = (logits / getattr(trainer, "temperature", 1.0)).softmax(-1)  # (B, T-1, V)
-
-    if config.ablations.divergence == "deft_log":
-        score = (logits / getattr(trainer, "temperature", 1.0)).log_softmax(-1) @ preference.difference()  # (B, T-1)
-        if config.granularity == "sequence":
-            means = [score[b][mask[b]].mean() for b in range(len(p)) if mask[b].any()]
-            return -config.alpha * torch.stack(means).mean()
-        return -config.alpha * score[mask].mean()
-    target = dataset_target(preference)
-    if config.ablations.target_scope == "batch":
-        target = batch_target(trainer, kind, inputs, config, preference)
-    w1 = distance(
-        config.ablations.divergence, config.ablations.geometry, embeddings_at_start(trainer).double(), preference
-    )
-
-    match config.granularity:
-        case "batch":
-            loss = w1(p[mask].mean(0), target) if mask.any() else p.sum() * 0
-        case "sequence":
-            rows = [b for b in range(len(p)) if mask[b].any()]
-            each = target if isinstance(target, dict) else dict.fromkeys(rows, target)
-            loss = torch.stack([w1(p[b][mask[b]].mean(0), each[b]) for b in rows]).mean()
-        case "token":
-            loss = w1(p[mask], target).mean()
-    return config.alpha * loss
+    """α·L_PLOT for a constant α."""
+    if config.alpha is None:
+        raise term.Unknown("a balanced α without the vanilla loss")
+    return config.alpha * materialised_term(trainer, kind, inputs, config, preference)
 
 
-def distance(divergence, geometry, e, preference):
-    """``D(q, P)`` as the definitions have it: pairwise costs, no potentials, nothing shared with the package."""
-    if divergence == "deft_prob":
-        return lambda q, target: -(q @ preference.difference())
-    if divergence == "tv":
-        return lambda q, target: (q - target).abs().sum(-1) / 2
-    if divergence == "emo":
-        cost = 1 - torch.nn.functional.cosine_similarity(e[:, None], e[None, :], dim=-1)
-        return lambda q, target: torch.einsum("...i,ij,j->...", q, cost, target)
-    x = e.norm(dim=-1) if geometry == "norm" else torch.arange(len(e)).double()
-    x = x / (x[:, None] - x[None, :]).abs().sum() * (len(x) * (len(x) - 1))
-    order = x.argsort()
-    gaps = x[order].diff()
-    return lambda q, target: ((q - target)[..., order].cumsum(-1)[..., :-1].abs() * gaps).sum(-1)
+def needs_dataset_reference(config: PlotConfig) -> bool:
+    return config.target == "anchored" and config.ablations.target_scope in ("auto", "dataset")
 
 
-def dataset_target(preference) -> torch.Tensor:
-    target = preference.difference().clamp(min=0)
-    return target / target.sum()
+def dataset_reference(trainer, kind: str, config: PlotConfig) -> torch.Tensor:
+    """The mean output of the reference over the first ``reference_rows`` rows of the training set, batch by batch."""
+    if not hasattr(trainer, "_dataset_reference"):
+        rows = [
+            trainer.train_dataset[i] for i in range(min(config.ablations.reference_rows, len(trainer.train_dataset)))
+        ]
+        found = []
+        for row in rows:  # one at a time: no padding
+            ids, attention, masks = selection(kind, trainer.data_collator([row]))
+            with torch.no_grad():
+                logits = reference_logits(trainer, ids, attention, at_start=True)
+            found.append(logits[:, :-1].double().softmax(-1)[masks[config.positions]])
+        trainer._dataset_reference = torch.cat(found).mean(0)
+    return trainer._dataset_reference
 
 
-def batch_target(trainer, kind, inputs, config, preference):
-    """The micro-batch's own target; for granularity="sequence" and an anchor, ``{row: target}``."""
-    ids, attention, mask = selection(kind, inputs, config.positions)
-    if config.target == "anchored":
-        with torch.no_grad():
-            logits = reference_logits(trainer, ids, attention)[:, :-1].double()
-        q = logits.softmax(-1)
+class Alpha:
+    """α of each step of one trainer: a number, or held to ρ times the ratio of norms at the head's input."""
 
-        def moved(mean):
-            target = (mean + config.target_strength * preference.difference()).clamp(min=0)
-            return target / target.sum()
+    def __init__(self, config: PlotConfig) -> None:
+        self.config = config
+        self.norms: list[tuple[float, float]] = []
 
-        if config.granularity == "sequence":
-            return {b: moved(q[b][mask[b]].mean(0)) for b in range(len(q)) if mask[b].any()}
-        return moved(q[mask].mean(0))
-    shares = []
-    for role in ("chosen", "rejected"):
-        _, _, mask = selection(kind, inputs, role)
-        tokens = ids[:, 1:][mask].tolist()
-        shares.append(torch.tensor([tokens.count(v) / max(1, len(tokens)) for v in range(preference.vocab_size)]))
-    weights = (shares[0] if config.target == "chosen" else (shares[0] - shares[1]).clamp(min=0)).double()
-    return weights / weights.sum()
+    def __call__(self, trainer, kind: str, inputs: dict[str, Any], preference, vanilla, hidden) -> float:
+        """``vanilla``: this step's loss; ``hidden``: the head's input it came from."""
+        if self.config.alpha_schedule not in (None, "constant", "balance"):
+            raise term.Unknown(self.config.alpha_schedule)
+        if self.config.alpha is not None:
+            return self.config.alpha
+        with head_input(trainer) as ours:
+            plot = materialised_term(trainer, kind, inputs, self.config, preference)
+        norms = [
+            torch.autograd.grad(x, h, retain_graph=True)[0].norm() for x, h in ((vanilla, hidden), (plot, ours[0]))
+        ]
+        step = trainer.state.global_step
+        if step < 10 or step % 5 == 0:
+            self.norms.append((float(norms[0]), float(norms[1])))
+        last = len(self.norms) - 1
+        a, b = (sum(0.9 ** (last - i) * x[side] for i, x in enumerate(self.norms)) for side in (0, 1))
+        default = 0.1 if self.config.ablations.divergence.startswith("deft_") else 0.5
+        return (default if self.config.balance_ratio is None else self.config.balance_ratio) * a / b
 
 
-def reference_logits(trainer, ids, attention):
+@contextmanager
+def head_input(trainer):
+    """The head's input of every differentiable forward of the policy inside the block, (B, T, H) each."""
+    found: list[torch.Tensor] = []
+
+    def keep(module, args, output):
+        if output.last_hidden_state.requires_grad:
+            found.append(output.last_hidden_state)
+
+    policy = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    hook = policy.base_model.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def reference_logits(trainer, ids, attention, *, at_start: bool = False):
+    """Of the reference model; ``at_start``: before the first step, when a policy without one is its own."""
     if getattr(trainer, "ref_model", None) is not None:
         return trainer.ref_model(input_ids=ids, attention_mask=attention).logits
-    with trainer.model.disable_adapter():
+    if hasattr(trainer.model, "disable_adapter"):
+        with trainer.model.disable_adapter():
+            return trainer.model(input_ids=ids, attention_mask=attention).logits
+    if at_start:
         return trainer.model(input_ids=ids, attention_mask=attention).logits
+    raise term.Unknown("a trainer without a reference")
 
 
 def embeddings_at_start(trainer) -> torch.Tensor:

@@ -111,9 +111,9 @@ def test_a_new_run_starts_afresh(make_trainer, preference):
     trainer = make_trainer("dpo", max_steps=4)
     handle = attach(trainer, preference, PlotConfig())
     trainer.train()
-    assert handle.alpha.plot > 0
+    assert handle.alpha.balance.plot > 0
     handle.alpha.on_train_begin(None, TrainerState(), None)
-    assert (handle.alpha.vanilla, handle.alpha.plot, handle.alpha.last_step) == (0.0, 0.0, -1)
+    assert (handle.alpha.balance.vanilla, handle.alpha.balance.plot, handle.alpha.last_step) == (0.0, 0.0, -1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
@@ -176,7 +176,7 @@ def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
 
     def keep(*args):
         head = sweep(*args)
-        kept["swept"] = handle._backend.swept
+        kept["swept"] = handle._backend.result
         return head
 
     monkeypatch.setattr(handle._backend, "sweep", keep)

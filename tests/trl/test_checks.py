@@ -42,19 +42,19 @@ def logged(trainer, key):
 def test_auto(make_trainer, method, options, expected):
     trainer = make_trainer(method)
     found = resolve_auto(PlotConfig.from_options(**options), trainer, trainer_kind(trainer))
-    assert (found.target, found.target_scope) == expected
+    assert (found.target, found.ablations.target_scope) == expected
 
 
 def test_auto_without_a_reference_forward(make_trainer):
     trainer = make_trainer("dpo", precompute_ref_log_probs=True)
     found = resolve_auto(PlotConfig(), trainer, "DPOTrainer")
-    assert (found.target, found.target_scope) == ("chosen", "batch")
+    assert (found.target, found.ablations.target_scope) == ("chosen", "batch")
 
 
 def test_auto_with_a_reference_of_the_users(make_trainer):
     trainer = make_trainer("grpo")
     found = resolve_auto(PlotConfig(), trainer, "GRPOTrainer", torch.full((300,), 1 / 300))
-    assert (found.target, found.target_scope) == ("anchored", "dataset")
+    assert (found.target, found.ablations.target_scope) == ("anchored", "dataset")
 
 
 @pytest.mark.parametrize("method", METHODS)

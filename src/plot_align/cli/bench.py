@@ -1,4 +1,4 @@
-"""``plot-align bench``: what the term costs on the user's own machine."""
+"""``plot-align bench``: measure what the term costs on the user's machine."""
 
 from __future__ import annotations
 
@@ -7,48 +7,43 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.cli.common import Parser, first_line
-from plot_align.errors import InputError
+from plot_align.cli.common import Parser
+from plot_align.cli.options import PlotOptions, plot_parser
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
 
     from plot_align.bench.run import Setting
 
-# Those of PlotConfig that decide what a step costs.
-_PLOT = {
-    "alpha": "weight of the term (default: balanced)",
-    "divergence": "w1, sinkhorn, emo, kl, js, tv, deft_log, deft_prob",
-    "geometry": "sliced, norm, principal, vocabulary, max_sliced",
-    "granularity": "batch, sequence, token",
-    "positions": "chosen, rejected, all",
-    "target": "auto, anchored, chosen, relu, shift, softmax",
-    "target_scope": "auto, batch, dataset",
-    "slices": "directions of geometry sliced",
-    "plot_backend": "fused, separate",
-    "plot_impl": "auto, torch, triton",
-    "plot_block_mib": "block of logits in MiB (default: by free memory)",
-}
 
-
-def make_parser() -> Parser:
+def make_parser(*, every_option: bool = False) -> Parser:
+    """``every_option``: list PLOT's options in the help too."""
+    plot = plot_parser()
+    for action in () if every_option else plot._actions:
+        action.help = argparse.SUPPRESS
     parser = Parser(
         "bench",
-        "Measure what PLOT costs on this machine: training steps with and without it on\n"
-        "the same kernel, and as TRL ships them, interleaved, in time and memory; a record\n"
-        "and a line to paste into an issue.",
+        "Measure what PLOT costs on this machine: training steps with and without it, on\n"
+        "the same kernel and as TRL ships them, in time and memory. Every option of PLOT is\n"
+        "a flag here too, e.g. --granularity token.",
         "  plot-align bench Qwen/Qwen3-0.6B --rows 2 --length 1024\n"
         "  plot-align bench Qwen/Qwen2.5-7B --random_weights --profile trace.json",
+        parents=[plot],
     )
+    parser.usage = "plot-align bench MODEL [options]"
+    parser.add_argument("--help-all", action="help", help="this text and all options of PLOT")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder of the model to tune")
     parser.add_argument("--random_weights", action="store_true", help="read MODEL's config.json and nothing else")
     parser.add_argument("--method", choices=["dpo", "sft"], default="dpo", help="training method (%(default)s)")
-    parser.add_argument("--rows", type=int, metavar="N", help="sequences, for dpo half of them chosen (2)")
+    parser.add_argument("--rows", type=int, metavar="N", help="sequences, half of them chosen with dpo (2)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each (1024)")
-    parser.add_argument("--dtype", metavar="D", help="of weights and products (bfloat16; on a CPU float32)")
+    parser.add_argument("--dtype", metavar="D", help="of weights and products (bfloat16, on a CPU float32)")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16 by autocast, as TRL's --bf16")
     parser.add_argument("--use_peft", action="store_true", help="LoRA in place of full fine-tuning")
     parser.add_argument(
@@ -58,20 +53,18 @@ def make_parser() -> Parser:
         help="recompute activations (default: on a GPU)",
     )
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="rounds (%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch.profiler trace of one step")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/bench.json"), metavar="FILE", help="the record (%(default)s)"
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
-    for name, text in _PLOT.items():
-        parser.add_argument(f"--{name}", metavar="V", help=text)
     return parser
 
 
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, measure, print, and write the record."""
-    options = make_parser().parse(arguments)
+    options = make_parser(every_option="--help-all" in arguments).parse(arguments)
     _check(options)
 
     from plot_align.bench.run import bench, plain_rounds
@@ -171,20 +164,16 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if available else "cpu"))
 
 
-def _plot(options: Any) -> Any:
-    from plot_align.config import PlotConfig
-    from plot_align.sweep import coerce, keys
-
-    known = keys()
-    given = {name: getattr(options, name) for name in _PLOT if getattr(options, name) is not None}
-    config = PlotConfig.from_options(**{name: coerce(known[name], value) for name, value in given.items()})
+def _plot(options: Any) -> PlotConfig:
+    names = [entry.name for kind in (PlotOptions, PlotAblations) for entry in fields(kind) if entry.init]
+    config = PlotConfig.from_options(**{name: getattr(options, name) for name in names})
     if config.is_off:
         raise InputError("--alpha is 0, so there would be no term to measure; leave it out, or give a positive weight")
     return config
 
 
 def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
-    """How model and tokenizer are made."""
+    """A function that makes model and tokenizer."""
     from transformers import AutoConfig
 
     from plot_align.bench.random_weights import random_model, word_tokenizer
@@ -209,7 +198,7 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def _progress(rounds: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields what is told the part that runs and how many of its ``rounds`` are done."""
+    """Yields a callback that takes the part that runs and how many of its ``rounds`` are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -17,7 +17,7 @@ from plot_align.cli.common import (
     on_processes,
 )
 from plot_align.errors import InputError
-from plot_align.options import read_yaml
+from plot_align.io import read_yaml
 from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:

@@ -19,8 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from plot_align.cli.common import did_you_mean
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError, RunError, did_you_mean
 from plot_align.evaluation import fastchat
 from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
 from plot_align.evaluation.quantity import Quantity, of_items

@@ -81,9 +81,14 @@ class Batch:
         selected = selected if rows is None else selected[rows]  # (N,)
         if granularity != "sequence":
             counts = selected.sum().unsqueeze(0)  # (1,)
-            return Pooling((selected / counts.clamp(min=1)).float(), None, counts)
+            return Pooling(_exact(selected) / counts.clamp(min=1), None, counts)
         segments = self.sequence_ids().flatten()  # (B*(T-1),)
         count = int(segments.max()) + 1
         segments = segments if rows is None else segments[rows]  # (N,)
         counts = torch.bincount(segments[selected], minlength=count)  # (S,)
-        return Pooling((selected / counts.clamp(min=1)[segments]).float(), segments, counts)
+        return Pooling(_exact(selected) / counts.clamp(min=1)[segments], segments, counts)
+
+
+def _exact(selected: Tensor) -> Tensor:
+    """Ones and zeros in float64, except on Apple's GPUs, which have none."""
+    return selected.to(torch.float32 if selected.device.type == "mps" else torch.float64)

@@ -10,8 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plot_align.config import PlotAblations, PlotConfig
-from plot_align.errors import InputError
-from plot_align.options import did_you_mean
+from plot_align.errors import InputError, did_you_mean
 from plot_align.sandbox.experiment import METHODS, Method, Setting
 
 # Of TRL 1.16's DPOConfig, which names them in prose only.

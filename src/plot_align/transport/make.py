@@ -93,7 +93,7 @@ def make_divergence(
             if geometry is None:
                 raise InputError(
                     'geometry is None with divergence "w1", but W1 needs a coordinate per token: pass '
-                    'plot_align.line(embeddings), or choose "tv", "js" or "kl".'
+                    'plot_align.transport.line(embeddings), or choose "tv", "js" or "kl".'
                 )
             return (
                 Wasserstein1(target, geometry)
