@@ -30,8 +30,8 @@ def make_parser(*, every_option: bool = False) -> Parser:
     parser = Parser(
         "bench",
         "Measure what PLOT costs on this machine: training steps with and without it, on\n"
-        "the same kernel and as TRL ships them, in time and memory. Every option of PLOT is\n"
-        "a flag here too, e.g. --granularity token.",
+        "the same kernel and as TRL ships them, in time and memory. Every option of PLOT\n"
+        "is a flag here too, e.g. --granularity token.",
         "  plot-align bench Qwen/Qwen3-0.6B --rows 2 --length 1024\n"
         "  plot-align bench Qwen/Qwen2.5-7B --random_weights --profile trace.json",
         parents=[plot],
