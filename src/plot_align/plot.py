@@ -20,11 +20,11 @@ from torch import Tensor
 
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
-from plot_align.methods.deft import DistributionReward
 from plot_align.preference.batch import Batch, Pooling
 from plot_align.preference.target import anchored, counted
 from plot_align.transport.base import Constants, Divergence, widest_dtype
 from plot_align.transport.make import distance_of
+from plot_align.transport.reward import DistributionReward
 
 if TYPE_CHECKING:
     from plot_align.preference.distribution import PreferenceDistribution

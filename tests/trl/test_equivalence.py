@@ -10,8 +10,8 @@ import math
 
 import pytest
 import torch
-from training_oracle import Alpha, embeddings_at_start, head_input, materialised_term
 
+from oracles.training import Alpha, embeddings_at_start, head_input, materialised_term
 from plot_align.config import PlotConfig
 from plot_align.trl import attach
 

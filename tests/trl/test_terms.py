@@ -8,7 +8,7 @@ import torch
 from plot_align import transport
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
-from plot_align.methods.deft import DistributionReward
+from plot_align.transport.reward import DistributionReward
 from plot_align.trl import attach
 from plot_align.trl.gradients import gradient_norms
 

@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     from plot_align.io import require_writable
     from plot_align.report.collect import collect
     from plot_align.report.page import build, write
-    from plot_align.report.text import one_line
+    from plot_align.text import one_line
 
     require_packages("report", "matplotlib", "jinja2", extra="report")
     require_writable(options.output.parent)

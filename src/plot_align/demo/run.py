@@ -354,9 +354,8 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from plot_align.bench.step import StepProblem, measured_share
+    from plot_align.bench import StepProblem, interleaved, measured_share
     from plot_align.config import PlotConfig
-    from plot_align.trl.overhead import interleaved
 
     path = output / "cost.json"
     if path.exists():

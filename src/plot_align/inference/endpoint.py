@@ -125,7 +125,7 @@ class Endpoint:
             # The raw body: parsing is done here.
             body = client.chat.completions.with_raw_response.create(
                 model=self.model,
-                messages=list(messages),  # type: ignore[arg-type]
+                messages=list(messages),
                 **options,
             ).text
         except openai.APITimeoutError as error:

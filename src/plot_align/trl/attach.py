@@ -16,7 +16,7 @@ from torch.autograd.profiler import record_function
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.head import causal_lm, head_spec
-from plot_align.methods.deft import reward_scale
+from plot_align.head.reward import reward_scale
 from plot_align.preference.batch import Batch
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.transport import Sinkhorn

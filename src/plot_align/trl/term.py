@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plot_align.head import HeadOutput, HeadSpec
-from plot_align.methods.deft import log_reward, reward_scale
+from plot_align.head.reward import log_reward, reward_scale
 from plot_align.plot import PlotLoss
 from plot_align.preference.batch import Batch, Pooling
 from plot_align.transport import Divergence

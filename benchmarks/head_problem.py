@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from plot_align.bench.roofline import HeadWork
+from oracle import reference_head
+from plot_align.bench.step import random_preference
+from plot_align.bench.timing import Samples, held
 from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, fused_head
-from plot_align.head.reference import reference_head
 from plot_align.preference.batch import Batch
-from plot_align.preference.distribution import PreferenceDistribution
+from plot_align.records import measure
 from plot_align.trl.checks import resolve_auto
-from plot_align.trl.overhead import Samples, held
 from plot_align.trl.term import HeadResult, PlotTerm
+from roofline import HeadWork
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPO asks of its head
 KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
@@ -79,7 +82,7 @@ class HeadProblem:
 
     @contextlib.contextmanager
     def arm(self, name: str) -> Iterator[Callable[[], None]]:
-        """A step of this arm, as :func:`plot_align.trl.overhead.interleaved` wants it.
+        """A step of this arm, as :func:`plot_align.bench.timing.interleaved` wants it.
 
         ``off``: the same kernel without the term. ``two-pass``: a second head pass for the first term of ``plots``.
         ``materialised``: whole logits. Any other: that term, in the head's own sweep.
@@ -167,9 +170,17 @@ def _bytes(term: PlotTerm) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in term.buffers())
 
 
-def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:
-    """Token counts of nobody's preference: every token is used, and each side prefers others."""
-    counts = torch.arange(1, size + 1)
-    return PreferenceDistribution(
-        counts, counts.flip(0), {"tokenizer": tokenizer or {"fingerprint": "", "size": size}}
-    )
+def extra_seconds(ours: Samples, base: Samples) -> dict[str, Any]:
+    """Median of the rounds' differences in seconds, with its quartiles."""
+    differences = [a - b for a, b in zip(ours.seconds, base.seconds, strict=True)]
+    if len(differences) == 1:
+        return {**measure(differences[0], 1, unit="s"), "quartiles": differences * 2}
+    low, middle, high = statistics.quantiles(differences, n=4, method="inclusive")
+    return {**measure(middle, len(differences), unit="s"), "quartiles": [low, high]}
+
+
+def release(device: torch.device) -> None:
+    """Gives back what the last problem held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
