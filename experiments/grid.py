@@ -24,7 +24,7 @@ METRICS = [
 def sandbox_run(job: Job) -> Run:
     options = dict(job.cell.setting)
     losses = tuple(options.pop("loss_type", "sigmoid").split("+")) if job.cell.method == "dpo" else ()
-    plot = None if job.cell.plot is None else PlotConfig(**dict(job.cell.plot))
+    plot = None if job.cell.plot is None else PlotConfig.from_options(**dict(job.cell.plot))
     return Run(Arm(str(job.cell), losses, plot, job.cell.method), Setting(**options), job.seed)
 
 

@@ -127,7 +127,8 @@ def test_the_commands_flags_are_understood_by_the_training_command(tmp_path: Pat
     (_, training, *_, found, _), _ = options.parse(options.make_parser("dpo"), {"use_cpu": True}, flags, None)
     assert (training.loss_type, training.max_steps, training.seed) == (["sigmoid", "sft"], 5, 4)
     assert (training.learning_rate, training.beta, training.per_device_train_batch_size) == (1e-05, 0.3, 2)
-    assert (found.alpha, found.norm_order, found.scaled, found.granularity) == (0.1, float("inf"), False, "token")
+    assert (found.alpha, found.granularity) == (0.1, "token")
+    assert (found.ablations.norm_order, found.ablations.scaled) == (float("inf"), False)
 
 
 def test_a_record_depends_on_the_training_file(tmp_path: Path) -> None:

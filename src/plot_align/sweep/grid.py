@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from plot_align.config import PlotConfig
-from plot_align.errors import InputError
-from plot_align.options import did_you_mean
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, did_you_mean
 
 Method = Literal["dpo", "sft", "pro"]  # the training commands of plot-align
 METHODS: tuple[str, ...] = get_args(Method)
@@ -95,15 +94,16 @@ def keys() -> dict[str, Key]:
         Key("learning_rate", "setting", float, None, "Peak learning rate."),
         Key("beta", "setting", float, None, "Of method=dpo, as in TRL's DPOConfig."),
         Key("batch_size", "setting", int, None, "Rows a step on each device."),
-        *_plot_keys(),
+        *_options_of(PlotConfig),
+        *_options_of(PlotAblations),
     ]
     return {key.name: key for key in found}
 
 
-def _plot_keys() -> Iterator[Key]:
-    hints = get_type_hints(PlotConfig)
-    for option in fields(PlotConfig):
-        if option.init:
+def _options_of(cls: type[PlotConfig | PlotAblations]) -> Iterator[Key]:
+    hints = get_type_hints(cls)
+    for option in fields(cls):
+        if option.init and option.name != "ablations":
             default = None if option.default is MISSING else option.default
             yield Key(option.name, "plot", hints[option.name], default, option.metadata.get("help", ""))
 
@@ -218,7 +218,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]], names: Sequence[str]) -> li
 def _term(options: tuple[tuple[str, Any], ...], base: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
     """The options that change something; None where the term never weighs anything."""
     try:
-        config = PlotConfig(**{**base, **dict(options)})
+        config = PlotConfig.from_options(**{**base, **dict(options)})
     except InputError as error:
         combination = ", ".join(f"{name} {value_text(value)}" for name, value in options)
         raise InputError(f"the grid's combination {combination} is refused: {error}") from None
