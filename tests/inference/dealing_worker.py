@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plot_align.inference.dealing import each, share, together
+from plot_align.inference.ranks import process_state
 from torch import nn
 
 from plot_align.cli import main as cli
 from plot_align.inference import dealing, scoring
-from plot_align.inference.dealing import each, share, together
-from plot_align.inference.ranks import process_state
 
 
 class Stubborn(Exception):

@@ -26,10 +26,10 @@ import pytest
 import trl.data_utils  # noqa: F401
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
+from plot_align.inference.ranks import process_state
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plot_align.errors import PlotAlignError
-from plot_align.inference.ranks import process_state
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized
 
