@@ -491,6 +491,8 @@ def _hflm() -> Any:
         """``bar`` is called with how many requests there are, and returns what moves it by so many."""
 
         bar: Callable[[int], OnItem]
+        cache_hook: Any
+        _world_size: int
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             return self._under_a_bar(super().loglikelihood, requests)
@@ -499,12 +501,17 @@ def _hflm() -> Any:
             return self._under_a_bar(super().generate_until, requests)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            # By parts, as lm-eval would keep the first text only once the last one is done; and as if alone: it would
-            # wait for the other processes here, which may have found their answers in the cache.
-            parts = [requests[i : i + self.batch_size] for i in range(0, len(requests), self.batch_size)]
+            answer, size = super().loglikelihood_rolling, self.batch_size
+
+            def by_parts(requests: list[Any], disable_tqdm: bool) -> list[Any]:
+                """lm-eval itself would keep the first text only once the last one is done."""
+                parts = (requests[i : i + size] for i in range(0, len(requests), size))
+                return [total for part in parts for total in answer(part, disable_tqdm)]
+
+            # lm-eval would wait for the other processes here, which may have found their answers in the cache.
             ranks, self._world_size = self._world_size, 1
             try:
-                return [x for part in parts for x in self._under_a_bar(super().loglikelihood_rolling, part)]
+                return self._under_a_bar(by_parts, requests)
             finally:
                 self._world_size = ranks
 

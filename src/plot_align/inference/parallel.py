@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -116,8 +117,8 @@ def each(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Res
         return
     while chosen := list(islice(waiting, _state.num_processes)):
         with _state.split_between_processes(chosen) as own:
-            outcomes = _meet(_Outcome.of(lambda own=own: [_by_itself(function, job) for job in own]))
-        for outcome in outcomes:
+            found = _Outcome.of(partial(_by_itself, function, own))
+        for outcome in _meet(found):
             yield from outcome.unwrapped()
 
 
@@ -125,8 +126,8 @@ def on_main(function: Callable[[], Result]) -> Result:
     """``function()`` of the main process; every process gets its result, or its error."""
     if size() == 1:
         return function()
-    own = _Outcome.of(lambda: _by_itself(lambda _: function(), None)) if rank() == 0 else _Outcome()
-    return _meet(own)[0].unwrapped()
+    own = _Outcome.of(lambda: _by_itself(lambda _: function(), [None])) if rank() == 0 else _Outcome([None])
+    return _meet(own)[0].unwrapped()[0]
 
 
 def everywhere(function: Callable[[], Result]) -> Result:
@@ -166,14 +167,17 @@ class _Outcome:
             pickle.loads(pickle.dumps(self.error))
             return self
         except Exception:
-            return _Outcome(error=RunError(f"{type(self.error).__name__}: {first_line(self.error)}"), trace=self.trace)
+            return replace(self, error=RunError(self.said()))
+
+    def said(self) -> str:
+        return "" if self.error is None else f"{type(self.error).__name__}: {first_line(self.error)}"
 
 
-def _by_itself(function: Callable[[Any], Any], job: Any) -> Any:
+def _by_itself(function: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
     global _alone
     _alone = True
     try:
-        return function(job)
+        return [function(job) for job in jobs]
     finally:
         _alone = False
 
@@ -196,7 +200,7 @@ def _meet(own: _Outcome) -> list[_Outcome]:
             "command again"
         ) from error
     if len({number for number, _ in gathered}) > 1:
-        failed = next((f" ({type(o.error).__name__}: {first_line(o.error)})" for _, o in gathered if o.error), "")
+        failed = next((f" ({outcome.said()})" for _, outcome in gathered if outcome.error), "")
         raise OutOfStep(
             f"a process failed by itself{failed}; what is finished is kept, so mend it and run the command again"
         )
