@@ -22,8 +22,8 @@ pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start pro
 WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
     "pairs", "pairs, truncated", "pairs, one batch", "unpaired", "one row", "pairs, stream", "pairs, shards",
-    "pairs, uneven shards", "pairs, filtered shards", "pairs, shards of Arrow", "pairs, part of shards", "pairs, shards in batches", "unpaired, shards", "tokenised",
-    "tokenised, stream", "tokenised, shards",
+    "pairs, uneven shards", "pairs, filtered shards", "pairs, shards of Arrow", "pairs, part of shards",
+    "pairs, shards in batches", "unpaired, shards", "tokenised", "tokenised, stream", "tokenised, shards",
 )  # fmt: skip
 # What stops every rank, and one process, with the same sentence.
 REFUSED = {

@@ -25,7 +25,8 @@ Result = TypeVar("Result")
 
 _state: Any = None  # accelerate's PartialState inside of in_step() with several processes
 _alone = False  # whether a job is under way, which this process computes by itself
-_meetings = 0
+_meetings = 0  # how often the processes have met
+_depth = 0  # in how many everywhere() this process is
 
 
 class OutOfStep(RunError):
@@ -134,7 +135,12 @@ def everywhere(function: Callable[[], Result]) -> Result:
     """``function()`` in every process, each with its own result; an error of one is raised in all."""
     if size() == 1:
         return function()
-    own = _Outcome.of(function)
+    global _depth
+    _depth += 1
+    try:
+        own = _Outcome.of(function)
+    finally:
+        _depth -= 1
     for outcome in _meet(_Outcome(None, own.error, own.trace)):
         outcome.unwrapped()
     return own.result
@@ -193,13 +199,13 @@ def _meet(own: _Outcome) -> list[_Outcome]:
 
     _meetings += 1
     try:
-        gathered = gather_object([(_meetings, own.picklable())])
+        gathered = gather_object([((_meetings, _depth), own.picklable())])
     except RuntimeError as error:
         raise OutOfStep(
             f"another process ended or cannot be reached ({first_line(error)}); what is finished is kept, so run the "
             "command again"
         ) from error
-    if len({number for number, _ in gathered}) > 1:
+    if len({place for place, _ in gathered}) > 1:
         failed = next((f" ({outcome.said()})" for _, outcome in gathered if outcome.error), "")
         raise OutOfStep(
             f"a process failed by itself{failed}; what is finished is kept, so mend it and run the command again"
