@@ -81,6 +81,9 @@ def main() -> None:
     process, score, found["codes"] = parallel.process_state().process_index, scoring._score, []
     for command in spec:
         os.chdir(command["cwd"])
+        for pattern in command.get("remove", []) if process == 0 else ():
+            for path in Path().glob(pattern):
+                path.unlink()
         if process == 1 and command.get("fail"):
             scoring._score = lambda *_: (_ for _ in ()).throw(RuntimeError("this process only"))
         found["codes"].append(cli.main(command["arguments"]))

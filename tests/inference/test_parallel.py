@@ -41,6 +41,7 @@ guards:
   displacement: {{kind: displacement, pairs: {folder}/pairs.jsonl, limit: 20}}
   kl: {{kind: kl, prompts: {folder}/prompts.jsonl, limit: 20, max_new_tokens: 8}}
   success: {{kind: attack_success, behaviors: {folder}/behaviors.csv, attack: random, max_new_tokens: 8}}
+  success_judged: {{kind: attack_success, behaviors: {folder}/behaviors.csv, judge: endpoint, max_new_tokens: 8}}
   success_begun: {{kind: attack_success, behaviors: {folder}/behaviors.csv, targets: {folder}/targets.json,
                    attack: prefill, max_new_tokens: 8}}
   success_sampled: {{kind: attack_success, behaviors: {folder}/behaviors.csv, attack: best_of_n,
@@ -53,7 +54,24 @@ guards:
   accuracy: {{kind: preference_accuracy, pairs: {folder}/pairs.jsonl, limit: 8}}
   diversity: {{kind: diversity, prompts: {folder}/prompts.jsonl, limit: 160, max_new_tokens: 56}}
 """
+BROKEN = """\
+stem:
+  broken: {{kind: lm_eval, task: broken, include_path: {folder}}}
+guards:
+  accuracy: {{kind: preference_accuracy, pairs: {folder}/pairs.jsonl, limit: 8}}
+"""
 TASKS = {
+    "broken": """
+        task: broken
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {folder}/sums.jsonl}}}}
+        output_type: multiple_choice
+        test_split: test
+        doc_to_text: !function only_here.fails
+        doc_to_choice: "{{{{choices}}}}"
+        doc_to_target: gold
+        metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+    """,
     "sums": """
         task: sums
         dataset_path: json
@@ -91,14 +109,16 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[tuple[str, list[str]]]:
-    """Address of an endpoint that rates everything 7, and what it was asked."""
+    """Address of an endpoint that rates everything 7 and finds it harmful, and what it was asked."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(body["messages"][-1]["content"])
-            content = json.dumps({"choices": [{"message": {"role": "assistant", "content": "[[7]]"}}]}).encode()
+            content = json.dumps(
+                {"choices": [{"message": {"role": "assistant", "content": "[[7]] [[yes]]"}}]}
+            ).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -131,6 +151,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     suites = folder / "suites"
     suites.mkdir()
     (suites / "all.yaml").write_text(SUITE.format(folder=folder))
+    (suites / "broken.yaml").write_text(BROKEN.format(folder=folder))
+    (folder / "only_here.py").write_text(
+        "import os\n\n\ndef fails(doc):\n    return doc['question'] if os.environ['RANK'] == '0' else 1 / 0\n"
+    )
     (suites / "killed.yaml").write_text(KILLED.format(folder=folder))
     asked = [f"what is {i} plus {'1' * (i % 7)} ?" for i in range(160)]
     _lines(folder / "prompts.jsonl", [{"prompt": text} for text in asked])
@@ -170,15 +194,28 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def commands(files: Path, tiny_base: Path, judge: tuple[str, list[str]]) -> dict[str, list[str]]:
+def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same vocabulary."""
+    model, folder = AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(files: Path, tiny_base: Path, tuned: Path, judge: tuple[str, list[str]]) -> dict[str, list[str]]:
     return {
         "evaluate": [
-            "evaluate", f"base={tiny_base}", "--reference", f"{tiny_base}", "--suite", f"{files}/suites/all.yaml",
+            "evaluate", f"base={tuned}", "--reference", f"{tiny_base}", "--suite", f"{files}/suites/all.yaml",
             "--mt_bench", f"{files}/bench", "--judge_url", judge[0], "--judge_model", "kind", "--batch_size", "4",
             "--targets", f"{files}/targets.json", "--output", "evaluate",
         ],
         "redteam": [
-            "redteam", f"base={tiny_base}", "--behaviors", f"{files}/behaviors.csv",
+            "redteam", f"base={tuned}", "--behaviors", f"{files}/behaviors.csv",
             "--benign", f"{files}/benign.csv", "--targets", f"{files}/targets.json",
             "--second_judge", "likelihood", "--attacks", "direct,gcg,uat,zero_shot", "--attacker", f"{tiny_base}",
             "--options", f"{files}/options.yaml", "--cases", "2", "--max_new_tokens", "8", "--batch_size", "4",
@@ -213,7 +250,9 @@ def found(
             few = [*commands["evaluate"], "--only", "displacement,accuracy,kl"]
             (folder / "failing").mkdir()
             failing = {"cwd": str(folder / "failing"), "arguments": few, "fail": True}
-            spec += [failing, {**failing, "fail": False}]
+            again = [*commands["evaluate"], "--only", "lm_eval"]  # of which one process finds its answers and one not
+            gone = ["*/base/sums.json", "*/base/written.json", "*/base/prose.json", "*/work/*/*/lm_eval/*_rank1.db"]
+            spec += [failing, {**failing, "fail": False}, {"cwd": str(folder), "arguments": again, "remove": gone}]
         else:
             _half_of(alone[0], folder)
             spec[0]["arguments"] = [*commands["evaluate"], "--skip", "lm_eval"]  # whose files take long to read
@@ -268,14 +307,14 @@ def test_files_are_those_of_one_process(size: int, found: Any, alone: tuple[Path
 def test_one_process_prints_and_asks(found: Any, alone: tuple[Path, list[str]]) -> None:
     folder, _, asked = found[2]
     assert asked == alone[1]
-    assert len(asked) == 48
-    assert (folder / "said.txt").read_text().count("see them with:") == 3  # of three calls
-    assert len(found[3][2]) == 48 - 12  # 12 of the judgements stood in the file
+    assert len(asked) == 48 + 5
+    assert (folder / "said.txt").read_text().count("see them with:") == 4  # of four calls
+    assert len(found[3][2]) == 48 - 12 + 5  # 12 of the judgements stood in the file
 
 
 def test_a_measure_that_fails_in_one_process_costs_no_other(found: Any, alone: tuple[Path, list[str]]) -> None:
     folder, outcomes, _ = found[2]
-    assert outcomes[0]["codes"][2:] == [1, 0]  # and the same again, where nothing fails
+    assert outcomes[0]["codes"][2:] == [1, 0, 0]  # and the same again, where nothing fails
     assert "base, displacement: failed: RuntimeError: this process only" in (folder / "said.txt").read_text()
     want, got = _content(alone[0] / "evaluate"), _content(folder / "failing" / "evaluate")
     for measure in ("accuracy", "kl", "displacement"):
@@ -327,6 +366,23 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(
     with _one_thread():
         assert cli.main(command) == 0
     assert {path.name for path in (tmp_path / "out" / "base").iterdir()} == {"accuracy.json", "diversity.json"}
+
+
+@pytest.mark.parametrize(("what", "code"), [("broken failed in process 1", 1), ("no tokenizer could be loaded", 2)])
+def test_what_stops_one_process_is_said_once(
+    what: str, code: int, files: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """A task that fails where only lm-eval's processes meet; and what fails in all of them alike."""
+    model = tiny_base if code == 1 else tmp_path
+    done = subprocess.run(
+        [sys.executable, "-m", "plot_align.cli", "evaluate", f"base={model}", "--suite", f"{files}/suites/broken.yaml",
+         "--output", "out", "--num_processes", "2"],
+        env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert what in done.stderr
+    assert done.stderr.count("plot-align: ") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_a_batch_samples_the_same_whatever_was_sampled_before(tiny_base: Path) -> None:
