@@ -67,7 +67,8 @@ TASKS = {
         dataset_kwargs: {{data_files: {{test: {folder}/sums.jsonl}}}}
         output_type: multiple_choice
         test_split: test
-        doc_to_text: !function only_here.fails
+        doc_to_text: "{{{{question}}}}"
+        process_results: !function only_here.fails
         doc_to_choice: "{{{{choices}}}}"
         doc_to_target: gold
         metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
@@ -153,7 +154,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (suites / "all.yaml").write_text(SUITE.format(folder=folder))
     (suites / "broken.yaml").write_text(BROKEN.format(folder=folder))
     (folder / "only_here.py").write_text(
-        "import os\n\n\ndef fails(doc):\n    return doc['question'] if os.environ['RANK'] == '0' else 1 / 0\n"
+        "import os\n\n\ndef fails(doc, results):\n    return {'acc': 1 if os.environ['RANK'] == '0' else 1 / 0}\n"
     )
     (suites / "killed.yaml").write_text(KILLED.format(folder=folder))
     asked = [f"what is {i} plus {'1' * (i % 7)} ?" for i in range(160)]
