@@ -33,7 +33,7 @@ stem:
   sums: {{kind: lm_eval, task: sums, include_path: {folder}}}
   written: {{kind: lm_eval, task: written, include_path: {folder}}}
   drawn: {{kind: lm_eval, task: written, include_path: {folder}, gen_kwargs: {{do_sample: true, temperature: 1.0}}}}
-  two: {{kind: lm_eval, task: sums, include_path: {folder}, limit: 2}}
+  one: {{kind: lm_eval, task: sums, include_path: {folder}, limit: 1}}
 guards:
   accuracy: {{kind: preference_accuracy, pairs: {folder}/pairs.jsonl}}
   prose: {{kind: lm_eval, task: prose, include_path: {folder}}}

@@ -85,7 +85,8 @@ def own_batches(data: Any, batch_size: int, rank: int = 0, ranks: int = 1) -> It
 def splits_files(data: Any, ranks: int) -> bool:
     """Whether each rank reads files of its own."""
     plain = type(getattr(data, "_ex_iterable", None)).__name__ in ("ArrowExamplesIterable", "ExamplesIterable")
-    return ranks > 1 and plain and data.num_shards % ranks == 0 and not data.epoch
+    begun = plain and (data.epoch or getattr(data, "_starting_state_dict", None))  # shuffled again, or resumed
+    return ranks > 1 and plain and not begun and data.num_shards % ranks == 0
 
 
 def readable(stream: Iterator[Any]) -> Iterator[Any]:
