@@ -68,6 +68,7 @@ def mechanism() -> dict[str, Any]:
     found["main fails"] = caught(lambda: on_main(lambda: fails(0)))
     found["everywhere"] = everywhere(rank)
     found["one fails"] = caught(lambda: everywhere(lambda: fails(1)))
+    found["one job fails"] = caught(lambda: everywhere(lambda: list(each(times, [1, -4]))))
     found["still in step"] = [product for product, _ in each(times, [5])]
     found["alone"] = caught(lambda: everywhere(lambda: fails_before_meeting(1)))
     return found

@@ -337,6 +337,8 @@ def test_processes_share_jobs_and_errors(size: int, found: Any) -> None:
         assert outcome["main fails"][0] == ("RunError" if rank else "Stubborn")
         assert outcome["everywhere"] == rank
         assert outcome["one fails"][0] == ("Stubborn" if rank == 1 else "RunError")
+        assert outcome["one job fails"][0] == "ValueError"
+        assert rank == 1 or "in process 1" in outcome["one job fails"][2]  # where it arose, for the measure's log
         assert outcome["still in step"] == [15]
         assert outcome["alone"][0] == "OutOfStep"
         assert "failed by itself (RunError: Stubborn: not here)" in outcome["alone"][1]

@@ -155,9 +155,11 @@ class _Outcome:
     trace: str = ""
 
     def unwrapped(self) -> Any:
-        if self.error is not None:
-            raise self.error from (RuntimeError(self.trace) if self.trace else None)
-        return self.result
+        if self.error is None:
+            return self.result
+        if not self.trace:
+            raise self.error
+        raise self.error from RuntimeError(self.trace)
 
     @classmethod
     def of(cls, compute: Callable[[], Any]) -> _Outcome:
