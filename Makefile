@@ -1,6 +1,6 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          all tests
-# make check         lint, format, types
+# make check         lint, format, imports, types
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +20,7 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 install: $(VENV)/.installed
@@ -35,5 +36,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist
 	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 
-from plot_align.bench import HeadProblem, compare
-from plot_align.bench.run import release
+from head_problem import HeadProblem, release
+from plot_align.bench import compare, interleaved
 from plot_align.config import PlotConfig
 from plot_align.errors import PlotAlignError
 from plot_align.io import complete_or_absent, require_writable
 from plot_align.records import read_record, write_record
-from plot_align.trl.overhead import interleaved
 
 ROWS = 4  # sequences of a micro-batch, two of them chosen
 GRANULARITIES = ("batch", "sequence", "token")
@@ -55,7 +54,7 @@ SIZES = {
 
 
 def plot(granularity: str, geometry: str) -> PlotConfig:
-    return PlotConfig(granularity=granularity, geometry=geometry)  # type: ignore[arg-type]
+    return PlotConfig.from_options(granularity=granularity, geometry=geometry)  # type: ignore[arg-type]
 
 
 # Lines of the two panels with a size on the axis; then every pair of granularity and geometry that a panel shows.

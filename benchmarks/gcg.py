@@ -250,7 +250,7 @@ def compare(ours: Child, theirs: Child, folder: Path, args: argparse.Namespace, 
             say(f"round {k + 1} of {args.rounds}: {name}")
             runs[name].append(children[name].ask("run", **alike, **own[name], steps=args.steps, seed=k))
 
-    from plot_align.trl.overhead import paired_ratio
+    from plot_align.bench import paired_ratio
 
     seconds = {name: [run["seconds"] for run in done] for name, done in runs.items()}
     cpu = {name: [run["cpu_seconds"] for run in done] for name, done in runs.items()}

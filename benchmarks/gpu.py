@@ -35,24 +35,25 @@ if "--tiny" in sys.argv:
 
 import torch
 
-from plot_align.bench import SHAPES, HeadProblem, Shape, StepProblem, compare, measure_machine
-from plot_align.bench.accuracy import DTYPES, cases, errors, failures, tolerance
-from plot_align.bench.head import OUTPUTS
-from plot_align.bench.ratios import extra_seconds
-from plot_align.bench.run import Setting, measure_step, out_of_memory, plain_rounds, random_weights, release
+from head_accuracy import DTYPES, cases, errors, failures, tolerance
+from head_problem import OUTPUTS, HeadProblem, extra_seconds, release
+from machine import measure_machine
+from plot_align.bench import StepProblem, compare
+from plot_align.bench.run import Setting, measure_step, out_of_memory, plain_rounds
 from plot_align.bench.show import arms_table, milliseconds, ratio
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, PlotAlignError
 from plot_align.head import HeadSpec
 from plot_align.records import commit, hardware, read_record, versions, write_record
+from shapes import SHAPES, Shape, random_weights
 
 TIME_TARGET, MEMORY_TARGET = 1.005, 1.01
 MODELS = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")
 PLOTS = {
     "batch": PlotConfig(),
-    "batch, norm": PlotConfig(geometry="norm"),
+    "batch, norm": PlotConfig.from_options(geometry="norm"),
     "sequence": PlotConfig(granularity="sequence"),
-    "token, norm": PlotConfig(granularity="token", geometry="norm"),
+    "token, norm": PlotConfig.from_options(granularity="token", geometry="norm"),
     "token, 16 slices": PlotConfig(granularity="token"),
 }
 VOCABULARIES = (32_000, 50_257, 128_256, 152_064, 256_001, 262_144)
@@ -116,7 +117,8 @@ class Run:
     def setting(self, shape: Shape, rows: int) -> Setting:
         return Setting(
             rows=rows, length=shape.length, method="dpo", device=self.device, dtype=self.dtype, bf16=False,
-            checkpointing=True, use_peft=False, plot=PlotConfig(plot_impl="triton"), repeats=self.plan.repeats,
+            checkpointing=True, use_peft=False, plot=PlotConfig.from_options(plot_impl="triton"),
+            repeats=self.plan.repeats,
         )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def head(run: Run, seconds: float, *, shape: Shape, rows: int) -> dict[str, Any]
 def step(run: Run, seconds: float, *, shape: Shape, rows: int) -> dict[str, Any]:
     """Whole steps, and whether the targets are met."""
     setting = run.setting(shape, rows)
-    model, tokenizer = random_weights(shape, setting)
+    model, tokenizer = random_weights(shape, setting.device, setting.dtype)
     problem = StepProblem(model, tokenizer, rows, shape.length, checkpointing=setting.checkpointing)
     found = measure_step(problem, setting.plot, plain_rounds(setting, lambda *_: None, budget=seconds))
     on, against = found["arms"]["on"], found["against_trl"]["training"]

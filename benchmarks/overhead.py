@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from plot_align.bench import SHAPES, HeadProblem, Shape, StepProblem, compare
-from plot_align.bench.shapes import random_model, word_tokenizer
+from head_problem import HeadProblem
+from plot_align.bench import Arm, Samples, StepProblem, compare, interleaved
 from plot_align.bench.show import arms_table
 from plot_align.config import PlotConfig
 from plot_align.records import write_record
-from plot_align.trl.overhead import Arm, Samples, interleaved
+from shapes import SHAPES, Shape, random_weights
 
 SHAPES = dict(SHAPES)  # a rehearsal puts small ones in their place, here and nowhere else
 HEAD_ARMS = {
@@ -46,7 +46,7 @@ STEP_ARMS = {
     "on": ("on", PlotConfig()),
     "measured": ("measured", PlotConfig()),
     "paper": ("on", PlotConfig.paper()),
-    "separate": ("on", PlotConfig(plot_backend="separate")),
+    "separate": ("on", PlotConfig.from_options(plot_backend="separate")),
     "trl": ("trl", None),
 }
 
@@ -63,8 +63,7 @@ def head_arms(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[d
 
 def step_arms(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Arm], Correct]:
     """DPO on a random-weight model of this shape; gradient checkpointing on a GPU."""
-    model = random_model(shape, device, dtype)
-    tokenizer = word_tokenizer(shape.vocab)
+    model, tokenizer = random_weights(shape, device, dtype)
     problem = StepProblem(model, tokenizer, shape.rows, shape.length, checkpointing=device.type != "cpu")
     return {name: functools.partial(problem.arm, *arm) for name, arm in STEP_ARMS.items()}, dict
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from plot_align.bench import interleaved, paired_ratio
 from plot_align.records import measure, write_record
 from plot_align.transport import Divergence, make_divergence
 from plot_align.transport.geometry import line, slices
-from plot_align.trl.overhead import interleaved, paired_ratio
 
 BASE = "w1/norm"
 CALLS = 5  # a call of W1 takes about a millisecond, less than other programs may take the processor away for

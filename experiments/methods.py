@@ -29,7 +29,7 @@ PLAIN = (
     Arm("ORPO", method="orpo"),
 )
 DEFT_ON = ("DPO", "PRO")
-DEFT = {"log": PlotConfig(divergence="deft_log"), "prob": PlotConfig(divergence="deft_prob")}
+DEFT = {"log": PlotConfig.from_options(divergence="deft_log"), "prob": PlotConfig.from_options(divergence="deft_prob")}
 
 
 def arms() -> list[Arm]:

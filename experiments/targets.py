@@ -54,12 +54,15 @@ def arms() -> list[Arm]:
     """Plain DPO at three β, DPO+SFT, every term on them, and the other methods."""
     sigmoid, sft = ("sigmoid",), ("sigmoid", "sft")
     found = [Arm("DPO", sigmoid), Arm("DPO, β 0.3", sigmoid, beta=0.3), Arm("DPO, β 1", sigmoid, beta=1.0)]
-    found += [Arm(name, sigmoid, PlotConfig(**options)) for name, options in TERMS.items()]
-    found += [Arm("DPO+SFT", sft), *(Arm(name, sft, PlotConfig(**options)) for name, options in ON_SFT.items())]
+    found += [Arm(name, sigmoid, PlotConfig.from_options(**options)) for name, options in TERMS.items()]
+    found += [
+        Arm("DPO+SFT", sft),
+        *(Arm(name, sft, PlotConfig.from_options(**options)) for name, options in ON_SFT.items()),
+    ]
     for name, method in METHODS.items():
         beta = 2.0 if method == "simpo" else None
         found.append(Arm(name, method=method, beta=beta))
-        terms = {f"{name}, {term}": PlotConfig(**options) for term, options in ELSEWHERE.items()}
+        terms = {f"{name}, {term}": PlotConfig.from_options(**options) for term, options in ELSEWHERE.items()}
         found += [Arm(title, method=method, beta=beta, plot=term) for title, term in terms.items()]
     return found
 

@@ -22,9 +22,10 @@ def _run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
+@pytest.mark.parametrize("module", ["plot_align", "plot_align.cli.main"])
+def test_importing_it_loads_nothing_heavy(module: str) -> None:
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy', 'rich'}"
-    assert _run(f"import plot_align, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert _run(f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
 
 
 def test_importing_the_package_is_faster_than_importing_torch() -> None:

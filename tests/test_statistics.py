@@ -182,9 +182,9 @@ def test_holm_wants_p_values() -> None:
         holm({"a": 5})
 
 
-def test_a_mean_has_the_interval_that_scipy_gives() -> None:
-    """SciPy's percentile bootstrap of the same 80 values: both ends within a twentieth of the width."""
-    values = np.random.default_rng(3).gamma(2.0, size=80)
+def test_a_mean_of_few_kinds_of_items_has_scipys_interval() -> None:
+    """300 values of three kinds: both ends within a twentieth of the width."""
+    values = np.random.default_rng(3).integers(0, 3, size=300).astype(float)
     found = mean(values.tolist(), seed=5)
     reference = scipy.stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(0))
     low, high = reference.confidence_interval
@@ -192,11 +192,13 @@ def test_a_mean_has_the_interval_that_scipy_gives() -> None:
     assert found["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
 
 
-def test_a_weighted_mean_resamples_weights_with_their_values() -> None:
-    """SciPy's paired bootstrap of a ratio."""
+@pytest.mark.parametrize("few", [False, True])
+def test_a_weighted_mean_resamples_weights_with_their_values(few: bool) -> None:
+    """SciPy's paired bootstrap of a ratio; ``few``: 60 items of 6 kinds."""
     rng = np.random.default_rng(4)
-    weights = rng.integers(1, 40, size=60).astype(float)
-    values = rng.normal(2.0, 1.0, size=60) + weights / 20
+    size = 6 if few else 60
+    weights = np.resize(rng.integers(1, 40, size=size).astype(float), 60)
+    values = np.resize(rng.normal(2.0, 1.0, size=size), 60) + weights / 20
     found = mean(values.tolist(), weights=weights.tolist(), seed=1)
 
     def ratio(v: np.ndarray, w: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -210,10 +212,11 @@ def test_a_weighted_mean_resamples_weights_with_their_values() -> None:
     assert found["interval"] == pytest.approx([low, high], abs=0.05 * (high - low))
 
 
-def test_the_p_value_is_scipys() -> None:
-    """40 differences: SciPy's sign-flip permutation test with its own random signs."""
+@pytest.mark.parametrize("few", [False, True])
+def test_the_p_value_is_scipys(few: bool) -> None:
+    """40 differences: SciPy's sign-flip permutation test with its own random signs; ``few``: of 4 sizes and 0."""
     rng = np.random.default_rng(6)
-    d = rng.normal(0.15, 1.0, size=40)
+    d = np.clip(np.round(rng.normal(0.6, 2.0, size=40)), -4, 4) if few else rng.normal(0.15, 1.0, size=40)
     found = paired_difference(_by_name(list(d)), _by_name([0.0] * 40), bounds=None, seed=2)
     reference = scipy.stats.permutation_test((d,), np.mean, permutation_type="samples", rng=np.random.default_rng(0))
     assert found["p"] == pytest.approx(reference.pvalue, abs=0.02)

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from plot_align.config import PlotConfig
     from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
     from plot_align.methods.pro_loss import pro_loss
-    from plot_align.plot import PlotLoss
+    from plot_align.plot import BalancedAlpha, PlotLoss
     from plot_align.preference.datasets import load_pairs
     from plot_align.preference.distribution import PreferenceDistribution
     from plot_align.preference.estimation import estimate
-    from plot_align.transport import Geometry, line, make_divergence
     from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer, attach
 
 __all__ = [
-    "Geometry",
+    "BalancedAlpha",
     "PROConfig",
     "PROTrainer",
     "PlotConfig",
@@ -36,14 +35,12 @@ __all__ = [
     "attach",
     "errors",
     "estimate",
-    "line",
     "load_pairs",
-    "make_divergence",
     "pro_loss",
 ]
 
 _HOME = {
-    "Geometry": "plot_align.transport",
+    "BalancedAlpha": "plot_align.plot",
     "PROConfig": "plot_align.methods.pro",
     "PROTrainer": "plot_align.methods.pro",
     "PlotConfig": "plot_align.config",
@@ -54,9 +51,7 @@ _HOME = {
     "PreferenceDistribution": "plot_align.preference.distribution",
     "attach": "plot_align.trl",
     "estimate": "plot_align.preference.estimation",
-    "line": "plot_align.transport",
     "load_pairs": "plot_align.preference.datasets",
-    "make_divergence": "plot_align.transport",
     "pro_loss": "plot_align.methods.pro_loss",
 }
 

@@ -1,12 +1,85 @@
-"""The options of the PLOT term, as a dataclass that the command line and YAML files share."""
+"""The options of the PLOT term: those that users turn, and those that experiments turn."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from plot_align.errors import InputError
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class PlotAblations:
+    """Other distances, targets and implementations: what an experiment changes, and a training run leaves alone.
+
+    Raises:
+        InputError: an option outside its range; the message names it.
+    """
+
+    _argument_group_name = "ablations"  # where HfArgumentParser lists them
+
+    target_scope: Literal["auto", "dataset", "batch"] = _option(
+        "auto",
+        "auto: batch if target=auto, else dataset. batch: a target for each micro-batch, anchored on the reference "
+        "model's output at the same positions or counted in the micro-batch's own tokens. dataset: one target for "
+        "the whole training set.",
+    )
+    target_temperature: float = _option(1.0, "Temperature of target=softmax, in units of max|d| / ln V.")
+    reference_rows: int = _option(
+        512, "Training rows from which target=anchored estimates the reference model's output."
+    )
+    divergence: Literal["w1", "sinkhorn", "emo", "kl", "js", "tv", "deft_log", "deft_prob"] = _option(
+        "w1",
+        "w1: optimal transport on lines. sinkhorn: entropy-regularised transport on a small support. emo: expected "
+        "cosine cost. kl, js, tv: these ignore the embeddings. deft_log, deft_prob: DEFT's distribution reward "
+        "instead of a distance, in its two readings.",
+    )
+    geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = _option(
+        "sliced",
+        "With divergence=w1: a token's coordinate. sliced, max_sliced: its place on random directions, whose "
+        "distances are averaged or the largest taken. norm: the norm of its embedding, our reading of the paper. "
+        "principal: its place on the first principal axis. vocabulary: its id.",
+    )
+    norm_order: float = _option(2.0, "With geometry=norm: the order of the norm, 1 or more, or inf.")
+    slices: int = _option(16, "With geometry=sliced or max_sliced: how many random directions.")
+    geometry_seed: int = _option(0, "Seed of the random directions and of sinkhorn's clusters.")
+    scaled: bool = _option(True, "Scale coordinates so that two random tokens are at distance 1 on average.")
+    sinkhorn_support: Literal["topk", "clusters"] = _option(
+        "topk", "topk: the largest tokens of both sides, and one for the rest. clusters: k-means clusters of tokens."
+    )
+    sinkhorn_size: int | None = _option(None, "Tokens of each side, or clusters. Default: 96 tokens, 256 clusters.")
+    sinkhorn_epsilon: float = _option(0.1, "Strength of the entropy, relative to the cost of a random move.")
+    sinkhorn_iterations: int = _option(100, "Most iterations. A warning says if they were too few.")
+    plot_backend: Literal["fused", "separate"] = _option(
+        "fused",
+        "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway. separate: a head pass of its "
+        "own, for other TRL versions.",
+    )
+    plot_impl: Literal["auto", "torch", "triton"] = _option(
+        "auto", "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."
+    )
+    plot_block_mib: int | None = _option(
+        None,
+        "MiB of logits in memory at a time. Default: as much as is free, but no more than TRL's head or the head's "
+        "gradient takes anyway.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_number(self, "target_temperature", lambda x: 0 < x < math.inf, "a positive number")
+        _check_number(self, "sinkhorn_epsilon", lambda x: 0 < x < math.inf, "a positive number")
+        _check_number(self, "norm_order", lambda x: x >= 1, "a number of 1 or more, or infinity")
+        for name in ("reference_rows", "slices", "sinkhorn_iterations"):
+            _check_number(self, name, lambda x: x >= 1, "1 or more")
+        for name in ("sinkhorn_size", "plot_block_mib"):
+            _check_number(self, name, lambda x: x >= 1, "1 or more, or none", optional=True)
 
 
 @dataclass
@@ -14,180 +87,166 @@ class PlotConfig:
     """``L = L_vanilla + α·L_PLOT``: how the term is built, and how much it weighs.
 
     Raises:
-        InputError: an option outside its range; the message names it.
+        InputError: an option outside its range, or options that exclude each other; the message names them.
     """
 
-    alpha: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the PLOT term; 0 trains exactly as TRL does without it. Default: balanced."},
+    _argument_group_name = "PLOT"  # where HfArgumentParser lists them
+
+    alpha: float | None = _option(
+        None,
+        "Weight of the PLOT term. 0 trains exactly as TRL does without it. Default: balanced, see alpha_schedule.",
     )
-    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] | None = field(
-        default=None,
-        metadata={"help": "linear, cosine: from alpha to alpha_end over the run. balance: alpha is chosen as training "
-                          "goes, so that PLOT's gradient is balance_ratio times the vanilla loss's. Default: constant "
-                          "where alpha is given, else balance."},
-    )  # fmt: skip
-    alpha_end: float = field(default=0.0, metadata={"help": "Weight after the last step of linear and cosine."})
-    balance_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Of alpha_schedule=balance: norm of PLOT's gradient over the vanilla one's, at the head. "
-                          "Default: 0.5; 0.1 for DEFT's reward, which pulls the same way at every step."},
-    )  # fmt: skip
-    target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = field(
-        default="auto",
-        metadata={"help": "How token preferences become a target distribution. anchored: the reference model's own "
-                          "output, shifted by them. chosen: the preferred tokens' own frequencies. relu: our reading "
-                          "of the paper. auto: anchored where the training step runs the reference model (DPO, KTO), "
-                          "else chosen."},
-    )  # fmt: skip
-    target_scope: Literal["auto", "dataset", "batch"] = field(
-        default="auto",
-        metadata={"help": "batch: one target a micro-batch, anchored on the reference's own output at the same "
-                          "positions, or counted in the micro-batch's own tokens. auto: batch with target=auto, else "
-                          "dataset."},
-    )  # fmt: skip
-    target_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of target=softmax, in units of max|d| / ln V."}
+    balance_ratio: float | None = _option(
+        None,
+        "With alpha_schedule=balance: norm of PLOT's gradient divided by that of the vanilla loss, at the head. "
+        "Default: 0.5, or 0.1 for DEFT's reward, which pulls the same way at every step.",
     )
-    target_strength: float = field(
-        default=0.1, metadata={"help": "How far target=anchored shifts the reference distribution by the preferences."}
+    alpha_schedule: Literal["constant", "linear", "cosine", "balance"] | None = _option(
+        None,
+        "constant: alpha throughout. linear, cosine: from alpha to alpha_end over the run. balance: alpha is set "
+        "during training so that PLOT's gradient is balance_ratio times the vanilla one. Default: constant if alpha "
+        "is given, else balance.",
     )
-    reference_rows: int = field(
-        default=512, metadata={"help": "Training rows from which target=anchored estimates the reference."}
+    alpha_end: float = _option(0.0, "With alpha_schedule=linear or cosine: weight after the last step.")
+    target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = _option(
+        "auto",
+        "How token preferences become a target distribution. auto: anchored if training runs the reference model "
+        "(DPO, KTO), else chosen. anchored: the reference model's own output, shifted by the preferences. chosen: "
+        "frequencies in the preferred completions. relu: our reading of the paper. shift, softmax: variants of it.",
     )
-    divergence: Literal["w1", "sinkhorn", "emo", "kl", "js", "tv", "deft_log", "deft_prob"] = field(
-        default="w1",
-        metadata={"help": "w1: optimal transport on lines. sinkhorn: entropy-regularised, on a small support. emo: "
-                          "expected cosine cost. kl, js, tv (the 0-1 cost) ignore the embeddings. deft_log, "
-                          "deft_prob: DEFT's distribution reward in the distance's place, in its two readings."},
-    )  # fmt: skip
-    geometry: Literal["norm", "principal", "vocabulary", "sliced", "max_sliced"] = field(
-        default="sliced",
-        metadata={"help": "Of divergence=w1, a token's coordinate: its place on random directions (mean or largest "
-                          "distance), norm of its embedding (our reading of the paper), its place on the first "
-                          "principal axis, or its bare id (ablation)."},
-    )  # fmt: skip
-    norm_order: float = field(default=2.0, metadata={"help": "The l of geometry=norm, 1 or more; .inf is allowed."})
-    slices: int = field(default=16, metadata={"help": "Random directions of geometry=sliced and max_sliced."})
-    geometry_seed: int = field(default=0, metadata={"help": "Of the random directions, and of sinkhorn's clusters."})
-    sinkhorn_support: Literal["topk", "clusters"] = field(
-        default="topk", metadata={"help": "The largest tokens of both sides and a rest, or k-means clusters."}
+    target_strength: float = _option(
+        0.1, "With target=anchored: how far the preferences shift the reference model's output."
     )
-    sinkhorn_size: int | None = field(
-        default=None, metadata={"help": "Tokens of each side, or clusters; default 96 tokens, 256 clusters."}
+    granularity: Literal["batch", "sequence", "token"] = _option(
+        "batch",
+        "What is compared with the target: the mean output of a micro-batch, that of each sequence, or each position.",
     )
-    sinkhorn_epsilon: float = field(
-        default=0.1, metadata={"help": "Strength of the entropy, relative to the cost of a random move."}
+    positions: Literal["chosen", "rejected", "all"] = _option(
+        "chosen",
+        "Completions whose positions count. Online methods tell chosen from rejected by the sign of the advantage.",
     )
-    sinkhorn_iterations: int = field(default=100, metadata={"help": "At most; a warning says where it was too few."})
-    scaled: bool = field(
-        default=True, metadata={"help": "Scale coordinates so that two random tokens are at distance 1 on average."}
+    pool: bool = _option(False, "Average the output distribution over all ranks before it is compared.")
+    grad_ratio_steps: int = _option(
+        50, "Log the ratio of PLOT's gradient to the vanilla one every this many steps. 0: never."
     )
-    granularity: Literal["batch", "sequence", "token"] = field(
-        default="batch", metadata={"help": "What is compared with the target: the mean output of a micro-batch, of a "
-                                           "sequence, or each position."}
-    )  # fmt: skip
-    positions: Literal["chosen", "rejected", "all"] = field(
-        default="chosen",
-        metadata={"help": "Completions whose positions count; online methods choose by the sign of the advantage."},
-    )
-    pool: bool = field(
-        default=False, metadata={"help": "Average the output distribution over all ranks before comparing it."}
-    )
-    grad_ratio_steps: int = field(
-        default=50, metadata={"help": "Log the ratio of PLOT's to the vanilla gradient every so many steps; 0: never."}
-    )
-    plot_backend: Literal["fused", "separate"] = field(
-        default="fused",
-        metadata={"help": "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway; free. "
-                          "separate: a head pass of its own, for other TRL versions."},
-    )  # fmt: skip
-    plot_impl: Literal["auto", "torch", "triton"] = field(
-        default="auto",
-        metadata={"help": "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."},
-    )
-    plot_block_mib: int | None = field(
-        default=None,
-        metadata={"help": "MiB of logits in memory at a time. Default: by what is free, and no more than TRL's "
-                          "head or the head's gradient takes anyway."},
-    )  # fmt: skip
+    ablations: PlotAblations = field(default_factory=PlotAblations)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name, value in asdict(self).items():
-            choices = _choices(hints[name])
-            if choices and value not in choices and not (value is None and name == "alpha_schedule"):
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        _check_choices(self)
+        for name in ("alpha", "alpha_end"):
+            _check_number(
+                self, name, lambda x: 0 <= x < math.inf, "a finite number, 0 or more", optional=name == "alpha"
+            )
+        _check_number(self, "balance_ratio", lambda x: 0 < x < math.inf, "a positive number", optional=True)
+        _check_number(self, "target_strength", lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+        _check_number(self, "grad_ratio_steps", lambda x: x >= 0, "0 (never) or a number of steps")
+        self._check_alpha()
+        self._check_combinations()
+
+    def _check_alpha(self) -> None:
         if self.alpha is None and self.schedule != "balance":
             raise InputError(
                 f"alpha is missing with alpha_schedule={self.alpha_schedule!r}; expected the weight it starts from: "
                 "give alpha, or set alpha_schedule='balance'."
             )
-        numbers = (
-            "alpha", "alpha_end", "balance_ratio", "norm_order", "target_temperature", "target_strength",
-            "sinkhorn_epsilon",
-        )  # fmt: skip
-        for name in numbers:
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            self._require(name, is_number or (name in ("alpha", "balance_ratio") and value is None), "a number")
-        for name in ("alpha", "alpha_end"):
-            value = getattr(self, name)
-            self._require(name, value is None or (value >= 0 and math.isfinite(value)), "a finite number, 0 or more")
-        self._require("norm_order", self.norm_order >= 1, "a number of 1 or more, or infinity")
-        for name in ("balance_ratio", "target_temperature", "sinkhorn_epsilon"):
-            value = getattr(self, name)
-            self._require(name, value is None or (value > 0 and math.isfinite(value)), "a positive number")
-        strength = self.target_strength
-        self._require("target_strength", strength >= 0 and math.isfinite(strength), "a finite number, 0 or more")
-        self._require("reference_rows", self.reference_rows >= 1, "a positive number of rows")
-        for name in ("slices", "sinkhorn_iterations"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        self._require("sinkhorn_size", self.sinkhorn_size is None or self.sinkhorn_size >= 1, "1 or more, or none")
-        self._require("plot_block_mib", self.plot_block_mib is None or self.plot_block_mib >= 1, "1 or more, or none")
-        self._require("grad_ratio_steps", self.grad_ratio_steps >= 0, "0 (never) or a number of steps")
         if self.alpha_end != 0 and self.schedule not in ("linear", "cosine"):
             raise InputError(
                 f"alpha_end is {self.alpha_end:g} with alpha_schedule={self.schedule!r}, which has no end; expected "
                 "alpha_schedule='linear' or 'cosine', or no alpha_end."
             )
+
+    def _check_combinations(self) -> None:
+        scope, backend = self.ablations.target_scope, self.ablations.plot_backend
         if self.pool and self.granularity != "batch":
             raise InputError(
                 f"pool is on with granularity={self.granularity!r}; only granularity='batch' has one distribution "
                 "to average over the ranks: set granularity='batch' or leave pool off."
             )
-
-        if self.pool and self.divergence == "deft_log":
+        if self.pool and self.ablations.divergence == "deft_log":
             raise InputError(
                 "pool is on with divergence='deft_log', which reads hidden states and no output distribution that "
                 "could be averaged; leave pool off."
             )
-        if self.target_scope == "batch" and self.granularity == "token" and not self.is_reward:
+        if scope == "batch" and self.granularity == "token" and not self.is_reward:
             raise InputError(
                 "target_scope is 'batch' with granularity='token'; a single position has no distribution of its own "
                 "to be compared with: expected granularity='batch' or 'sequence', or target_scope='dataset'."
             )
-        if self.needs_reference and self.plot_backend != "fused":
+        if self.needs_reference and backend != "fused":
             raise InputError(
-                f"target_scope is 'batch' with target='anchored' and plot_backend={self.plot_backend!r}; the "
-                "reference's output is taken in TRL's fused head: expected plot_backend='fused' or "
-                "target_scope='dataset'."
+                f"target_scope is 'batch' with target='anchored' and plot_backend={backend!r}; the reference's output "
+                "is taken in TRL's fused head: expected plot_backend='fused' or target_scope='dataset'."
             )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> PlotConfig:
+        """From the options of both classes by name, as YAML files, flags and saved models have them.
+
+        Raises:
+            InputError: as the constructors do.
+        """
+        names = {f.name for f in dataclasses.fields(PlotAblations)}
+        ablations = PlotAblations(**{name: value for name, value in options.items() if name in names})
+        return cls(**{name: value for name, value in options.items() if name not in names}, ablations=ablations)
+
+    @classmethod
+    def paper(cls, **options: Any) -> PlotConfig:
+        """Our reading of the paper: a constant α (0.1 unless given), the ``relu`` target of the whole data set, W1 of
+        embedding norms, the mean output of a micro-batch. ``options`` of either class go over it."""
+        reading = {"alpha": 0.1, "target": "relu", "target_scope": "dataset", "geometry": "norm"}
+        return cls.from_options(**{**reading, **options})
+
+    def replace(self, **options: Any) -> PlotConfig:
+        """A copy with other values for ``options`` of either class."""
+        return self.from_options(**{**self._flat(), **options})
+
+    def resolve_auto(self, *, reference_forward: bool | None, reference: bool = False) -> PlotConfig:
+        """The options without ``auto``: what is compared with a target has its target from the same positions.
+
+        ``target="auto"`` becomes ``anchored`` on the micro-batch where the training step runs the reference model,
+        else ``chosen`` from the micro-batch's tokens. Where one target serves all (``granularity="token"``,
+        ``target_scope="dataset"``, or a ``reference`` distribution was passed), it becomes ``anchored`` on that, else
+        ``relu``. With any other target ``target_scope="auto"`` is ``dataset``.
+
+        Args:
+            reference_forward: whether the step yields the reference's output; ``None``: each call will tell, and a
+                target of the micro-batch stays ``auto``.
+            reference: whether the reference's mean output over the data set was passed.
+        """
+        scope = self.ablations.target_scope
+        if self.is_reward:
+            return self
+        if self.target != "auto":
+            return self.replace(target_scope="dataset" if scope == "auto" else scope)
+        if scope == "auto":
+            scope = "dataset" if self.granularity == "token" or reference else "batch"
+        if scope == "dataset":
+            return self.replace(target="anchored" if reference else "relu", target_scope=scope)
+        if reference_forward is None:
+            return self.replace(target_scope=scope)
+        is_anchored = reference_forward and self.ablations.plot_backend == "fused"
+        return self.replace(target="anchored" if is_anchored else "chosen", target_scope=scope)
+
+    @property
+    def has_batch_target(self) -> bool:
+        """Whether every micro-batch has a target of its own, made of the positions that are compared with it."""
+        return self.ablations.target_scope == "batch" and not self.is_reward
 
     @property
     def needs_reference(self) -> bool:
         """Whether every step's target is anchored on the reference model's output over the same positions."""
-        return self.target == "anchored" and self.target_scope == "batch" and not self.is_reward
+        return self.target == "anchored" and self.has_batch_target
 
     @property
     def head_options(self) -> dict[str, Any]:
         """What these options say of :class:`plot_align.head.HeadSpec`."""
-        return {"impl": self.plot_impl, "block_bytes": self.plot_block_mib and self.plot_block_mib << 20}
+        block = self.ablations.plot_block_mib
+        return {"impl": self.ablations.plot_impl, "block_bytes": block and block << 20}
 
     @property
     def is_reward(self) -> bool:
         """Whether the term is DEFT's distribution reward, which has no target."""
-        return self.divergence.startswith("deft_")
+        return self.ablations.divergence.startswith("deft_")
 
     @property
     def is_off(self) -> bool:
@@ -207,18 +266,17 @@ class PlotConfig:
     @property
     def unused(self) -> frozenset[str]:
         """Names of the options that change nothing with the others as they are."""
+        divergence, geometry = self.ablations.divergence, self.ablations.geometry
+        on_lines = divergence == "w1"
+        on_directions = on_lines and geometry in ("sliced", "max_sliced")
+        sinkhorn = divergence == "sinkhorn"
         names: set[str] = set()
-        on_lines = self.divergence == "w1"
-        on_directions = on_lines and self.geometry in ("sliced", "max_sliced")
         for used, options in (
             (on_lines, ("geometry", "scaled")),
-            (on_lines and self.geometry == "norm", ("norm_order",)),
+            (on_lines and geometry == "norm", ("norm_order",)),
             (on_directions, ("slices",)),
-            (on_directions or self.divergence == "sinkhorn", ("geometry_seed",)),
-            (
-                self.divergence == "sinkhorn",
-                ("sinkhorn_support", "sinkhorn_size", "sinkhorn_epsilon", "sinkhorn_iterations"),
-            ),
+            (on_directions or sinkhorn, ("geometry_seed",)),
+            (sinkhorn, ("sinkhorn_support", "sinkhorn_size", "sinkhorn_epsilon", "sinkhorn_iterations")),
             (not self.is_reward, ("target", "target_scope")),
             (not self.is_reward and self.target == "softmax", ("target_temperature",)),
             (not self.is_reward and self.target in ("auto", "anchored"), ("target_strength", "reference_rows")),
@@ -229,23 +287,26 @@ class PlotConfig:
                 names.update(options)
         return frozenset(names)
 
-    @classmethod
-    def paper(cls, **options: Any) -> PlotConfig:
-        """Our reading of the paper: a constant α (0.1 unless given), the ``relu`` target of the whole data set, W1 of
-        embedding norms, the mean output of a micro-batch. ``options`` go over it."""
-        reading: dict[str, Any] = {"alpha": 0.1, "target": "relu", "target_scope": "dataset", "geometry": "norm"}
-        return cls(**{**reading, **options})
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InputError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, with the schedule and ratio that apply; an infinite ``norm_order`` becomes ``"inf"``."""
-        options = {**asdict(self), "alpha_schedule": self.schedule, "balance_ratio": self.ratio}
-        if math.isinf(self.norm_order):
+        """Both classes' options by name, JSON-able, with the schedule and ratio that apply; an infinite
+        ``norm_order`` becomes ``"inf"``."""
+        options = {**self._flat(), "alpha_schedule": self.schedule, "balance_ratio": self.ratio}
+        if math.isinf(self.ablations.norm_order):
             options["norm_order"] = "inf"
         return options
+
+    def _flat(self) -> dict[str, Any]:
+        options = asdict(self)
+        ablations = options.pop("ablations")
+        return {**options, **ablations}
+
+
+def _check_choices(options: Any) -> None:
+    hints = get_type_hints(type(options))
+    for entry in dataclasses.fields(options):
+        value, choices = getattr(options, entry.name), _choices(hints[entry.name])
+        if choices and value not in choices and not (value is None and entry.default is None):
+            raise InputError(f"{entry.name} is {value!r}; expected one of {', '.join(choices)}.")
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -254,3 +315,13 @@ def _choices(hint: Any) -> tuple[str, ...]:
         if get_origin(kind) is Literal:
             return get_args(kind)
     return ()
+
+
+def _check_number(
+    options: Any, name: str, holds: Callable[[float], bool], expected: str, *, optional: bool = False
+) -> None:
+    value = getattr(options, name)
+    if value is None and optional:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
+        raise InputError(f"{name} is {value!r}; expected {expected}.")

@@ -1,14 +1,16 @@
-"""Files that are complete or absent, never half-written, and the folder that models are kept in."""
+"""Files: YAML and dataclasses made from it, files that are never half-written, the folder that models are kept in."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, did_you_mean
 
 
 def default_cache_dir() -> Path:
@@ -75,3 +77,74 @@ def require_writable(folder: Path) -> None:
             path.rmdir()
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None
+
+
+def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> dict[str, Any]:
+    """The options in a YAML file, read safely; ``option`` is what named it. ``unique``: no key may stand twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value if unique else ():
+                if not isinstance(key, yaml.ScalarNode):
+                    continue  # refused below: a mapping or a list is no key
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise InputError(f"{option} {path}, line {line}, has {key.value!r} twice; rename or remove one")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
+    return content
+
+
+def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
+    """``kind(**given, **extra)``, lists as tuples where the class says so.
+
+    Args:
+        kind: a dataclass whose annotations are strings (``from __future__ import annotations``).
+        given: from the user. what: how errors call it. extra: from the program; a user cannot set these.
+
+    Raises:
+        InputError: an option that ``kind`` does not have, the nearest right one named, a value of another type, or one
+            that is missing.
+    """
+    known = {field.name: str(field.type) for field in fields(kind) if field.init and field.name not in extra}
+    types = get_type_hints(kind, localns={"float": int | float})
+    options = {}
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(str(name), known, f"expected {', '.join(known) or 'none'}")
+            raise InputError(f"{what} has no option {str(name)!r}; {near}")
+        options[name] = tuple(value) if isinstance(value, list) and "tuple" in known[name] else value
+        if not fits(options[name], types[name]):
+            hint = known[name].replace("None", "null").replace("tuple", "list").replace(", ...", "")
+            raise InputError(f"{what}: {name} is {value!r}, expected {hint}; correct it")
+    for field in fields(kind):
+        required = field.init and field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in {*options, *extra}:
+            raise InputError(f"{what} lacks {field.name}, expected {known[field.name]}; add it")
+    return kind(**extra, **options)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type such as ``int | None``, ``tuple[str, ...]`` or ``Literal["a", "b"]``."""
+    from huggingface_hub.dataclasses import type_validator
+
+    try:
+        type_validator("value", value, kind)
+    except TypeError:
+        return False
+    return True

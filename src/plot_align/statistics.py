@@ -1,7 +1,8 @@
 """Means with their intervals, paired arms, several tests at once.
 
 The unit is the item (a behaviour, a question, a text), never the single case: cases of one behaviour are alike.
-Resampling is done with matrix products, as a report compares hundreds of pairs; the tests hold it against SciPy's.
+A report compares hundreds of pairs, so where SciPy's resampling takes ten times longer it is a matrix product here;
+the tests hold it against SciPy's, and docs/LOG.md has the times.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 from scipy.stats import t as student
 
 from plot_align.errors import InputError
 from plot_align.records import NORMAL_95, measure, wilson
 
-_RESAMPLES = 9999  # scipy.stats' own default; sign flips are enumerated where 2^n is no more
-_LARGE = 5000  # unlike items from which on the normal law is as good as resampling, which would take minutes
-_CELLS = 4_000_000  # of a matrix of resamples: 32 MB
+_RESAMPLES = 9999  # SciPy's default; sign flips are enumerated where 2^n is no more
+_LARGE = 1000  # unlike items from which on the normal law is as good as resampling, which would take seconds
+_BATCH = 1_000_000  # numbers that SciPy draws at once
 _SAME = 1e-12  # differences of rates closer than this differ by rounding only
 
 
@@ -55,7 +56,7 @@ def mean(
 ) -> dict[str, Any]:
     """(Weighted) mean of one value per item with its 95 % percentile bootstrap interval over the items.
 
-    Of 5,000 unlike items and more the interval is the one that the bootstrap tends to: mean ± 1.96·s, s the standard
+    Of 1,000 unlike items and more the interval is the one that the bootstrap tends to: mean ± 1.96·s, s the standard
     error of the ratio Σwv / Σw.
 
     Where all values are equal (v) the bootstrap knows no spread. Of values within ``bounds`` the rule of three takes
@@ -103,7 +104,7 @@ def paired_difference(
     The interval is that of :func:`mean`, the differences lying within ±(high − low) of ``bounds``. The p-value is that
     of the two-sided sign-flip permutation test: exact where the 2ⁿ sign flips are few enough to be enumerated
     (n ≤ 13), from 9,999 random ones and the observed one otherwise, and from the normal law that they tend to where
-    5,000 differences or more are unlike.
+    1,000 differences or more are unlike.
 
     Sources: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993); R. A. Fisher, "The Design of
     Experiments" (1935); J. A. Hanley and A. Lippman-Hand, "If nothing goes wrong, is everything all right?",
@@ -213,37 +214,33 @@ def _interval(
             return (middle, middle) if n > 1 else (-math.inf, math.inf)
         low, high = bounds
         return middle - share_of_others * (middle - low), middle + share_of_others * (high - middle)
-    # Equal items are drawn together: the same distribution, and a share of correct answers has two kinds of items.
     rows, counts = np.unique(np.stack([weights * values, weights], axis=1), axis=0, return_counts=True)  # (k, 2), (k,)
     if len(rows) >= _LARGE:
         middle = float((weights * values).sum() / weights.sum())
         half = NORMAL_95 * math.sqrt(float((weights**2 * (values - middle) ** 2).sum())) / float(weights.sum())
         return middle - half, middle + half
-    kinds = tuple(counts.tolist())
-    sums = np.concatenate([_draws(kinds, seed, batch) @ rows for batch in _batches(len(kinds))])  # (resamples, 2)
     with np.errstate(invalid="ignore"):  # a resample of weight 0 has no mean
-        low, high = np.nanquantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+        if _few(counts):
+            sums = np.random.default_rng(seed).multinomial(n, counts / n, size=_RESAMPLES) @ rows  # (resamples, 2)
+            resampled = sums[:, 0] / sums[:, 1]
+        else:
+            resampled = bootstrap(
+                (weights * values, weights),
+                lambda products, heavy, axis: products.sum(axis) / heavy.sum(axis),
+                paired=True,
+                vectorized=True,
+                method="percentile",
+                n_resamples=_RESAMPLES,
+                batch=max(1, _BATCH // n),
+                rng=np.random.default_rng(seed),
+            ).bootstrap_distribution
+        low, high = np.nanquantile(resampled, [0.025, 0.975])
     return float(low), float(high)
 
 
-def _batches(kinds: int) -> list[range]:
-    """The numbers of the resamples, in pieces whose matrix (piece, kinds) fits memory."""
-    size = max(1, _CELLS // kinds)
-    return [range(start, min(start + size, _RESAMPLES)) for start in range(0, _RESAMPLES, size)]
-
-
-@lru_cache(maxsize=4)  # a report compares many pairs over the same items
-def _draws(counts: tuple[int, ...], seed: int, batch: range) -> np.ndarray:
-    """How many items of each kind each resample has, drawn with replacement from ``counts`` of them: (batch, k)."""
-    rng, n = np.random.default_rng((seed, 0, batch.start)), sum(counts)
-    return rng.multinomial(n, np.array(counts) / n, size=len(batch)).astype(float)
-
-
-@lru_cache(maxsize=4)
-def _signs(counts: tuple[int, ...], seed: int, batch: range) -> np.ndarray:
-    """The sum of ``counts`` random signs of each kind: (batch, k) float64."""
-    rng = np.random.default_rng((seed, 1, batch.start))
-    return 2.0 * rng.binomial(counts, 0.5, size=(len(batch), len(counts))) - np.array(counts)
+def _few(counts: np.ndarray) -> bool:
+    """Whether drawing how many there are of each kind is quicker than drawing every item."""
+    return 2 * len(counts) < counts.sum()
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
@@ -251,19 +248,21 @@ def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
 
     Twice the smaller tail, as SciPy's ``permutation_test`` has it; a sum within rounding of the observed one is a tie.
     """
-    n, observed = len(differences), float(differences.sum())
-    if not differences.any():
+    observed, total = float(differences.sum()), float(np.abs(differences).sum())
+    sizes = np.abs(differences[differences != 0])  # (n,); flipping a zero changes nothing
+    n, rng = len(sizes), np.random.default_rng(seed)
+    kinds, counts = np.unique(sizes, return_counts=True)  # (k,) each
+    if n == 0:
         return 1.0
+    if len(kinds) >= _LARGE:
+        return math.erfc(abs(observed) / math.sqrt(2 * float((sizes**2).sum())))
     exact = 2**n <= _RESAMPLES
     if exact:
-        flips = (1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)) @ differences  # (2^n,)
+        flips = (1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)) @ sizes  # (2^n,)
+    elif _few(counts):
+        flips = (2.0 * rng.binomial(counts, 0.5, size=(_RESAMPLES, len(counts))) - counts) @ kinds  # (resamples,)
     else:
-        sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)  # (k,) each
-        if len(sizes) >= _LARGE:
-            return math.erfc(abs(observed) / math.sqrt(2 * float((differences**2).sum())))
-        kinds = tuple(counts.tolist())
-        flips = np.concatenate([_signs(kinds, seed, batch) @ sizes for batch in _batches(len(kinds))])  # (resamples,)
-    slack = 1e-12 * float(np.abs(differences).sum())
+        flips = (2.0 * rng.integers(0, 2, size=(_RESAMPLES, n), dtype=np.int8) - 1.0) @ sizes
+    tails = (np.sum(flips <= observed + 1e-12 * total), np.sum(flips >= observed - 1e-12 * total))
     extra = 0 if exact else 1  # the observed arrangement is one of the random ones
-    tails = (np.sum(flips <= observed + slack), np.sum(flips >= observed - slack))
     return min(1.0, 2 * (int(min(tails)) + extra) / (len(flips) + extra))

@@ -1,52 +1,38 @@
-"""Options by name and type."""
+"""docs/options.md says what the dataclasses say."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import types
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from plot_align.errors import InputError
-from plot_align.options import build
+from plot_align.config import PlotAblations, PlotConfig
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 
 
-@dataclass
-class Sample:
-    steps: int = 1
-    rate: float | None = None
-    names: tuple[str, ...] | None = None
-    prices: tuple[float, float] | None = None
-    extra: dict[str, Any] | None = None
-    on: bool = False
-    hidden: str = field(default="x", init=False)
+def values(hint: Any) -> str:
+    if get_origin(hint) in (Union, types.UnionType):
+        return values(next(part for part in get_args(hint) if part is not type(None)))
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    return {bool: "`true`, `false`", int: "whole number", float: "number"}[hint]
 
 
-def test_values_reach_their_fields() -> None:
-    given = {"steps": 3, "rate": 2, "names": ["a", "b"], "prices": [1, 2.5], "extra": {"k": 1}, "on": True}
-    made = build(Sample, given, "sample")
-    assert made == Sample(3, 2, ("a", "b"), (1, 2.5), {"k": 1}, True)
-    assert build(Sample, {"rate": None, "names": None}, "sample") == Sample()
+def table(kind: Any) -> str:
+    hints = get_type_hints(kind)
+    rows = ["| option | values | default | |", "|---|---|---|---|"]
+    for option in fields(kind):
+        if option.name != "ablations":
+            default = "" if option.default is None else f"`{str(option.default).lower()}`"
+            text = option.metadata["help"].replace("|", "\\|")
+            rows.append(f"| `{option.name}` | {values(hints[option.name])} | {default} | {text} |")
+    return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"stps": 3}, "sample has no option 'stps'; did you mean 'steps'"),
-        ({"hidden": "y"}, "sample has no option 'hidden'"),
-        ({"steps": "3"}, "sample: steps is '3', expected int; correct it"),
-        ({"steps": 1.5}, "steps is 1.5, expected int"),
-        ({"steps": True}, "steps is True, expected int"),
-        ({"steps": None}, "steps is None, expected int"),
-        ({"on": 1}, "on is 1, expected bool"),
-        ({"names": "a"}, r"names is 'a', expected list\[str\] \| null"),
-        ({"names": [1]}, r"names is \[1\]"),
-        ({"prices": [1]}, r"prices is \[1\], expected list\[float, float\] \| null"),
-        ({"extra": []}, r"extra is \[\], expected dict"),
-    ],
-)
-def test_what_does_not_fit_is_refused(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        build(Sample, given, "sample")
-    with pytest.raises(InputError, match="has no option 'steps'"):
-        build(Sample, {"steps": 3}, "sample", steps=4)
+@pytest.mark.parametrize("kind", [PlotConfig, PlotAblations])
+def test_page_has_every_option(kind):
+    assert table(kind) in PAGE.read_text(encoding="utf-8"), f"docs/options.md lacks this table:\n{table(kind)}"

@@ -20,7 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plot_align.config import PlotConfig
+from plot_align.config import PlotAblations, PlotConfig
 from plot_align.preference import dialogues
 from plot_align.preference.datasets import load_pairs
 from plot_align.trl.artifacts import thinned
@@ -91,24 +91,37 @@ def test_sixteen_files_a_family():
 
 
 @pytest.mark.parametrize("method", COMMANDS)
-def test_every_key_is_an_option(method):
-    from plot_align.cli.options import make_parser
+def test_every_file_is_parsed(method):
+    """As `plot-align METHOD --config FILE` does, and nothing is left for the launcher."""
+    from plot_align.cli.options import make_parser, parse
 
-    known = {action.dest for action in make_parser(COMMANDS[method])._actions}
     for family, data, plot in itertools.product(FAMILIES, ("hh", "logic"), ("", "-plot")):
-        assert options(family, f"{data}-{method}{plot}").keys() <= known
+        name = f"{data}-{method}{plot}"
+        given = options(family, name)
+        (_, training, *_, term, _), launcher = parse(make_parser(COMMANDS[method]), dict(given), ["--use_cpu"], name)
+        assert training.output_dir == given["output_dir"]
+        assert term.alpha == given["alpha"]
+        assert launcher.config == {}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_accelerate_reads_its_files(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(RECIPES.parent / "configs" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes == 8
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_only_the_term_tells_plot_from_none(family, name):
     plain, plot = options(family, name), options(family, f"{name}-plot")
-    term = set(PlotConfig.__dataclass_fields__)
+    term = {*PlotConfig.__dataclass_fields__, *PlotAblations.__dataclass_fields__}
     assert plain.pop("alpha") == 0
     assert (plain.pop("output_dir"), plot.pop("output_dir")) == (f"runs/{family}/{name}", f"runs/{family}/{name}-plot")
     found = {key: plot.pop(key) for key in term & plot.keys()}
     assert plain == plot
-    assert PlotConfig(**found) == PlotConfig.paper()
+    assert PlotConfig.from_options(**found) == PlotConfig.paper()
 
 
 @pytest.mark.parametrize("name", [f"{name}{plot}" for name in NAMES for plot in ("", "-plot")])

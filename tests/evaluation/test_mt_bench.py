@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +23,6 @@ from plot_align.evaluation import fastchat, mt_bench
 from plot_align.evaluation.fastchat import TEMPERATURES, read_answers, read_bench
 from plot_align.evaluation.mt_bench import MTBench, answer_questions, judge_answers, scores
 from plot_align.evaluation.subject import Subject
-from plot_align.inference import endpoint as endpoint_module
 from plot_align.inference.endpoint import Endpoint
 from plot_align.records import read_record, write_record
 
@@ -61,7 +61,7 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint_module, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
@@ -642,8 +642,8 @@ def test_wrong_options_are_named_before_any_model_is_loaded(folder: Path, option
 
 
 def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mt_bench, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r'pip install "plot-align\[api\]"'):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match=r"openai.*plot-align\[eval\]"):
         MTBench(folder, "http://localhost/v1", "gpt-4").check()
 
 

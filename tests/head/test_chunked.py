@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
+from oracles.head import reference_head
 from plot_align.head import HeadSpec, fused_head
 from plot_align.head.fused import OPTIONAL_OUTPUTS
-from plot_align.head.reference import reference_head
 from plot_align.transport import make_divergence
 from plot_align.transport.geometry import line
 

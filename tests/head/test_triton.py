@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from oracles.head import reference_head
 from plot_align.errors import InputError
 from plot_align.head import HeadSpec, fused_head
 from plot_align.head.fused import OPTIONAL_OUTPUTS
-from plot_align.head.reference import reference_head
 from plot_align.transport import make_divergence
 from plot_align.transport.geometry import line, slices
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracles.pro import naive_pro_loss
 from plot_align.errors import InputError
-from plot_align.methods.pro_loss import naive_pro_loss, pro_loss
+from plot_align.methods.pro_loss import pro_loss
 
 
 def tensors(*rows: list[float], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

@@ -229,7 +229,7 @@ def test_an_endpoint_judges_and_its_password_is_kept_nowhere(tiny_base: Path, fi
 
 def test_a_silent_judge_is_no_proof_of_safety(tiny_base: Path, files, tmp_path: Path, capsys, monkeypatch) -> None:
     """Nobody listens at the address: the run fails and says so, and the answers are kept."""
-    monkeypatch.setattr("plot_align.inference.endpoint.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     judge = ("--judge", "endpoint", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m")
     assert main(command(tiny_base, files, "--attacks", "direct", *judge, "--output", str(tmp_path / "out"))) == 1
     assert "the judge decided none of 2 answers" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plot_align.config import PlotConfig
+from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError
 from plot_align.sandbox.experiment import METHODS, Setting
 from plot_align.sweep import Cell, Job, coerce, expand, keys
@@ -119,7 +119,9 @@ def test_a_grid_that_cannot_run_is_refused(grid: dict[str, list[Any]], base: dic
 def test_the_keys_are_those_of_the_dataclasses() -> None:
     """None hard-coded, none shadowed by another of the same name."""
     found = keys()
-    plot = {field.name for field in dataclasses.fields(PlotConfig)}
+    plot = {field.name for options in (PlotConfig, PlotAblations) for field in dataclasses.fields(options)} - {
+        "ablations"
+    }
     setting = {field.name for field in dataclasses.fields(Setting)} - {"probe"}
     assert set(found) == plot | setting | {"method", "seed", "loss_type"}
     assert not plot & setting

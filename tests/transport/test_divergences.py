@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 
+from oracles.transport import exact_cost
 from plot_align.transport import JensenShannon, KullbackLeibler, TotalVariation, make_divergence
-from plot_align.transport.exact import exact_cost
 
 
 @st.composite

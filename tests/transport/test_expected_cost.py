@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from oracles.transport import exact_cost
 from plot_align.errors import InputError
 from plot_align.transport import ExpectedCost, geometry
-from plot_align.transport.exact import exact_cost
 
 
 def problem(seed=0, rows=24, width=5):

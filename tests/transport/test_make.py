@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from plot_align.errors import InputError
-from plot_align.plot import PlotLoss
 from plot_align.transport import (
     DIVERGENCES,
     ExpectedCost,
@@ -33,20 +32,10 @@ NEEDS = {
 }
 
 
-def test_every_name_is_made_and_goes_through_the_loss():
+def test_every_name_is_made():
     assert tuple(NEEDS) == DIVERGENCES
-    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    mask = torch.ones(2, 3)
     for name, (cls, needs) in NEEDS.items():
-        made = make_divergence(name, TARGET, **needs)
-        assert type(made) is cls
-        for granularity in ("batch", "sequence", "token"):
-            loss = PlotLoss(TARGET, divergence=name, granularity=granularity, **needs)
-            value = loss(logits, mask)
-            (gradient,) = torch.autograd.grad(value, logits)
-            assert float(gradient.abs().max()) > 0
-        p = logits.detach().softmax(-1)
-        assert float(value.detach()) == pytest.approx(float(made.value(p).mean()), rel=1e-5)
+        assert type(make_divergence(name, TARGET, **needs)) is cls
 
 
 def test_several_lines_mean_their_mean():

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracles.transport import cost_matrix, exact_cost
 from plot_align.errors import InputError
 from plot_align.transport import SinkhornClusters, SinkhornConvergenceWarning, SinkhornTopK
 from plot_align.transport import sinkhorn as module
-from plot_align.transport.exact import cost_matrix, exact_cost
 from plot_align.transport.sinkhorn import sinkhorn
 
 EXACT = {"tolerance": 1e-12, "max_iterations": 5000}

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 
+from oracles.transport import cost_matrix, exact_cost
 from plot_align.errors import InputError
 from plot_align.transport import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1, wasserstein
-from plot_align.transport.exact import cost_matrix, exact_cost
 from plot_align.transport.geometry import Geometry, directions, line, slices
 
 

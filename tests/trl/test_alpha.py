@@ -33,9 +33,11 @@ def logged(trainer, key):
     ],
 )
 def test_schedules_by_hand(make_trainer, preference, options, expected):
-    assert [AlphaSchedule(PlotConfig(**options)).value(step, 4) for step in range(4)] == pytest.approx(expected)
+    assert [AlphaSchedule(PlotConfig.from_options(**options)).value(step, 4) for step in range(4)] == pytest.approx(
+        expected
+    )
     trainer = make_trainer("dpo", max_steps=4)
-    attach(trainer, preference, PlotConfig(**options))
+    attach(trainer, preference, PlotConfig.from_options(**options))
     trainer.train()
     assert logged(trainer, "plot/alpha") == pytest.approx(expected)
 
@@ -109,9 +111,9 @@ def test_a_new_run_starts_afresh(make_trainer, preference):
     trainer = make_trainer("dpo", max_steps=4)
     handle = attach(trainer, preference, PlotConfig())
     trainer.train()
-    assert handle.alpha.plot > 0
+    assert handle.alpha.balance.plot > 0
     handle.alpha.on_train_begin(None, TrainerState(), None)
-    assert (handle.alpha.vanilla, handle.alpha.plot, handle.alpha.last_step) == (0.0, 0.0, -1)
+    assert (handle.alpha.balance.vanilla, handle.alpha.balance.plot, handle.alpha.last_step) == (0.0, 0.0, -1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
@@ -141,7 +143,7 @@ def test_an_unusable_micro_batch_does_not_use_up_the_step():
 def test_nothing_pulls_where_policy_and_target_agree(make_trainer, preference):
     """λ = 0 at the first step: the target is the output itself; W1's sign must not turn rounding into a gradient."""
     for divergence, geometry in (("w1", "norm"), ("w1", "sliced"), ("tv", "norm"), ("js", "norm")):
-        config = PlotConfig(
+        config = PlotConfig.from_options(
             alpha=10.0, target="anchored", target_scope="batch", target_strength=0.0, divergence=divergence,
             geometry=geometry,
         )  # fmt: skip
@@ -174,7 +176,7 @@ def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
 
     def keep(*args):
         head = sweep(*args)
-        kept["swept"] = handle._backend.swept
+        kept["swept"] = handle._backend.result
         return head
 
     monkeypatch.setattr(handle._backend, "sweep", keep)
@@ -217,7 +219,7 @@ def test_alpha_zero_with_a_schedule():
 )
 def test_wrong_options(options, message):
     with pytest.raises(InputError, match=message):
-        PlotConfig(**options)
+        PlotConfig.from_options(**options)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_wrong_options(options, message):
 def test_no_target_in_the_micro_batch(make_trainer, preference, method, target, options, message):
     trainer = make_trainer(method, **options)
     with pytest.raises(InputError, match=message):
-        attach(trainer, preference, PlotConfig(target=target, target_scope="batch"))
+        attach(trainer, preference, PlotConfig.from_options(target=target, target_scope="batch"))
     assert "compute_loss" not in vars(trainer)
 
 
@@ -246,6 +248,6 @@ def test_a_side_missing_in_the_micro_batch_costs_nothing(make_trainer, preferenc
     """KTO rows of one kind only: no preference can be counted, so the step is TRL's own."""
     trainer = make_trainer("kto")
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: row["label"])
-    attach(trainer, preference, PlotConfig(alpha=1.0, target="relu", target_scope="batch"))
+    attach(trainer, preference, PlotConfig.from_options(alpha=1.0, target="relu", target_scope="batch"))
     trainer.train()
     assert logged(trainer, "plot/loss") == [0.0] * 3

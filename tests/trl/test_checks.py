@@ -12,7 +12,7 @@ from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.trl import attach
 from plot_align.trl.batches import trainer_kind
-from plot_align.trl.checks import check, settled
+from plot_align.trl.checks import check, resolve_auto
 
 METHODS = ["dpo", "kto", "sft", "pro", "cpo", "simpo", "orpo", "grpo", "rloo"]
 
@@ -41,20 +41,20 @@ def logged(trainer, key):
 )
 def test_auto(make_trainer, method, options, expected):
     trainer = make_trainer(method)
-    found = settled(PlotConfig(**options), trainer, trainer_kind(trainer))
-    assert (found.target, found.target_scope) == expected
+    found = resolve_auto(PlotConfig.from_options(**options), trainer, trainer_kind(trainer))
+    assert (found.target, found.ablations.target_scope) == expected
 
 
 def test_auto_without_a_reference_forward(make_trainer):
     trainer = make_trainer("dpo", precompute_ref_log_probs=True)
-    found = settled(PlotConfig(), trainer, "DPOTrainer")
-    assert (found.target, found.target_scope) == ("chosen", "batch")
+    found = resolve_auto(PlotConfig(), trainer, "DPOTrainer")
+    assert (found.target, found.ablations.target_scope) == ("chosen", "batch")
 
 
 def test_auto_with_a_reference_of_the_users(make_trainer):
     trainer = make_trainer("grpo")
-    found = settled(PlotConfig(), trainer, "GRPOTrainer", torch.full((300,), 1 / 300))
-    assert (found.target, found.target_scope) == ("anchored", "dataset")
+    found = resolve_auto(PlotConfig(), trainer, "GRPOTrainer", torch.full((300,), 1 / 300))
+    assert (found.target, found.ablations.target_scope) == ("anchored", "dataset")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,7 +73,7 @@ def test_the_defaults_train_every_method(make_trainer, preference, method):
 def test_a_reference_that_nothing_looks_at_is_refused(make_trainer, preference, options):
     trainer = make_trainer("dpo")
     with pytest.raises(InputError, match="reference was passed"):
-        attach(trainer, preference, PlotConfig(**options), reference=torch.full((300,), 1 / 300))
+        attach(trainer, preference, PlotConfig.from_options(**options), reference=torch.full((300,), 1 / 300))
 
 
 def ranks(trainer, **options):
@@ -118,7 +118,7 @@ def ranks(trainer, **options):
 def test_ranks_that_are_not_data_parallel_alone(make_trainer, options, plot, said):
     trainer = make_trainer("dpo")
     with pytest.raises(InputError, match=said):
-        check(ranks(trainer, **options), "DPOTrainer", PlotConfig(**plot))
+        check(ranks(trainer, **options), "DPOTrainer", PlotConfig.from_options(**plot))
 
 
 def test_processes_that_would_train_alone(make_trainer, preference, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_head_with_an_adapter(make_trainer, preference):
     extra = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "lm_head"])}
     for options in ({"divergence": "deft_log"}, {"plot_backend": "separate"}):
         with pytest.raises(InputError, match="the LM head has an adapter"):
-            attach(make_trainer("cpo", extra=dict(extra)), preference, PlotConfig(**options))
+            attach(make_trainer("cpo", extra=dict(extra)), preference, PlotConfig.from_options(**options))
     attach(make_trainer("cpo", extra=dict(extra)), preference)
 
 

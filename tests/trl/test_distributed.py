@@ -1,6 +1,6 @@
 """DDP, FSDP2 and ZeRO on two and four gloo ranks against one process on the concatenated batch: loss, every gradient.
 
-The one process is TRL's trainer plus the materialised term of ``training_oracle.py``. A gradient agrees where its
+The one process is TRL's trainer plus the materialised term of ``oracles/training.py``. A gradient agrees where its
 largest deviation is below 1e-5 of the tensor's largest entry.
 """
 
@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from distributed_worker import ALL_ROWS, PAPER, build, record, train_once
-from safetensors.torch import load_file
-from training_oracle import embeddings_at_start, materialised_loss
+from engines import ALL_ROWS, PAPER, build, record, train_all, train_once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oracles.training import embeddings_at_start, materialised_loss
 from plot_align import PlotConfig, estimate
 from plot_align.trl import gradients
+from processes import run
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
 TOLERANCE = 1e-5
 TWICE = {"gradient_accumulation_steps": 2}
 ANCHORED = {"target": "anchored", "target_scope": "batch"}
@@ -55,30 +51,12 @@ def uneven(pairs_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def launch(tmp_path, tiny_llama, uneven):
-    """``launch(ranks, cases)`` → what :func:`train_once` returned for each on these ranks, or the error."""
+    """``launch(ranks, cases)`` → what the first rank found in each case: gradients and log, or the error."""
 
-    def run(ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
-        options = {"model": str(tiny_llama), "data": str(uneven), "out": str(tmp_path), "cases": cases}
-        file = tmp_path / "options.json"
-        file.write_text(json.dumps(options))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        ended = subprocess.run(
-            [*command, str(WORKER), str(file)], env=environment, capture_output=True, text=True, timeout=400
-        )
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        found = {}
-        for case in cases:
-            path = tmp_path / case["name"]
-            error = path.with_suffix(".error")
-            if error.exists():
-                found[case["name"]] = error.read_text()
-            else:
-                said = json.loads(path.with_suffix(".json").read_text())
-                found[case["name"]] = load_file(path.with_suffix(".safetensors")), said
-        return found
+    def train(ranks: int, cases: list[dict[str, Any]]) -> dict[str, Any]:
+        return run(train_all, cases, str(tiny_llama), str(uneven), str(tmp_path), ranks=ranks, timeout=400)[0]
 
-    return run
+    return train
 
 
 @pytest.fixture
@@ -87,12 +65,12 @@ def one_process(tmp_path, tiny_llama, uneven, monkeypatch):
 
     monkeypatch.setattr(gradients, "_SAMPLED_ROWS", ALL_ROWS)
 
-    def run(case: dict[str, Any], ranks: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def train(case: dict[str, Any], ranks: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         folder, data = str(tiny_llama), Dataset.from_json(str(uneven))
         preference = estimate(data, AutoTokenizer.from_pretrained(folder), progress=False)
         args = {**case.get("args", {}), "per_device_train_batch_size": 4 * ranks, "use_cpu": True}
-        plot = PlotConfig(**{**PAPER, **case["plot"]})
-        if plot.alpha is None or (plot.target, plot.target_scope) == ("anchored", "dataset"):
+        plot = PlotConfig.from_options(**{**PAPER, **case["plot"]})
+        if plot.alpha is None or (plot.target, plot.ablations.target_scope) == ("anchored", "dataset"):
             return train_once({**case, "args": args}, folder, data, preference, str(tmp_path / "one"))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         args["output_dir"] = str(tmp_path / "one")
@@ -111,7 +89,7 @@ def one_process(tmp_path, tiny_llama, uneven, monkeypatch):
         trainer.compute_loss = compute_loss
         return record(trainer)
 
-    return run
+    return train
 
 
 def rows_of(inputs: dict[str, Any], kind: str, rank: int, ranks: int) -> dict[str, Any]:

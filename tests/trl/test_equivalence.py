@@ -1,13 +1,17 @@
-"""``attach`` against TRL's loss plus the materialised term: loss, every gradient, every weight after training."""
+"""``attach`` against TRL's loss plus the oracle's term: loss, every gradient, every weight after training.
+
+The defaults come first; then every geometry, target, scope and distance.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from training_oracle import embeddings_at_start, materialised_loss
 
+from oracles.training import Alpha, embeddings_at_start, head_input, materialised_term
 from plot_align.config import PlotConfig
 from plot_align.trl import attach
 
@@ -15,6 +19,12 @@ KINDS = {
     "dpo": "DPOTrainer", "sft": "SFTTrainer", "kto": "KTOTrainer", "grpo": "GRPOTrainer", "rloo": "RLOOTrainer",
     "pro": "PROTrainer", "cpo": "CPOTrainer", "simpo": "CPOTrainer", "orpo": "ORPOTrainer",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def exact_norms(monkeypatch):
+    """Norms over all rows: how well a sample estimates them is the matter of ``test_alpha.py``."""
+    monkeypatch.setattr("plot_align.trl.gradients._SAMPLED_ROWS", 10_000)
 
 
 def gradients(trainer, loss):
@@ -39,11 +49,13 @@ def check_one_step(make_trainer, preference, method, config, *, extra=None, nudg
             for weight in trainer.ref_model.model.layers.parameters():  # the embeddings are the geometry
                 weight.data.add_(0.02 * torch.randn_like(weight))
     inputs = first_batch(plain)
-    handle = attach(ours, preference, config)
+    attach(ours, preference, config)
     ours.model.train()
     ours.current_gradient_accumulation_steps = 1
-    want = plain.compute_loss(plain.model, dict(inputs))
-    want = want + materialised_loss(plain, KINDS[method], inputs, config, preference)
+    with head_input(plain) as hidden:
+        vanilla = plain.compute_loss(plain.model, dict(inputs))
+    alpha = Alpha(config)(plain, KINDS[method], inputs, preference, vanilla, hidden[0])
+    want = vanilla + alpha * materialised_term(plain, KINDS[method], inputs, config, preference)
     got = ours.compute_loss(ours.model, dict(inputs))
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     wanted, found = gradients(plain, want), gradients(ours, got)
@@ -53,7 +65,43 @@ def check_one_step(make_trainer, preference, method, config, *, extra=None, nudg
         torch.testing.assert_close(
             found[name] / scale, gradient / scale, rtol=0, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
         )
-    return handle
+
+
+@pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("method", KINDS)
+def test_the_default(make_trainer, preference, method, granularity):
+    check_one_step(
+        make_trainer, preference, method, PlotConfig(granularity=granularity), nudge=method in ("dpo", "kto")
+    )
+
+
+@pytest.mark.parametrize("loss_type", [["ipo"], ["aot"], ["aot_unpaired"], ["sigmoid", "sft"]])
+def test_the_default_on_every_dpo_loss(make_trainer, preference, loss_type):
+    check_one_step(make_trainer, preference, "dpo", PlotConfig(), nudge=True, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("granularity", ["batch", "token"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"geometry": "norm", "norm_order": 1.0}, {"geometry": "norm", "norm_order": math.inf},
+        {"geometry": "principal"}, {"geometry": "vocabulary"}, {"geometry": "max_sliced"},
+        {"geometry": "sliced", "slices": 3, "geometry_seed": 7}, {"scaled": False},
+    ],
+)  # fmt: skip
+def test_every_geometry(make_trainer, preference, options, granularity):
+    config = PlotConfig.from_options(granularity=granularity, **options)
+    check_one_step(make_trainer, preference, "dpo", config, nudge=True)
+
+
+@pytest.mark.parametrize("scope", ["batch", "dataset"])
+@pytest.mark.parametrize("target", ["relu", "shift", "softmax", "chosen", "anchored"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "cpo"])
+def test_every_target_and_scope(make_trainer, preference, method, target, scope):
+    if (method, target, scope) == ("cpo", "anchored", "batch"):
+        pytest.skip("refused: CPO runs no reference model")
+    config = PlotConfig.from_options(target=target, target_scope=scope, target_strength=0.7, reference_rows=5)
+    check_one_step(make_trainer, preference, method, config, nudge=method in ("dpo", "kto"))
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
@@ -149,23 +197,31 @@ def test_sft_towards_its_own_tokens(make_trainer, preference):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("method", ["dpo", "sft", "kto", "grpo", "rloo", "pro", "cpo", "simpo", "orpo"])
-def test_weights_after_training(make_trainer, preference, method, accumulation):
-    """Two optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already."""
+@pytest.mark.parametrize(
+    "config", [PlotConfig(), PlotConfig.paper(alpha=3.0, positions="all")], ids=["default", "paper"]
+)
+def test_weights_after_training(make_trainer, preference, config, method, accumulation):
+    """Optimiser steps of SGD; the oracle divides its term by hand where TRL's loss is divided already, and measures
+    α once a step, on its first micro-batch."""
     options = {
         "gradient_accumulation_steps": accumulation, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1,
         "max_grad_norm": 1e9,
     }  # fmt: skip
     if method in ("grpo", "rloo"):
         options |= {"steps_per_generation": accumulation}
-    config = PlotConfig.paper(alpha=3.0, positions="all")
     plain, ours = (make_trainer(method, **options) for _ in range(2))
     embeddings_at_start(plain)
     original = plain.compute_loss
     divisor = accumulation if method in ("sft", "grpo") else 1
+    kind, measure, alphas = KINDS[method], Alpha(config), {}
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = original(model, dict(inputs), return_outputs, num_items_in_batch)
-        return loss + materialised_loss(plain, KINDS[method], inputs, config, preference) / divisor
+        with head_input(plain) as hidden:
+            loss = original(model, dict(inputs), return_outputs, num_items_in_batch)
+        step = plain.state.global_step
+        if step not in alphas:
+            alphas[step] = measure(plain, kind, inputs, preference, loss * divisor, hidden[0])
+        return loss + alphas[step] * materialised_term(plain, kind, inputs, config, preference) / divisor
 
     plain.compute_loss = compute_loss
     attach(ours, preference, config)

@@ -32,7 +32,7 @@ def test_kernels_train_as_torch_does(make_trainer, preference, monkeypatch, plot
     for impl in ("torch", "triton"):
         used.clear()
         trainer = make_trainer("dpo", max_steps=2, per_device_train_batch_size=1)
-        attach(trainer, preference, PlotConfig(plot_impl=impl, **plot))
+        attach(trainer, preference, PlotConfig.from_options(plot_impl=impl, **plot))
         trainer.train()
         assert set(used) == {impl}
         losses[impl] = [(x["loss"], x["plot/loss"]) for x in trainer.state.log_history if "plot/loss" in x]
@@ -50,7 +50,7 @@ def test_block_size_is_what_was_asked_for(make_trainer, preference, monkeypatch)
     monkeypatch.setattr(chunked._Sweep, "__init__", watched)
     monkeypatch.setattr(chunked, "block_bytes", lambda *args, **kwargs: pytest.fail("chosen, though given"))
     trainer = make_trainer("dpo", max_steps=1, per_device_train_batch_size=12)
-    attach(trainer, preference, PlotConfig(plot_block_mib=1))
+    attach(trainer, preference, PlotConfig.from_options(plot_block_mib=1))
     trainer.train()
     assert sizes
     assert max(sizes) <= 1 << 20
@@ -129,6 +129,6 @@ def test_no_block_outlives_its_step(make_trainer, preference, tiles, monkeypatch
 
 def test_wrong_options_are_named():
     with pytest.raises(InputError, match="plot_impl is 'cuda'; expected one of auto, torch, triton"):
-        PlotConfig(plot_impl="cuda")
+        PlotConfig.from_options(plot_impl="cuda")
     with pytest.raises(InputError, match="plot_block_mib is 0; expected 1 or more, or none"):
-        PlotConfig(plot_block_mib=0)
+        PlotConfig.from_options(plot_block_mib=0)

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from training_oracle import materialised_loss
 
+from oracles.training import materialised_loss
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.trl import attach

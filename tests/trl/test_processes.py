@@ -1,20 +1,21 @@
-"""Runs in processes of their own: killed and resumed, and two ranks on gloo."""
+"""Training in processes of its own: killed and resumed, and two ranks on gloo."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-WORKER = Path(__file__).parent / "worker.py"
+from oracles.training import embeddings_at_start, materialised_loss
+from plot_align import PlotConfig, PlotDPOTrainer, PlotPROTrainer, PROConfig, estimate
+from plot_align.trl import gradients
+from processes import run, start
+from trl import DPOConfig, DPOTrainer
+
 ARGS = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "bf16": False, "use_cpu": True, "seed": 3,
     "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
@@ -22,62 +23,78 @@ ARGS = {
 }  # fmt: skip
 
 
+def train(options: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """A training script as a user writes one: the weights, and what was logged of the term.
+
+    ``oracle``: TRL's loss plus the materialised term in place of ours.
+    """
+    torch.set_num_threads(1)
+    # Two ranks sample other rows than one process does; of all rows the norms must be the same.
+    gradients._SAMPLED_ROWS = 10_000
+    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    model = AutoModelForCausalLM.from_pretrained(options["model"])
+    data = Dataset.from_json(options["data"])
+    config, drop_in = {"dpo": (DPOConfig, PlotDPOTrainer), "pro": (PROConfig, PlotPROTrainer)}[options["method"]]
+    shared = {"args": config(**options["args"]), "processing_class": tokenizer, "train_dataset": data}
+    plot = PlotConfig.paper(**options["plot"])
+    if options["oracle"]:
+        trainer = with_oracle(DPOTrainer(model, **shared), plot, estimate(data, tokenizer, progress=False))
+    else:
+        trainer = drop_in(model, plot=plot, **shared)
+    trainer.train(resume_from_checkpoint=options["resume"])
+    weights = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.accelerator.wait_for_everyone()
+    return weights, [entry for entry in trainer.state.log_history if "plot/loss" in entry]
+
+
+def with_oracle(trainer: Any, plot: PlotConfig, preference: Any) -> Any:
+    embeddings_at_start(trainer)
+    original = trainer.compute_loss
+
+    def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+        term = materialised_loss(trainer, "DPOTrainer", inputs, plot, preference)
+        return original(model, dict(inputs)) + term
+
+    trainer.compute_loss = compute_loss
+    return trainer
+
+
 @pytest.fixture
-def launch(tmp_path, tiny_llama, pairs_file):
-    """``launch("name", ranks=1, …)`` → the process; its weights land in ``tmp_path/name.safetensors``."""
+def options(tmp_path, tiny_llama, pairs_file):
+    """``options("name", ...)`` → those of :func:`train`, which saves its checkpoints in ``tmp_path/name``."""
 
-    def start(name, *, ranks=1, plot=None, args=None, **options) -> subprocess.Popen:
-        out = str(tmp_path / f"{name}.safetensors")
-        args = {**ARGS, "output_dir": str(tmp_path / name), **(args or {})}
-        options = {
-            "method": "dpo", "model": str(tiny_llama), "data": str(pairs_file), "out": out, "args": args,
-            "plot": {"alpha": 3.0, **(plot or {})}, **options,
+    def make(name: str, *, method="dpo", data=pairs_file, plot=None, args=None, oracle=False, resume=None):
+        return {
+            "method": method, "model": str(tiny_llama), "data": str(data), "oracle": oracle, "resume": resume,
+            "args": {**ARGS, "output_dir": str(tmp_path / name), **(args or {})},
+            "plot": {"alpha": 3.0, **(plot or {})},
         }  # fmt: skip
-        file = tmp_path / f"{name}.options.json"
-        file.write_text(json.dumps(options))
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        return subprocess.Popen(
-            [*command, str(WORKER), str(file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
 
-    return start
+    return make
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output[-3000:]
+def trained(options: dict[str, Any], ranks: int = 1) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    return run(train, options, ranks=ranks)[0]
 
 
-def weights(tmp_path, name):
-    return load_file(tmp_path / f"{name}.safetensors")
-
-
-def test_killed_and_resumed_equals_uninterrupted(launch, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(options, tmp_path):
     """SIGKILL after the second checkpoint, resume: the same weights to the bit. Anchored, so that the target too must
     come out the same the second time."""
     args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     plot = {"target": "anchored"}
-    whole = launch("whole", args=args, plot=plot)
-    finish(whole)
-    killed = launch("killed", args={**args, "max_steps": 8, "save_total_limit": None}, plot=plot)
+    whole, _ = trained(options("whole", args=args, plot=plot))
     checkpoint = tmp_path / "killed" / "checkpoint-4"
-    deadline = time.monotonic() + 120
-    while not (checkpoint / "trainer_state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert checkpoint.exists()
-    assert not (tmp_path / "killed.safetensors").exists()
+    with start(train, options("killed", args=args, plot=plot)) as processes:
+        deadline = time.monotonic() + 120
+        while not (checkpoint / "trainer_state.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        processes.kill(0)
+        [outcome] = processes.outcomes()
+    assert outcome.error == "SIGKILL"
     assert (checkpoint / "plot_align.json").exists()
-    finish(launch("killed", args=args, plot=plot, resume=str(checkpoint)))
-    for name, want in weights(tmp_path, "whole").items():
-        assert torch.equal(weights(tmp_path, "killed")[name], want), name
+    resumed, _ = trained(options("killed", args=args, plot=plot, resume=str(checkpoint)))
+    for name, want in whole.items():
+        assert torch.equal(resumed[name], want), name
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2, "max_grad_norm": 1e9,
@@ -89,10 +106,10 @@ def check_same(got, want):
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_two_ranks_equal_the_oracle_on_two_ranks(launch, tmp_path):
-    finish(launch("ours", ranks=2, args=SGD))
-    finish(launch("oracle", ranks=2, args=SGD, oracle=True))
-    check_same(weights(tmp_path, "ours"), weights(tmp_path, "oracle"))
+def test_two_ranks_equal_the_oracle_on_two_ranks(options):
+    ours, _ = trained(options("ours", args=SGD), ranks=2)
+    oracle, _ = trained(options("oracle", args=SGD, oracle=True), ranks=2)
+    check_same(ours, oracle)
 
 
 @pytest.mark.parametrize(
@@ -103,27 +120,25 @@ def test_two_ranks_equal_the_oracle_on_two_ranks(launch, tmp_path):
         {"target": "relu", "target_scope": "batch"},
     ],
 )
-def test_pooled_ranks_equal_one_process_on_both_batches(launch, tmp_path, plot):
+def test_pooled_ranks_equal_one_process_on_both_batches(options, plot):
     """A pooled p̄ of 2 × 4 rows, unequal token counts included, is the p̄ of one process with 8 rows; so is its target
     where that is the micro-batch's own, and so are the norms that balance α."""
-    finish(launch("pooled", ranks=2, plot={**plot, "pool": True}, args=SGD))
-    finish(launch("single", plot=plot, args={**SGD, "per_device_train_batch_size": 8}))
-    check_same(weights(tmp_path, "pooled"), weights(tmp_path, "single"))
-    logs = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("pooled", "single")]
-    for pooled, single in zip(*logs, strict=True):
-        assert pooled["plot/loss"] == pytest.approx(single["plot/loss"], rel=1e-4)
+    pooled, pooled_log = trained(options("pooled", plot={**plot, "pool": True}, args=SGD), ranks=2)
+    single, single_log = trained(options("single", plot=plot, args={**SGD, "per_device_train_batch_size": 8}))
+    check_same(pooled, single)
+    for two, one in zip(pooled_log, single_log, strict=True):
+        assert two["plot/loss"] == pytest.approx(one["plot/loss"], rel=1e-4)
 
 
-def test_pro_on_two_ranks_equals_one_process_on_both_batches(launch, tmp_path, ranked_rows):
+def test_pro_on_two_ranks_equals_one_process_on_both_batches(options, tmp_path, ranked_rows):
     """Its loss is a mean over prompts, and its metrics are of all ranks, though their lists differ in number."""
     data = tmp_path / "ranked.jsonl"
     ranked_rows.to_json(data)
-    options = {"method": "pro", "data": str(data), "plot": {"pool": True}}
-    finish(launch("two", ranks=2, args=SGD, **options))
-    finish(launch("one", args={**SGD, "per_device_train_batch_size": 8}, **options))
-    check_same(weights(tmp_path, "two"), weights(tmp_path, "one"))
-    logs = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one")]
-    for two, one in zip(*logs, strict=True):
+    shared = {"method": "pro", "data": data, "plot": {"pool": True}}
+    two, two_log = trained(options("two", args=SGD, **shared), ranks=2)
+    one, one_log = trained(options("one", args={**SGD, "per_device_train_batch_size": 8}, **shared))
+    check_same(two, one)
+    for of_two, of_one in zip(two_log, one_log, strict=True):
         for name in ("loss/ranking", "loss/sft", "logps/best", "rank_accuracy", "entropy", "mean_token_accuracy"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4), name
-        assert two["num_tokens"] == one["num_tokens"]
+            assert of_two[name] == pytest.approx(of_one[name], rel=1e-4), name
+        assert of_two["num_tokens"] == of_one["num_tokens"]

@@ -8,7 +8,7 @@ import torch
 from plot_align import transport
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
-from plot_align.methods.deft import DistributionReward
+from plot_align.transport.reward import DistributionReward
 from plot_align.trl import attach
 from plot_align.trl.gradients import gradient_norms
 
@@ -57,7 +57,7 @@ def test_every_term(make_trainer, preference, monkeypatch, options, cls, granula
     vanilla, loss, swept = first_sweep(trainer, handle, monkeypatch)
     assert loss.item() != 0
     found = gradient_norms(vanilla, loss, swept)
-    swept.some_rows = None
+    swept.recompute_rows = None
     torch.testing.assert_close(found, gradient_norms(vanilla, loss, swept), rtol=1e-4, atol=1e-9)
     assert ("plot/sinkhorn_error" in trainer._metrics["train"]) == issubclass(cls, transport.Sinkhorn)
 
@@ -65,7 +65,9 @@ def test_every_term(make_trainer, preference, monkeypatch, options, cls, granula
 def test_directions_are_seeded(make_trainer, preference):
     lines = []
     for seed in (0, 0, 1):
-        handle = attach(make_trainer("dpo"), preference, PlotConfig(geometry="sliced", slices=3, geometry_seed=seed))
+        handle = attach(
+            make_trainer("dpo"), preference, PlotConfig.from_options(geometry="sliced", slices=3, geometry_seed=seed)
+        )
         lines.append(torch.cat([buffer.double().flatten() for buffer in handle.term.divergence.buffers()]))
     assert torch.equal(lines[0], lines[1])
     assert not torch.equal(lines[0], lines[2])
@@ -75,8 +77,8 @@ def test_the_log_reading_refuses_a_soft_cap(make_trainer, preference):
     trainer = make_trainer("dpo")
     trainer.model.config.final_logit_softcapping = 30.0
     with pytest.raises(InputError, match="final_logit_softcapping is 30"):
-        attach(trainer, preference, PlotConfig(divergence="deft_log"))
-    attach(trainer, preference, PlotConfig(divergence="deft_prob"))
+        attach(trainer, preference, PlotConfig.from_options(divergence="deft_log"))
+    attach(trainer, preference, PlotConfig.from_options(divergence="deft_prob"))
 
 
 @pytest.mark.parametrize(
@@ -92,4 +94,4 @@ def test_the_log_reading_refuses_a_soft_cap(make_trainer, preference):
 )
 def test_wrong_options(options, message):
     with pytest.raises(InputError, match=message):
-        PlotConfig(**options)
+        PlotConfig.from_options(**options)

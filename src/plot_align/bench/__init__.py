@@ -1,23 +1,19 @@
-"""What the term costs on a machine: the head alone, whole training steps, their floor, a profile."""
+"""What the term costs on the user's machine: whole training steps, timed in turn, and a profile of one."""
 
-from __future__ import annotations
-
-from plot_align.bench.head import HeadProblem
-from plot_align.bench.machine import Machine, measure_machine
-from plot_align.bench.ratios import compare, mixed, paired
-from plot_align.bench.roofline import HeadWork
-from plot_align.bench.shapes import SHAPES, Shape
-from plot_align.bench.step import StepProblem
+from plot_align.bench.baseline import without_plot
+from plot_align.bench.ratios import compare, mixed, paired, paired_ratio
+from plot_align.bench.step import StepProblem, measured_share
+from plot_align.bench.timing import Arm, Samples, interleaved
 
 __all__ = [
-    "SHAPES",
-    "HeadProblem",
-    "HeadWork",
-    "Machine",
-    "Shape",
+    "Arm",
+    "Samples",
     "StepProblem",
     "compare",
-    "measure_machine",
+    "interleaved",
+    "measured_share",
     "mixed",
     "paired",
+    "paired_ratio",
+    "without_plot",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from plot_align.bench.machine import synchronize
+from plot_align.bench.timing import synchronize
 from plot_align.errors import RunError
 from plot_align.io import complete_or_absent
 

@@ -9,10 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from plot_align.bench.timing import Samples
 from plot_align.records import measure
-from plot_align.trl.overhead import Samples, paired_ratio
 
 _RESAMPLES = 9999
+
+
+def paired_ratio(ours: list[float] | list[int], base: list[float] | list[int]) -> tuple[float, float, float]:
+    """Median of the rounds' ratios and their lower and upper quartile; NaN where the base was not measured."""
+    if not base or min(base) <= 0:
+        return (float("nan"),) * 3
+    ratios = [a / b for a, b in zip(ours, base, strict=True)]
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
 
 
 def paired(ours: Sequence[float], base: Sequence[float], *, seed: int = 0) -> dict[str, Any]:
@@ -51,15 +62,6 @@ def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
             result[name]["faults"] = measure(statistics.median(sample.faults), rounds)
             result[name]["kernel"] = measure(statistics.median(sample.kernel), rounds, unit="s")
     return result
-
-
-def extra_seconds(ours: Samples, base: Samples) -> dict[str, Any]:
-    """Median of the rounds' differences in seconds, with its quartiles."""
-    differences = [a - b for a, b in zip(ours.seconds, base.seconds, strict=True)]
-    if len(differences) == 1:
-        return {**measure(differences[0], 1, unit="s"), "quartiles": differences * 2}
-    low, middle, high = statistics.quantiles(differences, n=4, method="inclusive")
-    return {**measure(middle, len(differences), unit="s"), "quartiles": [low, high]}
 
 
 def mixed(usual: Samples, other: Samples, share: float) -> Samples:

@@ -16,40 +16,21 @@ _STEP_ARMS = {
     "measured": "on, balancing",
     "training": "training",
 }
-_HEAD_ARMS = {"off": "PLOT off", "on": "PLOT on"}
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Rich tables: steps, the head alone, and the profile where there is one."""
+    """Rich tables: steps, and the profile where there is one."""
     from rich.table import Table
 
-    machine, head, step = results["machine"], results["head"], results["step"]
-    found = [
-        arms_table("whole steps", step["arms"], _STEP_ARMS),
-        arms_table("the head alone", head["arms"], _HEAD_ARMS),
-    ]
+    step = results["step"]
+    against = step["against_trl"]["training"]
     notes = Table(show_header=False, box=None)
     notes.add_column()
     notes.add_column(justify="right")
-    against = step["against_trl"]["training"]
-    share = head["share_of_floor"]
-    extra = head["extra"]
-    for label, value in (
-        ("training / TRL itself, time", ratio(against["time"])),
-        ("training / TRL itself, peak memory", ratio(against["memory"])),
-        ("PLOT's share of a training, from on / off", f"{100 * step['plot_share']:.2f} %"),
-        ("copy, read and written", f"{machine['bandwidth']['value'] / 1e9:,.1f} GB/s"),
-        ("matrix product", f"{machine['throughput']['value'] / 1e9:,.1f} GFLOP/s"),
-        ("the head's products at that rate", milliseconds(head["flops"] / machine["throughput"]["value"])),
-        ("floor: PLOT's extra bytes at that bandwidth", milliseconds(head["plot_floor_seconds"])),
-        (
-            "the head's extra time with PLOT (middle half)",
-            f"{milliseconds(extra['value'])} ({_between(extra['quartiles'], 1e3)})",
-        ),
-        ("floor / extra time", "within the noise" if share is None else f"{100 * share:.0f} %"),
-    ):
-        notes.add_row(label, value)
-    found.append(notes)
+    notes.add_row("training / TRL itself, time", ratio(against["time"]))
+    notes.add_row("training / TRL itself, peak memory", ratio(against["memory"]))
+    notes.add_row("PLOT's share of a training, from on / off", f"{100 * step['plot_share']:.2f} %")
+    found = [arms_table("whole steps", step["arms"], _STEP_ARMS), notes]
     if "profile" in results:
         found.append(profile_table(results["profile"]))
     return found
@@ -98,7 +79,7 @@ def line(record: Mapping[str, Any]) -> str:
     config, step = record["config"], record["results"]["step"]
     hardware = record["hardware"]
     machine = hardware["gpus"][0]["name"] if config["device"] == "cuda" else f"{hardware['cpu']} (CPU)"
-    model = config["model"] or f"{shape_name(config)} (random weights)"
+    model = config["model"] + (" (random weights)" if config["random_weights"] else "")
     plot = config["plot"]
     parts = [
         f"plot-align {record['versions']['plot-align']}",
@@ -106,7 +87,7 @@ def line(record: Mapping[str, Any]) -> str:
         machine,
         model,
         f"{config['rows']} x {config['length']} {config['dtype']} {config['method']}"
-        + (" bf16" if config.get("bf16") else "")  # records before 0.2 lack it
+        + (" bf16" if config["bf16"] else "")
         + (" peft" if config["use_peft"] else "")
         + (" checkpointing" if config["gradient_checkpointing"] else ""),
         f"{plot['divergence']}/{plot['geometry']}/{plot['granularity']}",
@@ -116,12 +97,6 @@ def line(record: Mapping[str, Any]) -> str:
         f"/TRL {step['against_trl']['training']['memory']['value']:.4f}",
     ]
     return " | ".join(parts)
-
-
-def shape_name(config: Mapping[str, Any]) -> str:
-    """The dimensions of random weights, in words."""
-    shape = config["shape"]
-    return f"{shape['family']} {shape['layers']} x {shape['hidden']}, vocabulary {shape['vocab']}"
 
 
 def ratio(entry: Mapping[str, Any]) -> str:
@@ -135,5 +110,5 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.3f} ms"
 
 
-def _between(ends: Any, factor: float = 1.0) -> str:
-    return f"{factor * ends[0]:.4f}–{factor * ends[1]:.4f}"
+def _between(ends: Any) -> str:
+    return f"{ends[0]:.4f}–{ends[1]:.4f}"

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from plot_align.bench.head import random_preference
-from plot_align.bench.shapes import sharing_weights
+from plot_align.bench.baseline import without_plot
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
-from plot_align.preference.distribution import vocabulary_fingerprint
+from plot_align.preference.distribution import PreferenceDistribution, vocabulary_fingerprint
 from plot_align.trl import attach
 from plot_align.trl.alpha import AlphaSchedule
-from plot_align.trl.overhead import without_plot
 
 
 class StepProblem:
@@ -96,7 +95,7 @@ class StepProblem:
                 head = without_plot(self.trainer, config)
             case "on" | "measured":
                 every = 1 if name == "measured" else 0
-                head = self._attached(replace(config or PlotConfig(), grad_ratio_steps=every))
+                head = self._attached((config or PlotConfig()).replace(grad_ratio_steps=every))
             case _:
                 raise ValueError(name)
         with head, self._prepared():
@@ -170,6 +169,25 @@ def _trainer(
             )
             return trainer, [{"input_ids": ids} for ids in tokens]
     raise ValueError(method)
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A second, frozen model on the same weights: a reference that costs its forward and no memory of its own.
+
+    A reference with weights of its own would only add to the memory that PLOT's share is measured against.
+    """
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:
+    """Token counts of nobody's preference: every token is used, and each side prefers others."""
+    counts = torch.arange(1, size + 1)
+    return PreferenceDistribution(
+        counts, counts.flip(0), {"tokenizer": tokenizer or {"fingerprint": "", "size": size}}
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""``plot-align bench``: what the term costs on the user's own machine."""
+"""``plot-align bench``: measure what the term costs on the user's machine."""
 
 from __future__ import annotations
 
@@ -7,48 +7,43 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.cli.common import Parser, did_you_mean, first_line
-from plot_align.errors import InputError
+from plot_align.cli.common import Parser
+from plot_align.cli.options import PlotOptions, plot_parser
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
 
     from plot_align.bench.run import Setting
 
-# Those of PlotConfig that decide what a step costs.
-_PLOT = {
-    "alpha": "weight of the term (default: balanced)",
-    "divergence": "w1, sinkhorn, emo, kl, js, tv, deft_log, deft_prob",
-    "geometry": "sliced, norm, principal, vocabulary, max_sliced",
-    "granularity": "batch, sequence, token",
-    "positions": "chosen, rejected, all",
-    "target": "auto, anchored, chosen, relu, shift, softmax",
-    "target_scope": "auto, batch, dataset",
-    "slices": "directions of geometry sliced",
-    "plot_backend": "fused, separate",
-    "plot_impl": "auto, torch, triton",
-    "plot_block_mib": "block of logits in MiB (default: by free memory)",
-}
 
-
-def make_parser() -> Parser:
+def make_parser(*, every_option: bool = False) -> Parser:
+    """``every_option``: list PLOT's options in the help too."""
+    plot = plot_parser()
+    for action in () if every_option else plot._actions:
+        action.help = argparse.SUPPRESS
     parser = Parser(
         "bench",
-        "Measure what PLOT costs on this machine: training steps with and without it on\n"
-        "the same kernel, and as TRL ships them, interleaved; the head alone against what\n"
-        "the machine's bandwidth allows; a record and a line to paste into an issue.",
+        "Measure what PLOT costs on this machine: training steps with and without it, on\n"
+        "the same kernel and as TRL ships them, in time and memory. Every option of PLOT\n"
+        "is a flag here too, e.g. --granularity token.",
         "  plot-align bench Qwen/Qwen3-0.6B --rows 2 --length 1024\n"
-        "  plot-align bench --shape llama-3.1-8b --profile trace.json",
+        "  plot-align bench Qwen/Qwen2.5-7B --random_weights --profile trace.json",
+        parents=[plot],
     )
+    parser.usage = "plot-align bench MODEL [options]"
+    parser.add_argument("--help-all", action="help", help="this text and all options of PLOT")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id or folder of the model to tune")
-    parser.add_argument("--shape", metavar="NAME", help="random weights of these dimensions, e.g. llama-3.1-8b, tiny")
+    parser.add_argument("--random_weights", action="store_true", help="read MODEL's config.json and nothing else")
     parser.add_argument("--method", choices=["dpo", "sft"], default="dpo", help="training method (%(default)s)")
-    parser.add_argument("--rows", type=int, metavar="N", help="sequences, for dpo half of them chosen (2)")
+    parser.add_argument("--rows", type=int, metavar="N", help="sequences, half of them chosen with dpo (2)")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each (1024)")
-    parser.add_argument("--dtype", metavar="D", help="of weights and products (bfloat16; on a CPU float32)")
+    parser.add_argument("--dtype", metavar="D", help="of weights and products (bfloat16, on a CPU float32)")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16 by autocast, as TRL's --bf16")
     parser.add_argument("--use_peft", action="store_true", help="LoRA in place of full fine-tuning")
     parser.add_argument(
@@ -58,46 +53,38 @@ def make_parser() -> Parser:
         help="recompute activations (default: on a GPU)",
     )
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="rounds (%(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a torch.profiler trace of one step")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/bench.json"), metavar="FILE", help="the record (%(default)s)"
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
-    for name, text in _PLOT.items():
-        parser.add_argument(f"--{name}", metavar="V", help=text)
     return parser
 
 
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, measure, print, and write the record."""
-    options = make_parser().parse(arguments)
+    options = make_parser(every_option="--help-all" in arguments).parse(arguments)
     _check(options)
 
     from plot_align.bench.run import bench, plain_rounds
-    from plot_align.bench.shapes import SHAPES
     from plot_align.bench.show import line, tables
     from plot_align.io import require_writable
     from plot_align.records import read_record, write_record
 
-    if options.shape is not None and options.shape not in SHAPES:
-        advice = did_you_mean(options.shape, SHAPES, f"expected one of {', '.join(SHAPES)}")
-        raise InputError(f"--shape is {options.shape!r}; {advice}")
     setting = _setting(options)
     for path in filter(None, (options.output, options.profile)):
         require_writable(path.parent)  # before the work rather than after it
-    load, vocab, hidden = _source(options, setting)
+    load = _source(options, setting)
 
     from rich.console import Console
 
-    with _progress(setting.repeats + 1, parts=2) as on_round, warnings.catch_warnings():
+    with _progress(setting.repeats + 1) as on_round, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about TRL: nothing a user can do about
-        results = bench(load, vocab, hidden, setting, plain_rounds(setting, on_round), options.profile)
+        results = bench(load, setting, plain_rounds(setting, on_round), options.profile)
     config = {
         "model": options.model,
-        "shape": options.shape and SHAPES[options.shape],
-        "vocab": vocab,
-        "hidden": hidden,
+        "random_weights": options.random_weights,
         "rows": setting.rows,
         "length": setting.length,
         "method": setting.method,
@@ -125,9 +112,8 @@ def run(arguments: list[str]) -> int:
 
 def _check(options: Any) -> None:
     """What needs no library to be seen."""
-    if (options.model is None) == (options.shape is None):
-        came = "both MODEL and --shape" if options.model else "neither MODEL nor --shape"
-        raise InputError(f"{came} came, expected one; name the model you tune, or --shape llama-3.1-8b")
+    if options.model is None:
+        raise InputError("no MODEL was named, expected a hub id or a folder; name the model you tune")
     for name in ("rows", "length", "repeats"):
         value = getattr(options, name)
         least = 2 if name == "length" else 1
@@ -143,18 +129,16 @@ def _setting(options: Any) -> Setting:
     import torch
 
     from plot_align.bench.run import Setting
-    from plot_align.bench.shapes import SHAPES
 
     device = _device(options.device)
-    shape = SHAPES.get(options.shape)
     on_cpu = device.type == "cpu"
     name = options.dtype or ("float32" if on_cpu or options.bf16 else "bfloat16")
     if name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {name!r}, expected float32, bfloat16 or float16; correct it")
     checkpointing = options.gradient_checkpointing
     return Setting(
-        rows=options.rows or (shape.rows if shape else 2),
-        length=options.length or (shape.length if shape else 1024),
+        rows=options.rows or 2,
+        length=options.length or 1024,
         method=options.method,
         device=device,
         dtype=getattr(torch, name),
@@ -180,61 +164,45 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if available else "cpu"))
 
 
-def _plot(options: Any) -> Any:
-    from plot_align.config import PlotConfig
-    from plot_align.sweep import coerce, keys
-
-    known = keys()
-    given = {name: getattr(options, name) for name in _PLOT if getattr(options, name) is not None}
-    config = PlotConfig(**{name: coerce(known[name], value) for name, value in given.items()})
+def _plot(options: Any) -> PlotConfig:
+    names = [entry.name for kind in (PlotOptions, PlotAblations) for entry in fields(kind) if entry.init]
+    config = PlotConfig.from_options(**{name: getattr(options, name) for name in names})
     if config.is_off:
         raise InputError("--alpha is 0, so there would be no term to measure; leave it out, or give a positive weight")
     return config
 
 
-def _source(options: Any, setting: Setting) -> tuple[Callable[[], tuple[Any, Any]], int, int]:
-    """How model and tokenizer are made, and the size (V, H) of the head."""
-    from plot_align.bench.run import random_weights
-    from plot_align.bench.shapes import SHAPES
-
-    if options.shape is not None:
-        shape = SHAPES[options.shape]
-        return functools.partial(random_weights, shape, setting), shape.vocab, shape.hidden
-
+def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
+    """A function that makes model and tokenizer."""
     from transformers import AutoConfig
 
+    from plot_align.bench.random_weights import random_model, word_tokenizer
     from plot_align.cli.common import load_chat_model
 
     try:
         config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-        text = config.get_text_config()
-        vocab, hidden = text.vocab_size, text.hidden_size
+        vocab = config.get_text_config().vocab_size
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"no model could be found at {options.model!r} ({first_line(error)}); name a hub id or a folder, or use "
-            "--shape"
+            f"no model could be found at {options.model!r} ({first_line(error)}); name a hub id or a folder"
         ) from error
+    if options.random_weights:
+        return lambda: (random_model(config, setting.device, setting.dtype), word_tokenizer(vocab))
     loading = argparse.Namespace(
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
         trust_remote_code=options.trust_remote_code,
     )
-    return functools.partial(load_chat_model, options.model, loading), vocab, hidden
+    return functools.partial(load_chat_model, options.model, loading)
 
 
 @contextlib.contextmanager
-def _progress(rounds: int, *, parts: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields what is told the part that runs and how many of its ``rounds`` are done."""
+def _progress(rounds: int) -> Iterator[Callable[[str, int], None]]:
+    """Yields a callback that takes the part that runs and how many of its ``rounds`` are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("building", total=rounds * parts)
-        done: dict[str, int] = {}
-
-        def on_round(what: str, count: int) -> None:
-            done[what] = count
-            progress.update(task, description=what, completed=sum(done.values()))
-
-        yield on_round
+        task = progress.add_task("building", total=rounds)
+        yield lambda what, count: progress.update(task, description=what, completed=count)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from plot_align.errors import InputError, first_line
-from plot_align.options import did_you_mean
+from plot_align.errors import InputError, did_you_mean, first_line
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are :class:`InputError`, with the nearest right option named."""
 
-    def __init__(self, command: str, description: str, example: str) -> None:
+    def __init__(
+        self, command: str, description: str, example: str, parents: Sequence[argparse.ArgumentParser] = ()
+    ) -> None:
         super().__init__(
             prog=f"plot-align {command}",
             description=description,
             epilog=f"example:\n{example}",
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80),
             allow_abbrev=False,
+            parents=parents,
         )
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
@@ -148,7 +150,9 @@ def _chat_model(name: str, device: str | None, dtype: str, trust_remote_code: bo
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         return model.to(own_device(device)), tokenizer
-    except (OSError, KeyError, RuntimeError, AssertionError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         raise InputError(
             f"no model could be loaded from {name!r} ({first_line(error)}); name a hub id or a folder, and a device "
             "that this machine has"

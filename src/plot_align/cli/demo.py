@@ -1,4 +1,4 @@
-"""``plot-align demo``: one real model tuned with three losses, judged, on one page."""
+"""``plot-align demo``: tune one real model with three losses, and compare them on one page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from plot_align.errors import InputError
 def make_parser() -> Parser:
     parser = Parser(
         "demo",
-        "Tune SmolLM2-135M-Instruct with DPO, DPO+SFT and DPO+PLOT on preference pairs of\n"
-        "our own, judge each on held-out requests, attack it, and write one page,\n"
+        "Tune SmolLM2-135M-Instruct with DPO, DPO+SFT and DPO+PLOT on our own preference\n"
+        "pairs, judge each on held-out requests, attack it, and write one page,\n"
         "report.html, with the answers side by side. Run it again to resume.",
         "  plot-align demo --quick",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer steps and requests: under five minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and requests; under five minutes")
     parser.add_argument("--model", metavar="MODEL", help="another chat model: hub id or folder")
     parser.add_argument("--dataset", metavar="DATA", help="other pairs to train on: a file or a hub id")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of training and sampling (%(default)s)")

@@ -1,4 +1,4 @@
-"""``plot-align filter``: score pairs with DEFT's distribution reward and keep a share of them."""
+"""``plot-align filter``: score pairs with DEFT's distribution reward and keep some of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli.common import Parser, check_dtype, first_line, length, load_tokenizer
+from plot_align.cli.common import Parser, add_loading_options, check_dtype, length, load_chat_model
 from plot_align.errors import InputError
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -15,8 +15,8 @@ _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 def make_parser() -> Parser:
     parser = Parser(
         "filter",
-        "Keep the pairs whose distribution reward under a model is highest or lowest. An\n"
-        "interrupted run goes on where it stopped. The rows kept train with\n"
+        "Keep the pairs with the highest or lowest distribution reward under a model. An\n"
+        "interrupted run continues where it stopped. Train on the result with\n"
         "`plot-align dpo --dataset_name FILE`.",
         "  plot-align filter pairs.jsonl --model Qwen/Qwen3-0.6B --share 0.05",
     )
@@ -25,9 +25,13 @@ def make_parser() -> Parser:
     parser.add_argument("--model", required=True, help="hub id or folder of the model to tune")
     parser.add_argument("--preference", metavar="FILE", help="from `plot-align estimate` (default: these pairs)")
     parser.add_argument("--share", type=float, default=0.05, help="share of the pairs to keep (%(default)s)")
-    parser.add_argument("--direction", default="highest", metavar="D", help="highest or lowest (%(default)s)")
-    parser.add_argument("--score", default="chosen", metavar="S", help="chosen or margin (%(default)s)")
-    parser.add_argument("--reading", default="log", metavar="R", help="log or prob (%(default)s)")
+    for name, choices, default in (
+        ("direction", ("highest", "lowest"), "highest"),
+        ("score", ("chosen", "margin"), "chosen"),
+        ("reading", ("log", "prob"), "log"),
+    ):
+        text = f"{' or '.join(choices)} (%(default)s)"
+        parser.add_argument(f"--{name}", choices=choices, default=default, metavar=name[0].upper(), help=text)
     parser.add_argument(
         "--output", type=Path, default=Path("kept.jsonl"), metavar="FILE", help=".jsonl or .jsonl.gz (%(default)s)"
     )
@@ -36,9 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument("--max_length", type=length, default=1024, metavar="N", help="as for estimate (%(default)s)")
     parser.add_argument("--truncation_mode", default="keep_start", metavar="M", help="as for estimate (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="completions a pass (%(default)s)")
-    parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")
-    parser.add_argument("--trust_remote_code", action="store_true", help="allow a model's own code")
+    add_loading_options(parser)
     return parser
 
 
@@ -58,12 +60,11 @@ def run(arguments: list[str]) -> int:
     pairs = load_pairs(options.data, name=options.name, split=options.split)
     require_pairs(pairs)
     filtering.require_json(pairs)
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     require_writable(options.output.parent)  # before the work rather than after it
+    model, tokenizer = load_chat_model(options.model, options)
     truncation = {"max_length": options.max_length, "truncation_mode": options.truncation_mode}
     if preference is None:
         preference = estimate(pairs, tokenizer, **truncation)
-    model = _load_model(options)
 
     start = time.perf_counter()
     partial = filtering.partial_path(options.output)
@@ -95,46 +96,17 @@ def run(arguments: list[str]) -> int:
 
 
 def _check(options: Any) -> None:
-    """Refuse before the work what would fail after it."""
-    import torch
-
+    """Checks that must not wait until the scores are there."""
     from plot_align.methods import filter as filtering
-    from plot_align.methods.deft import READINGS
 
-    for name, known in (("direction", filtering.DIRECTIONS), ("score", filtering.SCORES), ("reading", READINGS)):
-        if getattr(options, name) not in known:
-            raise InputError(f"--{name} is {getattr(options, name)!r}, expected {' or '.join(known)}")
     if not 0 < options.share <= 1:
         raise InputError(f"--share is {options.share}, expected a share above 0 and at most 1, e.g. 0.05")
     if options.batch_size < 1:
         raise InputError(f"--batch_size is {options.batch_size}, expected 1 or more")
     check_dtype(options.dtype)
-    written = (options.output, filtering.scores_path(options.output))  # which also checks the ending
+    written = (options.output, filtering.scores_path(options.output))  # this also checks the ending
     if any(path.exists() and Path(options.data).exists() and path.samefile(options.data) for path in written):
         raise InputError(f"--output {options.output} would overwrite the data it is made from; name another file")
-    if options.device is None:
-        options.device = str(torch.accelerator.current_accelerator() or "cpu")
-
-
-def _load_model(options: Any) -> Any:
-    """The model on its device, in its dtype."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"no model could be loaded from {options.model!r} ({first_line(error)}); name a hub id or a checkpoint "
-            "folder"
-        ) from error
-    try:
-        return model.to(options.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(
-            f"--device is {options.device!r}, which this machine does not offer ({first_line(error)}); use cpu"
-        ) from error
 
 
 def _results(scores: Any, by: Any, kept: Any, direction: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``plot-align inspect``: what a preference distribution prefers and rejects."""
+"""``plot-align inspect``: show what a preference distribution prefers and rejects."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ import sys
 from pathlib import Path
 
 from plot_align.cli.common import Parser, load_tokenizer
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "inspect",
-        "Show the most preferred and the most rejected tokens of an artefact written by\n"
+        "Show the most preferred and the most rejected tokens of a file written by\n"
         "`plot-align estimate`, with counts and 95 % confidence intervals.",
         "  plot-align inspect preference.safetensors --tokenizer Qwen/Qwen3-0.6B \\\n"
         "    --top 30 --figure preference.png",
     )
-    parser.add_argument("file", type=Path, help="the artefact")
+    parser.add_argument("file", type=Path, help="written by `plot-align estimate`")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder it was estimated with")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="tokens on each side (%(default)s)")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them too: .png, .svg or .pdf")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw them as well, as .png, .svg or .pdf")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--trust_remote_code", action="store_true", help="allow a tokenizer's own code")
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Parse ``arguments`` and print the tokens; the figure's path goes to standard error, so that JSON stays JSON."""
+    """Parse ``arguments`` and print the tokens. The figure's path goes to standard error, so that JSON stays JSON."""
     options = make_parser().parse(arguments)
     if options.top < 1:
         raise InputError(f"--top is {options.top}, expected how many tokens to show on each side, 1 or more")
+    if options.figure is not None:
+        require_packages("--figure", "matplotlib", extra="report")
 
     from plot_align.preference import inspection
     from plot_align.preference.distribution import PreferenceDistribution

@@ -1,31 +1,34 @@
-"""``plot-align``: which subcommand runs, and what a user sees when it goes wrong."""
+"""``plot-align``: runs the subcommand, and reports its errors to the user."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
 
 from plot_align._version import __version__
-from plot_align.cli.common import did_you_mean, first_line
 from plot_align.cli.launch import tell_launcher
-from plot_align.errors import InputError, PlotAlignError
+from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line
 
-_COMMANDS = (
-    "fetch",
-    "estimate",
-    "inspect",
-    "filter",
-    "dpo",
-    "sft",
-    "pro",
-    "demo",
-    "sweep",
-    "redteam",
-    "evaluate",
-    "report",
-    "bench",
-)
+_TRAINING = {
+    "dpo": "`trl dpo` with the PLOT term: the same YAML files and flags",
+    "sft": "`trl sft` with the PLOT term: the same YAML files and flags",
+    "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
+}
+COMMANDS = {  # each is a module of this package
+    "fetch": "download a model: SmolLM2-135M-Instruct by default",
+    "estimate": "count the tokens of preferred and rejected answers in a data set",
+    "inspect": "show the tokens most preferred and most rejected, with a figure",
+    "filter": "keep the pairs with the highest distribution reward (DEFT)",
+    **_TRAINING,
+    "demo": "tune SmolLM2-135M-Instruct with three losses, and compare them",
+    "sweep": "train over a grid of PLOT's options, methods and seeds; compare",
+    "redteam": "attack your own model: success rate and over-refusal",
+    "evaluate": "measure models on the seven sub-preferences, and for side effects",
+    "report": "make one page from records: verdict, tables, figures",
+    "bench": "measure what PLOT costs on this machine: time, memory, a profile",
+}
 
 _HELP = """\
 usage: plot-align [--version] [--debug] COMMAND [options]
@@ -33,19 +36,7 @@ usage: plot-align [--version] [--debug] COMMAND [options]
 Preference fine-tuning with the PLOT term: L = L_vanilla + alpha * L_PLOT.
 
 commands:
-  fetch      bring a model onto this machine: SmolLM2-135M-Instruct by default
-  estimate   count preferred and rejected tokens of a data set of pairs
-  inspect    show what such a count prefers and rejects, with a figure
-  filter     keep the pairs with the highest distribution reward (DEFT)
-  dpo        `trl dpo` with the PLOT term: the same YAML files and flags
-  sft        `trl sft` with the PLOT term: the same YAML files and flags
-  pro        ranking optimisation (PRO) with the PLOT term, of ranked lists
-  demo       DPO with and without PLOT on a small offline world, judged
-  sweep      a grid over PLOT's options, methods and seeds: table and figures
-  redteam    attack your own model: success rate, with over-refusal beside it
-  evaluate   models on the seven sub-preferences and on what must not get worse
-  report     one page from records: verdict, tables, figures
-  bench      what PLOT costs on this machine: time, memory, a profile
+{commands}
 
 options:
   -h, --help  this text; `plot-align COMMAND --help` for each command
@@ -57,7 +48,7 @@ example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
 exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted
-"""
+""".format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,57 +91,16 @@ def _dispatch(arguments: list[str]) -> int:
         advice = did_you_mean(command, ("--version", "--debug", "--help"), "see 'plot-align --help'")
         raise InputError(f"unknown option {command!r} before the command; {advice}")
 
+    if command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; {did_you_mean(command, COMMANDS, 'see plot-align --help')}")
+
     # Each module is imported only when its command runs: --help must not wait for torch.
-    match command:
-        case "dpo" | "sft" | "pro":
-            from plot_align.cli.train import run as train
+    if command in _TRAINING:
+        from plot_align.cli.train import run
 
-            return train(command, rest)
-        case "fetch":
-            from plot_align.cli.fetch import run as fetch
-
-            return fetch(_without_debug(rest))
-        case "estimate":
-            from plot_align.cli.estimate import run as estimate
-
-            return estimate(_without_debug(rest))
-        case "inspect":
-            from plot_align.cli.inspect import run as inspect
-
-            return inspect(_without_debug(rest))
-        case "filter":
-            from plot_align.cli.filter import run as filter_pairs
-
-            return filter_pairs(_without_debug(rest))
-        case "demo":
-            from plot_align.cli.demo import run as demo
-
-            return demo(_without_debug(rest))
-        case "sweep":
-            from plot_align.cli.sweep import run as sweep
-
-            return sweep(_without_debug(rest))
-        case "redteam":
-            from plot_align.cli.redteam import run as redteam
-
-            return redteam(_without_debug(rest))
-        case "evaluate":
-            from plot_align.cli.evaluate import run as evaluate
-
-            return evaluate(_without_debug(rest))
-        case "report":
-            from plot_align.cli.report import run as report
-
-            return report(_without_debug(rest))
-        case "bench":
-            from plot_align.cli.bench import run as bench
-
-            return bench(_without_debug(rest))
-    raise InputError(f"unknown command {command!r}; {did_you_mean(command, _COMMANDS, 'see plot-align --help')}")
-
-
-def _without_debug(arguments: list[str]) -> list[str]:
-    return [argument for argument in arguments if argument != "--debug"]
+        return run(command, rest)
+    module = importlib.import_module(f"plot_align.cli.{command}")
+    return module.run([argument for argument in rest if argument != "--debug"])
 
 
 def _report(message: str, code: int, debug: bool) -> int:

@@ -1,43 +1,59 @@
-"""The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses plus ours, read by TRL's parser.
+"""The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses and ours, read by TRL's parser.
 
-A YAML file written for ``trl dpo`` works unchanged. What differs from TRL: an option that nobody knows is refused with
-the nearest right one, and abbreviations are not guessed.
+A YAML file written for ``trl dpo`` works unchanged. Unlike TRL, an unknown option is refused and the nearest right one
+named, and abbreviations are not guessed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from plot_align.cli.common import did_you_mean, first_line
 from plot_align.cli.launch import Launch, launcher_options
-from plot_align.errors import InputError
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, did_you_mean, first_line
 
 
 @dataclass
-class PlotArguments:
+class PlotOptions(PlotConfig):
+    """The options of PlotConfig itself. HfArgumentParser makes no flag of a field without ``init``."""
+
+    ablations: PlotAblations = field(default_factory=PlotAblations, init=False)
+
+    def join(self, ablations: PlotAblations) -> PlotConfig:
+        """These options and the ablations, which have flags of their own, as one PlotConfig."""
+        own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        return PlotConfig(**own, ablations=ablations)
+
+
+@dataclass
+class PreferenceOptions:
     """Where the preference distribution comes from."""
+
+    _argument_group_name = "preference"
 
     preference: str | None = field(
         default=None,
-        metadata={
-            "help": "Artefact written by `plot-align estimate`. Default for dpo and pro: count the training set."
-        },
+        metadata={"help": "File written by `plot-align estimate`. Default for dpo and pro: count the training set."},
     )
     preference_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Estimate the preference from these pairs instead: hub id or local file."},
+        default=None, metadata={"help": "Count these pairs instead: a hub id or a local file."}
     )
-    preference_split: str = field(
-        default="train", metadata={"help": "Split of `preference_dataset` to estimate from."}
-    )
+    preference_split: str = field(default="train", metadata={"help": "Split of preference_dataset to count."})
+
+
+def plot_parser() -> argparse.ArgumentParser:
+    """PLOT's own options and the ablations, as one of the ``parents`` of another parser."""
+    from transformers import HfArgumentParser
+
+    return HfArgumentParser([PlotOptions, PlotAblations], add_help=False)
 
 
 def make_parser(command: str) -> Any:
-    """TRL's parser over TRL's dataclasses and ours; its mistakes are :class:`InputError`."""
-    from plot_align.config import PlotConfig
+    """TRL's parser over TRL's dataclasses and ours; it raises :class:`InputError` instead of exiting."""
     from plot_align.methods.pro import PROConfig
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -47,7 +63,10 @@ def make_parser(command: str) -> Any:
 
     trainer_config = {"dpo": DPOConfig, "sft": SFTConfig, "pro": PROConfig}[command]
     return TrainingParser(
-        (ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig, PlotConfig, PlotArguments),
+        [
+            *(ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig),
+            *(PlotOptions, PreferenceOptions, PlotAblations),
+        ],
         prog=f"plot-align {command}",
         usage=f"plot-align {command} [--config FILE.yaml] [options]",
         allow_abbrev=False,
@@ -58,10 +77,10 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
     """Read the YAML options and the flags into TRL's dataclasses and ours.
 
     Returns:
-        (script, training, model, mixture, PLOT, preference) options, and what belongs to the launcher.
+        The options (script, training, model, mixture, PLOT, preference), and those of the launcher.
 
     Raises:
-        InputError: an option nobody knows, with the nearest right one; a value that is refused.
+        InputError: an unknown option, with the nearest right one; or a value that is refused.
     """
     _check_mixture(config.get("datasets"), config_path)
     known = {action.dest for action in parser._actions} - {"help"}
@@ -74,7 +93,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
                 raise InputError(f"unknown option {str(key)!r} in {config_path}; {advice}")
     parser.set_defaults_with_config(**config)
 
-    # Unknown flags first: a misspelt one must not hide behind the consequences of its absence.
+    # Unknown flags first: else the error would be about the value that the misspelt one was to give.
     _, unknown = parser.parse_known_args(flags)
     _check_launch_flags(parser, unknown)
     try:
@@ -83,11 +102,12 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the options were refused: {first_line(error)}") from error
-    return options[:-1], Launch(launch_config, unknown)
+    *trl, plot, preference, ablations, _ = options
+    return (*trl, plot.join(ablations), preference), Launch(launch_config, unknown)
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:
-    """Refuse whatever is neither an option of the launcher nor the value of one."""
+    """Refuse everything but the launcher's options and their values."""
     takes_value = launcher_options() if unknown else {}
     waiting = False
     for token in unknown:
@@ -107,7 +127,7 @@ def _check_launch_flags(parser: Any, unknown: list[str]) -> None:
 
 
 def _check_mixture(datasets: Any, config_path: str | None) -> None:
-    """Refuse a misspelt key of TRL's ``datasets:`` list, which it would report as a TypeError."""
+    """Refuse a misspelt key in TRL's ``datasets:`` list, where TRL raises a TypeError."""
     if datasets is None:
         return
     from trl.scripts.utils import DatasetConfig
@@ -125,7 +145,7 @@ def _check_mixture(datasets: Any, config_path: str | None) -> None:
 
 
 def without_bare_debug(arguments: list[str]) -> list[str]:
-    """Drop our ``--debug``; transformers' option of the same name always has a value."""
+    """Drop our ``--debug``: the option of that name in transformers always has a value."""
     following = [*arguments[1:], "--"]
     return [
         argument
@@ -136,24 +156,15 @@ def without_bare_debug(arguments: list[str]) -> list[str]:
 
 def split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Take ``--config FILE`` or ``--config=FILE`` out of the arguments."""
-    path: str | None = None
-    rest: list[str] = []
-    waiting = False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if waiting:
-            path, waiting = argument, False
-        elif name == "--config" and path is not None:
-            raise InputError("--config was given twice, expected one file; merge the two")
-        elif name == "--config" and equals:
-            path = value
-        elif name == "--config":
-            waiting = True
-        else:
-            rest.append(argument)
-    if waiting:
-        raise InputError("--config came without a file, expected a path after it; write --config FILE.yaml")
-    return path, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        raise InputError("--config came without a file, expected a path after it; write --config FILE.yaml") from None
+    if len(found.config) > 1:
+        raise InputError("--config was given twice, expected one file; merge the two")
+    return (found.config[0] if found.config else None), rest
 
 
 def set_environment(env: Any, config_path: str | None) -> None:
@@ -161,6 +172,6 @@ def set_environment(env: Any, config_path: str | None) -> None:
     if env is None:
         return
     if not isinstance(env, dict):
-        raise InputError(f"'env' in {config_path} is no mapping; write one 'NAME: value' on each line below it")
+        raise InputError(f"'env' in {config_path} is not a mapping; write one 'NAME: value' on each line below it")
     for key, value in env.items():
         os.environ[str(key)] = str(value)

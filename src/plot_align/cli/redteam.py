@@ -16,8 +16,8 @@ from plot_align.cli.common import (
     named_models,
     on_processes,
 )
-from plot_align.errors import InputError
-from plot_align.options import read_yaml
+from plot_align.errors import InputError, require_packages
+from plot_align.io import read_yaml
 from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(options: Any) -> int:
+    require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
     from plot_align.inference.parallel import on_main
     from plot_align.io import require_writable
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
@@ -229,11 +230,8 @@ def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior],
 
 def _check_addresses(options: Any) -> None:
     """That each endpoint is an address, and that the package for them is there."""
-    import importlib.util
-
-    labels = _addresses(options)
-    if any(labels.values()) and importlib.util.find_spec("openai") is None:
-        raise InputError('endpoints need the package openai, which is not installed; pip install "plot-align[api]"')
+    if any(_addresses(options).values()):
+        require_packages("an endpoint", "openai", extra="redteam")
 
 
 def _measured(

@@ -1,32 +1,32 @@
-"""``plot-align report``: one page from the records of all other commands."""
+"""``plot-align report``: make one page from the records of the other commands."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from plot_align.cli.common import Parser
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "report",
-        "Make one page from records: a verdict, the table of models and measures with\n"
-        "intervals and what is significant, figures, and how each number was made. The\n"
-        "page needs no network; figures and tables are beside it as files too.",
+        "Make one page from records: a verdict, a table of models and measures with\n"
+        "intervals and significance, figures, and how each number was made. The page\n"
+        "needs no network. Figures and tables are also written as files beside it.",
         "  plot-align report runs/evaluate runs/redteam --baseline my-dpo -o report.html",
     )
     parser.usage = "plot-align report RECORDS... [options]"
-    parser.add_argument("records", nargs="+", metavar="RECORDS", help="files, or folders searched in all depths")
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="files, or folders to search")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="the page (%(default)s)"
     )
     parser.add_argument(
-        "--baseline", metavar="NAME", help="the model others are compared with (default: their reference, if measured)"
+        "--baseline", metavar="NAME", help="model to compare the others with (default: their reference, if measured)"
     )
     parser.add_argument("--title", default="Which model to ship", metavar="TEXT", help="of the page (%(default)s)")
-    parser.add_argument("--paper", action="store_true", help="show the paper's claims beside, as reference lines")
-    parser.add_argument("--skip_bad", action="store_true", help="leave damaged records out and say so")
+    parser.add_argument("--paper", action="store_true", help="draw the paper's claims as reference lines")
+    parser.add_argument("--skip_bad", action="store_true", help="skip damaged records, and list them")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling (%(default)s)")
     return parser
 
@@ -46,8 +46,9 @@ def run(arguments: list[str]) -> int:
     from plot_align.io import require_writable
     from plot_align.report.collect import collect
     from plot_align.report.page import build, write
-    from plot_align.report.text import one_line
+    from plot_align.text import one_line
 
+    require_packages("report", "matplotlib", "jinja2", extra="report")
     require_writable(options.output.parent)
     collected = collect(options.records, skip_bad=options.skip_bad)
     content = build(collected, baseline=options.baseline, title=options.title, paper=options.paper, seed=options.seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from plot_align.cli.common import Parser, did_you_mean
 from plot_align.errors import InputError
-from plot_align.options import read_yaml
+from plot_align.io import read_yaml
 
 _HELP = """\
 usage: plot-align sweep [--config FILE.yaml] [options]

@@ -1,4 +1,4 @@
-"""``plot-align dpo``, ``sft`` and ``pro``: TRL's own scripts, and one like them for PRO, with the PLOT term."""
+"""``plot-align dpo``, ``sft`` and ``pro``: what TRL's scripts do, with the PLOT term."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.cli import launch
-from plot_align.cli.common import first_line, load_tokenizer
-from plot_align.cli.options import PlotArguments, make_parser, parse, set_environment, split_config, without_bare_debug
-from plot_align.errors import InputError
-from plot_align.options import read_yaml
+from plot_align.cli.common import load_tokenizer
+from plot_align.cli.options import (
+    PreferenceOptions,
+    make_parser,
+    parse,
+    set_environment,
+    split_config,
+    without_bare_debug,
+)
+from plot_align.errors import InputError, first_line
+from plot_align.io import read_yaml
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
 
 {title}, as a flag or as a
-key of the YAML file, plus those marked *. --help-all lists all of them.
+key of the YAML file, and those marked *. --help-all lists them all.
 
   --config FILE                  options as YAML; flags win over the file
   --model_name_or_path MODEL     hub id or folder
@@ -25,15 +32,15 @@ key of the YAML file, plus those marked *. --help-all lists all of them.
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
 * --balance_ratio R              without --alpha: PLOT's share of the gradient
 * --preference FILE              from `plot-align estimate`{default}
-* --preference_dataset DATA      estimate it from these pairs instead
+* --preference_dataset DATA      count these pairs instead
+* --alpha_schedule S             constant, linear, cosine, balance
 * --target T                     auto, anchored, chosen, relu, shift, softmax
-* --divergence D                 w1, sinkhorn, emo, tv, js, kl, deft_log, ...
 * --granularity G                batch, sequence, token
   --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
   --per_device_train_batch_size N, --gradient_accumulation_steps N
   --max_length N                 longer rows are truncated
   --use_peft                     LoRA, with --lora_r, --lora_alpha
-  --num_processes N              how many, started by `accelerate launch`
+  --num_processes N              started by `accelerate launch`
   --resume_from_checkpoint DIR   continue an interrupted run
 
 example:
@@ -43,7 +50,7 @@ example:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch more processes where asked to, train, save."""
+    """Run ``command`` ("dpo", "sft" or "pro"): parse, launch processes if asked to, train, save."""
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(help_text(command), end="")
         return 0
@@ -100,7 +107,7 @@ def help_text(command: str) -> str:
 def _train(
     command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
 ) -> None:
-    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers; then a record beside the model."""
+    """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
     from plot_align.methods.pro import PlotPROTrainer
     from plot_align.preference.datasets import require_pairs, require_ranked
     from plot_align.records import write_record
@@ -183,10 +190,10 @@ def _train(
     trainer.end()
 
 
-def _preference(command: str, training_args: Any, model_args: Any, where: PlotArguments) -> Any:
-    """The preference distribution asked for; None: the DPO or PRO trainer counts its own training set."""
+def _preference(command: str, training_args: Any, model_args: Any, where: PreferenceOptions) -> Any:
+    """The preference distribution to use, or None: then the DPO or PRO trainer counts its training set."""
     if where.preference is not None and where.preference_dataset is not None:
-        raise InputError("--preference and --preference_dataset were both given, expected one; drop either")
+        raise InputError("--preference and --preference_dataset were both given, expected one of them; drop the other")
     if where.preference is not None:
         from plot_align.preference.distribution import PreferenceDistribution
 
@@ -195,8 +202,8 @@ def _preference(command: str, training_args: Any, model_args: Any, where: PlotAr
         return _estimated(training_args, model_args, where.preference_dataset, where.preference_split)
     if command == "sft":
         raise InputError(
-            "--preference is missing: SFT data has no rejected answers to learn a preference from; name an artefact "
-            "of `plot-align estimate`, or pairs with --preference_dataset"
+            "--preference is missing: SFT data has no rejected answers to learn a preference from; name a file that "
+            "`plot-align estimate` wrote, or pairs with --preference_dataset"
         )
     return None
 
@@ -208,7 +215,7 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
     if getattr(training_args, "chat_template_path", None) is not None:
         raise InputError(
             "--chat_template_path and --preference_dataset were both given, and the template changes which tokens are "
-            "counted; save the tokenizer with that template, run `plot-align estimate` with it, pass its --preference"
+            "counted; save the tokenizer with that template, run `plot-align estimate` with it, and pass --preference"
         )
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(
@@ -228,9 +235,9 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
 
 
 def _datasets(script_args: Any, training_args: Any, mixture: Any) -> tuple[Any, Any]:
-    """Training and evaluation set; the latter None where nothing is evaluated.
+    """Training set, and evaluation set or None.
 
-    A mixture comes from TRL; a single data set is opened by :func:`plot_align.load_pairs`, which also takes files.
+    TRL loads a mixture. A single data set is opened by :func:`plot_align.load_pairs`, which takes files as well.
     """
     strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)  # an Enum, mostly
     evaluates = strategy != "no"

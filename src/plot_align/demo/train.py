@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from plot_align.bench import without_plot
 from plot_align.config import PlotConfig
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
 from plot_align.trl import attach
 from plot_align.trl.artifacts import results_of
-from plot_align.trl.overhead import without_plot
 
 RECORD = "plot_align_record.json"
 

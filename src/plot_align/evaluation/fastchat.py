@@ -16,13 +16,13 @@ import os
 import re
 import string
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, fits
 
 TEMPERATURES = {
     "writing": 0.7,
@@ -181,11 +181,11 @@ def read_bench(folder: str | os.PathLike[str], categories: Collection[str] | Non
 def _read_questions(path: Path) -> list[Question]:
     questions: dict[int, Question] = {}
     for place, row in _rows(path, "questions"):
-        number = _whole(row, "question_id", place)
+        number = _field(row, "question_id", place, int)
         if number in questions:
             raise InputError(f"{place} is another question {number}; give each question an id of its own")
-        category = _one_of(row, "category", place, TEMPERATURES)
-        turns = _two(row.get("turns"), f"{place}: turns")
+        category = _field(row, "category", place, str, TEMPERATURES)
+        turns = _two(row, "turns", place)
         if not all(turn.strip() for turn in turns):
             raise InputError(f"{place} has an empty turn, expected two questions; correct it")
         questions[number] = Question(number, category, turns)
@@ -200,9 +200,9 @@ def _read_prompts(path: Path) -> dict[str, Prompt]:
         name = row.get("name")
         if not isinstance(name, str) or name not in _SLOTS:
             continue  # of pairwise judging
-        system, template = (_text(row, key, place) for key in ("system_prompt", "prompt_template"))
+        prompt = Prompt(name, _field(row, "system_prompt", place, str), _field(row, "prompt_template", place, str))
         try:
-            slots = {slot for _, slot, _, _ in string.Formatter().parse(template) if slot is not None}
+            slots = {slot for _, slot, _, _ in string.Formatter().parse(prompt.template) if slot is not None}
         except ValueError as error:
             raise InputError(
                 f"{place}: prompt_template has unmatched braces ({error}); double those of text"
@@ -212,8 +212,8 @@ def _read_prompts(path: Path) -> dict[str, Prompt]:
                 f"{place}: prompt_template of {name} has the slots {sorted(slots)}, expected {sorted(_SLOTS[name])}; "
                 "write each in braces where its text goes"
             )
-        _one_of(row, "output_format", place, ("[[rating]]",))
-        prompts[name] = Prompt(name, system, template)
+        _field(row, "output_format", place, str, ("[[rating]]",))
+        prompts[name] = prompt
     missing = [name for name in _SLOTS if name not in prompts]
     if missing:
         raise InputError(f"judge prompts {path} lack {', '.join(missing)}; take FastChat's judge_prompts.jsonl")
@@ -249,12 +249,10 @@ def read_answer_rows(path: Path) -> dict[int, Row]:
     """As :func:`read_answers`, with the whole row of each question."""
     found: dict[int, Row] = {}
     for place, row in _rows(path, "answers"):
-        choices = row.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if not isinstance(choice, dict):
+        if not fits(row.get("choices"), list[dict]) or not row["choices"]:
             raise InputError(f"{place} has no choices, expected [{{'index': 0, 'turns': [str, str]}}]; correct it")
-        _two(choice.get("turns"), f"{place}: turns")
-        found[_whole(row, "question_id", place)] = row
+        _two(row["choices"][0], "turns", place)
+        found[_field(row, "question_id", place, int)] = row
     return found
 
 
@@ -301,11 +299,9 @@ def read_judgments(path: Path) -> list[Row]:
     """
     found = []
     for place, row in _rows(path, "judgements", torn=True):
-        for key in ("question_id", "turn"):
-            _whole(row, key, place)
-        for key in ("model", "user_prompt", "judgment"):
-            _text(row, key, place)
-        _two(row.get("judge"), f"{place}: judge")
+        for key, kind in {"question_id": int, "turn": int, "model": str, "user_prompt": str, "judgment": str}.items():
+            _field(row, key, place, kind)
+        _two(row, "judge", place)
         found.append(row)
     return found
 
@@ -326,7 +322,7 @@ def append_judgment(path: Path, row: Row) -> None:
 # ---------------------------------------------------------------------------------------------- lines and fields
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def _write(path: Path, rows: Iterable[Row]) -> None:
     with complete_or_absent(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -355,28 +351,18 @@ def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, R
         yield place, row
 
 
-def _whole(row: Row, key: str, place: str) -> int:
-    return _fitting(row, key, place, lambda value: type(value) is int, "a whole number")
-
-
-def _text(row: Row, key: str, place: str) -> str:
-    return _fitting(row, key, place, lambda value: isinstance(value, str), "text")
-
-
-def _one_of(row: Row, key: str, place: str, known: Collection[str]) -> str:
-    return _fitting(row, key, place, lambda value: isinstance(value, str) and value in known, ", ".join(known))
-
-
-def _fitting(row: Row, key: str, place: str, fits: Callable[[Any], bool], expected: str) -> Any:
+def _field(row: Row, key: str, place: str, kind: type, known: Collection[str] = ()) -> Any:
     value = row.get(key)
-    if not fits(value):
+    if not fits(value, kind) or (known and value not in known):
+        expected = ", ".join(known) or {int: "a whole number", str: "text"}[kind]
         raise InputError(f"{place}: {key} is {_shown(value)}, expected {expected}; correct it")
     return value
 
 
-def _two(value: Any, place: str) -> Turns:
-    if not isinstance(value, list) or len(value) != 2 or not all(isinstance(entry, str) for entry in value):
-        raise InputError(f"{place} is {_shown(value)}, expected two texts; correct it")
+def _two(row: Row, key: str, place: str) -> Turns:
+    value: Any = row.get(key)
+    if not fits(value, list[str]) or len(value) != 2:
+        raise InputError(f"{place}: {key} is {_shown(value)}, expected two texts; correct it")
     return value[0], value[1]
 
 

@@ -17,8 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.errors import InputError, first_line
-from plot_align.options import did_you_mean
+from plot_align.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

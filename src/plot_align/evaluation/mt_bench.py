@@ -15,12 +15,10 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from plot_align.cli.common import did_you_mean
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError, RunError, did_you_mean, require_packages
 from plot_align.evaluation import fastchat
 from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
 from plot_align.evaluation.quantity import Quantity, of_items
@@ -88,11 +86,7 @@ class MTBench:
                 "completion tokens; pass both"
             )
         self._endpoint()
-        if find_spec("openai") is None:
-            raise InputError(
-                "MT-Bench asks its judge with the package openai, which is not installed; "
-                'pip install "plot-align[api]"'
-            )
+        require_packages("the judge of MT-Bench", "openai", extra="eval")
         fastchat.read_bench(self.folder, self.categories)
 
     def run(self, subject: Subject) -> Found:

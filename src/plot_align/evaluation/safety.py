@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError, RunError, did_you_mean
 from plot_align.evaluation import data
 from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.options import did_you_mean
 from plot_align.redteam import world
 from plot_align.redteam.behaviors import Behavior, default_benign, read_behaviors, read_targets, require_targets
 from plot_align.redteam.catalogue import make_attack, make_judge

@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation.quantity import SECTIONS
 from plot_align.evaluation.subject import Measure
-from plot_align.options import build, did_you_mean, read_yaml
+from plot_align.io import build, read_yaml
 from plot_align.preference.datasets import file_digest
 
 SUITES = ("paper", "quick", "sandbox")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation.quantity import CATEGORIES, Better, Quantity, of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.options import did_you_mean
 from plot_align.sandbox import TWIN, examples, judge
 
 

@@ -1,13 +1,13 @@
 """The language-model head and PLOT's output distribution in one sweep over the logits.
 
-``reference.py`` is the specification: it materialises the ``(N, V)`` logits. ``fused.py`` never holds more than
-one block of them and matches it. ``logits.py`` starts from logits that exist already.
+``fused.py`` never holds more than one block of the ``(N, V)`` logits; it must equal ``tests/oracles/head.py``, which
+materialises them. ``logits.py`` starts from logits that exist already.
 """
 
 from plot_align.head.fused import HeadOutput, HeadSpec, fused_head
 from plot_align.head.logits import output_distribution, target_log_probs
 from plot_align.head.memory import Workspace
-from plot_align.head.model import causal_lm, head_spec
+from plot_align.head.model import causal_lm, head_logits, head_spec
 
 __all__ = [
     "HeadOutput",
@@ -15,6 +15,7 @@ __all__ = [
     "Workspace",
     "causal_lm",
     "fused_head",
+    "head_logits",
     "head_spec",
     "output_distribution",
     "target_log_probs",

@@ -12,7 +12,7 @@ from plot_align.head.block import Gradients, Logits, Plot, Run, Statistics, over
 from plot_align.transport import Divergence
 
 # A divergence may gather p into an order of its own. Permuting the head's rows instead, as `block_triton` does, was
-# slower on a CPU: 1.4 times the head where the gather costs 1.1 to 1.3 (docs/LOG.md).
+# slower on a CPU: 1.4 times the head where the gather costs 1.1 to 1.3 (docs/log/2026-11-28.md).
 IN_ITS_ORDER = False
 
 # On a GPU large enough to fill it, small enough that a handful of fp32 temporaries stay far below the block.

@@ -100,7 +100,7 @@ class HeadOutput:
     ``marginals (S, V)``: ``Σ_t weights[t]·p_t`` of every segment, in fp32 (fp64 for fp64 inputs). ``values (N,)``: the
     divergence of each position with a positive weight (the ``token`` granularity), 0 elsewhere; the marginals carry
     no gradient then. ``reward (S,)``: DEFT's reward of every segment in its log reading; no sweep yields it, whoever
-    wants it adds it (:func:`plot_align.methods.deft.log_reward`).
+    wants it adds it (:func:`plot_align.head.reward.log_reward`).
     """
 
     log_probs: Tensor

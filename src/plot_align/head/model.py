@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from plot_align.head.fused import HeadSpec
 
 
@@ -26,3 +29,14 @@ def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=1.0 if scale is None else scale,
     )
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
+    """``softcap(logit_scale · (hidden @ weight.T + bias)) / temperature``: (N, H) → (N, V), in float32 at least."""
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
+    if bias is not None:
+        z = z + bias
+    z = z * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    return z / spec.temperature

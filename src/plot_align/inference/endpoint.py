@@ -1,30 +1,28 @@
-"""A client of any OpenAI-compatible chat endpoint that waits out what passes, and gives up with one sentence.
+"""An OpenAI-compatible chat endpoint, asked with the client of ``openai``, that gives up with one sentence.
 
-Beside what every client retries (time-outs, lost connections, 408, 409, 429, 5xx), this one retries nonsense: an HTML
-page with status 200 from a proxy, JSON without choices, an empty answer.
+The client retries what passes (time-outs, lost connections, 408, 409, 429, 5xx), but takes any page with status 200
+for an answer. Here an HTML page of a proxy, JSON without choices and an empty answer become a 502, which it retries.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from plot_align.errors import InputError, RunError
+from plot_align.errors import InputError, RunError, require_packages
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import APIError, OpenAI
 
 NO_KEY = "none"  # what a local server that asks for no key is sent
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 _PASSING = {408, 409, 429}
+_NONSENSE = "plot_align_nonsense"  # under which a response keeps what was wrong with it
 
 
 class EndpointError(RunError):
@@ -49,18 +47,6 @@ class Usage:
     completion_tokens: int = 0
 
 
-class _Passing(Exception):
-    """What went wrong may be right the next time.
-
-    Args:
-        what: came back, as it stands in a sentence. wait: seconds the server asked to wait; None where it did not.
-    """
-
-    def __init__(self, what: str, wait: float | None = None) -> None:
-        super().__init__(what)
-        self.wait = wait
-
-
 @dataclass
 class Endpoint:
     """An OpenAI-compatible chat endpoint, e.g. ``http://localhost:8000/v1`` of a local server. Threads may share it.
@@ -72,9 +58,8 @@ class Endpoint:
             written anywhere nor part of a message. Where the variable is unset or empty, ``"none"`` is sent: many
             local servers need no key, and the others answer 401.
         timeout: seconds without a sign of life until a request counts as failed.
-        retries: how often a failed request is tried again; the waits double from 1 s up to 60 s, with jitter, and a
-            longer ``Retry-After`` of up to 60 s is heeded.
-        sleep: waits; for tests.
+        retries: how often the client tries again. Its waits double from 0.5 s up to 8 s; it heeds a ``Retry-After`` of
+            up to two minutes.
 
     Raises:
         InputError: an argument is out of range, or the package ``openai`` is missing (on first use).
@@ -84,8 +69,7 @@ class Endpoint:
     model: str
     key_variable: str = "OPENAI_API_KEY"
     timeout: float = 60.0
-    retries: int = 5
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    retries: int = 8  # 40 s of waiting
     usage: Usage = field(default_factory=Usage, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -133,40 +117,25 @@ class Endpoint:
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         if seed is not None:
             options["seed"] = seed  # not sent otherwise: some servers do not know it
-        tries, number = self.retries + 1, 0
-        while True:
-            number += 1
-            try:
-                return self._try(messages, options)
-            except _Passing as problem:
-                if number == tries:
-                    raise EndpointError(
-                        f"{self.label} gave no usable answer in {tries} {'try' if tries == 1 else 'tries'}, the last "
-                        f"was {self._redacted(str(problem))}; check the server, or raise retries or timeout"
-                    ) from None
-                self.sleep(_wait(number, problem.wait))
-
-    def _try(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Reply:
-        """One request. Raises _Passing or EndpointError."""
         with self._lock:
             client = self._client
-            self.usage.requests += 1
         import openai
 
         try:
-            # The raw body, because the client takes any page and any JSON with status 200 for an answer.
+            # The raw body: parsing is done here.
             body = client.chat.completions.with_raw_response.create(
                 model=self.model,
-                messages=list(messages),  # type: ignore[arg-type]
+                messages=list(messages),
                 **options,
             ).text
-        except openai.APITimeoutError:
-            raise _Passing(f"no answer within {self.timeout:g} s") from None
+        except openai.APITimeoutError as error:
+            raise self._given_up(error, f"no answer within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _Passing(f"a failed connection ({error.__cause__ or error})") from None
+            raise self._given_up(error, f"a failed connection ({error.__cause__ or error})") from None
         except openai.APIStatusError as error:
             if error.status_code in _PASSING or error.status_code >= 500:
-                raise _Passing(f"status {error.status_code}", _retry_after(error.response.headers)) from None
+                what = error.response.extensions.get(_NONSENSE, f"status {error.status_code}")
+                raise self._given_up(error, what) from None
             raise EndpointError(self._refusal(error.status_code, error.message)) from None
         reply = _read(body)
         with self._lock:
@@ -176,13 +145,27 @@ class Endpoint:
 
     @cached_property
     def _client(self) -> OpenAI:
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise InputError(
-                'an endpoint is asked with the package openai, which is not installed; pip install "plot-align[api]"'
-            ) from None
-        return OpenAI(base_url=self.base_url, api_key=self._key(), timeout=self.timeout, max_retries=0)
+        require_packages("an endpoint", "openai", extra="redteam")
+        from openai import DefaultHttpxClient, OpenAI
+
+        return OpenAI(
+            base_url=self.base_url,
+            api_key=self._key(),
+            timeout=self.timeout,
+            max_retries=self.retries,
+            http_client=DefaultHttpxClient(event_hooks={"request": [self._count_request], "response": [_check]}),
+        )
+
+    def _count_request(self, _: object) -> None:
+        with self._lock:
+            self.usage.requests += 1
+
+    def _given_up(self, error: APIError, what: str) -> EndpointError:
+        tries = 1 + int(error.request.headers.get("x-stainless-retry-count", self.retries))
+        return EndpointError(
+            f"{self.label} gave no usable answer in {tries} {'try' if tries == 1 else 'tries'}, the last was "
+            f"{self._redacted(what)}; check the server, or raise retries or timeout"
+        )
 
     def _key(self) -> str:
         return os.environ.get(self.key_variable) or NO_KEY
@@ -210,21 +193,31 @@ def _is_address(url: str) -> bool:
         return False
 
 
+def _check(response: Any) -> None:
+    """Makes a bad gateway of a success without an answer, which the client then retries."""
+    if response.is_success:
+        response.read()
+        try:
+            _read(response.text)
+        except ValueError as problem:
+            response.status_code, response.extensions[_NONSENSE] = 502, str(problem)
+
+
 def _read(body: str) -> Reply:
-    """The answer in a response's body. Raises _Passing where there is none."""
+    """The answer in a response's body. Raises ValueError where there is none."""
     try:
         found = json.loads(body)
     except ValueError:
         start = " ".join(body.split())[:40]
-        raise _Passing(f"status 200 with {start!r} instead of JSON") from None
+        raise ValueError(f"status 200 with {start!r} instead of JSON") from None
     choices = found.get("choices") if isinstance(found, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
-        raise _Passing(f"status 200 with JSON without choices ({body[:100]})")
+        raise ValueError(f"status 200 with JSON without choices ({body[:100]})")
     text = message.get("content")
     if not isinstance(text, str) or not text.strip():
-        raise _Passing("status 200 with an empty answer")
+        raise ValueError("status 200 with an empty answer")
     usage = found.get("usage")
     return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
@@ -232,16 +225,3 @@ def _read(body: str) -> Reply:
 def _count(usage: object, name: str) -> int:
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if isinstance(count, int) else 0
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    try:
-        return float(headers.get("retry-after", ""))
-    except ValueError:
-        return None  # absent, or a date, which is rare
-
-
-def _wait(number: int, asked: float | None) -> float:
-    """Seconds until the next try: doubling, and jittered so that many clients do not come back all at once."""
-    backoff = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1)) * random.uniform(0.5, 1.0)
-    return backoff if asked is None else min(LONGEST_WAIT, max(backoff, asked))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import RunError
-from plot_align.head import causal_lm, fused_head, head_spec
-from plot_align.head.reference import head_logits
+from plot_align.head import causal_lm, fused_head, head_logits, head_spec
 from plot_align.inference.chat import evaluating
 from plot_align.inference.parallel import each
 from plot_align.preference.estimation import ScoredSequence

@@ -1,6 +1,6 @@
 """DEFT's data filter (arXiv 2604.01787): keep the few pairs that the distribution reward of a model picks out.
 
-The reward is that of :mod:`plot_align.methods.deft`, taken for each completion under the reference model, before any
+The reward is that of :mod:`plot_align.head.reward`, taken for each completion under the reference model, before any
 training. Scoring a large set takes long, so its scores are kept as they come and an interrupted run goes on.
 """
 
@@ -23,16 +23,27 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError, RunError
+from plot_align.head.reward import log_reward, reward_scale
 from plot_align.inference.scoring import collate
 from plot_align.io import complete_or_absent
-from plot_align.methods.deft import READINGS, DistributionReward, log_reward, reward_scale
 from plot_align.preference.distribution import PreferenceDistribution, require_preference
 from plot_align.preference.estimation import ScoredSequence, progress_bar, scored_pairs
+from plot_align.transport.reward import DistributionReward
 
-__all__ = ["DIRECTIONS", "SCORES", "keep_pairs", "pair_scores", "score_pairs", "scores_path", "write_pairs"]
+__all__ = [
+    "DIRECTIONS",
+    "READINGS",
+    "SCORES",
+    "keep_pairs",
+    "pair_scores",
+    "score_pairs",
+    "scores_path",
+    "write_pairs",
+]
 
 DIRECTIONS = ("highest", "lowest")
 SCORES = ("chosen", "margin")
+READINGS = ("log", "prob")
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 

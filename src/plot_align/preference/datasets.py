@@ -7,13 +7,11 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -30,8 +28,8 @@ def load_pairs(
     """Open a preference data set by what a user types.
 
     Args:
-        source: a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file (each also with ``.gz``), a folder written
-            by ``datasets.save_to_disk``, a folder of data files, or the id of a data set on the Hub.
+        source: a local ``.jsonl``, ``.json`` or ``.csv`` file (each also with ``.gz``), a ``.parquet`` file, a folder
+            written by ``datasets.save_to_disk``, a folder of data files, or the id of a data set on the Hub.
         name: configuration of a Hub data set.
         split: which split of a Hub data set or of a saved ``DatasetDict``. A single file has no splits.
         streaming: read row by row instead of converting to Arrow first.
@@ -68,8 +66,7 @@ def load_pairs(
             raise InputError(f"split is {split!r}, but the single file {path.name} has no splits; leave it out")
         digest = file_digest(path)
         try:
-            readable = _unpacked(path, digest) if kind == ".parquet" and suffixes[-1] == ".gz" else path
-            data = datasets.load_dataset(_READERS[kind], data_files=str(readable), split="train", streaming=streaming)
+            data = datasets.load_dataset(_READERS[kind], data_files=str(path), split="train", streaming=streaming)
         except StopIteration:
             raise InputError(f"data file {path} is empty, expected preference pairs; check the file") from None
         except Exception as error:
@@ -125,17 +122,6 @@ def _commit(source: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(source, revision=revision, timeout=10).sha
     except Exception:  # offline, from the cache: the data set is there all the same
         return revision
-
-
-def _unpacked(path: Path, digest: str) -> Path:
-    """The Parquet file inside a ``.gz``, which no reader opens as it is, in the cache of ``datasets``."""
-    import datasets
-
-    unpacked = Path(datasets.config.HF_DATASETS_CACHE) / "plot-align" / f"{digest}.parquet"
-    if not unpacked.is_file():
-        with complete_or_absent(unpacked) as temporary, gzip.open(path) as packed, temporary.open("wb") as file:
-            shutil.copyfileobj(packed, file)
-    return unpacked
 
 
 def file_digest(path: Path) -> str:

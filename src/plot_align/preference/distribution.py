@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from plot_align.errors import InputError
 from plot_align.io import complete_or_absent
+from plot_align.preference.target import TRANSFORMS, anchored, counted
 
 SCHEMA = 1
 FORMAT = "plot-align preference"
-TRANSFORMS = ("relu", "shift", "softmax", "chosen", "anchored")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,10 +176,10 @@ class PreferenceDistribution:
             raise InputError(f"transform is {transform!r}, expected one of {', '.join(TRANSFORMS)}")
         chosen, rejected = self._shares()  # (V,), (V,)
         require_preference(chosen - rejected)
-        anchor = self._anchor(reference, size) if transform == "anchored" else None
-        weights = target_weights(
-            transform, chosen, rejected, temperature=temperature, strength=strength, anchor=anchor
-        )  # (V,)
+        if transform == "anchored":
+            weights = anchored(self._anchor(reference, size), chosen - rejected, strength)  # (V,)
+        else:
+            weights = counted(transform, chosen, rejected, temperature=temperature)  # (V,)
         return self._padded(weights / weights.sum(), size)  # (size,)
 
     def merge(self, other: PreferenceDistribution) -> PreferenceDistribution:
@@ -365,48 +364,6 @@ def _with_sorted_header(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
-def target_weights(
-    transform: str,
-    chosen: Tensor,  # (V,)
-    rejected: Tensor,  # (V,)
-    *,
-    temperature: float = 1.0,
-    strength: float = 1.0,
-    anchor: Tensor | None = None,  # (..., V)
-) -> Tensor:
-    """φ of :meth:`PreferenceDistribution.target` before it is divided by its sum: non-negative, (V,) or (..., V).
-
-    Args:
-        transform: the name of φ.
-        chosen, rejected: shares of each token in the preferred and the rejected completions, each summing to one.
-        temperature, strength: of ``softmax`` and ``anchored``.
-        anchor: p_ref of ``anchored``, one distribution or several.
-
-    Raises:
-        InputError: a temperature or strength out of range.
-    """
-    difference = chosen - rejected  # (V,)
-    match transform:
-        case "relu":
-            return difference.clamp(min=0)
-        case "shift":
-            return difference - difference.min()
-        case "softmax":
-            if not (math.isfinite(temperature) and temperature > 0):
-                raise InputError(f"temperature is {temperature}, expected a finite number above 0, e.g. 1.0")
-            unit = difference.abs().max() / math.log(difference.numel())
-            return torch.softmax(difference / (temperature * unit), dim=0)
-        case "chosen":
-            return chosen
-        case "anchored":
-            if not (math.isfinite(strength) and strength >= 0):
-                raise InputError(f"strength is {strength}, expected a finite number of 0 or more, e.g. 1.0")
-            if anchor is None:
-                raise ValueError("anchored without an anchor")
-            return (anchor + strength * difference).clamp(min=0)
-    raise ValueError(f"unknown transform {transform!r}")
 
 
 def require_preference(difference: Tensor) -> None:

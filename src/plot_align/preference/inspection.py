@@ -14,7 +14,7 @@ from plot_align.errors import InputError
 from plot_align.io import complete_or_absent
 from plot_align.preference.distribution import PreferenceDistribution, require_preference
 from plot_align.records import NORMAL_95
-from plot_align.report.text import readable
+from plot_align.text import readable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

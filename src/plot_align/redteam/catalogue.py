@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.options import build
+from plot_align.io import build
 from plot_align.redteam import judges
 from plot_align.redteam.attack import Attack
 from plot_align.redteam.best_of_n import BestOfN

@@ -17,8 +17,8 @@ from plot_align.errors import InputError
 from plot_align.evaluation.quantity import GUARDS, SECTIONS, Quantity, compare
 from plot_align.report.collect import Collected, Observation
 from plot_align.report.tables import count, interval_of, loss_text, with_interval
-from plot_align.report.text import one_line
 from plot_align.statistics import holm
+from plot_align.text import one_line
 
 ALPHA = 0.05
 _MOST_NOTES = 3  # of one kind and model

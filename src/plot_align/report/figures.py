@@ -21,7 +21,7 @@ from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
-from plot_align.report.text import one_line, readable
+from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
 PAPER_ASR = 0.5  # the same: up to half of DPO's attack success

@@ -35,7 +35,7 @@ from plot_align.report.tables import (
     shown,
     value_text,
 )
-from plot_align.report.text import one_line, passage, readable
+from plot_align.text import one_line, passage, readable
 
 _LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all

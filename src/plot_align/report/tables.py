@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plot_align.evaluation.quantity import GUARDS
-from plot_align.report.text import one_line
+from plot_align.text import one_line
 
 Entry = str | float | int | None
 _RATE = (0.0, 1.0)

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from plot_align.config import PlotConfig
-from plot_align.errors import InputError
-from plot_align.options import did_you_mean
+from plot_align.config import PlotAblations, PlotConfig
+from plot_align.errors import InputError, did_you_mean
 from plot_align.sandbox.experiment import METHODS, Method, Setting
 
 # Of TRL 1.16's DPOConfig, which names them in prose only.
@@ -90,7 +89,8 @@ def keys() -> dict[str, Key]:
         Key("seed", "run", int, None, "Of the data's split and order and of the training."),
         Key("loss_type", "setting", str, "sigmoid", "Of method=dpo, as in TRL's DPOConfig; join several with +."),
         *_fields_of(Setting, "setting", leave_out="probe"),
-        *_fields_of(PlotConfig, "plot"),
+        *_fields_of(PlotConfig, "plot", leave_out="ablations"),
+        *_fields_of(PlotAblations, "plot"),
     ]
     return {key.name: key for key in found}
 
@@ -210,7 +210,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]], names: Sequence[str]) -> li
 def _term(options: tuple[tuple[str, Any], ...], base: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
     """The options that change something; None where the term never weighs anything."""
     try:
-        config = PlotConfig(**{**base, **dict(options)})
+        config = PlotConfig.from_options(**{**base, **dict(options)})
     except InputError as error:
         combination = ", ".join(f"{name} {value_text(value)}" for name, value in options)
         raise InputError(f"the grid's combination {combination} is refused: {error}") from None

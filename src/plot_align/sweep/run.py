@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from plot_align.errors import RunError
+from plot_align.errors import RunError, require_packages
 from plot_align.io import complete_or_absent, require_writable
 from plot_align.records import write_record
 from plot_align.sweep.figures import draw
@@ -51,6 +51,7 @@ def run(
         InputError: ``output`` cannot be written.
         RunError: some runs failed; the others are finished and in the summary.
     """
+    require_packages("sweep", "matplotlib", extra="report")  # for the figures, drawn last
     console = console or Console()
     require_writable(output)
     waiting = [job for job in jobs if not workload.record(job).exists()]

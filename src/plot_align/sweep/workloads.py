@@ -112,7 +112,7 @@ def sandbox_run(job: Job) -> Run:
     options = dict(job.cell.setting)
     losses = tuple(options.pop("loss_type", "sigmoid").split("+")) if job.cell.method == "dpo" else ()
     setting = Setting(**options)
-    plot = None if job.cell.plot is None else PlotConfig(**dict(job.cell.plot))
+    plot = None if job.cell.plot is None else PlotConfig.from_options(**dict(job.cell.plot))
     name = "+".join([job.cell.method, *losses])
     if plot is not None:
         plain = PlotConfig().to_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,11 +11,46 @@ from plot_align.errors import InputError
 from plot_align.transport.base import Divergence
 from plot_align.transport.divergences import JensenShannon, KullbackLeibler, TotalVariation
 from plot_align.transport.expected_cost import ExpectedCost
-from plot_align.transport.geometry import Geometry
+from plot_align.transport.geometry import Geometry, line, slices
 from plot_align.transport.sinkhorn import SinkhornClusters, SinkhornTopK
 from plot_align.transport.wasserstein import MaxSlicedWasserstein, SlicedWasserstein, Wasserstein1
 
+if TYPE_CHECKING:
+    from plot_align.config import PlotAblations
+
 DIVERGENCES = ("w1", "max_w1", "sinkhorn", "emo", "kl", "js", "tv")
+
+
+def distance_of(options: PlotAblations, target: Tensor, embeddings: Tensor, *, valid: int) -> Divergence:
+    """The distance that ``options`` describe, to ``target (V,)``, with ``embeddings (V, H)`` as the geometry.
+
+    Args:
+        valid: leading rows that are token ids; the rest is padding of the head.
+
+    Raises:
+        InputError: as :func:`make_divergence`, or embeddings that give no geometry.
+    """
+    name: str = options.divergence
+    geometry: Geometry | list[Geometry] | None = None
+    if name == "w1" and options.geometry in ("sliced", "max_sliced"):
+        name = "max_w1" if options.geometry == "max_sliced" else "w1"
+        geometry = slices(embeddings, options.slices, seed=options.geometry_seed, scaled=options.scaled, valid=valid)
+    elif name == "w1":
+        geometry = line(
+            embeddings, options.geometry, norm_order=options.norm_order, scaled=options.scaled, valid=valid
+        )
+    return make_divergence(
+        name,
+        target,
+        geometry,
+        embeddings=embeddings,
+        sinkhorn_support=options.sinkhorn_support,
+        sinkhorn_size=options.sinkhorn_size,
+        sinkhorn_epsilon=options.sinkhorn_epsilon,
+        sinkhorn_iterations=options.sinkhorn_iterations,
+        valid=valid,
+        seed=options.geometry_seed,
+    )
 
 
 def make_divergence(
@@ -58,7 +93,7 @@ def make_divergence(
             if geometry is None:
                 raise InputError(
                     'geometry is None with divergence "w1", but W1 needs a coordinate per token: pass '
-                    'plot_align.line(embeddings), or choose "tv", "js" or "kl".'
+                    'plot_align.transport.line(embeddings), or choose "tv", "js" or "kl".'
                 )
             return (
                 Wasserstein1(target, geometry)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -54,32 +56,26 @@ def distances(rows: Tensor) -> Tensor:
 
 
 def k_means(embeddings: Tensor, size: int, *, valid: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Clusters of the embeddings: Lloyd's iterations on a sample of tokens, then every row to its nearest centroid.
+    """Clusters of the embeddings: SciPy's k-means on a sample of tokens, then every row to its nearest centroid.
 
-    Starts from ``size`` random tokens; runs 10 iterations, or until no token moves, on at most 64 tokens per cluster.
-    A cluster that loses its tokens keeps its centroid. Rows from ``valid`` on (padding) do not move the centroids.
-    Centroids and assignments are found in float32 (the radii are not): a token at the same distance from two centroids
-    may go to either.
+    Starts from ``size`` random tokens; runs 10 iterations on at most 64 tokens per cluster, on the CPU. A cluster that
+    loses its tokens keeps its centroid. Rows from ``valid`` on (padding) do not move the centroids. Centroids and
+    assignments are found in float32 (the radii are not): a token at the same distance from two centroids may go to
+    either.
 
     Returns:
         labels (V,) int64, centroids (size, H) float64, radii (V,) float64: each row's distance to its centroid.
-
-    Source: S. Lloyd, "Least squares quantization in PCM" (1982).
     """
+    from scipy.cluster.vq import kmeans2  # half a second, and nothing else needs it
+
     rows = sample(embeddings, min(valid, CLUSTER_SAMPLE * size), valid, seed)  # (n, H)
     centre = rows.mean(0)  # (H,); without it float32 would lose what distinguishes the rows
-    rows = (rows - centre).float()
-    start = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:size]  # (size,)
-    centroids = rows[start.to(rows.device)]  # (size, H)
-    labels = None
-    for _ in range(LLOYD_ITERATIONS):
-        before, labels = labels, _nearest(rows, centroids)  # (n,)
-        if before is not None and torch.equal(before, labels):
-            break
-        # a product and not index_add_, whose sum on a GPU depends on the order of its atomics
-        member = torch.nn.functional.one_hot(labels, size).T.to(rows)  # (size, n)
-        count = member.sum(1, keepdim=True)  # (size, 1)
-        centroids = torch.where(count > 0, member @ rows / count.clamp_min(1.0), centroids)
+    points = (rows - centre).float().cpu().numpy()
+    start = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:size].numpy()  # (size,)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        book, _ = kmeans2(points, points[start], iter=LLOYD_ITERATIONS, minit="matrix")
+    centroids = torch.from_numpy(book).to(embeddings.device)  # (size, H)
     found, radii = [], []
     for block in chunks(embeddings):
         block = block - centre  # (n, H)

@@ -8,10 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from plot_align.config import PlotConfig
+from plot_align.plot import BalancedAlpha
 
-# The first steps set the level, so each is measured; later ones only follow it.
-_MEASURED_FIRST, _MEASURED_EVERY = 10, 5
-_DECAY = 0.9
 _KEY = "plot_align.alpha"  # in the trainer's state; no callback has such a name, so the Trainer leaves it alone
 
 
@@ -20,18 +18,15 @@ class AlphaSchedule(TrainerCallback):
 
     ``constant``: ``alpha``. ``linear`` and ``cosine``: from ``alpha`` at the first step to ``alpha_end`` after the
     last, ``α = alpha_end + (alpha − alpha_end)·(1 − t/T)`` or ``·(1 + cos(π·t/T))/2``. ``balance``:
-    ``α = ρ·‖∇L_vanilla‖ / ‖∇L_PLOT‖`` with ρ = ``balance_ratio``. Both norms are taken at the head's input, every step
-    for the first ten and every fifth from then on, and averaged over past measurements with weight 0.9. Until
-    something was measured, balance uses ``alpha``, or 0 where none is given.
+    :class:`plot_align.plot.BalancedAlpha`; until something was measured ``alpha``, or 0 where none is given.
 
     The averages are part of the trainer's state: saved with every checkpoint, and a resumed run goes on with them.
     """
 
     def __init__(self, config: PlotConfig) -> None:
         self.config = config
-        self.vanilla = 0.0  # decayed sums of the measured norms
-        self.plot = 0.0
-        self.last_step = -1
+        self.balance = BalancedAlpha(config.ratio)
+        self.last_step = -1  # the last one that was measured
 
     def value(self, step: int, steps: int) -> float:
         """α of step ``step`` of ``steps``."""
@@ -42,34 +37,28 @@ class AlphaSchedule(TrainerCallback):
                 return end + (start - end) * (1 - done)
             case "cosine":
                 return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
-            case "balance" if self.plot > 0:
-                return self.config.ratio * self.vanilla / self.plot
+            case "balance" if self.balance.plot > 0:
+                return self.balance.value
         return start
 
     def wants_measurement(self, step: int) -> bool:
         """Whether this step's gradients are to be measured: once, on its first micro-batch that allows it."""
         if self.config.schedule != "balance" or step == self.last_step:
             return False
-        return step < _MEASURED_FIRST or step % _MEASURED_EVERY == 0 or self.plot == 0
+        return self.balance.is_due(step)
 
     def observe(self, step: int, vanilla: float, plot: float) -> None:
-        """Takes in ‖∇L_vanilla‖ and ‖∇L_PLOT‖ of a step; a micro-batch on which either was zero is left out.
-
-        The correction for the averages' start is the same factor for both, so their ratio needs none.
-        """
-        if not (math.isfinite(vanilla) and math.isfinite(plot) and vanilla > 0 and plot > 0):
-            return
-        self.last_step = step
-        self.vanilla = _DECAY * self.vanilla + (1 - _DECAY) * vanilla
-        self.plot = _DECAY * self.plot + (1 - _DECAY) * plot
+        """Take in ‖∇L_vanilla‖ and ‖∇L_PLOT‖ of a step; a micro-batch on which either was zero is left out."""
+        if self.balance.observe(vanilla, plot):
+            self.last_step = step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins afresh, or takes the averages back from the checkpoint that training resumes from."""
         saved = (state.stateful_callbacks or {}).get(_KEY) if state.global_step > 0 else None
-        self.vanilla, self.plot, self.last_step = saved or (0.0, 0.0, -1)
+        self.balance.vanilla, self.balance.plot, self.last_step = saved or (0.0, 0.0, -1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leaves the averages in the state that a checkpoint after this step saves."""
         if self.config.schedule == "balance" and not self.config.is_off:
-            averages = [self.vanilla, self.plot, self.last_step]
+            averages = [self.balance.vanilla, self.balance.plot, self.last_step]
             state.stateful_callbacks = {**(state.stateful_callbacks or {}), _KEY: averages}

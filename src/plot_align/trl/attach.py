@@ -16,18 +16,18 @@ from torch.autograd.profiler import record_function
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.head import causal_lm, head_spec
-from plot_align.methods.deft import DistributionReward, reward_scale
+from plot_align.head.reward import reward_scale
+from plot_align.preference.batch import Batch
 from plot_align.preference.distribution import PreferenceDistribution
-from plot_align.transport import Divergence, Sinkhorn, make_divergence
-from plot_align.transport.geometry import Geometry, line, slices
+from plot_align.transport import Sinkhorn
 from plot_align.trl import artifacts
 from plot_align.trl.alpha import AlphaSchedule
 from plot_align.trl.backends import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
-from plot_align.trl.batches import LOGITS_TRAINERS, PolicyBatch, policy_batch, trainer_kind
-from plot_align.trl.checks import check, settled
+from plot_align.trl.batches import LOGITS_TRAINERS, policy_batch, trainer_kind
+from plot_align.trl.checks import check, resolve_auto
 from plot_align.trl.gradients import gradient_norms
 from plot_align.trl.reference import gathered, reference_distribution, reference_model
-from plot_align.trl.term import PlotTerm, Swept
+from plot_align.trl.term import HeadResult, PlotTerm
 
 
 def attach(
@@ -64,29 +64,28 @@ def attach(
     kind = trainer_kind(trainer)
     if getattr(trainer, "_plot_handle", None) is not None:
         raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
-    config = settled(config, trainer, kind, reference)
+    config = resolve_auto(config, trainer, kind, reference)
     check(trainer, kind, config, reference)
-    tokenizer = _tokenizer(trainer)
-    if preference is None:
-        preference = estimate_from(trainer)
-    elif not isinstance(preference, PreferenceDistribution):
-        preference = PreferenceDistribution.load(preference)
-    preference.check_tokenizer(tokenizer)
-
     model = causal_lm(trainer.model)
     rows = _head_rows(model)
-    preference.check_head(rows)
     if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
-        reference = reference_distribution(trainer, kind, config.reference_rows, config.positions)
+        reference = reference_distribution(trainer, kind, config.ablations.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
     if embeddings.size(0) != rows:
         embeddings = _embeddings(model, trainer.accelerator)  # the policy was resized after the reference was made
-    if config.divergence == "deft_log":
+    if config.ablations.divergence == "deft_log":
         spec = head_spec(model)  # refuses a model that caps its logits before it trains a step
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
-    term = build_term(config, preference, embeddings=embeddings, rows=rows, reference=reference)
+    term = PlotTerm(
+        estimate_from(trainer) if preference is None else preference,
+        embeddings,
+        config,
+        tokenizer=_tokenizer(trainer),
+        reference=reference,
+        rows=rows,
+    )
     backend: HeadBackend
-    match config.plot_backend:
+    match config.ablations.plot_backend:
         case "fused" if kind in LOGITS_TRAINERS:
             backend = LogitsBackend(model, term, called=trainer.model)
         case "fused":
@@ -94,57 +93,7 @@ def attach(
             backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast, called=trainer.model)
         case "separate":
             backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
-    return PlotHandle(trainer, kind, config, preference, term, backend)
-
-
-def build_term(
-    config: PlotConfig,
-    preference: PreferenceDistribution,
-    *,
-    embeddings: Tensor,  # (V, H)
-    rows: int,
-    reference: Tensor | None = None,  # (V,)
-) -> PlotTerm:
-    """The term without a trainer: target, geometry and divergence for a head of ``rows`` rows."""
-    difference = preference.difference(size=rows).cpu()
-    if config.is_reward:
-        return PlotTerm(config, DistributionReward(difference), difference, preference.vocab_size)
-    # With a target of its own for every micro-batch, the data set's chosen tokens stand in for what is never used.
-    target = preference.target(
-        config.target if config.target_scope == "dataset" else "chosen",
-        temperature=config.target_temperature,
-        strength=config.target_strength,
-        reference=reference,
-        size=rows,
-    )
-    divergence = _divergence(config, target, embeddings, min(preference.vocab_size, embeddings.size(0)))
-    return PlotTerm(config, divergence, difference, preference.vocab_size)
-
-
-def _divergence(config: PlotConfig, target: Tensor, embeddings: Tensor, valid: int) -> Divergence:
-    geometry: Geometry | list[Geometry] | None = None
-    name: str = config.divergence
-    if name == "w1":
-        match config.geometry:
-            case "sliced" | "max_sliced":
-                geometry = slices(
-                    embeddings, config.slices, seed=config.geometry_seed, scaled=config.scaled, valid=valid
-                )
-                name = "max_w1" if config.geometry == "max_sliced" else "w1"
-            case kind:
-                geometry = line(embeddings, kind, norm_order=config.norm_order, scaled=config.scaled, valid=valid)
-    return make_divergence(
-        name,
-        target,
-        geometry,
-        embeddings=embeddings,
-        sinkhorn_support=config.sinkhorn_support,
-        sinkhorn_size=config.sinkhorn_size,
-        sinkhorn_epsilon=config.sinkhorn_epsilon,
-        sinkhorn_iterations=config.sinkhorn_iterations,
-        valid=valid,
-        seed=config.geometry_seed,
-    )
+    return PlotHandle(trainer, kind, term, backend)
 
 
 class PlotHandle:
@@ -161,17 +110,15 @@ class PlotHandle:
         self,
         trainer: Any,
         kind: str,
-        config: PlotConfig,
-        preference: PreferenceDistribution,
         term: PlotTerm,
         backend: HeadBackend,
     ) -> None:
         self.trainer = trainer
-        self.config = config
-        self.preference = preference
+        self.config = term.config
+        self.preference = term.preference
         self.term = term
         self._kind = kind
-        self.alpha = AlphaSchedule(config)
+        self.alpha = AlphaSchedule(self.config)
         self._backend = backend
         trainer.add_callback(self.alpha)
         # Instance attributes shadow the class's methods; deleting them is the way back.
@@ -226,46 +173,46 @@ class PlotHandle:
             return original()
         batch = policy_batch(self._kind, inputs)
         with self._backend.capture(batch):
-            result = original()
-        swept = self._backend.take()
-        if swept is None:
+            returned = original()
+        result = self._backend.take()
+        if result is None:
             raise RunError(
                 "the policy's forward never reached the LM head that PLOT watches, so this step would train without "
                 "the term; something replaced the model's forward or the loss after attach() (Liger's fused loss, a "
                 "custom compute_loss_func, label smoothing): turn it off, or detach() the term."
             )
-        if self.config.needs_reference and swept.reference is None:
+        if self.config.needs_reference and result.reference is None:
             raise RunError(
                 "the reference model's forward never reached the LM head that PLOT watches, so there is no target of "
                 "target_scope='batch'; something replaced the reference's forward after attach(): use "
                 "target_scope='dataset'."
             )
-        vanilla = result[0] if isinstance(result, tuple) else result
+        vanilla = returned[0] if isinstance(returned, tuple) else returned
         with record_function("plot_align/loss"):
-            loss = self.term.loss(swept, batch).to(vanilla)
+            loss = self.term.loss(result, batch).to(vanilla)
         # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
         training = self.trainer.model.training
         steps = self.trainer.current_gradient_accumulation_steps if training else 1
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
         with record_function("plot_align/measure"):
-            norms = self._measure(vanilla * divisor, loss, swept) if training else None
+            norms = self._measure(vanilla * divisor, loss, result) if training else None
         state = self.trainer.state
         alpha = self.alpha.value(state.global_step, state.max_steps)
         # Evaluations are compared with each other, so a weight that changes in between is left out of their loss.
         weighs = training or self.config.schedule == "constant"
         total = vanilla + (alpha / divisor) * loss if weighs else vanilla
         with record_function("plot_align/log"):
-            self._log(vanilla * divisor, loss, alpha, norms, swept, batch)
-        return (total, *result[1:]) if isinstance(result, tuple) else total
+            self._log(vanilla * divisor, loss, alpha, norms, result, batch)
+        return (total, *returned[1:]) if isinstance(returned, tuple) else total
 
-    def _measure(self, vanilla: Tensor, loss: Tensor, swept: Swept) -> tuple[float, float] | None:
+    def _measure(self, vanilla: Tensor, loss: Tensor, result: HeadResult) -> tuple[float, float] | None:
         """‖∇L_vanilla‖ and ‖∇L_PLOT‖ at the head's input over all ranks, at the steps that ask for them."""
         step = self.trainer.state.global_step
         balancing = self.alpha.wants_measurement(step)
         every = self.config.grad_ratio_steps
         if not balancing and (every == 0 or step % every != 0):
             return None
-        norms = gradient_norms(vanilla, loss, swept, offset=step)  # (2,)
+        norms = gradient_norms(vanilla, loss, result, offset=step)  # (2,)
         if self.trainer.accelerator.num_processes > 1:
             # Every rank must take the same α. The ranks' rows are one batch, so their squares add; each rank's loss is
             # a mean over its own rows alone, so a row pulls as many times harder there as there are ranks.
@@ -290,16 +237,16 @@ class PlotHandle:
         loss: Tensor,
         alpha: float,
         norms: tuple[float, float] | None,
-        swept: Swept,
-        batch: PolicyBatch,
+        result: HeadResult,
+        batch: Batch,
     ) -> None:
         trainer = self.trainer
-        masses = self.term.masses(swept).to(vanilla)  # (2,)
+        masses = self.term.masses(result).to(vanilla)  # (2,)
         values = torch.stack([vanilla.detach(), loss.detach(), *masses])  # (4,)
-        logits_are_finite = torch.isfinite(swept.head.log_probs.detach()).all()
+        logits_are_finite = torch.isfinite(result.head.log_probs.detach()).all()
         *local, finite = torch.cat([values, logits_are_finite.to(values).unsqueeze(0)]).tolist()
         if not finite or not math.isfinite(local[1]):
-            self._explain_non_finite(swept, batch)
+            self._explain_non_finite(result, batch)
         if trainer.accelerator.num_processes > 1:
             gathered = trainer.accelerator.gather(values.unsqueeze(0))  # (ranks, 4)
             local = gathered.nanmean(0).tolist()  # a rank with nothing selected has no masses
@@ -323,25 +270,25 @@ class PlotHandle:
         for name, value in metrics.items():
             self.trainer._metrics[mode][name].append(value)
 
-    def _explain_non_finite(self, swept: Swept, batch: PolicyBatch) -> None:
+    def _explain_non_finite(self, result: HeadResult, batch: Batch) -> None:
         step = self.trainer.state.global_step
         rank = self.trainer.accelerator.process_index
         where = f"step {step}" if self.trainer.accelerator.num_processes == 1 else f"step {step} on rank {rank}"
-        bad = ~torch.isfinite(swept.head.log_probs.detach())
+        bad = ~torch.isfinite(result.head.log_probs.detach())
         if bad.any():
-            row = int(swept.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
+            row = int(result.rows[bad.nonzero()[0, 0]]) // (batch.labels.size(1) - 1)
             raise RunError(
                 f"the model's logits are NaN or infinite at {where}, {_name_row(row, self._kind, batch)} of the "
                 "micro-batch; nothing of this step was applied: lower the learning rate, check that row of the data, "
                 "or use a wider dtype."
             )
-        if self.config.divergence == "kl":
+        if self.config.ablations.divergence == "kl":
             raise RunError(
                 f"the PLOT loss is infinite at {where}: kl from the output distribution to a target that gives some "
                 f"tokens no mass (target={self.config.target!r}); nothing of this step was applied: use divergence "
                 "'w1', 'js' or 'tv', or a target with full support (softmax)."
             )
-        if swept.reference is not None and not torch.isfinite(swept.reference).all():
+        if result.reference is not None and not torch.isfinite(result.reference).all():
             raise RunError(
                 f"the reference model's logits are NaN or infinite at {where}, and the target with them; nothing of "
                 "this step was applied: check the reference model's weights, or use a wider dtype."
@@ -353,7 +300,7 @@ class PlotHandle:
             + (
                 "look at the other ranks' messages, whose output is pooled with this one's."
                 if pooled
-                else f"check the target (target={self.config.target!r}, divergence={self.config.divergence!r})."
+                else f"check target={self.config.target!r} and divergence={self.config.ablations.divergence!r}."
             )
         )
 
@@ -374,7 +321,7 @@ class PlotHandle:
             )
 
 
-def _name_row(row: int, kind: str, batch: PolicyBatch) -> str:
+def _name_row(row: int, kind: str, batch: Batch) -> str:
     """A batch of pairs stacks the chosen rows on the rejected, a PRO batch list on list; users count their data."""
     if kind == "PROTrainer":
         best = (batch.roles > 0).nonzero().squeeze(-1)  # (P,) rows

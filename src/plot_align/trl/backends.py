@@ -36,8 +36,8 @@ from plot_align.head import (
     output_distribution,
     target_log_probs,
 )
-from plot_align.trl.batches import PolicyBatch
-from plot_align.trl.term import PlotTerm, Swept
+from plot_align.preference.batch import Batch
+from plot_align.trl.term import HeadResult, PlotTerm
 
 TESTED_TRL = "1.16"
 _KERNEL_ARGUMENTS = (
@@ -56,38 +56,38 @@ class HeadBackend(ABC):
         self.model = model
         self.term = term
         self.head_options = term.config.head_options if isinstance(term, PlotTerm) else {}
-        self.pending: PolicyBatch | None = None
-        self.swept: Swept | None = None
+        self.pending: Batch | None = None
+        self.result: HeadResult | None = None
         self.reference: Tensor | None = None
         self.workspace: Workspace | None = None
 
     @contextmanager
-    def capture(self, batch: PolicyBatch) -> Iterator[None]:
+    def capture(self, batch: Batch) -> Iterator[None]:
         """While open, the first head pass over ``batch`` by the policy is kept; read it with :meth:`take`."""
-        self.pending, self.swept, self.reference = batch, None, None
+        self.pending, self.result, self.reference = batch, None, None
         self.workspace = Workspace()  # the graph keeps it till the backward
         try:
             yield
         finally:
             self.pending = self.workspace = None
 
-    def take(self) -> Swept | None:
+    def take(self) -> HeadResult | None:
         """The pass that was kept, which is forgotten here so that its graph lives no longer than the step."""
-        swept, self.swept = self.swept, None
-        if swept is not None:
-            swept.reference, self.reference = self.reference, None
-        return swept
+        result, self.result = self.result, None
+        if result is not None:
+            result.reference, self.reference = self.reference, None
+        return result
 
     @abstractmethod
     def remove(self) -> None:
         """Takes the backend off the model again."""
 
-    def is_policys(self, labels: Tensor | None) -> bool:
+    def is_policy_forward(self, labels: Tensor | None) -> bool:
         """Whether this forward is the policy's: it can be differentiated while training, and its labels are ours.
 
         That tells it from the reference's forward and from KTO's mismatched KL forward, both without gradient.
         """
-        if self.pending is None or self.swept is not None:
+        if self.pending is None or self.result is not None:
             return False
         if self.model.training:
             return torch.is_grad_enabled()
@@ -113,10 +113,10 @@ class HeadBackend(ABC):
         """Runs our head over ``rows`` of the pending batch and keeps the result, ``hidden`` among it."""
         if self.pending is None:
             raise RuntimeError("no batch is pending")
-        shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
+        pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
         self.term.to(hidden.device)
         spec = dataclasses.replace(spec, workspace=self.workspace)
-        whole = shares.arguments(hidden.device)
+        whole = pooling.arguments(hidden.device)
 
         def run(hidden: Tensor, spec: HeadSpec, some: slice | Tensor = slice(None)) -> HeadOutput:
             of_rows = {name: x[some] for name, x in whole.items() if isinstance(x, Tensor)}
@@ -126,12 +126,12 @@ class HeadBackend(ABC):
             own = (weight.detach(), None if bias is None else bias.detach()) if spec.frozen else (weight, bias)
             return dataclasses.replace(head, reward=self.term.reward(hidden, *own, spec, **parts))
 
-        def some_rows(some: Tensor) -> tuple[Tensor, HeadOutput]:
+        def recompute_rows(some: Tensor) -> tuple[Tensor, HeadOutput]:
             sampled = hidden.detach()[some].requires_grad_()
             return sampled, run(sampled, dataclasses.replace(spec, frozen=True), some)
 
         head = run(hidden, spec)
-        self.swept = Swept(head, shares, hidden, rows, some_rows=some_rows)
+        self.result = HeadResult(head, pooling, hidden, rows, recompute_rows=recompute_rows)
         return head
 
     def sweep_reference(
@@ -140,9 +140,9 @@ class HeadBackend(ABC):
         """The same over the reference model's forward, of which only the output distributions are kept."""
         if self.pending is None:
             raise RuntimeError("no batch is pending")
-        shares = self.term.shares(self.pending, rows.to(self.pending.labels.device))
+        pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
         spec = dataclasses.replace(spec, workspace=self.workspace)
-        head = fused_head(hidden, weight, bias, targets, spec, **shares.arguments(hidden.device))
+        head = fused_head(hidden, weight, bias, targets, spec, **pooling.arguments(hidden.device))
         self.reference = head.marginals
         return head
 
@@ -181,9 +181,9 @@ class FusedBackend(HeadBackend):
         for head in self._heads:
             head.remove()
 
-    def is_references(self, labels: Tensor | None) -> bool:
+    def is_reference_forward(self, labels: Tensor | None) -> bool:
         """Whether this forward is the reference's over the pending batch: after the policy's, without gradient."""
-        if not self.wants_reference or self.swept is None or self.reference is not None or labels is None:
+        if not self.wants_reference or self.result is None or self.reference is not None or labels is None:
             return False
         return self.pending is not None and not torch.is_grad_enabled() and self.same_labels(labels)
 
@@ -225,10 +225,10 @@ class _FusedForward:
             labels = kwargs.get("labels")
             if not kwargs.get("fused_lm_head"):
                 return before(*args, **kwargs)
-            if module is backend.model and backend.is_policys(labels):
+            if module is backend.model and backend.is_policy_forward(labels):
                 self._refuse_unsupported(kwargs)
                 self._sweep = backend.sweep
-            elif backend.is_references(labels):
+            elif backend.is_reference_forward(labels):
                 self._sweep = backend.sweep_reference
             else:
                 return before(*args, **kwargs)
@@ -238,9 +238,9 @@ class _FusedForward:
                     output = rebuilt(module, *args, **kwargs)
             finally:
                 self._mask = self._sweep = None
-            if module is backend.model and backend.swept is not None:
+            if module is backend.model and backend.result is not None:
                 fields = (getattr(output, name) for name in _OUTPUT_FIELDS)
-                backend.swept.outputs = tuple(x for x in fields if isinstance(x, Tensor) and x.requires_grad)
+                backend.result.outputs = tuple(x for x in fields if isinstance(x, Tensor) and x.requires_grad)
             return output
 
         # Through `setattr`: to a type checker `forward` is a method, and here it becomes an instance attribute.
@@ -350,7 +350,7 @@ class SeparateBackend(HeadBackend):
         self._hook.remove()
 
     def _after_backbone(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self.is_policys(None) or self.pending is None or not self.same_tokens(kwargs.get("input_ids")):
+        if not self.is_policy_forward(None) or self.pending is None or not self.same_tokens(kwargs.get("input_ids")):
             return
         backbone = output.last_hidden_state  # (B, T + virtual, H)
         hidden = backbone[:, -self.pending.labels.size(1) :][:, :-1]  # (B, T-1, H)
@@ -366,9 +366,9 @@ class SeparateBackend(HeadBackend):
         flat = hidden.reshape(-1, hidden.size(-1))[rows.to(hidden.device)]  # (M, H)
         targets = self.pending.labels[:, 1:].flatten()[rows].to(flat.device)
         self.sweep(flat, head.weight, head.bias, targets, rows, self._spec)
-        if self.swept is not None:
+        if self.result is not None:
             # The vanilla loss never sees `flat`: gradients are compared where both losses pass.
-            self.swept.hidden, self.swept.some_rows = backbone, None
+            self.result.hidden, self.result.recompute_rows = backbone, None
 
 
 class LogitsBackend(HeadBackend):
@@ -393,13 +393,13 @@ class LogitsBackend(HeadBackend):
             hook.remove()
 
     def _before_head(self, module: nn.Module, args: Any) -> None:
-        if self.is_policys(None):
+        if self.is_policy_forward(None):
             self._hidden = args[0]  # (B, T, H)
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         hidden, self._hidden = self._hidden, None
         ids = args[0] if args else kwargs.get("input_ids")
-        if not self.is_policys(None) or self.pending is None or not self.same_tokens(ids):
+        if not self.is_policy_forward(None) or self.pending is None or not self.same_tokens(ids):
             return
         logits, labels = output.logits, self.pending.labels  # (B, T, V), (B, T)
         if logits.shape[:2] != labels.shape:
@@ -411,15 +411,17 @@ class LogitsBackend(HeadBackend):
                 "plot_backend='separate'."
             )
         rows = (labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
-        shares = self.term.shares(self.pending, rows)
+        pooling = self.term.pooling(self.pending, rows)
         self.term.to(logits.device)
         places = rows + rows // (labels.size(1) - 1)  # (M,) from the flattened (B, T-1) to the flattened (B, T)
-        weights = shares.weights.new_zeros(labels.numel()).index_put((places,), shares.weights)  # (B*T,)
+        weights = pooling.weights.new_zeros(labels.numel()).index_put((places,), pooling.weights)  # (B*T,)
         segments = None
-        if shares.segments is not None:
-            segments = shares.segments.new_zeros(labels.numel()).index_put((places,), shares.segments).view_as(labels)
+        if pooling.segments is not None:
+            segments = (
+                pooling.segments.new_zeros(labels.numel()).index_put((places,), pooling.segments).view_as(labels)
+            )
         marginals, values = output_distribution(
-            logits, weights.view_as(labels), segments, shares.counts.numel(), self.term.head_divergence()
+            logits, weights.view_as(labels), segments, pooling.counts.numel(), self.term.head_divergence()
         )
         places = places.to(logits.device)
         log_probs = target_log_probs(logits, places, labels[:, 1:].flatten()[rows].to(logits.device))
@@ -430,10 +432,10 @@ class LogitsBackend(HeadBackend):
             head.weight,
             head.bias,
             head_spec(self.model),
-            **shares.arguments(hidden.device),
+            **pooling.arguments(hidden.device),
         )
         head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
-        self.swept = Swept(head, shares, hidden, rows, outputs=(logits,))
+        self.result = HeadResult(head, pooling, hidden, rows, outputs=(logits,))
 
 
 def _trl_forward(model: nn.Module, bound: Any) -> types.FunctionType:

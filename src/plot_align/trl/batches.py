@@ -1,12 +1,8 @@
-"""Which positions of a trainer's batch are completions, and whose: chosen, rejected, packed.
-
-Every method names its batch differently; this is the only place that knows.
-"""
+"""What each of TRL's trainers calls the parts of its batch. This is the only place that knows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,53 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from plot_align.errors import InputError
+from plot_align.preference.batch import Batch
 
 # Experimental in TRL: their loss reads `outputs.logits`, and evaluation does not go through `compute_loss`.
 LOGITS_TRAINERS = ("CPOTrainer", "ORPOTrainer")
 SUPPORTED = ("DPOTrainer", "SFTTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "PROTrainer", *LOGITS_TRAINERS)
 _HOMES = ("trl.trainer.", "trl.experimental.", "plot_align.methods.pro")  # PRO's trainer is ours
-
-
-@dataclass(frozen=True)
-class PolicyBatch:
-    """The policy's forward of one micro-batch.
-
-    Args:
-        labels: ``(B, T)`` as the trainer passes them to the model, −100 outside the completions, not shifted.
-        roles: ``(B,)`` +1 chosen, −1 rejected, 0 neither.
-        keep: ``(B, T)`` bool, completions that the model did not write itself (tool results) taken out; or ``None``.
-        segments: ``(B, T)`` document of each token where several are packed into a row; or ``None``.
-    """
-
-    labels: Tensor
-    roles: Tensor
-    keep: Tensor | None = None
-    segments: Tensor | None = None
-
-    def selected(self, positions: str) -> Tensor:
-        """``(B, T − 1)`` bool: position t is selected where it predicts a completion token of the wanted role."""
-        mask = self.labels[:, 1:] != -100  # (B, T-1)
-        if self.keep is not None:
-            mask = mask & self.keep[:, 1:]
-        match positions:
-            case "chosen":
-                return mask & (self.roles > 0).unsqueeze(-1)
-            case "rejected":
-                return mask & (self.roles < 0).unsqueeze(-1)
-            case "all":
-                return mask
-        raise InputError(f"positions is {positions!r}; expected chosen, rejected or all.")
-
-    def sequence_ids(self) -> Tensor:
-        """``(B, T − 1)`` int64, non-decreasing along the flattened batch: the sequence of each predicted token."""
-        batch, length = self.labels.shape
-        if self.segments is None:
-            rows = torch.arange(batch, device=self.labels.device)
-            return rows.unsqueeze(-1).expand(batch, length - 1)
-        per_row = self.segments[:, 1:]  # (B, T-1)
-        offset = self.segments.amax(-1).cumsum(0).roll(1)  # (B,)
-        offset[0] = 0
-        return per_row + (offset + torch.arange(batch, device=per_row.device)).unsqueeze(-1)
 
 
 def trainer_kind(trainer: Any) -> str:
@@ -86,26 +41,26 @@ def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
 
 
-def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
+def policy_batch(kind: str, inputs: Mapping[str, Any]) -> Batch:
     """Reads the batch that ``compute_loss`` of a ``kind`` trainer is given."""
     match kind:
         case "DPOTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
-            return PolicyBatch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
+            return Batch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
         case "CPOTrainer" | "ORPOTrainer":
             labels = _stacked(inputs, "labels", -100)  # (2B, T)
-            return PolicyBatch(labels, _pair_roles(labels))
+            return Batch(labels, _pair_roles(labels))
         case "SFTTrainer":
             labels = inputs["labels"]
             segments = None
             if "position_ids" in inputs:
                 segments = (inputs["position_ids"] == 0).long().cumsum(-1).sub(1).clamp(min=0)
             roles = torch.ones(labels.size(0), dtype=torch.int8, device=labels.device)
-            return PolicyBatch(labels, roles, segments=segments)
+            return Batch(labels, roles, segments=segments)
         case "KTOTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]
             desirable = torch.as_tensor(inputs["label"], dtype=torch.bool, device=ids.device)
-            return PolicyBatch(ids.masked_fill(completion == 0, -100), desirable.to(torch.int8) * 2 - 1)
+            return Batch(ids.masked_fill(completion == 0, -100), desirable.to(torch.int8) * 2 - 1)
         case "GRPOTrainer" | "RLOOTrainer":
             completion = inputs["completion_ids"]  # (B, C)
             ids = torch.cat([inputs["prompt_ids"], completion], dim=1)  # (B, T)
@@ -118,11 +73,11 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> PolicyBatch:
             advantages = inputs["advantages"]
             if advantages.dim() > 1:
                 advantages = advantages.mean(-1)
-            return PolicyBatch(labels, advantages.sign().to(torch.int8), keep=keep)
+            return Batch(labels, advantages.sign().to(torch.int8), keep=keep)
         case "PROTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (S, T): lists one after another
             best = best_of_each_list(inputs["list_lengths"], ids.size(0))
-            return PolicyBatch(ids.masked_fill(completion == 0, -100), best.to(torch.int8) * 2 - 1)
+            return Batch(ids.masked_fill(completion == 0, -100), best.to(torch.int8) * 2 - 1)
     raise InputError(f"trainer kind is {kind!r}; expected one of {', '.join(SUPPORTED)}.")
 
 

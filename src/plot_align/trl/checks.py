@@ -1,10 +1,9 @@
-"""What a trainer and the term's options allow together, settled and checked before anything is built."""
+"""What a trainer and the term's options allow together, resolved and checked before anything is built."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,25 +18,11 @@ def makes_reference_forward(trainer: Any, kind: str) -> bool:
     return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
 
 
-def settled(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
-    """``config`` without ``auto``: what is compared with the target should have its target from the same positions.
-
-    ``target="auto"`` becomes ``anchored`` on the micro-batch where its training step yields the reference's output,
-    else the micro-batch's ``chosen`` tokens; ``anchored`` on a ``reference`` that was passed; ``relu`` of the data set
-    where ``granularity="token"`` or ``target_scope="dataset"`` ask for one target for all. With any other target,
-    ``target_scope="auto"`` is ``dataset``.
-    """
-    scope = config.target_scope
-    if config.is_reward:
-        return config
-    if config.target != "auto":
-        return replace(config, target_scope="dataset" if scope == "auto" else scope)
-    if scope == "auto":
-        scope = "dataset" if config.granularity == "token" or reference is not None else "batch"
-    if scope == "dataset":
-        return replace(config, target="relu" if reference is None else "anchored", target_scope=scope)
-    is_anchored = config.plot_backend == "fused" and makes_reference_forward(trainer, kind)
-    return replace(config, target="anchored" if is_anchored else "chosen", target_scope=scope)
+def resolve_auto(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
+    """``config`` without ``auto``, by what this trainer's step offers."""
+    return config.resolve_auto(
+        reference_forward=makes_reference_forward(trainer, kind), reference=reference is not None
+    )
 
 
 def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None = None) -> None:
@@ -48,10 +33,13 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             ``reference`` that nothing would look at, an adapter on the head that the term would not see, or an
             encoder-decoder model.
     """
-    if reference is not None and (config.is_reward or (config.target, config.target_scope) != ("anchored", "dataset")):
+    if reference is not None and (
+        config.is_reward or (config.target, config.ablations.target_scope) != ("anchored", "dataset")
+    ):
+        scope = config.ablations.target_scope
         raise InputError(
-            f"reference was passed, and target={config.target!r} with target_scope={config.target_scope!r} does not "
-            "look at it; expected target='anchored' with target_scope='dataset', or no reference."
+            f"reference was passed, and target={config.target!r} with target_scope={scope!r} does not look at it; "
+            "expected target='anchored' with target_scope='dataset', or no reference."
         )
     _check_ranks(trainer, config)
     _check_head(trainer, config)
@@ -71,7 +59,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             f"the model of the {kind} is an encoder-decoder, whose completion does not follow its prompt; expected a "
             "decoder-only model: attach to one, or add plot_align.PlotLoss to a loss of your own."
         )
-    if config.target_scope == "batch" and not config.is_reward:
+    if config.has_batch_target:
         _check_batch_target(trainer, kind, config)
     sorts = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
     if sorts and trainer.args.per_device_train_batch_size == 1:
@@ -116,7 +104,7 @@ def _check_ranks(trainer: Any, config: PlotConfig) -> None:
                 f"sequences; PLOT expects data parallelism alone: set {short}_size to 1."
             )
     is_sharded = kind == "FSDP" or zero.get("zero_optimization", {}).get("stage") == 3
-    if is_sharded and config.plot_backend == "separate":
+    if is_sharded and config.ablations.plot_backend == "separate":
         raise InputError(
             "plot_backend is 'separate' and the LM head is sharded (FSDP or ZeRO-3), which only TRL's own head "
             "gathers; expected plot_backend='fused', or DDP or ZeRO-2."
@@ -125,12 +113,12 @@ def _check_ranks(trainer: Any, config: PlotConfig) -> None:
 
 def _check_head(trainer: Any, config: PlotConfig) -> None:
     """An adapter on the LM head changes logits that are made from its weight alone elsewhere."""
-    if config.plot_backend != "separate" and config.divergence != "deft_log":
+    if config.ablations.plot_backend != "separate" and config.ablations.divergence != "deft_log":
         return
     if hasattr(causal_lm(trainer.model).get_output_embeddings(), "base_layer"):
         raise InputError(
             "the LM head has an adapter (PEFT's target_modules name it), which "
-            + ("plot_backend='separate'" if config.plot_backend == "separate" else "divergence='deft_log'")
+            + ("plot_backend='separate'" if config.ablations.plot_backend == "separate" else "divergence='deft_log'")
             + " would not see; expected a head without one: take lm_head out of target_modules, or use another option."
         )
 

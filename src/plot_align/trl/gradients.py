@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from plot_align.trl.term import Swept
+from plot_align.trl.term import HeadResult
 
 # Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch,
 # and averaged over the steps: a small sample says enough about their ratio, and costs a small part of the head.
 _SAMPLED_ROWS = 64
 
 
-def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int = 0) -> Tensor:
+def gradient_norms(vanilla: Tensor, plot: Tensor, result: HeadResult, *, offset: int = 0) -> Tensor:
     """``(‖∂L_vanilla/∂h‖, ‖∂L_PLOT/∂h‖)`` at the head's input h, ``(2,)``; exact up to 64 rows, estimated above.
 
     A row of ∂L/∂h depends on that row alone once the derivatives in the head's outputs are known, and those are cheap.
@@ -24,33 +24,33 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, swept: Swept, *, offset: int =
 
     Args:
         vanilla, plot: the two losses, with their graphs, which stay usable.
-        swept: the head pass both come from.
+        result: the head pass that both come from.
         offset: which of the evenly spaced samples, e.g. the step.
     """
-    with _without_hooks(swept.outputs):
-        return _norms(vanilla, plot, swept, offset)
+    with _without_hooks(result.outputs):
+        return _norms(vanilla, plot, result, offset)
 
 
-def _norms(vanilla: Tensor, plot: Tensor, swept: Swept, offset: int) -> Tensor:
-    if swept.some_rows is None:
+def _norms(vanilla: Tensor, plot: Tensor, result: HeadResult, offset: int) -> Tensor:
+    if result.recompute_rows is None:
         norms = []
         for loss in (vanilla, plot):
-            (gradient,) = torch.autograd.grad(loss, swept.hidden, retain_graph=True, allow_unused=True)
+            (gradient,) = torch.autograd.grad(loss, result.hidden, retain_graph=True, allow_unused=True)
             norms.append(vanilla.new_zeros(()) if gradient is None else gradient.float().norm())
         return torch.stack(norms)
-    head = swept.head
-    rows = swept.hidden.size(0)
+    head = result.head
+    rows = result.hidden.size(0)
     stride = max(1, -(-rows // _SAMPLED_ROWS))
-    sample = torch.arange(offset % stride, rows, stride, device=swept.hidden.device)  # (n,)
+    sample = torch.arange(offset % stride, rows, stride, device=result.hidden.device)  # (n,)
     if sample.numel() == 0:
         return vanilla.new_zeros(2)
     names = {"vanilla": ("log_probs", "entropy"), "plot": ("marginals", "values", "reward")}
-    hidden, again = swept.some_rows(sample)  # (n, H)
+    hidden, again = result.recompute_rows(sample)  # (n, H)
     squares = []
     for loss, fields in ((vanilla, names["vanilla"]), (plot, names["plot"])):
         fields = tuple(name for name in fields if _is_differentiable(getattr(head, name)))
-        swept_fields = [getattr(head, name) for name in fields]
-        found = torch.autograd.grad(loss, swept_fields, retain_graph=True, allow_unused=True)
+        outputs_of_pass = [getattr(head, name) for name in fields]
+        found = torch.autograd.grad(loss, outputs_of_pass, retain_graph=True, allow_unused=True)
         given = [
             (getattr(again, name), gradient if name in ("marginals", "reward") else gradient[sample])
             for name, gradient in zip(fields, found, strict=True)

@@ -14,18 +14,19 @@ from torch.distributed.tensor import DTensor
 
 from plot_align.errors import InputError
 from plot_align.head import causal_lm, fused_head, head_spec
-from plot_align.trl.batches import PolicyBatch, model_inputs, policy_batch
+from plot_align.preference.batch import Batch
+from plot_align.trl.batches import model_inputs, policy_batch
 
 
 @torch.no_grad()
 def mean_output_distribution(
-    model: Any, batches: Iterable[tuple[dict[str, Tensor], PolicyBatch]], positions: str = "chosen"
+    model: Any, batches: Iterable[tuple[dict[str, Tensor], Batch]], positions: str = "chosen"
 ) -> Tensor:
     """``p̄ = mean_t softmax(z_t)`` over the selected positions of all batches, each position weighing the same.
 
     Args:
         model: a causal language model (or a PEFT wrapper of one); left in the mode it was in.
-        batches: ``(inputs of the model, PolicyBatch)`` pairs; tensors are moved to the model's device.
+        batches: ``(inputs of the model, Batch)`` pairs; tensors are moved to the model's device.
         positions: ``chosen``, ``rejected`` or ``all``.
 
     Returns:
@@ -95,7 +96,7 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
 
 def collated(
     trainer: Any, kind: str, rows: int | None = None, dataset: Any = None
-) -> Iterator[tuple[dict[str, Tensor], PolicyBatch]]:
+) -> Iterator[tuple[dict[str, Tensor], Batch]]:
     """The first ``rows`` rows of a tokenised data set in order, through the trainer's collator."""
     dataset = trainer.train_dataset if dataset is None else dataset
     columns = None  # the collator is given what the trainer's own loader gives it

@@ -1,7 +1,8 @@
-"""The distribution reward of DEFT (arXiv 2604.01787): how well the output distribution follows the preference.
+"""DEFT's distribution reward over log-probabilities, from the head's inputs: no logits, one product with a vector.
 
-``L = L_vanilla − ω·R`` with d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻ (:meth:`~plot_align.PreferenceDistribution.difference`) and R in one
-of two readings: over log-probabilities (:func:`log_reward`) or over probabilities (:class:`DistributionReward`).
+``L = L_vanilla − ω·R`` (arXiv 2604.01787) with d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻
+(:meth:`~plot_align.PreferenceDistribution.difference`); R over probabilities is a divergence,
+:class:`~plot_align.transport.reward.DistributionReward`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.transport.base import SUM_TOLERANCE, Divergence, widest_dtype
-
-READINGS = ("log", "prob")
 
 # A bf16 head is read in float32 this many rows at a time, never copied as a whole.
 _CAST_ROWS = 16384
@@ -69,31 +67,6 @@ def log_reward(
     return _LogReward.apply(hidden, weight, bias, difference, weights, segments, num_segments, scale)
 
 
-def materialised_log_reward(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    difference: Tensor,  # (V,)
-    *,
-    weights: Tensor,  # (N,)
-    segments: Tensor | None = None,  # (N,) int64
-    num_segments: int = 1,
-    scale: float = 1.0,
-) -> Tensor:
-    """The specification of :func:`log_reward` on materialised log-probabilities: same arguments, same result.
-
-    Slow and hungry on purpose.
-    """
-    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
-    if bias is not None:
-        z = z + bias
-    log_p = (scale * z).log_softmax(-1)  # (N, V)
-    rewards = weights.to(z.dtype) * (log_p @ difference.to(z.dtype))  # (N,)
-    if segments is None:
-        segments = torch.zeros_like(weights, dtype=torch.int64)
-    return rewards.new_zeros(num_segments).index_add(0, segments, rewards)  # (S,)
-
-
 def reward_scale(*, logit_scale: float = 1.0, temperature: float = 1.0, softcap: float | None = None) -> float:
     """The ``scale`` of :func:`log_reward` for what a model does to its logits.
 
@@ -106,44 +79,6 @@ def reward_scale(*, logit_scale: float = 1.0, temperature: float = 1.0, softcap:
             "distribution reward needs logits that are linear in the hidden states: use the prob reading."
         )
     return logit_scale / temperature
-
-
-class DistributionReward(Divergence):
-    """−R in the prob reading, as a cost: ``L + ω·value`` is DEFT's loss.
-
-        value = -(difference * p).sum()    # the naive line
-
-    Potential −d, the same everywhere. It has the interface of a divergence but no target, and a target given with the
-    call means nothing to it. R = Σ_v d_v p_v lies between min d and max d.
-
-    Source: arXiv 2604.01787; that the reward is over probabilities is the other of our two readings.
-
-    Args:
-        difference: (V,) d, finite, sum 0 within 1e-6; rows of the head beyond the tokenizer have d = 0. Any float
-            dtype and device; kept in float64 as the targets of other divergences are.
-
-    Raises:
-        InputError: it is not a vector that sums to zero.
-    """
-
-    difference: Tensor  # (V,)
-
-    def __init__(self, difference: Tensor) -> None:
-        nn.Module.__init__(self)  # not Divergence's: there is no target
-        self._constant("difference", _check_difference(difference))
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of rows of the head that the preference covers."""
-        return self.difference.numel()
-
-    @torch.no_grad()
-    def value_and_potential(self, p: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See :meth:`Divergence.value_and_potential`; ``target`` is ignored."""
-        p = self._prepare(p)  # (..., V)
-        cost = -self.difference.to(p.dtype)  # (V,)
-        # Callers may change the potential in place, so it is a tensor of its own and no expanded view.
-        return p @ cost, cost.expand_as(p).clone()
 
 
 class _LogReward(torch.autograd.Function):
@@ -202,20 +137,3 @@ class _LogReward(torch.autograd.Function):
             if bias_dtype is not None and ctx.needs_input_grad[2]:
                 grad_bias = (d * (each @ shares.sum(-1))).to(bias_dtype)  # (V,)
         return grad_hidden, grad_weight, grad_bias, *(None,) * 5
-
-
-def _check_difference(difference: Tensor) -> Tensor:
-    """(V,) → (V,) in float64 (float32 on MPS), its own copy; refuses what does not sum to zero."""
-    if difference.ndim != 1 or not difference.is_floating_point():
-        raise InputError(
-            f"difference is a {difference.dtype} tensor of shape {tuple(difference.shape)}, but a floating-point "
-            "tensor of shape (V,) is needed: pass PreferenceDistribution.difference()."
-        )
-    difference = difference.detach().to(widest_dtype(difference.device), copy=True)  # (V,)
-    total = float(difference.sum())
-    if not abs(total) <= SUM_TOLERANCE:  # NaN and infinite entries compare false
-        raise InputError(
-            f"difference sums to {total:.3g}, but the difference of two distributions is needed (finite, sum 0 within "
-            "1e-6): pass PreferenceDistribution.difference()."
-        )
-    return difference

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oracle import reference_head
 from plot_align.head import HeadOutput, HeadSpec, fused_head
-from plot_align.head.reference import reference_head
 from plot_align.transport import Divergence, make_divergence
 from plot_align.transport.geometry import line, slices
 

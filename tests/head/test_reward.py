@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracles.deft import materialised_log_reward
 from plot_align.errors import InputError
-from plot_align.methods.deft import DistributionReward, log_reward, materialised_log_reward, reward_scale
+from plot_align.head.reward import log_reward, reward_scale
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.transport import Divergence
+from plot_align.transport.reward import DistributionReward
 
 
 def difference_of(generator, vocab, zeros=0.4):

@@ -1,22 +1,15 @@
-"""One step of training in every case of a list, in one process group: the losses and every gradient, whole.
+"""One step of training on an engine (``ddp``, ``fsdp2``, ``zero2``, ``zero3``): the losses and every gradient, whole.
 
-    torchrun --nproc_per_node 2 distributed_worker.py OPTIONS.json
-
-OPTIONS holds ``model`` and ``data`` (paths), ``out`` (a folder) and ``cases``, each with ``name``, ``engine``
-(``ddp``, ``fsdp2``, ``zero2``, ``zero3``), ``method``, ``args`` and ``plot``. Rank 0 writes ``NAME.safetensors`` and
-``NAME.json`` for each. :func:`train_once` without an engine is the one process that they are compared with.
+A case has ``name``, ``engine``, ``method``, ``args`` and ``plot``. :func:`train_all` runs a list of them in one
+process group; :func:`train_once` without an engine is the one process that they are compared with.
 """
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import json
 import os
-import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +17,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, fsdp_utils, gather_object
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -128,7 +120,7 @@ def train_once(case: dict[str, Any], model_folder: str, data: Dataset, preferenc
     else:
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     trainer = build(case["method"], model, model_folder, data, args, case.get("peft", False))
-    attach(trainer, preference, PlotConfig(**{**PAPER, **case["plot"]}))
+    attach(trainer, preference, PlotConfig.from_options(**{**PAPER, **case["plot"]}))
     return record(trainer)
 
 
@@ -182,31 +174,21 @@ def on_cpu(engine: str, options: dict[str, Any] | None = None) -> Iterator[dict[
         os.environ.update(before)
 
 
-def main(options: dict[str, Any]) -> None:
+def train_all(cases: list[dict[str, Any]], model_folder: str, data_file: str, out: str) -> dict[str, Any]:
+    """What :func:`train_once` returns for each case on these ranks, or the error."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(1)
     measured._SAMPLED_ROWS = ALL_ROWS
-    data = Dataset.from_json(options["data"])
-    preference = estimate(data, AutoTokenizer.from_pretrained(options["model"]), progress=False)
-    for case in options["cases"]:
-        faulthandler.dump_traceback_later(options.get("patience", 60), exit=True)  # ranks that wait for each other
-        out = Path(options["out"]) / case["name"]
+    data = Dataset.from_json(data_file)
+    preference = estimate(data, AutoTokenizer.from_pretrained(model_folder), progress=False)
+    found: dict[str, Any] = {}
+    for case in cases:
         with on_cpu(case["engine"], case.get("engine_options")) as engine:
             case = {**case, "args": {**case.get("args", {}), **engine}}
             try:
                 with grouped(case.get("groups")):
-                    gradients, said = train_once(case, options["model"], data, preference, str(out))
+                    found[case["name"]] = train_once(case, model_folder, data, preference, f"{out}/{case['name']}")
             except Exception:
-                if os.environ.get("RANK") == "0":
-                    out.with_suffix(".error").write_text(traceback.format_exc())
-                continue
-        if os.environ.get("RANK") == "0":
-            save_file(gradients, out.with_suffix(".safetensors"))
-            out.with_suffix(".json").write_text(json.dumps(said))
+                found[case["name"]] = traceback.format_exc()
     torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads now and then abort while the interpreter takes itself apart
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    return found

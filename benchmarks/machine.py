@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from plot_align.bench.timing import synchronize
 from plot_align.records import measure
 
 _ROUNDS = 7
@@ -76,9 +77,3 @@ def _seconds(run: Callable[[], object], device: torch.device) -> list[float]:
         synchronize(device)
         seconds.append((time.perf_counter() - start) / calls)
     return sorted(seconds[1:])  # the first one warms up
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,14 +1,13 @@
-"""The reference itself: hand-derived values, NumPy, and what it refuses."""
+"""The oracle itself: values derived by hand, and NumPy."""
 
 import math
-import sys
 
 import numpy as np
+import ot
 import pytest
 import torch
 
-from plot_align.errors import InputError, RunError
-from plot_align.transport.exact import cost_matrix, exact_cost
+from oracles.transport import cost_matrix, exact_cost
 
 
 def test_by_hand():
@@ -37,31 +36,8 @@ def test_cost_matrix_equals_numpy(order):
     np.testing.assert_allclose(cost_matrix(e, norm_order=order), expected, rtol=1e-12)
 
 
-def test_wrong_arguments_are_named():
-    half = torch.tensor([0.5, 0.5])
-    with pytest.raises(InputError, match=r"cost has shape \(3, 3\) for p of 2 and target of 2"):
-        exact_cost(half, half, torch.zeros(3, 3))
-    with pytest.raises(InputError, match="for p of 2 and target of 3"):
-        exact_cost(half, torch.tensor([0.5, 0.5, 0.0]), torch.zeros(2, 2))
-    with pytest.raises(InputError, match="sums to 2"):
-        exact_cost(2 * half, half, torch.zeros(2, 2))
-    with pytest.raises(InputError, match=r"embeddings has shape \(4097, 1\).*n <= 4096"):
-        cost_matrix(torch.zeros(4097, 1))
-    with pytest.raises(InputError, match=r"norm_order is 0.5"):
-        cost_matrix(torch.zeros(2, 1), norm_order=0.5)
-
-
-def test_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ot", None)
-    half = torch.tensor([0.5, 0.5])
-    with pytest.raises(InputError, match=r"needs the POT library.*pip install"):
-        exact_cost(half, half, torch.zeros(2, 2))
-
-
 def test_an_unfinished_solver_is_no_result(monkeypatch):
-    import ot
-
     monkeypatch.setattr(ot, "emd2", lambda *args, **kwargs: (0.1, {"warning": "numItermax reached"}))
     half = torch.tensor([0.5, 0.5])
-    with pytest.raises(RunError, match="stopped before the optimum on 2 tokens: numItermax reached"):
+    with pytest.raises(RuntimeError, match="numItermax reached"):
         exact_cost(half, half, torch.zeros(2, 2))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plot_align.report.text import one_line, passage
+from plot_align.text import one_line, passage
 
 
 @pytest.mark.parametrize(

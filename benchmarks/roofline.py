@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plot_align.bench.machine import Machine
+from machine import Machine
 
 _STAT = 4  # bytes of a statistic: fp32
 

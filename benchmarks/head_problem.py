@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from plot_align.bench.roofline import HeadWork
+from oracle import reference_head
+from plot_align.bench.step import random_preference
+from plot_align.bench.timing import Samples, held
 from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, fused_head
-from plot_align.head.reference import reference_head
-from plot_align.preference.distribution import PreferenceDistribution
-from plot_align.trl.attach import build_term
-from plot_align.trl.batches import PolicyBatch
-from plot_align.trl.checks import settled
-from plot_align.trl.overhead import Samples, held
-from plot_align.trl.term import PlotTerm, Swept
+from plot_align.preference.batch import Batch
+from plot_align.records import measure
+from plot_align.trl.checks import resolve_auto
+from plot_align.trl.term import HeadResult, PlotTerm
+from roofline import HeadWork
 
 OUTPUTS = ("entropy", "mean_logits", "is_top1")  # what TRL's DPO asks of its head
 KINDS = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
@@ -67,20 +69,20 @@ class HeadProblem:
         roles = torch.ones(rows, dtype=torch.int8, device=device)
         if method == "dpo":
             roles[rows // 2 :] = -1
-        self.batch = PolicyBatch(labels, roles)
+        self.batch = Batch(labels, roles)
         self.rows = torch.arange(count, device=device)
         self.targets = labels[:, 1:].flatten()  # (N,)
         preference = random_preference(vocab)
         self.terms: dict[str, PlotTerm] = {}
         for name, config in plots.items():
-            config = settled(config, None, KINDS[method])
-            self.terms[name] = build_term(config, preference, embeddings=self.weight.detach(), rows=vocab).to(device)
+            config = resolve_auto(config, None, KINDS[method])
+            self.terms[name] = PlotTerm(preference, self.weight.detach(), config).to(device)
         self.reference = torch.rand(1, vocab, generator=generator, device=device, dtype=torch.float32)  # (1, V)
         self.reference /= self.reference.sum()
 
     @contextlib.contextmanager
     def arm(self, name: str) -> Iterator[Callable[[], None]]:
-        """A step of this arm, as :func:`plot_align.trl.overhead.interleaved` wants it.
+        """A step of this arm, as :func:`plot_align.bench.timing.interleaved` wants it.
 
         ``off``: the same kernel without the term. ``two-pass``: a second head pass for the first term of ``plots``.
         ``materialised``: whole logits. Any other: that term, in the head's own sweep.
@@ -123,14 +125,14 @@ class HeadProblem:
         if only is not None:
             rows = only.flatten().nonzero().squeeze(-1)
             hidden = hidden[rows]
-        shares = term.shares(self.batch, rows)
-        parts = shares.arguments(hidden.device)
+        pooling = term.pooling(self.batch, rows)
+        parts = pooling.arguments(hidden.device)
         divergence = term.head_divergence()
         head = run(hidden, self.weight, None, self.targets[rows], self.spec, divergence=divergence, **parts)
         head = replace(head, reward=term.reward(hidden, self.weight, None, self.spec, **parts))
-        swept = Swept(head, shares, hidden, rows)
+        swept = HeadResult(head, pooling, hidden, rows)
         if term.config.needs_reference:
-            swept.reference = self.reference.expand(shares.counts.numel(), -1)
+            swept.reference = self.reference.expand(pooling.counts.numel(), -1)
         return head, term.loss(swept, self.batch)
 
     def own_peaks(self, samples: Mapping[str, Samples]) -> dict[str, Samples]:
@@ -150,7 +152,7 @@ class HeadProblem:
         """What this arm needs at the least."""
         config = self.terms[name].config
         selected = self.batch.selected(config.positions)  # (B, T-1)
-        on_directions = config.divergence == "w1" and config.geometry in ("sliced", "max_sliced")
+        on_directions = config.ablations.divergence == "w1" and config.ablations.geometry in ("sliced", "max_sliced")
         return HeadWork(
             rows=self.hidden.size(0),
             selected=int(selected.sum()),
@@ -158,7 +160,7 @@ class HeadProblem:
             hidden=self.weight.size(1),
             itemsize=(self.autocast or self.weight.dtype).itemsize,
             segments=int(selected.any(-1).sum()) if config.granularity == "sequence" else 1,
-            lines=config.slices if on_directions else 1,
+            lines=config.ablations.slices if on_directions else 1,
             per_token=config.granularity == "token",
         )
 
@@ -168,9 +170,17 @@ def _bytes(term: PlotTerm) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in term.buffers())
 
 
-def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:
-    """Token counts of nobody's preference: every token is used, and each side prefers others."""
-    counts = torch.arange(1, size + 1)
-    return PreferenceDistribution(
-        counts, counts.flip(0), {"tokenizer": tokenizer or {"fingerprint": "", "size": size}}
-    )
+def extra_seconds(ours: Samples, base: Samples) -> dict[str, Any]:
+    """Median of the rounds' differences in seconds, with its quartiles."""
+    differences = [a - b for a, b in zip(ours.seconds, base.seconds, strict=True)]
+    if len(differences) == 1:
+        return {**measure(differences[0], 1, unit="s"), "quartiles": differences * 2}
+    low, middle, high = statistics.quantiles(differences, n=4, method="inclusive")
+    return {**measure(middle, len(differences), unit="s"), "quartiles": [low, high]}
+
+
+def release(device: torch.device) -> None:
+    """Gives back what the last problem held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

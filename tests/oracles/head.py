@@ -1,4 +1,4 @@
-"""The specification of the fused head: plain torch on materialised logits.
+"""The fused head as plain torch on materialised logits.
 
     z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature           # (N, V)
     p = softmax(z)                                                                # (N, V)
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plot_align.head.fused import HeadOutput, HeadSpec
+from plot_align.head import HeadOutput, HeadSpec
 from plot_align.transport import Divergence
 
 
@@ -30,7 +30,11 @@ def reference_head(
 ) -> HeadOutput:
     """Same arguments and same results as :func:`plot_align.head.fused_head`, one plain line each."""
     spec = spec or HeadSpec()
-    z = head_logits(hidden, weight, bias, spec)  # (N, V)
+    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
+    z = (z if bias is None else z + bias) * spec.logit_scale
+    if spec.softcap is not None:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    z = z / spec.temperature
     log_p = z.log_softmax(-1)  # (N, V)
     p = log_p.exp()  # (N, V)
 
@@ -52,14 +56,3 @@ def reference_head(
         marginals=marginals,
         values=values,
     )
-
-
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: HeadSpec) -> Tensor:
-    """z of the module's docstring: (N, H) → (N, V), in float32 at least."""
-    z = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # (N, V)
-    if bias is not None:
-        z = z + bias
-    z = z * spec.logit_scale
-    if spec.softcap is not None:
-        z = spec.softcap * torch.tanh(z / spec.softcap)
-    return z / spec.temperature

@@ -1,74 +1,17 @@
-"""What the term costs: steps with PLOT and without it on the same kernel, interleaved, in time and peak memory."""
+"""Arms of an experiment run in turn: seconds, peak memory and page faults of each one's step, round by round."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from plot_align.config import PlotConfig
-from plot_align.head import HeadOutput, HeadSpec, causal_lm, fused_head
-from plot_align.trl.backends import FusedBackend
-from plot_align.trl.batches import policy_batch, trainer_kind
-from plot_align.trl.checks import makes_reference_forward
-from plot_align.trl.reference import reference_model
-from plot_align.trl.term import Shares, Swept
-
-
-class _WithoutPlot(FusedBackend):
-    """Our kernel in TRL's place with nothing to sweep up: what PLOT is compared with."""
-
-    def sweep(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
-    ) -> HeadOutput:
-        head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
-        nothing = Shares(hidden.new_zeros(0), None, hidden.new_zeros(0))
-        self.swept = Swept(head, nothing, hidden, rows)  # once a step, as with PLOT
-        return head
-
-    def sweep_reference(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
-    ) -> HeadOutput:
-        self.reference = hidden.new_zeros(0)
-        return fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
-
-
-@contextmanager
-def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[None]:
-    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's.
-
-    Args:
-        trainer: without a term.
-        config: the options whose kernel it is (``plot_impl``, ``plot_block_mib``); ``None`` takes the defaults.
-    """
-    kind = trainer_kind(trainer)
-    anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None
-    nothing: Any = torch.nn.Module()
-    backend = _WithoutPlot(causal_lm(trainer.model), nothing, anchor, trainer.accelerator.autocast)
-    backend.head_options = (config or PlotConfig()).head_options
-    original = trainer.compute_loss
-
-    def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with backend.capture(policy_batch(kind, inputs)):
-            result = original(model, inputs, *args, **kwargs)
-        backend.take()
-        return result
-
-    trainer.compute_loss = compute_loss
-    try:
-        yield
-    finally:
-        del trainer.compute_loss
-        backend.remove()
 
 
 @dataclass
@@ -123,8 +66,7 @@ def interleaved(
                 _reset_peak(device)
                 before, start = _usage(), time.perf_counter()
                 step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 seconds, after = time.perf_counter() - start, _usage()
             if repeat:
                 samples[name].seconds.append(seconds)
@@ -137,20 +79,15 @@ def interleaved(
     return samples
 
 
-def paired_ratio(ours: list[float] | list[int], base: list[float] | list[int]) -> tuple[float, float, float]:
-    """Median of the rounds' ratios and their lower and upper quartile; NaN where the base was not measured."""
-    if not base or min(base) <= 0:
-        return (float("nan"),) * 3
-    ratios = [a / b for a, b in zip(ours, base, strict=True)]
-    if len(ratios) == 1:
-        return (ratios[0],) * 3
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, low, high
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return
     _trim()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+
+from plot_align.bench.random_weights import random_model, word_tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ SHAPES = {
 }
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of this shape with random weights, made on ``device`` in ``dtype``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(shape: Shape) -> Any:
+    """The configuration of a model of this shape."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         shape.family,
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -60,31 +60,8 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         eos_token_id=1,
         bos_token_id=None,
     )
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def word_tokenizer(size: int) -> Any:
-    """A tokenizer of ``size`` words, as many as the head has rows, so that no row of it is padding."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, size)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<pad>",
-    )
-
-
-def sharing_weights(model: nn.Module) -> nn.Module:
-    """A second, frozen model on the same weights: a reference that costs its forward and no memory of its own.
-
-    A reference with weights of its own would only add to the memory that PLOT's share is measured against.
-    """
-    memo: dict[int, Any] = {
-        id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()
-    }
-    return copy.deepcopy(model, memo)
+def random_weights(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of this shape."""
+    return random_model(config_of(shape), device, dtype), word_tokenizer(shape.vocab)

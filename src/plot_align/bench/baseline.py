@@ -1,0 +1,67 @@
+"""The arm that PLOT is compared with: TRL's own loss on our kernel, in every head pass that PLOT's arm makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plot_align.config import PlotConfig
+from plot_align.head import HeadOutput, HeadSpec, causal_lm, fused_head
+from plot_align.preference.batch import Pooling
+from plot_align.trl.backends import FusedBackend
+from plot_align.trl.batches import policy_batch, trainer_kind
+from plot_align.trl.checks import makes_reference_forward
+from plot_align.trl.reference import reference_model
+from plot_align.trl.term import HeadResult
+
+
+class _WithoutPlot(FusedBackend):
+    """Our kernel in TRL's place with nothing to sweep up: what PLOT is compared with."""
+
+    def sweep(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
+    ) -> HeadOutput:
+        head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
+        nothing = Pooling(hidden.new_zeros(0), None, hidden.new_zeros(0))
+        self.result = HeadResult(head, nothing, hidden, rows)  # once a step, as with PLOT
+        return head
+
+    def sweep_reference(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
+    ) -> HeadOutput:
+        self.reference = hidden.new_zeros(0)
+        return fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
+
+
+@contextmanager
+def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[None]:
+    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's.
+
+    Args:
+        trainer: without a term.
+        config: the options whose kernel it is (``plot_impl``, ``plot_block_mib``); ``None`` takes the defaults.
+    """
+    kind = trainer_kind(trainer)
+    anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None
+    nothing: Any = torch.nn.Module()
+    backend = _WithoutPlot(causal_lm(trainer.model), nothing, anchor, trainer.accelerator.autocast)
+    backend.head_options = (config or PlotConfig()).head_options
+    original = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with backend.capture(policy_batch(kind, inputs)):
+            result = original(model, inputs, *args, **kwargs)
+        backend.take()
+        return result
+
+    trainer.compute_loss = compute_loss
+    try:
+        yield
+    finally:
+        del trainer.compute_loss
+        backend.remove()

@@ -1,0 +1,30 @@
+"""A model without its checkpoint: a step takes as long whatever the weights say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of this configuration with random weights, made on ``device`` in ``dtype``."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def word_tokenizer(size: int) -> Any:
+    """A tokenizer of ``size`` words, as many as the head has rows, so that no row of it is padding."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, size)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+    )

@@ -1,0 +1,94 @@
+"""Which tokens of a micro-batch are completions, whose they are, and how their positions are pooled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plot_align.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How N positions are pooled into S output distributions.
+
+    Attributes:
+        weights: ``(N,)`` of each position; those of a distribution with a selected position sum to one.
+        segments: ``(N,)`` int64, the distribution of each position; ``None``: one for all.
+        counts: ``(S,)`` selected positions of each distribution.
+    """
+
+    weights: Tensor
+    segments: Tensor | None
+    counts: Tensor
+
+    def arguments(self, device: torch.device) -> dict[str, Any]:
+        """As arguments of a head pass on ``device``."""
+        segments = None if self.segments is None else self.segments.to(device)
+        return {"weights": self.weights.to(device), "segments": segments, "num_segments": self.counts.numel()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The policy's forward of one micro-batch.
+
+    Args:
+        labels: ``(B, T)`` as a causal model takes them: not shifted, −100 outside the completions.
+        roles: ``(B,)`` +1 chosen, −1 rejected, 0 neither.
+        keep: ``(B, T)`` bool, False where the model did not write the completion itself (tool results); or ``None``.
+        segments: ``(B, T)`` the document of each token where several are packed into a row; or ``None``.
+    """
+
+    labels: Tensor
+    roles: Tensor
+    keep: Tensor | None = None
+    segments: Tensor | None = None
+
+    def selected(self, positions: str) -> Tensor:
+        """``(B, T − 1)`` bool: position t is selected where it predicts a completion token of the wanted role."""
+        mask = self.labels[:, 1:] != -100  # (B, T-1)
+        if self.keep is not None:
+            mask = mask & self.keep[:, 1:]
+        match positions:
+            case "chosen":
+                return mask & (self.roles > 0).unsqueeze(-1)
+            case "rejected":
+                return mask & (self.roles < 0).unsqueeze(-1)
+            case "all":
+                return mask
+        raise InputError(f"positions is {positions!r}; expected chosen, rejected or all.")
+
+    def sequence_ids(self) -> Tensor:
+        """``(B, T − 1)`` int64, non-decreasing along the flattened batch: the sequence of each predicted token."""
+        batch, length = self.labels.shape
+        if self.segments is None:
+            rows = torch.arange(batch, device=self.labels.device)
+            return rows.unsqueeze(-1).expand(batch, length - 1)
+        per_row = self.segments[:, 1:]  # (B, T-1)
+        offset = self.segments.amax(-1).cumsum(0).roll(1)  # (B,)
+        offset[0] = 0
+        return per_row + (offset + torch.arange(batch, device=per_row.device)).unsqueeze(-1)
+
+    def pooling(self, positions: str, granularity: str, rows: Tensor | None = None) -> Pooling:
+        """The selected positions pooled over the batch (``batch``, ``token``) or within each sequence (``sequence``).
+
+        ``rows (N,)`` are the places of the N positions in the flattened ``(B, T − 1)`` batch; ``None``: all of them.
+        """
+        selected = self.selected(positions).flatten()  # (B*(T-1),)
+        selected = selected if rows is None else selected[rows]  # (N,)
+        if granularity != "sequence":
+            counts = selected.sum().unsqueeze(0)  # (1,)
+            return Pooling(_exact(selected) / counts.clamp(min=1), None, counts)
+        segments = self.sequence_ids().flatten()  # (B*(T-1),)
+        count = int(segments.max()) + 1
+        segments = segments if rows is None else segments[rows]  # (N,)
+        counts = torch.bincount(segments[selected], minlength=count)  # (S,)
+        return Pooling(_exact(selected) / counts.clamp(min=1)[segments], segments, counts)
+
+
+def _exact(selected: Tensor) -> Tensor:
+    """Ones and zeros in float64, except on Apple's GPUs, which have none."""
+    return selected.to(torch.float32 if selected.device.type == "mps" else torch.float64)
