@@ -29,7 +29,7 @@ from datasets.distributed import split_dataset_by_node
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plot_align.errors import PlotAlignError
-from plot_align.inference.ranks import process_state
+from plot_align.inference.parallel import process_state
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized
 
@@ -129,14 +129,12 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
     return {
         "pairs": count(Dataset.from_list(pairs)),
         "pairs, truncated": count(Dataset.from_list(pairs), max_length=14, source=f"what rank {rank} calls it"),
-        "pairs, workers": count(Dataset.from_list(pairs), num_proc=2),
         "pairs, one batch": count(Dataset.from_list(pairs), batch_size=1000),
         "unpaired": count(Dataset.from_list(unpaired)),
         "one row": count(Dataset.from_list(pairs[:1])),
         "pairs, stream": count(stream(pairs, 1)),
-        "pairs, stream, workers": count(stream(pairs, 1), num_proc=2),
         "pairs, shards": count(stream(pairs, 6)),
-        "pairs, shards, workers": count(stream(pairs, 6), num_proc=2),
+        "pairs, uneven shards": count(stream(pairs, 5)),
         "pairs, filtered shards": count(stream(pairs, 6).filter(lambda row: len(row["chosen"]) % 2 == 0)),
         "pairs, shards of Arrow": count(Dataset.from_list(pairs).to_iterable_dataset(num_shards=6)),
         "pairs, part of shards": count(stream(pairs, 6).skip(3).take(40)),
@@ -151,9 +149,9 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
         "bad row, late rejected before early chosen": count(
             Dataset.from_list(broken(broken(pairs, "prompt", 39), "rejected", 36))
         ),
-        "bad row, workers": count(Dataset.from_list(broken(pairs, "chosen", 33, 47)), num_proc=2),
         "bad row, stream": count(stream(broken(pairs, "chosen", 38, 56), 1)),
         "bad row, shards": count(stream(broken(pairs, "chosen", 38, 56), 6)),
+        "bad row, filtered": count(stream(broken(pairs, "chosen", 38, 39, 56), 6).filter(lambda row: True)),
         "bad row, tokenised": tokens(Dataset.from_list(broken(tokenised, "rejected_ids", 56, 58))),
         "bad row, tokenised shards": tokens(
             Dataset.from_list(broken(tokenised, "rejected_ids", 42, 58)).to_iterable_dataset(num_shards=6)
@@ -169,6 +167,7 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
         "own fault": fails_in_counting,
         "other options": count(Dataset.from_list(pairs), max_length=10 + rank),
         "other data": count(Dataset.from_list(pairs[: ROWS - rank])),
+        "workers": count(Dataset.from_list(pairs), num_proc=2),
         "split already": count(split_dataset_by_node(stream(pairs, 6), rank=0, world_size=2)),
     }
 
@@ -194,7 +193,7 @@ def count_all(tokenizer: Any, rank: int) -> dict[str, Any]:
 
 
 def count_and_die(tokenizer: Any, rank: int) -> dict[str, Any]:
-    """Rank 1 is killed while its worker processes wait for more."""
+    """Rank 1 is killed while it counts."""
     last = pair_rows()[50]
 
     def die(row: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def count_and_die(tokenizer: Any, rank: int) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         return row
 
-    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5, "num_proc": 2}
+    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5}
     return {"killed": outcome(lambda: estimate(data, tokenizer, distributed=True, **options))}
 
 

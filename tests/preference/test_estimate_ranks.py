@@ -21,18 +21,17 @@ pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start pro
 
 WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
-    "pairs", "pairs, truncated", "pairs, workers", "pairs, one batch", "unpaired", "one row", "pairs, stream",
-    "pairs, stream, workers", "pairs, shards", "pairs, shards, workers", "pairs, filtered shards",
-    "pairs, shards of Arrow", "pairs, part of shards", "pairs, shards in batches", "unpaired, shards", "tokenised",
-    "tokenised, stream", "tokenised, shards",
+    "pairs", "pairs, truncated", "pairs, one batch", "unpaired", "one row", "pairs, stream", "pairs, shards",
+    "pairs, uneven shards", "pairs, filtered shards", "pairs, shards of Arrow", "pairs, part of shards",
+    "pairs, shards in batches", "unpaired, shards", "tokenised", "tokenised, stream", "tokenised, shards",
 )  # fmt: skip
 # What stops every rank, and one process, with the same sentence.
 REFUSED = {
     "bad row": "data row 33: 'chosen' is missing",
     "bad row, late rejected before early chosen": "data row 36: 'rejected' is missing",
-    "bad row, workers": "data row 33: 'chosen' is missing",
     "bad row, stream": "data row 38: 'chosen' is missing",
     "bad row, shards": "data row 38: 'chosen' is missing",
+    "bad row, filtered": "data row 38: 'chosen' is missing",
     "bad row, tokenised": "dataset row 56: 'rejected_ids' is missing",
     "bad row, tokenised shards": "dataset row 42: 'rejected_ids' is missing",
     "bad id": "dataset row 40: 'chosen_ids' has token id 1000000",
@@ -123,7 +122,6 @@ def test_the_same_without_a_launcher(outcomes: Any, tokenizer: Any) -> None:
     found = estimate(Dataset.from_list(pair_rows()), tokenizer, progress=False)
     for case in (
         "pairs",
-        "pairs, workers",
         "pairs, one batch",
         "pairs, stream",
         "pairs, shards",
@@ -133,14 +131,14 @@ def test_the_same_without_a_launcher(outcomes: Any, tokenizer: Any) -> None:
 
 
 def test_who_reads_what_of_a_stream(outcomes: Any) -> None:
-    """Whole shards are read by one rank each; the rest of a stream, or one whose shards are not its rows, by all."""
+    """Whole files are read by one rank each; what cannot be told apart by all."""
     for ranks in (2, 3):
-        first = ROWS if ranks > 1 else 0  # every rank looks at the first row, on the way it reads some more
-        for case in ("pairs, shards", "pairs, shards, workers", "pairs, filtered shards"):
-            read = [found[case]["read"] for found in outcomes[ranks]]
-            assert ROWS <= sum(read) <= ROWS + 2 * ranks, (case, read)
-            assert max(read) < first
-        for case in ("pairs, stream", "pairs, stream, workers", "pairs, shards in batches"):
+        read = [found["pairs, shards"]["read"] for found in outcomes[ranks]]
+        assert (
+            ROWS <= sum(read) <= ROWS + 2 * ranks
+        )  # every rank looks at the first row, on the way it reads some more
+        assert max(read) < ROWS
+        for case in ("pairs, stream", "pairs, uneven shards", "pairs, filtered shards", "pairs, shards in batches"):
             assert all(found[case]["read"] >= ROWS for found in outcomes[ranks]), case
 
 
@@ -160,6 +158,7 @@ def test_what_is_wrong_on_one_rank_only(outcomes: Any) -> None:
             "other options": "2 max_length is 11 on rank 1 and 10 on rank 0, expected the same on every rank",
             "other data": f"2 the number of rows is {ROWS - 1} on rank 1 and {ROWS} on rank 0",
             "split already": "2 data was already split with split_dataset_by_node",
+            "workers": f"2 num_proc is 2 on {ranks} ranks",
         }.items():
             assert all(found[case]["error"].startswith(message) for found in everyone), case
         faults = [found["own fault"]["error"] for found in everyone]
@@ -168,12 +167,12 @@ def test_what_is_wrong_on_one_rank_only(outcomes: Any) -> None:
 
 
 def test_every_case_is_looked_at(outcomes: Any, tokenizer: Any) -> None:
-    others = {"reader", "own fault", "other options", "other data", "split already"}
+    others = {"reader", "own fault", "other options", "other data", "split already", "workers"}
     assert set(outcomes[1][0]) == set(cases(tokenizer, 0)) == {*COUNTED, *REFUSED, *others}
 
 
 def test_a_rank_that_dies(folder: Path) -> None:
-    """The other one says so, though worker processes of the dead one had its connections too."""
+    """The other one says so."""
     error = json.loads((folder / "killed.0.json").read_text())["killed"]["error"]
     assert error.startswith("1 rank 0 could not add its counts to those of the other ranks"), error
     assert "\n" not in error
@@ -186,14 +185,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_on_two_ranks(tmp_path: Path, pairs_file: Path, tiny_tokenizer: Path) -> None:
-    """``--num_processes 2`` with ``--num_proc``, ``--streaming`` and ``--merge``: once written, once said."""
+    """``--num_processes 2`` with ``--streaming`` and ``--merge``: once written, once said."""
     from plot_align.cli.main import main
 
     one, two = tmp_path / "one.safetensors", tmp_path / "two" / "two.safetensors"
     assert main(["estimate", str(pairs_file), "--tokenizer", str(tiny_tokenizer), "--output", str(one)]) == 0
     done = run(
         pairs_file, "--tokenizer", tiny_tokenizer, "--output", two, "--merge", one,
-        "--streaming", "--num_proc", 2, "--num_processes", 2,
+        "--streaming", "--num_processes", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record:") == 1

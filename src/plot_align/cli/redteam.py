@@ -81,6 +81,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
+    from plot_align.inference.parallel import on_main
     from plot_align.io import require_writable
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
@@ -98,7 +99,7 @@ def _run(options: Any) -> int:
     for attack in attacks:
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
-    require_writable(options.output)
+    on_main(lambda: require_writable(options.output))
 
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
@@ -107,7 +108,7 @@ def _run(options: Any) -> int:
         victim = load_victim(source, options, name)
         identities[name] = victim.identity
         measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
-    _report(measured, identities, skipped, options)
+    on_main(lambda: _report(measured, identities, skipped, options))
     return 0
 
 
@@ -117,10 +118,9 @@ def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
     Raises:
         InputError: it cannot be loaded, or has no chat template.
     """
-    from plot_align.inference.dealing import share
     from plot_align.redteam.victim import Victim
 
-    return share(Victim, *load_chat_model(model, options), name or Path(model).name)
+    return Victim(*load_chat_model(model, options), name or Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:
@@ -242,6 +242,7 @@ def _measured(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from plot_align.inference.parallel import rank
     from plot_align.redteam.measure import Budget, Judges, measure
 
     judge = _judge(options.judge, victim, targets, options, loaded)
@@ -254,7 +255,7 @@ def _measured(
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=rank() > 0) as progress:
         return measure(
             victim,
             harmful,

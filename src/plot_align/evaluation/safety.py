@@ -18,7 +18,6 @@ from plot_align.errors import InputError, RunError, did_you_mean
 from plot_align.evaluation import data
 from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.inference.dealing import share
 from plot_align.redteam.behaviors import Behavior, default_benign, read_behaviors, read_targets, require_targets
 from plot_align.redteam.catalogue import make_attack, make_judge
 from plot_align.redteam.harmbench import Layout, success_by_behavior
@@ -166,7 +165,7 @@ class AttackSuccess(_Judged):
             RunError: the judge decided none.
         """
         harmful, targets, left_out = self._requests()
-        victim = share(Victim, subject.model, subject.tokenizer, subject.name)
+        victim = Victim(subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
         layout = Layout(subject.folder / "redteam", attack.name, attack.experiment(victim))
         answering = attack.answering(victim, harmful, targets, subject.seed)

@@ -13,14 +13,14 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from plot_align.errors import InputError
 from plot_align.inference.chat import continue_rows
-from plot_align.inference.dealing import own_device, share
 from plot_align.inference.endpoint import EndpointError, Reply
+from plot_align.inference.parallel import everywhere, on_main, own_device
 from plot_align.records import share_of
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
@@ -358,7 +358,7 @@ class HarmBenchClassifier:
         Raises:
             InputError: there is no such checkpoint.
         """
-        return cls(*share(_classifier, checkpoint, device, dtype), prompts, batch_size)
+        return cls(*everywhere(lambda: _classifier(checkpoint, device, dtype)), prompts, batch_size)
 
     def judge(
         self, behaviors: Sequence[Behavior], test_cases: Sequence[str], generations: Sequence[str]
@@ -550,8 +550,12 @@ class EndpointJudge:
         self, template: str, behaviors: Sequence[Behavior], generations: Sequence[str]
     ) -> list[tuple[str | None, str]]:
         """(reply or None, why there is none) of each case, in order."""
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda case: self._ask(template, *case), zip(behaviors, generations, strict=True)))
+
+        def ask() -> list[tuple[str | None, str]]:
+            with ThreadPoolExecutor(self.workers) as pool:
+                return list(pool.map(partial(self._ask, template), behaviors, generations))
+
+        return on_main(ask)  # each question is paid for once
 
     def _ask(self, template: str, behavior: Behavior, generation: str) -> tuple[str | None, str]:
         content = template.format(behavior=_fence("request", behavior.prompt), generation=_fence("answer", generation))
