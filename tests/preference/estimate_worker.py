@@ -29,7 +29,7 @@ from datasets.distributed import split_dataset_by_node
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plot_align.errors import PlotAlignError
-from plot_align.inference.parallel import process_state
+from plot_align.parallel import process_state
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized
 

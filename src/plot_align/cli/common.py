@@ -101,7 +101,7 @@ def on_processes(command: str, num_processes: int | None, arguments: list[str], 
         PlotAlignError: as ``main``; or a process could not be started, or was killed.
     """
     from plot_align.cli import launch
-    from plot_align.inference.parallel import OutOfStep, everywhere, in_step, rank
+    from plot_align.parallel import OutOfStep, everywhere, in_step, rank
 
     code = launch.with_processes(command, num_processes, arguments)
     if code is not None:
@@ -136,7 +136,7 @@ def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
     Raises:
         InputError: they cannot be loaded.
     """
-    from plot_align.inference.parallel import everywhere
+    from plot_align.parallel import everywhere
 
     return everywhere(lambda: _chat_model(name, options.device, options.dtype, options.trust_remote_code))
 
@@ -144,7 +144,7 @@ def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
 def _chat_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    from plot_align.inference.parallel import own_device
+    from plot_align.parallel import own_device
 
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:

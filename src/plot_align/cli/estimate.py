@@ -10,8 +10,8 @@ from typing import Any
 from plot_align.cli import launch
 from plot_align.cli.common import Parser, length, load_tokenizer
 from plot_align.errors import InputError
-from plot_align.inference.parallel import patient_state
 from plot_align.io import require_writable
+from plot_align.parallel import patient_state
 
 
 def make_parser() -> Parser:

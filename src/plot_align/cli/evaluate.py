@@ -78,8 +78,8 @@ def run(arguments: list[str]) -> int:
 def _run(options: Any) -> int:
     from plot_align.evaluation.suite import Given, read_suite
     from plot_align.inference.chat import require_template
-    from plot_align.inference.parallel import on_main, rank
     from plot_align.io import require_writable
+    from plot_align.parallel import on_main, rank
 
     for name in ("batch_size", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -138,7 +138,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
         TimeRemainingColumn,
     )
 
-    from plot_align.inference.parallel import on_main, rank
+    from plot_align.parallel import on_main, rank
 
     console = Console(highlight=False, quiet=rank() > 0)
     for name, reason in suite.left_out.items():
@@ -260,7 +260,7 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
     """Measure and write the record; what went wrong, where something did: the other measures go on."""
     from plot_align.evaluation.quantity import KIND
-    from plot_align.inference.parallel import OutOfStep, everywhere, on_main, rank
+    from plot_align.parallel import OutOfStep, everywhere, on_main, rank
     from plot_align.records import write_record
 
     log = subject.folder / f"{entry.name}.error.txt"

@@ -81,8 +81,8 @@ def run(arguments: list[str]) -> int:
 
 def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
-    from plot_align.inference.parallel import on_main
     from plot_align.io import require_writable
+    from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
     harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
@@ -242,7 +242,7 @@ def _measured(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from plot_align.inference.parallel import rank
+    from plot_align.parallel import rank
     from plot_align.redteam.measure import Budget, Judges, measure
 
     judge = _judge(options.judge, victim, targets, options, loaded)

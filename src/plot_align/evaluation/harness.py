@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plot_align import parallel
 from plot_align.errors import InputError, RunError, did_you_mean, first_line
 from plot_align.evaluation.harness_tasks import (
     configs_of,
@@ -44,9 +45,8 @@ from plot_align.evaluation.harness_tasks import (
 )
 from plot_align.evaluation.quantity import Better, Quantity, of_items, of_whole
 from plot_align.evaluation.subject import Found, OnItem, Subject
-from plot_align.inference import parallel
 from plot_align.inference.chat import evaluating
-from plot_align.inference.parallel import OutOfStep, everywhere, on_main
+from plot_align.parallel import OutOfStep, everywhere, on_main
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

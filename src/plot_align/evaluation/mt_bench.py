@@ -25,7 +25,7 @@ from plot_align.evaluation.quantity import Quantity, of_items
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import continue_rows
 from plot_align.inference.endpoint import Endpoint, EndpointError
-from plot_align.inference.parallel import each, on_main
+from plot_align.parallel import each, on_main
 from plot_align.redteam.run import same_or_new
 
 BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from plot_align.errors import InputError, PlotAlignError, RunError, first_line
-from plot_align.inference.parallel import process_state
+from plot_align.parallel import process_state
 from plot_align.preference.completions import RowError, Rules
 from plot_align.preference.counting import Counts, count_batch
 

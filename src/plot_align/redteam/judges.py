@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from plot_align.errors import InputError
 from plot_align.inference.chat import continue_rows
 from plot_align.inference.endpoint import EndpointError, Reply
-from plot_align.inference.parallel import everywhere, on_main, own_device
+from plot_align.parallel import everywhere, on_main, own_device
 from plot_align.records import share_of
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError, RunError
-from plot_align.inference.parallel import on_main
+from plot_align.parallel import on_main
 from plot_align.redteam.attack import Answering, Attack
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.curves import snapshot_cases, success_at_cases

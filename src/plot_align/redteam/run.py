@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.inference.parallel import each, on_main
+from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
 from plot_align.redteam.attackers import EndpointAttacker
