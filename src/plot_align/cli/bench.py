@@ -11,8 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.cli.common import Parser
 from plot_align.cli.options import PlotOptions, plot_parser
+from plot_align.cli.parser import Parser
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError, first_line
 
@@ -177,7 +177,7 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
     from transformers import AutoConfig
 
     from plot_align.bench.random_weights import random_model, word_tokenizer
-    from plot_align.cli.common import load_chat_model
+    from plot_align.inference.load import load_chat_model
 
     try:
         config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
@@ -188,12 +188,13 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
         ) from error
     if options.random_weights:
         return lambda: (random_model(config, setting.device, setting.dtype), word_tokenizer(vocab))
-    loading = argparse.Namespace(
+    return functools.partial(
+        load_chat_model,
+        options.model,
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),
         trust_remote_code=options.trust_remote_code,
     )
-    return functools.partial(load_chat_model, options.model, loading)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.cli import launch
-from plot_align.cli.common import Parser, length, load_tokenizer
+from plot_align.cli.parser import Parser, length
 from plot_align.errors import InputError
+from plot_align.inference.load import load_tokenizer
 from plot_align.io import require_writable
 from plot_align.parallel import patient_state
 

@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from plot_align.cli.common import (
-    Parser,
-    add_loading_options,
-    add_num_processes,
-    check_dtype,
-    load_chat_model,
-    load_tokenizer,
-    named_models,
-    on_processes,
-)
+from plot_align.cli.launch import on_processes
+from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
+from plot_align.inference.load import check_dtype, load_chat_model, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -210,7 +203,9 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
 
         return advance
 
-    model, tokenizer = load_chat_model(source, options)
+    model, tokenizer = load_chat_model(
+        source, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
     work = options.output / "work" / name
     subject = Subject(model, tokenizer, name, source, work, options.seed, options.batch_size, bar=bar)
     # Another model of the same name must not find this one's answers.

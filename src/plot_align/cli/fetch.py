@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plot_align.cli.common import Parser
+from plot_align.cli.parser import Parser
 from plot_align.demo.fetch import SMOLLM2, SOURCES, fetch
 
 

@@ -6,8 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from plot_align.cli.common import Parser, load_tokenizer
+from plot_align.cli.parser import Parser
 from plot_align.errors import InputError, require_packages
+from plot_align.inference.load import load_tokenizer
 
 
 def make_parser() -> Parser:

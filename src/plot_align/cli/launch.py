@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli.common import first_line
-from plot_align.errors import InputError, PlotAlignError, RunError
+from plot_align.errors import InputError, PlotAlignError, RunError, first_line
 
 _LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set for the processes that accelerate starts, so that they do not start others
 _DECIDED_HERE = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}  # options of accelerate
@@ -91,6 +90,37 @@ def with_processes(command: str, num_processes: int | None, arguments: list[str]
     if num_processes in (None, 1) or is_launched():
         return None
     return launch(command, ["--num_processes", str(num_processes)], arguments)
+
+
+def on_processes(command: str, num_processes: int | None, arguments: list[str], main: Callable[[], int]) -> int:
+    """Run ``main`` in this process, or in several in step, started here or by the user's own launcher.
+
+    Args:
+        command, arguments: what the user called, repeated in the processes started here.
+
+    Returns:
+        The exit code. The main process raises the errors of all processes; the others return 0.
+
+    Raises:
+        PlotAlignError: raised by ``main``, or a process could not be started or was killed.
+    """
+    from plot_align.parallel import OutOfStep, everywhere, in_step, rank
+
+    code = with_processes(command, num_processes, arguments)
+    if code is not None:
+        return code
+    if not is_launched():
+        return main()
+    with in_step():
+        try:
+            code = everywhere(main)
+        except OutOfStep:
+            raise
+        except Exception:
+            if rank() == 0:
+                raise
+            code = 0
+        return code if rank() == 0 else 0
 
 
 def launch(

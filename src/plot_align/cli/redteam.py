@@ -6,17 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.cli.common import (
-    Parser,
-    add_loading_options,
-    add_num_processes,
-    check_dtype,
-    did_you_mean,
-    load_chat_model,
-    named_models,
-    on_processes,
-)
-from plot_align.errors import InputError, require_packages
+from plot_align.cli.launch import on_processes
+from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
+from plot_align.errors import InputError, did_you_mean, require_packages
+from plot_align.inference.load import check_dtype, load_chat_model
 from plot_align.io import read_yaml
 from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
 
@@ -120,7 +113,10 @@ def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
     """
     from plot_align.redteam.victim import Victim
 
-    return Victim(*load_chat_model(model, options), name or Path(model).name)
+    loaded = load_chat_model(
+        model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    return Victim(*loaded, name or Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:

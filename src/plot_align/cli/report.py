@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plot_align.cli.common import Parser
+from plot_align.cli.parser import Parser
 from plot_align.errors import InputError, require_packages
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli.common import Parser, did_you_mean
-from plot_align.errors import InputError
+from plot_align.cli.parser import Parser
+from plot_align.errors import InputError, did_you_mean
 from plot_align.io import read_yaml
 
 _HELP = """\

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.cli import launch
-from plot_align.cli.common import load_tokenizer
 from plot_align.cli.options import (
     PreferenceOptions,
     make_parser,
@@ -17,6 +16,7 @@ from plot_align.cli.options import (
     without_bare_debug,
 )
 from plot_align.errors import InputError, first_line
+from plot_align.inference.load import load_tokenizer
 from plot_align.io import read_yaml
 
 _HELP = """\
