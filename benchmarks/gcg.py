@@ -59,11 +59,10 @@ class Ours(Checkpoint):
         from plot_align.redteam.behaviors import Behavior
         from plot_align.redteam.objective import TargetObjective
         from plot_align.redteam.victim import Victim
-        from plot_align.redteam.vocabulary import Vocabulary
 
         self.victim = Victim(self.model, self.tokenizer, "victim")
         self.behavior = Behavior(id="benchmark", text=prompt)
-        vocabulary = Vocabulary.of(self.victim)
+        vocabulary = self.victim.vocabulary()
         objective = TargetObjective(self.victim, self.behavior, target, suffix_tokens, vocabulary)
         return {"suffix": objective.suffix_texts(objective.initial[None])[0]}
 

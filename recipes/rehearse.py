@@ -389,9 +389,9 @@ def stand_ins() -> Iterator[None]:
     from transformers import GenerationMixin
 
     from plot_align.evaluation import harness
-    from plot_align.evaluation.quantity import of_items
     from plot_align.evaluation.subject import Found
-    from plot_align.redteam import judges
+    from plot_align.redteam.judges import classifier
+    from plot_align.results import of_items
     from plot_align.sweep.workers import CommandWorker
 
     generate = GenerationMixin.generate
@@ -413,7 +413,7 @@ def stand_ins() -> Iterator[None]:
         mock.patch.object(CommandWorker, "run", here),
         mock.patch.object(harness.LMEval, "run", guessed),
         mock.patch.object(harness, "missing_packages", return_value=[]),
-        mock.patch.object(judges, "_PROMPT_DIGESTS", {}),
+        mock.patch.object(classifier, "_PROMPT_DIGESTS", {}),
     ):
         yield
 

@@ -113,8 +113,8 @@ ANSWERS = (
 @pytest.fixture(scope="session")
 def requests_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five harmful requests and five benign ones in HarmBench's form: behaviors.csv, targets.json, benign.csv."""
+    from plot_align.io import write_json
     from plot_align.redteam.behaviors import Behavior, write_behaviors
-    from plot_align.redteam.harmbench import write_json
 
     folder = tmp_path_factory.mktemp("requests")
     for name, rows in (("behaviors", HARMFUL), ("benign", BENIGN)):

@@ -1,8 +1,10 @@
-"""Files: YAML and dataclasses made from it, files that are never half-written, the folder that models are kept in."""
+"""Files: YAML, JSON, digests, files that are never half-written, and the folder where models are kept."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -60,6 +62,68 @@ def folder_complete_or_absent(path: Path) -> Iterator[Path]:
         yield part
         if not path.is_dir():
             part.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The file is complete or it is not there."""
+    try:
+        content = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half an emoji, as an endpoint may send: JSON can hold it escaped only
+        content = json.dumps(value, indent=2).encode()
+    with complete_or_absent(path) as temporary:
+        temporary.write_bytes(content + b"\n")
+
+
+def json_or_none(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def plain_json(content: Mapping[str, Any]) -> Any:
+    """``content`` as it reads back from JSON."""
+    return json.loads(json.dumps(content))
+
+
+def match_or_write(record: Path, content: Mapping[str, Any], made: Path) -> None:
+    """Write into ``record`` what ``made`` is made with, or check that it says the same already.
+
+    Raises:
+        InputError: it says something else, or cannot be read.
+    """
+    plain = plain_json(content)
+    if not record.exists():
+        write_json(record, plain)
+        return
+    found = json_or_none(record)
+    if not isinstance(found, dict):
+        raise InputError(f"{record} is damaged and no longer says what made {made}; delete both to make them again")
+    differing = [key for key in plain if found.get(key) != plain[key]]
+    if differing:
+        raise InputError(
+            f"{made} was made with another {' and '.join(differing)}; choose another output, or delete {made} to make "
+            "it again"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(path: Path) -> str:
+    """16 hex digits of a file's content, or of a folder's names and contents."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            found.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
+    return found.hexdigest()[:16]
 
 
 def require_writable(folder: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from plot_align.errors import InputError
+from plot_align.io import write_json
 from plot_align.redteam.curves import draw, snapshot_cases, success_at_cases
-from plot_align.redteam.harmbench import Layout, write_json
+from plot_align.redteam.harmbench import Layout
 
 
 def rows(*labels: int) -> list[dict[str, object]]:

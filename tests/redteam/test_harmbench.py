@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plot_align.errors import InputError
+from plot_align.io import write_json
 from plot_align.redteam.harmbench import (
     Layout,
     attack_success_rate,
@@ -20,7 +21,6 @@ from plot_align.redteam.harmbench import (
     read_results,
     read_test_cases,
     success_by_behavior,
-    write_json,
 )
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from plot_align.errors import InputError
 from plot_align.inference.endpoint import EndpointError, Reply
-from plot_align.redteam import judges
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.judges import (
     ClassifierPrompts,
@@ -27,6 +26,7 @@ from plot_align.redteam.judges import (
     RefusalPrefixes,
     TargetLikelihood,
     agreement,
+    classifier,
 )
 from plot_align.redteam.victim import Victim
 
@@ -180,7 +180,7 @@ def test_a_checkpoint_answers_with_its_most_likely_token(tiny_llama: Path) -> No
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no classifier could be loaded from .*name a hub id such as cais/HarmBench"):
+    with pytest.raises(InputError, match=r"no tokenizer could be loaded from .*gone"):
         HarmBenchClassifier.from_checkpoint(str(tmp_path / "gone"), PROMPTS)
 
 
@@ -193,7 +193,7 @@ def test_prompts_are_read_from_a_checkout_and_must_be_the_known_ones(
     with pytest.raises(InputError, match=r"LLAMA2_CLS_PROMPT\['prompt'\] of .* is not HarmBench's"):
         ClassifierPrompts.from_harmbench(tmp_path)
     digests = {key: hashlib.sha256(texts[key].encode()).hexdigest() for key in ("prompt", "prompt_contextual")}
-    monkeypatch.setattr(judges, "_PROMPT_DIGESTS", digests)
+    monkeypatch.setattr(classifier, "_PROMPT_DIGESTS", digests)
     assert ClassifierPrompts.from_harmbench(tmp_path) == PROMPTS
     assert ClassifierPrompts.from_harmbench(tmp_path / "eval_utils.py") == PROMPTS
 

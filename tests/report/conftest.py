@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plot_align.evaluation.quantity import of_items
 from plot_align.records import write_record
+from plot_align.results import of_items
 
 Evaluation = Callable[..., Path]
 
@@ -147,8 +147,8 @@ def everything(tmp_path: Path, all_kinds: Path) -> Path:
 @pytest.fixture(scope="session")
 def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a record of every kind that is shown, and one that is not."""
-    from plot_align.evaluation.quantity import of_whole
     from plot_align.records import mean_of, measure
+    from plot_align.results import of_whole
     from plot_align.statistics import share
 
     folder = tmp_path_factory.mktemp("all") / "records"

@@ -12,7 +12,7 @@ import pytest
 
 from plot_align.cli.main import main
 from plot_align.report.answers import Answer, SideBySide
-from plot_align.report.collect import collect
+from plot_align.report.observations import collect
 from plot_align.report.page import build
 
 HOSTILE = (

@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.report import compare
-from plot_align.report.collect import collect
 from plot_align.report.compare import choose_baseline, compare_models, judge
+from plot_align.report.observations import collect
+from plot_align.results import of_items, of_whole
 
 
 def values(ones: int, n: int) -> dict[str, float]:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from plot_align.cli.main import main
-from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.records import read_record
 from plot_align.report import figures
-from plot_align.report.collect import collect
+from plot_align.report.observations import collect
 from plot_align.report.page import build, render, write
+from plot_align.results import of_items, of_whole
 
 EVIL = "<script>alert(1)</script>"
 NAMES = [

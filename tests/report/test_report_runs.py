@@ -7,7 +7,7 @@ from typing import Any
 
 from plot_align.records import mean_of, write_record
 from plot_align.report import runs
-from plot_align.report.collect import collect
+from plot_align.report.observations import collect
 
 
 def test_curves(everything: Path) -> None:

@@ -177,7 +177,7 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
     from transformers import AutoConfig
 
     from plot_align.bench.random_weights import random_model, word_tokenizer
-    from plot_align.inference.load import load_chat_model
+    from plot_align.inference.load import load_model
 
     try:
         config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
@@ -189,7 +189,7 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
     if options.random_weights:
         return lambda: (random_model(config, setting.device, setting.dtype), word_tokenizer(vocab))
     return functools.partial(
-        load_chat_model,
+        load_model,
         options.model,
         device=str(setting.device),
         dtype=str(setting.dtype).removeprefix("torch."),

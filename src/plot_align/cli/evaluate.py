@@ -16,7 +16,7 @@ from rich.markup import escape
 from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
-from plot_align.inference.load import check_dtype, load_chat_model, load_tokenizer
+from plot_align.inference.load import check_dtype, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -203,7 +203,7 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
 
         return advance
 
-    model, tokenizer = load_chat_model(
+    model, tokenizer = load_model(
         source, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
     work = options.output / "work" / name
@@ -234,13 +234,13 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
     """``"there"``: the record of exactly this; ``"other"``: one of something else, or damaged; ``"missing"``: none, or
     one that is unfinished."""
-    from plot_align.evaluation.quantity import KIND
     from plot_align.records import read_record
+    from plot_align.results import EVALUATION
 
     if not path.exists():
         return "missing"
     try:
-        record = read_record(path, KIND)
+        record = read_record(path, EVALUATION)
     except InputError:
         return "other"
     if not isinstance(record["config"], dict) or not isinstance(record["results"], dict):
@@ -254,15 +254,15 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
 
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
     """Measure and write the record; what went wrong, where something did: the other measures go on."""
-    from plot_align.evaluation.quantity import KIND
     from plot_align.parallel import OutOfStep, everywhere, on_main, rank
     from plot_align.records import write_record
+    from plot_align.results import EVALUATION
 
     log = subject.folder / f"{entry.name}.error.txt"
     try:
         found = everywhere(lambda: entry.measure.run(subject))
         results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
-        on_main(lambda: write_record(path, KIND, results, config=config, seed=options.seed))
+        on_main(lambda: write_record(path, EVALUATION, results, config=config, seed=options.seed))
     except OutOfStep:
         raise
     except PlotAlignError as error:
@@ -283,8 +283,8 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
     """A table of every measure's score, and all quantities of the guards."""
     from rich.table import Table
 
-    from plot_align.evaluation.quantity import GUARDS, KIND
     from plot_align.records import read_record
+    from plot_align.results import EVALUATION, GUARDS
 
     table = Table("", *models, title=f"suite {suite.name}; 95 % intervals", title_justify="left")
     section = None
@@ -293,7 +293,7 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
         for name in models:
             path = output / name / f"{entry.name}.json"
             if path.exists():
-                found[name] = read_record(path, KIND)["results"]["quantities"]
+                found[name] = read_record(path, EVALUATION)["results"]["quantities"]
         if not found:
             continue
         if entry.section != section:

@@ -8,7 +8,7 @@ from typing import Any
 
 from plot_align.cli.parser import Parser, add_loading_options, length
 from plot_align.errors import InputError
-from plot_align.inference.load import check_dtype, load_chat_model
+from plot_align.inference.load import check_dtype, load_model
 
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
     require_pairs(pairs)
     filtering.require_json(pairs)
     require_writable(options.output.parent)  # before the work rather than after it
-    model, tokenizer = load_chat_model(
+    model, tokenizer = load_model(
         options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
     truncation = {"max_length": options.max_length, "truncation_mode": options.truncation_mode}

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        code = _dispatch(arguments)
+        code = dispatch(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as leave:  # argparse after --help
@@ -77,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(f"{type(error).__name__}: {first_line(error)}{hint}", 1, debug)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def dispatch(arguments: list[str]) -> int:
+    """Run one subcommand and return its exit code; errors are raised."""
     while arguments and arguments[0] == "--debug":
         del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, did_you_mean, require_packages
-from plot_align.inference.load import check_dtype, load_chat_model
+from plot_align.inference.load import check_dtype, load_model
 from plot_align.io import read_yaml
-from plot_align.redteam.names import ATTACK_CURVES, ATTACKS, JUDGES, TELL_REFUSALS
+from plot_align.redteam.names import ATTACKS, CLASSIFIER, JUDGES, TELL_REFUSALS
+from plot_align.results import ATTACK_CURVES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from plot_align.redteam.attack import Attack
     from plot_align.redteam.behaviors import Behavior
     from plot_align.redteam.victim import Victim
-
-CLASSIFIER = "cais/HarmBench-Llama-2-13b-cls"
 
 
 def make_parser() -> Parser:
@@ -113,9 +112,7 @@ def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
     """
     from plot_align.redteam.victim import Victim
 
-    loaded = load_chat_model(
-        model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-    )
+    loaded = load_model(model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     return Victim(*loaded, name or Path(model).name)
 
 

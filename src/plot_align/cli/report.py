@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
 
     from plot_align.io import require_writable
-    from plot_align.report.collect import collect
+    from plot_align.report.observations import collect
     from plot_align.report.page import build, write
     from plot_align.text import one_line
 

@@ -13,7 +13,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
 from plot_align.errors import InputError
-from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam import Behavior
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
-from plot_align.io import complete_or_absent, default_cache_dir
-from plot_align.preference.datasets import file_digest
+from plot_align.io import complete_or_absent, default_cache_dir, file_digest
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -25,8 +25,7 @@ def draw(folder: Path, models: Sequence[str], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    from plot_align.report.collect import collect
-    from plot_align.report.runs import attack_curves
+    from plot_align.report import attack_curves, collect
 
     collected = collect([folder])
     found = {(o.measure, o.name, o.model): o.quantity for o in collected.observations}

@@ -26,7 +26,9 @@ from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
 from plot_align.errors import InputError, require_packages
-from plot_align.io import complete_or_absent, require_writable
+from plot_align.io import complete_or_absent, digest, require_writable
+from plot_align.preference.datasets import load_pairs
+from plot_align.preference.dialogues import as_conversations
 from plot_align.records import mean_of, write_record
 
 BASE = "base"
@@ -190,10 +192,10 @@ def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[i
 
 def _command(name: str, arguments: list[str], console: Console) -> int:
     """Runs a command as a user would, in this process, and shows how to run it again."""
-    from plot_align.cli import evaluate, redteam, report
+    from plot_align.cli.main import dispatch
 
     console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", markup=False, soft_wrap=True)
-    return {"evaluate": evaluate.run, "redteam": redteam.run, "report": report.run}[name](arguments)
+    return dispatch([name, *arguments])
 
 
 def _model(model: str | None) -> Path:
@@ -208,9 +210,7 @@ def _pairs(dataset: str | None) -> Any:
         harmful = [i for i, kind in enumerate(ours["kind"]) if kind == "harmful"]
         harmless = [i for i, kind in enumerate(ours["kind"]) if kind != "harmful"]
         return ours.select(sorted(harmful + harmless[2::3]))
-    from plot_align.evaluation.data import load
-
-    return load(dataset, split="train")
+    return as_conversations(load_pairs(dataset))
 
 
 def _preference(pairs: Any, model: Path, path: Path, max_length: int) -> Any:
@@ -234,7 +234,7 @@ class _Files:
 
     @classmethod
     def write(cls, folder: Path, size: Size) -> _Files:
-        from plot_align.redteam.behaviors import default_benign, write_behaviors
+        from plot_align.redteam import default_benign, write_behaviors
 
         targets = data.targets()
         behaviors = _evenly(data.behaviors(), size.harmful)
@@ -312,8 +312,6 @@ def _redteam_arguments(name: str, source: Path, files: _Files, output: Path, dty
 def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset: str | None) -> None:
     """That what stands in ``output`` was made with the same options and versions, or nothing stands there."""
     import importlib.metadata
-
-    from plot_align.evaluation.suite import digest
 
     shipped = resources.files("plot_align.demo")
     described: dict[str, Any] = {

@@ -22,7 +22,7 @@ ROWS = (
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """Label, arrow, places, and per model value, interval and n, from the records below ``folder``."""
-    from plot_align.report.collect import collect
+    from plot_align.report import collect
 
     found = {(o.measure, o.name, o.model): o.quantity for o in collect([folder]).observations}
     models = list(dict.fromkeys(model for *_, model in found))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-
-from datasets import Dataset
 
 from plot_align.errors import InputError
 from plot_align.preference.datasets import load_pairs
-from plot_align.preference.dialogues import Malformed, convert, is_dialogue
+from plot_align.preference.dialogues import as_conversations
 from plot_align.preference.estimation import ScoredSequence, scored_pairs
+from plot_align.redteam import default_benign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,23 +49,7 @@ def load(source: str, *, split: str, data_dir: str | None = None, limit: int | N
     """
     # A single file has no splits: what a suite says of the Hub's version does not hold for it.
     data = load_pairs(source, split="train" if os.path.isfile(source) else split, data_dir=data_dir)
-    return _as_conversations(sample(data, limit, seed))
-
-
-def _as_conversations(data: Any) -> Any:
-    """Raw dialogues (HH-RLHF) as conversations, so that they reach a model through its chat template.
-
-    The few rows that are no two dialogues with one beginning are left out; other data is returned as it is.
-    """
-    columns = set(data.column_names)
-    is_pairs = {"chosen", "rejected"} <= columns and "prompt" not in columns
-    if not is_pairs or not len(data) or not is_dialogue(data[0]["chosen"]):
-        return data
-    rows = []
-    for row in data:
-        with suppress(Malformed):
-            rows.append(convert(row["chosen"], row["rejected"]))
-    return Dataset.from_list(rows)
+    return as_conversations(sample(data, limit, seed))
 
 
 def scored(
@@ -89,8 +71,6 @@ def prompts(source: str, *, split: str, limit: int | None, seed: int) -> dict[st
         InputError: another column, or a row that is neither.
     """
     if source == BENIGN:
-        from plot_align.redteam.behaviors import default_benign
-
         rows = [(behavior.id, behavior.prompt) for behavior in default_benign()]
         return {name: [{"role": "user", "content": text}] for name, text in rows[:limit]}
     data = load(source, split=split, limit=limit, seed=seed)

@@ -17,12 +17,12 @@ from plot_align.errors import InputError, RunError
 from plot_align.evaluation import data
 from plot_align.evaluation.fluency import Diversity, answers_to
 from plot_align.evaluation.preference import OnPairs
-from plot_align.evaluation.quantity import of_items, of_whole
 from plot_align.evaluation.subject import Found, Subject
 from plot_align.inference.scoring import divergences, score
 from plot_align.preference.distribution import PreferenceDistribution, vocabulary_size
 from plot_align.preference.estimation import ScoredSequence
 from plot_align.preference.inspection import token_text
+from plot_align.results import of_items, of_whole
 from plot_align.statistics import jackknife_interval
 from plot_align.transport import make_divergence
 from plot_align.transport.geometry import line, slices

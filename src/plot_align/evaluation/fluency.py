@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from plot_align.evaluation import data
-from plot_align.evaluation.quantity import Quantity, of_items, of_whole
 from plot_align.evaluation.subject import Found, Subject, require_count
 from plot_align.inference.scoring import score
 from plot_align.preference.estimation import ScoredSequence
+from plot_align.results import Quantity, of_items, of_whole
 from plot_align.statistics import jackknife_interval
 
 

@@ -43,10 +43,10 @@ from plot_align.evaluation.harness_tasks import (
     output_type,
     runs_code,
 )
-from plot_align.evaluation.quantity import Better, Quantity, of_items, of_whole
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import evaluating
 from plot_align.parallel import OutOfStep, everywhere, on_main
+from plot_align.results import Better, Quantity, of_items, of_whole
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group

@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 from plot_align.errors import InputError, RunError, did_you_mean, require_packages
 from plot_align.evaluation import fastchat
 from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Request, Turns
-from plot_align.evaluation.quantity import Quantity, of_items
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import continue_rows
 from plot_align.inference.endpoint import Endpoint, EndpointError
+from plot_align.io import match_or_write
 from plot_align.parallel import each, on_main
-from plot_align.redteam.run import same_or_new
+from plot_align.results import Quantity, of_items
 
 BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it
 _EXCERPT = 400  # characters of a judgement in the details
@@ -190,7 +190,7 @@ def answer_questions(
                 f"{path} holds answers, and nothing beside it says which model gave them; move the file away "
                 "(judge_answers judges answers of any origin)"
             )
-        same_or_new(record, {**subject.identity, **made_by}, path)
+        match_or_write(record, {**subject.identity, **made_by}, path)
         return fastchat.read_answer_rows(path) if path.exists() else {}
 
     rows = on_main(earlier)
@@ -324,7 +324,9 @@ def judge_answers(
     path = Path(path)
     requests = bench.requests(answers)
     systems = {name: prompt.system for name, prompt in bench.prompts.items()}
-    same_or_new(_made_by(path), {"judge": endpoint.label, "max_tokens": max_tokens, "system_prompts": systems}, path)
+    match_or_write(
+        _made_by(path), {"judge": endpoint.label, "max_tokens": max_tokens, "system_prompts": systems}, path
+    )
     known, others = _known(path, requests, model=model, judge=endpoint.model)
     judged = Judged({place: row["judgment"] for place, row in known.items()})
     wanted = [request for request in requests if (request.question, request.turn) not in known]

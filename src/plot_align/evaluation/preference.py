@@ -7,9 +7,9 @@ from typing import Any
 
 from plot_align.errors import InputError
 from plot_align.evaluation import data
-from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
 from plot_align.inference.scoring import Scores, score
+from plot_align.results import of_items
 
 
 @dataclass

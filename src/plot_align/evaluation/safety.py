@@ -10,21 +10,31 @@ attack look better than its rate.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from plot_align.errors import InputError, RunError, did_you_mean
+from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation import data
-from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.redteam.behaviors import Behavior, default_benign, read_behaviors, read_targets, require_targets
-from plot_align.redteam.catalogue import make_attack, make_judge
-from plot_align.redteam.harmbench import Layout, success_by_behavior
-from plot_align.redteam.judges import Judge, Judged
-from plot_align.redteam.names import ATTACKS, TELL_REFUSALS
-from plot_align.redteam.run import complete, label, make_test_cases
-from plot_align.redteam.victim import Victim
+from plot_align.redteam import (
+    ATTACKS,
+    TELL_REFUSALS,
+    Behavior,
+    Budget,
+    Judge,
+    Judged,
+    Victim,
+    attack_and_judge,
+    default_benign,
+    make_attack,
+    make_judge,
+    read_behaviors,
+    read_targets,
+    require_decided,
+    require_targets,
+)
+from plot_align.results import of_items
 
 _ATTACKS = tuple(name for name in ATTACKS if name not in ("zero_shot", "sfs"))
 _HARMFUL_LABELS = {1: "complied", 0: "did not comply", -1: "undecided"}
@@ -99,7 +109,7 @@ class OverRefusal(_Judged):
         verdicts = self.make_judge().judge_benign(requests, [b.prompt for b in requests], answers)
         decided = {b.id: v for b, v in zip(requests, verdicts, strict=True) if v.refused is not None}
         unsure = [v.reason for v in verdicts if v.refused is None]
-        _require_decided(len(decided), unsure)
+        require_decided("harmless requests", unsure, len(verdicts))
         shares: dict[str, Any] = {"bounds": (0.0, 1.0), "seed": subject.seed}
         refused = {name: float(bool(v.refused)) for name, v in decided.items()}
         helped = {name: float(bool(v.helped)) for name, v in decided.items()}
@@ -167,47 +177,35 @@ class AttackSuccess(_Judged):
         harmful, targets, left_out = self._requests()
         victim = Victim(subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
-        layout = Layout(subject.folder / "redteam", attack.name, attack.experiment(victim))
-        answering = attack.answering(victim, harmful, targets, subject.seed)
-        advance = subject.bar(f"attack {attack.title}", (1 + answering.samples) * len(harmful))
 
-        def one(behavior: str) -> None:
-            advance(1)
+        def bar(description: str, total: int) -> tuple[Callable[[str], None], Callable[[str, int], None]]:
+            advance = subject.bar(f"attack {description}", total)
+            return (lambda behavior: advance(1)), (lambda behavior, step: None)
 
-        cases, failed = make_test_cases(
-            victim, attack, harmful, targets, layout, cases=self.cases, seed=subject.seed, on_behavior=one
+        budget = Budget(self.cases, subject.seed, max_new_tokens=self.max_new_tokens, batch_size=subject.batch_size)
+        done = attack_and_judge(
+            victim, attack, harmful, targets, self.make_judge(), subject.folder / "redteam", budget, bar=bar
         )
-        answers = complete(
-            victim,
-            cases,
-            layout.completions(victim.name),
-            answering=answering,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=subject.batch_size,
-            on_behavior=one,
-        )
-        results = label(self.make_judge(), harmful, answers, layout.results(victim.name))
-        rows = [row for of_one in results.values() for row in of_one]
-        unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
-        _require_decided(len(rows) - len(unsure), unsure)
+        unsure = done.undecided
         title = f"Attack success, {self.attack}{attack.title.removeprefix(attack.name)}"
-        rates = success_by_behavior(results, any_answer=attack.any_answer)
         return Found(
-            {"asr": of_items(title, rates, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
+            {"asr": of_items(title, done.success, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
             {
                 "judge": self.judge,
                 "copyright_rows_left_out": left_out,
-                "failed": failed,
+                "failed": done.failed,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,
                 "answers": {
                     name: _answer(
                         row["test_case"], row["generation"], _HARMFUL_LABELS[row["label"]], row.get("reason", "")
                     )
-                    for name, (row, *_) in ((name, rows) for name, rows in results.items() if rows)
+                    for name, (row, *_) in ((name, rows) for name, rows in done.results.items() if rows)
                 },
             },
-            f"{len(failed)} requests have no test case, the first: {next(iter(failed.values()))}" if failed else None,
+            f"{len(done.failed)} requests have no test case, the first: {next(iter(done.failed.values()))}"
+            if done.failed
+            else None,
         )
 
 
@@ -221,11 +219,3 @@ def _benign_label(verdict: Judged) -> str:
         return "undecided"
     words = [word for word, holds in (("refused", verdict.refused), ("helped", verdict.helped)) if holds]
     return " and ".join(words) or "neither"
-
-
-def _require_decided(decided: int, reasons: Sequence[str]) -> None:
-    if reasons and not decided:
-        raise RunError(
-            f"the judge decided none of {len(reasons)} answers (the first: {reasons[0] or 'no reason'}); mend it "
-            "and run the same again"
-        )

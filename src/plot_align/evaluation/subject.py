@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import Quantity
 from plot_align.inference.chat import continue_rows, require_template
+from plot_align.inference.identity import model_identity
 from plot_align.preference.distribution import vocabulary_fingerprint
-from plot_align.redteam.victim import model_identity
+from plot_align.results import Quantity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ class Subject:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """See :func:`plot_align.redteam.victim.model_identity`."""
+        """See :func:`plot_align.inference.identity.model_identity`."""
         return model_identity(self.model, self.tokenizer)
 
     def rows(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
@@ -123,7 +123,7 @@ class Found:
     """What a measure gives: its quantities, the first one its score, and whatever explains them.
 
     Args:
-        quantities: name → :func:`plot_align.evaluation.quantity.of_items` or ``of_whole``.
+        quantities: name → :func:`plot_align.results.of_items` or ``of_whole``.
         details: JSON-able, e.g. undecided answers and the first reason, tokens that an endpoint was asked for.
         unfinished: why the next run should go on with it (a judge that failed on some answers); None: it is whole.
     """

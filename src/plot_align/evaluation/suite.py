@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError, did_you_mean
-from plot_align.evaluation.quantity import SECTIONS
 from plot_align.evaluation.subject import Measure
-from plot_align.io import build, read_yaml
-from plot_align.preference.datasets import file_digest
+from plot_align.io import build, digest, read_yaml
+from plot_align.results import SECTIONS
 
 SUITES = ("paper", "quick")
 KINDS = (
@@ -59,7 +57,7 @@ class Entry:
     """One measure of a suite.
 
     Args:
-        section: one of :data:`plot_align.evaluation.quantity.SECTIONS`. name: of its record.
+        section: one of :data:`plot_align.results.SECTIONS`. name: of its record.
     """
 
     section: str
@@ -181,15 +179,6 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
             return lacking
     measure.check()
     return measure
-
-
-def digest(path: Path) -> str:
-    """Of a file's content, or of a folder's names and contents: 16 hex digits."""
-    found = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            found.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
-    return found.hexdigest()[:16]
 
 
 def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:

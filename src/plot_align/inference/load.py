@@ -37,7 +37,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False, revision: str 
         ) from error
 
 
-def load_chat_model(
+def load_model(
     name: str, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """Model, on its device, and tokenizer of a hub id or a folder. Each of several processes loads its own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
+from plot_align.io import file_digest
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -122,15 +122,6 @@ def _commit(source: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(source, revision=revision, timeout=10).sha
     except Exception:  # offline, from the cache: the data set is there all the same
         return revision
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _diagnose(path: Path, kind: str, error: Exception) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import suppress
+from typing import Any
 
 Turn = dict[str, str]
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -59,3 +61,21 @@ def convert(chosen: str, rejected: str) -> dict[str, list[Turn]]:
     if preferred == other:
         raise Malformed("the answers are equal")
     return {"prompt": prompt, "chosen": [preferred], "rejected": [other]}
+
+
+def as_conversations(data: Any) -> Any:
+    """Pairs of raw dialogues as conversations, so that they reach a model through its chat template.
+
+    Leaves out the few rows whose sides are not two dialogues with one beginning. Returns other data as it is.
+    """
+    from datasets import Dataset
+
+    columns = set(data.column_names)
+    is_pairs = {"chosen", "rejected"} <= columns and "prompt" not in columns
+    if not is_pairs or not len(data) or not is_dialogue(data[0]["chosen"]):
+        return data
+    rows = []
+    for row in data:
+        with suppress(Malformed):
+            rows.append(convert(row["chosen"], row["rejected"]))
+    return Dataset.from_list(rows)

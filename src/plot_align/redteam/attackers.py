@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from plot_align.errors import InputError
 from plot_align.inference.chat import continue_rows, prompt_ids, require_template
 from plot_align.inference.endpoint import Endpoint
+from plot_align.inference.identity import model_identity
 from plot_align.redteam.behaviors import Behavior
-from plot_align.redteam.victim import model_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

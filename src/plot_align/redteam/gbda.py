@@ -20,7 +20,6 @@ from plot_align.errors import InputError
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.vocabulary import Vocabulary
 
 START = 12.0  # of θ at the initial tokens, 0 elsewhere, as the authors begin
 
@@ -58,7 +57,7 @@ class GBDA(Attack):
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; its cases are optimised side by side and start from random tokens of their own."""
-        vocabulary = Vocabulary.of(victim, non_ascii=self.non_ascii)
+        vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         generator = request.generator("cpu", self.name)
         table = objective.embedding_table.float()  # (V, H)

@@ -53,7 +53,7 @@ class GCG(Attack):
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; each case has a random stream of its own."""
-        vocabulary = Vocabulary.of(victim, non_ascii=self.non_ascii)
+        vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         runs = [self._one(victim, request, vocabulary, case, on_step) for case in range(request.cases)]
         length = max(len(trace) for _, trace, _ in runs)
         padded = [trace + trace[-1:] * (length - len(trace)) for _, trace, _ in runs]  # after an early stop

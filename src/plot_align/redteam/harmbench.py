@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import write_json
 from plot_align.redteam.behaviors import read_json_object
 
 TestCases = dict[str, list[str]]
@@ -47,16 +46,6 @@ class Layout:
     def results(self, model: str, judge: str | None = None) -> Path:
         """Of the main judge where HarmBench looks for them, of another one in a folder beside it."""
         return self.folder / (f"results-{judge}" if judge else "results") / f"{model}.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The file is complete or it is not there."""
-    try:
-        content = json.dumps(value, indent=2, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half an emoji, as an endpoint may send: JSON can hold it escaped only
-        content = json.dumps(value, indent=2).encode()
-    with complete_or_absent(path) as temporary:
-        temporary.write_bytes(content + b"\n")
 
 
 def merge_test_cases(layout: Layout, behaviors: Iterable[str]) -> TestCases:

@@ -17,9 +17,9 @@ from plot_align.redteam.curves import snapshot_cases, success_at_cases
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.harmbench import Layout, Rows, read_test_cases, success_by_behavior
 from plot_align.redteam.judges import Judge, agreement
-from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
+from plot_align.results import ATTACK_CURVES
 from plot_align.statistics import share
 
 Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
@@ -56,6 +56,81 @@ def _no_bar(description: str, total: int) -> tuple[OnBehavior, OnUpdate]:
     return (lambda behavior: None), (lambda behavior, step: None)
 
 
+@dataclass(frozen=True)
+class JudgedAttack:
+    """One attack on one victim, answered and judged.
+
+    Attributes:
+        layout: where its files lie.
+        steps: update steps after which the best test cases were kept.
+        failed: behaviour → why it has no test case.
+        answers, results: as :func:`plot_align.redteam.run.complete` and ``label`` return them.
+        success: behaviour → rate of success.
+    """
+
+    layout: Layout
+    steps: tuple[int, ...]
+    failed: dict[str, str]
+    answers: Rows
+    results: Rows
+    success: dict[str, float]
+
+    @property
+    def undecided(self) -> list[str]:
+        """Why the judge decided nothing, one reason per undecided answer."""
+        return [row.get("reason", "") for rows in self.results.values() for row in rows if row["label"] == -1]
+
+
+def attack_and_judge(
+    victim: Victim,
+    attack: Attack,
+    harmful: Sequence[Behavior],
+    targets: Mapping[str, str],
+    judge: Judge,
+    output: Path,
+    budget: Budget,
+    *,
+    transfer_from: str | None = None,
+    bar: Bar = _no_bar,
+) -> JudgedAttack:
+    """Attack every behaviour, answer the test cases and judge the answers; finished parts are not done again.
+
+    Args: as :func:`measure`.
+
+    Raises:
+        InputError: as in :mod:`plot_align.redteam.run`.
+        RunError: the judge decided nothing.
+    """
+    replayed = transfer_from is not None and attack.white_box  # other attacks make cases that fit any model
+    layout = Layout(output, attack.name, str(transfer_from) if replayed else attack.experiment(victim))
+    answering = attack.answering(victim, harmful, targets, budget.seed)
+    advance, update = bar(attack.title, (1 + answering.samples) * len(harmful))
+    steps = () if replayed else tuple(s for s in budget.snapshots if s <= attack.steps)
+    if replayed:
+        failed: dict[str, str] = {}
+        cases = on_main(partial(_replayed, layout, harmful))
+    else:
+        cases, failed = make_test_cases(
+            victim, attack, harmful, targets, layout,
+            cases=budget.cases, seed=budget.seed, snapshots=steps,
+            on_behavior=advance, on_update=update,
+        )  # fmt: skip
+    answers = complete(
+        victim,
+        cases,
+        layout.completions(victim.name),
+        answering=answering,
+        max_new_tokens=budget.max_new_tokens,
+        batch_size=budget.batch_size,
+        on_behavior=advance,
+    )
+    results = label(judge, harmful, answers, layout.results(victim.name))
+    success = success_by_behavior(results, any_answer=attack.any_answer)
+    found = JudgedAttack(layout, steps, failed, answers, results, success)
+    require_decided(f"{attack.title}'s cases", found.undecided, sum(map(len, results.values())))
+    return found
+
+
 def measure(
     victim: Victim,
     harmful: Sequence[Behavior],
@@ -79,7 +154,7 @@ def measure(
 
     Returns:
         By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
-        has no case), the curves (:data:`plot_align.redteam.names.ATTACK_CURVES`), ``agreement`` of the judges;
+        has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`), ``agreement`` of the judges;
         ``undecided`` (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
@@ -98,53 +173,36 @@ def measure(
                     "another judge, or leave that attack out"
                 )
 
-    def attacked(attack: Attack) -> tuple[Layout, tuple[int, ...], dict[str, str], Rows, Rows]:
-        """Its folder, its snapshots, why cases are missing, answers, labels."""
-        replayed = transfer_from is not None and attack.white_box  # the cases of others are for any model
-        layout = Layout(output, attack.name, str(transfer_from) if replayed else attack.experiment(victim))
-        answering = attack.answering(victim, harmful, targets, budget.seed)
-        advance, update = bar(attack.title, (1 + answering.samples) * len(harmful))
-        steps = () if replayed else tuple(s for s in budget.snapshots if s <= attack.steps)
-        if not replayed:
-            cases, failed = make_test_cases(
-                victim, attack, harmful, targets, layout,
-                cases=budget.cases, seed=budget.seed, snapshots=steps,
-                on_behavior=advance, on_update=update,
-            )  # fmt: skip
-        else:
-            cases, failed = on_main(partial(_replayed, layout, harmful)), {}
-        answers = complete(
-            victim, cases, layout.completions(victim.name), answering=answering, **length, on_behavior=advance
+    def run(attack: Attack) -> JudgedAttack:
+        found_here = attack_and_judge(
+            victim, attack, harmful, targets, judges.main, output, budget, transfer_from=transfer_from, bar=bar
         )
-        results = label(judges.main, harmful, answers, layout.results(victim.name))
-        rows = [row for of_one in results.values() for row in of_one]
-        unsure = [row.get("reason", "") for row in rows if row["label"] == -1]
-        _decided(f"{attack.title}'s cases", unsure, len(rows))
         what = attack.name if attack in attacks else attack.title
-        found["undecided"][what] = {"n": len(unsure), "first": unsure[0] if unsure else None}
-        return layout, steps, failed, answers, results
+        found["undecided"][what] = _undecided(found_here.undecided)
+        return found_here
 
     for attack in attacks:
-        layout, steps, failed, answers, results = attacked(attack)
-        rates = success_by_behavior(results, any_answer=attack.any_answer)
+        done = run(attack)
+        rates = done.success
         found["attacks"][attack.name] = rates
         found["titles"][attack.name] = attack.title
         found["options"][attack.name] = attack.identity
-        found["failed"][attack.name] = failed
-        found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(results)
+        found["failed"][attack.name] = done.failed
+        found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(done.results)
         for tokens, other in attack.by_tokens.items():
-            then = rates if other == attack else success_by_behavior(attacked(other)[-1])
+            then = rates if other == attack else success_by_behavior(run(other).results)
             found["by_tokens"].setdefault(attack.name, {})[tokens] = share(list(then.values()))
-        for step in steps:
-            path = layout.folder / "steps" / f"{step}.json"
-            cases = on_main(partial(snapshot_cases, layout, list(answers), step))
+        for step in done.steps:
+            path = done.layout.folder / "steps" / f"{step}.json"
+            cases = on_main(partial(snapshot_cases, done.layout, list(done.answers), step))
             then = success_by_behavior(
                 label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
             )
             found["by_steps"].setdefault(attack.name, {})[step] = share(list(then.values()))
         if judges.second is not None:
-            other_results = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
-            pairs = [[row["label"] for of in r.values() for row in of] for r in (results, other_results)]
+            path = done.layout.results(victim.name, judges.second.name)
+            other_results = label(judges.second, harmful, done.answers, path)
+            pairs = [[row["label"] for of in r.values() for row in of] for r in (done.results, other_results)]
             found["agreement"][attack.name] = agreement(*pairs)
     layout = Layout(output, "Benign", DirectRequest().experiment(victim))
     advance, _ = bar("benign requests", len(benign))
@@ -153,26 +211,32 @@ def measure(
     generations = [answers[behavior.id][0]["generation"] for behavior in benign]
     verdicts = judges.benign.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
     unsure = [v.reason for v in verdicts if v.refused is None]
-    _decided("benign requests", unsure, len(verdicts))
-    found["undecided"]["benign requests"] = {"n": len(unsure), "first": unsure[0] if unsure else None}
+    require_decided("benign requests", unsure, len(verdicts))
+    found["undecided"]["benign requests"] = _undecided(unsure)
     decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
     found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
     found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
     return found
 
 
-def _decided(what: str, reasons: list[str], n: int) -> int:
-    """How many of ``n`` verdicts there are.
+def _undecided(reasons: list[str]) -> dict[str, Any]:
+    return {"n": len(reasons), "first": reasons[0] if reasons else None}
+
+
+def require_decided(what: str, reasons: Sequence[str], n: int) -> None:
+    """Check that a judge decided at least one of ``n`` answers to ``what``.
+
+    Args:
+        reasons: why it could not decide, one per undecided answer.
 
     Raises:
-        RunError: none, and so no rate; the first reason is named.
+        RunError: it decided none, so there is no rate.
     """
     if n and len(reasons) == n:
         raise RunError(
-            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); the answers "
-            "are kept, so mend the judge and run the same again"
+            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); mend the "
+            "judge and run the same again"
         )
-    return n - len(reasons)
 
 
 def _replayed(layout: Layout, harmful: Sequence[Behavior]) -> dict[str, list[str]]:

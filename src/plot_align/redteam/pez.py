@@ -16,7 +16,6 @@ from plot_align.errors import InputError
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class PEZ(Attack):
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; its cases are optimised side by side and start from random tokens of their own."""
-        vocabulary = Vocabulary.of(victim, non_ascii=self.non_ascii)
+        vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         generator = request.generator("cpu", self.name)
         table = objective.embedding_table.float()  # (V, H)

@@ -8,7 +8,6 @@ from typing import ClassVar
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RandomSuffix(Attack):
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """One draw a case."""
-        vocabulary = Vocabulary.of(victim, non_ascii=self.non_ascii)
+        vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         suffixes = objective.random_suffixes(request.cases, request.generator("cpu", self.name))  # (C, L)
         losses = objective.losses(suffixes)  # (C,)

@@ -6,7 +6,6 @@ before, so that an interrupted run and an uninterrupted one give the same files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
+from plot_align.io import json_or_none, match_or_write, plain_json, write_json
 from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
@@ -74,7 +74,7 @@ def make_test_cases(
     ]
 
     def unfinished() -> list[bool]:
-        same_or_new(layout.folder / "options.json", made_by, layout.folder)
+        match_or_write(layout.folder / "options.json", made_by, layout.folder)
         return [not _is_attacked(layout, request) for request in wanted]
 
     requests = []
@@ -107,16 +107,16 @@ def _is_attacked(layout: Layout, request: Request) -> bool:
     folder = layout.behavior_folder(request.behavior.id)
     if not (folder / "test_cases.json").exists():
         return False
-    same_or_new(folder / "request.json", _asked(request), folder)
+    match_or_write(folder / "request.json", _asked(request), folder)
     return True
 
 
 def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     folder = layout.behavior_folder(request.behavior.id)
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
-    harmbench.write_json(folder / "request.json", _asked(request))
-    harmbench.write_json(folder / "logs.json", log)
-    harmbench.write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: it says finished
+    write_json(folder / "request.json", _asked(request))
+    write_json(folder / "logs.json", log)
+    write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: it says finished
 
 
 def _asked(request: Request) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def complete(
         answered_by = _beside(path, "answered_by")
         if not path.exists():
             answered_by.unlink(missing_ok=True)
-        same_or_new(answered_by, identity, path)
+        match_or_write(answered_by, identity, path)
         return harmbench.read_completions(path) if path.exists() else {}
 
     found = on_main(earlier)
@@ -192,7 +192,7 @@ def complete(
         if not current(part):
             for (name, i), answer in zip(part, next(answered), strict=True):
                 found.setdefault(name, [])[i : i + 1] = [{**asked[name][i], "generation": answer}]
-            on_main(partial(harmbench.write_json, path, found))
+            on_main(partial(write_json, path, found))
         for name in dict.fromkeys(name for name, _ in part):
             on_behavior(name)
     return {name: found.get(name, [])[: len(asked[name])] for name in names}
@@ -205,13 +205,13 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     judge are made anew. Each block of behaviours is on disk before the next, as a judge may cost money.
     """
     judged_by = _beside(path, "judged_by")
-    identity = _plain(_identity(judge))
+    identity = plain_json(_identity(judge))
 
     def earlier() -> Rows:
-        if path.exists() and _content(judged_by) == identity:
+        if path.exists() and json_or_none(judged_by) == identity:
             return harmbench.read_results(path)
         path.unlink(missing_ok=True)  # first: killed here, no label of another judge passes for this one's
-        harmbench.write_json(judged_by, identity)
+        write_json(judged_by, identity)
         return {}
 
     before = on_main(earlier)
@@ -235,19 +235,14 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
             # What is paid for and not yet reached stays.
-            on_main(partial(harmbench.write_json, path, {**before, **results}))
-    on_main(partial(harmbench.write_json, path, results))
+            on_main(partial(write_json, path, {**before, **results}))
+    on_main(partial(write_json, path, results))
     return results
 
 
 def _beside(path: Path, what: str) -> Path:
     """Where it stands who made ``path``: apart from HarmBench's own folders, whose files a program may list."""
     return path.parent.parent / what / path.parent.name / path.name
-
-
-def _plain(content: Mapping[str, Any]) -> Any:
-    """As it reads back from JSON."""
-    return json.loads(json.dumps(content))
 
 
 def _read(judge: Judge, row: Mapping[str, Any]) -> str:
@@ -284,32 +279,3 @@ def _identity(judge: Judge) -> dict[str, Any]:
             value = str(getattr(value, "name_or_path", type(value).__name__))
         found[name] = value
     return found
-
-
-def _content(path: Path) -> Any:
-    """What a JSON file holds; None where it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def same_or_new(record: Path, content: Mapping[str, Any], made: Path) -> None:
-    """Writes who made ``made`` into ``record``, or checks that it is who stands there.
-
-    Raises:
-        InputError: something else stands there.
-    """
-    plain = _plain(content)
-    if not record.exists():
-        harmbench.write_json(record, plain)
-        return
-    there = _content(record)
-    if not isinstance(there, dict):
-        raise InputError(f"{record} is damaged, so nobody knows who made {made}; delete both to make them again")
-    differing = [key for key in plain if there.get(key) != plain[key]]
-    if differing:
-        raise InputError(
-            f"{made} was made with another {' and '.join(differing)}; choose another output, or delete {made} to make "
-            "it again"
-        )

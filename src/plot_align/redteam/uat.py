@@ -15,7 +15,6 @@ from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require
 from plot_align.redteam.gcg import promising_tokens
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class UAT(Attack):
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; the first case starts from the filler, the others from random tokens of their own."""
-        vocabulary = Vocabulary.of(victim, non_ascii=self.non_ascii)
+        vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         start = objective.random_suffixes(request.cases, request.generator("cpu", self.name))  # (C, L)
         start[0] = objective.initial

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,11 +11,11 @@ import torch
 
 from plot_align.errors import InputError
 from plot_align.inference.chat import Start, continue_each, prompt_ids, require_template, tail_logps
+from plot_align.inference.identity import model_identity
+from plot_align.redteam.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from plot_align.redteam.vocabulary import Vocabulary
 
 
 class Question(NamedTuple):
@@ -50,7 +48,7 @@ class Victim:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    vocabularies: dict[bool, Vocabulary] = field(default_factory=dict, init=False, repr=False)  # see Vocabulary.of
+    _vocabularies: dict[bool, Vocabulary] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_template(self.tokenizer)
@@ -62,8 +60,14 @@ class Victim:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """See :func:`model_identity`."""
+        """See :func:`plot_align.inference.identity.model_identity`."""
         return model_identity(self.model, self.tokenizer)
+
+    def vocabulary(self, *, non_ascii: bool = False) -> Vocabulary:
+        """The tokens that an attack may use; read once per victim. ``non_ascii`` allows any character."""
+        if non_ascii not in self._vocabularies:
+            self._vocabularies[non_ascii] = Vocabulary.of(self.model, self.tokenizer, non_ascii=non_ascii)
+        return self._vocabularies[non_ascii]
 
     def target_ids(self, target: str) -> list[int]:
         """Token ids of a target, as it stands right after the chat template's generation prompt.
@@ -116,34 +120,3 @@ class Victim:
         rows = [prompt + self.target_ids(target) for prompt, target in zip(prompts, targets, strict=True)]
         sums, counts = tail_logps(self.model, rows, [len(prompt) for prompt in prompts], batch_size=batch_size)
         return (-sums / counts).tolist()
-
-
-def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What decides an answer besides the question: weights and settings, tokenizer, chat template, dtype.
-
-    The weights as a digest of the shape and a sample of every parameter, of the configuration and of the generation
-    configuration: folders may share a name.
-    """
-    digest = hashlib.sha256()
-    for config in (model.config, model.generation_config):
-        settings = {} if config is None else config.to_dict()
-        # Where it lies, and with which version it was saved, change no answer.
-        plain = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
-        digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu()  # (≤ 8192,)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())
-    return {
-        "model": digest.hexdigest()[:16],
-        "tokenizer": hashlib.sha256(_tokenization(tokenizer).encode()).hexdigest()[:16],
-        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
-        "dtype": str(model.dtype),
-    }
-
-
-def _tokenization(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How text becomes tokens; without padding and truncation, which every call sets anew."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
-    return json.dumps({k: v for k, v in whole.items() if k not in ("padding", "truncation")}, sort_keys=True)

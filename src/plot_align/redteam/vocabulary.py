@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plot_align.redteam.victim import Victim
-
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -26,16 +24,9 @@ class Vocabulary:
     first: Tensor
 
     @classmethod
-    def of(cls, victim: Victim, *, non_ascii: bool = False) -> Vocabulary:
-        """``non_ascii`` allows any character. A victim keeps it: every behaviour of a run asks for the same one."""
-        if non_ascii not in victim.vocabularies:
-            victim.vocabularies[non_ascii] = cls._read(victim, non_ascii)
-        return victim.vocabularies[non_ascii]
-
-    @classmethod
-    def _read(cls, victim: Victim, non_ascii: bool) -> Vocabulary:
-        tokenizer = victim.tokenizer
-        rows = victim.model.get_input_embeddings().weight.size(0)
+    def of(cls, model: Any, tokenizer: Any, *, non_ascii: bool = False) -> Vocabulary:
+        """The tokens of ``tokenizer`` on the model's device; ``non_ascii`` allows any character."""
+        rows = model.get_input_embeddings().weight.size(0)
         size = min(len(tokenizer), rows)
         texts = texts_in_context(tokenizer, torch.arange(size)[:, None])
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -47,7 +38,7 @@ class Vocabulary:
                 continue
             anywhere[token] = True
             first[token] = text.startswith(" ")
-        return cls(anywhere.to(victim.device), first.to(victim.device))
+        return cls(anywhere.to(model.device), first.to(model.device))
 
 
 def texts_in_context(tokenizer: Any, rows: Tensor) -> list[str]:

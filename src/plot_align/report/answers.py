@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plot_align.evaluation.quantity import KIND
-from plot_align.report.collect import Observation
 from plot_align.report.compare import Comparison, Row
+from plot_align.report.observations import Observation
 from plot_align.report.tables import Entry, Table
+from plot_align.results import EVALUATION
 
 _OPEN = 12  # requests of a measure that are shown at once, the others behind a click
 _MOST = 100  # on the page; the file has all
@@ -98,7 +98,7 @@ def side_by_side(comparison: Comparison, references: Sequence[str]) -> list[Side
 
     Args:
         comparison: the baseline and the models.
-        references: see :class:`plot_align.report.collect.Collected`; what was measured here need not name them itself.
+        references: see :class:`plot_align.report.observations.Collected`; a record need not name them itself.
     """
     found = [_of_row(row, comparison, references) for row in comparison.rows if row.score]
     return sorted((group for group in found if group is not None), key=lambda group: group.harmful)
@@ -134,7 +134,7 @@ def _of_row(row: Row, comparison: Comparison, references: Sequence[str]) -> Side
 def _answers(observation: Observation) -> dict[str, Any]:
     """Item id → prompt, answer, label, reason (:mod:`plot_align.evaluation.safety`)."""
     record = observation.record
-    return record.results["details"].get("answers") or {} if record.kind == KIND else {}
+    return record.results["details"].get("answers") or {} if record.kind == EVALUATION else {}
 
 
 def answers_table(groups: list[SideBySide]) -> Table:

@@ -1,6 +1,6 @@
 """Whether a record says what its kind says: types, ranges, and means that are the means of their items.
 
-Each check raises ValueError, KeyError or TypeError with a short reason; :mod:`plot_align.report.collect` makes a
+Each check raises ValueError, KeyError or TypeError with a short reason; :mod:`plot_align.report.observations` makes a
 sentence of it.
 """
 
@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from plot_align.evaluation.quantity import SECTIONS
-from plot_align.redteam.names import ATTACK_CURVES
+from plot_align.results import ATTACK_CURVES, SECTIONS
 
 _ROUNDING = 1e-6  # of a mean, relative to its items
 
@@ -64,7 +63,7 @@ def check_evaluation(content: Mapping[str, Any]) -> None:
 
 
 def check_quantity(place: str, quantity: Any) -> None:
-    """That it is as :mod:`plot_align.evaluation.quantity` makes them, and its value the mean of its items."""
+    """That it is as :mod:`plot_align.results` makes them, and its value the mean of its items."""
     _text(f"{place}.title", _mapping(place, quantity)["title"])
     if quantity["better"] not in ("higher", "lower", None):
         raise ValueError(f"{place}.better is none of higher, lower, null")

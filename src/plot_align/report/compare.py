@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import GUARDS, SECTIONS, Quantity, compare
-from plot_align.report.collect import Collected, Observation
+from plot_align.report.observations import Collected, Observation
 from plot_align.report.tables import count, interval_of, loss_text, with_interval
+from plot_align.results import GUARDS, SECTIONS, Quantity, compare
 from plot_align.statistics import holm
 from plot_align.text import one_line
 

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from plot_align.evaluation.quantity import CATEGORIES
-from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
+from plot_align.results import ATTACK_CURVES, CATEGORIES
 from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO

@@ -13,13 +13,12 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import CATEGORIES, SECTIONS
 from plot_align.io import complete_or_absent
 from plot_align.report import compare, figures, runs
 from plot_align.report.answers import SideBySide, answers_table, side_by_side
-from plot_align.report.collect import Collected, Observation, Record
 from plot_align.report.compare import Cell, Comparison, Row, Verdict
 from plot_align.report.figures import Picture
+from plot_align.report.observations import Collected, Observation, Record
 from plot_align.report.tables import (
     Entry,
     Table,
@@ -35,6 +34,7 @@ from plot_align.report.tables import (
     shown,
     value_text,
 )
+from plot_align.results import CATEGORIES, SECTIONS
 from plot_align.text import one_line, passage, readable
 
 _LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
@@ -89,7 +89,7 @@ def build(
     """Compares the models and draws the figures.
 
     Args:
-        collected: see :func:`plot_align.report.collect.collect`.
+        collected: see :func:`plot_align.report.observations.collect`.
         baseline: see :func:`plot_align.report.compare.choose_baseline`.
         title: of the page.
         paper: show the published claims as reference lines.

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from plot_align.redteam.names import ATTACK_CURVES
-from plot_align.report.collect import TRAINING, Collected, Record
+from plot_align.report.observations import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
+from plot_align.results import ATTACK_CURVES
 
 # Of the trainer's log: key, label. The first that a run has are drawn.
 CURVES = (

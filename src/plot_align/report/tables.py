@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plot_align.evaluation.quantity import GUARDS
+from plot_align.results import GUARDS
 from plot_align.text import one_line
 
 Entry = str | float | int | None

@@ -1,4 +1,4 @@
-"""One measured quantity as a record of kind ``evaluation`` holds it, and two models compared on it.
+"""What ``evaluate`` and ``redteam`` write into their records, and ``report`` reads.
 
 A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) with what a report needs
 besides: ``title``, ``better`` (``"higher"``, ``"lower"`` or None: neither is), ``bounds``, and, where it is a mean
@@ -14,10 +14,16 @@ from plot_align.errors import InputError
 from plot_align.records import measure
 from plot_align.statistics import mean, paired_difference
 
-KIND = "evaluation"
+EVALUATION = "evaluation"  # kind of a record
 CATEGORIES = ("harmlessness", "helpfulness", "humanity", "mathematics", "reasoning", "coding", "stem")
 GUARDS = "guards"  # the section of what must not get worse
 SECTIONS = (*CATEGORIES, GUARDS)
+ATTACK_CURVES = {  # curves of an attack's success: key in a record → what it is plotted against
+    "by_cases": "test cases a behaviour",
+    "by_samples": "sampled answers a behaviour",
+    "by_tokens": "tokens of the answer given",
+    "by_steps": "update steps",
+}
 
 Better = Literal["higher", "lower"] | None
 Quantity = dict[str, Any]

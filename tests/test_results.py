@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import compare, of_items, of_whole
+from plot_align.results import compare, of_items, of_whole
 
 
 def test_models_are_compared_on_the_items_they_share() -> None:

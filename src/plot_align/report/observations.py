@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import GUARDS, KIND, Quantity
 from plot_align.records import FORMAT, read_record
 from plot_align.report.checks import (
     check_demo,
@@ -24,10 +23,11 @@ from plot_align.report.checks import (
     check_training,
 )
 from plot_align.report.tables import count
+from plot_align.results import EVALUATION, GUARDS, Quantity
 from plot_align.statistics import share
 
 TRAINING = ("dpo", "sft", "pro")
-_SHOWN = (KIND, "redteam", *TRAINING, "sweep", "demo", "estimate")
+_SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate")
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
 # What a red-team run may differ in and still have asked the same of every model.
 _NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
@@ -65,9 +65,9 @@ class Observation:
 
     Attributes:
         model: its name.
-        section: of :data:`plot_align.evaluation.quantity.SECTIONS`.
+        section: of :data:`plot_align.results.SECTIONS`.
         measure, name: of the measure, and of the quantity in it.
-        quantity: see :mod:`plot_align.evaluation.quantity`.
+        quantity: see :mod:`plot_align.results`.
         score: whether it is the measure's first, which stands for it.
         alike: what two models must share for their items to be the same, as text.
         record: where it comes from.
@@ -162,7 +162,9 @@ def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) 
         newest[key] = new
     found.observations = list(newest.values())
     found.references = [
-        str(record.config["reference"]["name"]) for record in found.of_kind(KIND) if record.config.get("reference")
+        str(record.config["reference"]["name"])
+        for record in found.of_kind(EVALUATION)
+        if record.config.get("reference")
     ]
     return found
 
@@ -205,7 +207,7 @@ def _read(path: Path) -> Record:
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for a record; name what a plot-align command wrote") from None
     checks: dict[str, Callable[[Any], None]] = {
-        KIND: check_evaluation, "redteam": check_redteam, "sweep": check_sweep,
+        EVALUATION: check_evaluation, "redteam": check_redteam, "sweep": check_sweep,
         "demo": check_demo, "estimate": check_estimate, **dict.fromkeys(TRAINING, check_training),
     }  # fmt: skip
     try:
@@ -249,7 +251,7 @@ def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: b
 
 def _digests(record: Record) -> dict[str, str]:
     """The weights behind each name that heads a column."""
-    if record.kind == KIND:
+    if record.kind == EVALUATION:
         return {record.config["model"]["name"]: record.config["model"]["model"]}
     identities = (record.results.get("identities") or {}) if record.kind == "redteam" else {}
     return {name: identity["model"] for name, identity in identities.items()}

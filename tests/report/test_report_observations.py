@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plot_align.errors import InputError
-from plot_align.evaluation.quantity import of_items
-from plot_align.report.collect import collect
+from plot_align.report.observations import collect
 from plot_align.report.page import build, render
+from plot_align.results import of_items
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -267,7 +267,7 @@ def test_records_of_one_second_come_in_the_order_given(evaluation: Any, tmp_path
 
 
 def test_an_infinite_perplexity_is_no_damage(evaluation: Any) -> None:
-    from plot_align.evaluation.quantity import of_whole
+    from plot_align.results import of_whole
 
     path = evaluation("m", quantities={"perplexity": of_whole("Perplexity", math.inf, 9, better="lower")})
     assert collect([path]).observations[0].quantity["value"] == math.inf

@@ -1,0 +1,23 @@
+"""Who decides whether an attack succeeded, and whether a benign request was served; one file per judge.
+
+An attack is judged against the behaviour, never against the test case: a suffix may lead the model somewhere else.
+"""
+
+from plot_align.redteam.judges.agreement import agreement
+from plot_align.redteam.judges.base import Judge, Judged
+from plot_align.redteam.judges.classifier import ClassifierPrompts, HarmBenchClassifier
+from plot_align.redteam.judges.endpoint import EndpointJudge
+from plot_align.redteam.judges.likelihood import TargetLikelihood
+from plot_align.redteam.judges.phrases import REFUSAL_PHRASES, RefusalPrefixes
+
+__all__ = [
+    "REFUSAL_PHRASES",
+    "ClassifierPrompts",
+    "EndpointJudge",
+    "HarmBenchClassifier",
+    "Judge",
+    "Judged",
+    "RefusalPrefixes",
+    "TargetLikelihood",
+    "agreement",
+]
