@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("llama-3.2-3b", "llama-3.1-8b", "qwen2.5-7b")
@@ -408,14 +407,21 @@ def stand_ins() -> Iterator[None]:
     def guessed(self: harness.LMEval, subject: Any) -> Found:  # its check has found the task in lm-eval's index
         return Found({"acc": of_items(self.task, {"0": 0.0, "1": 1.0}, better="higher", bounds=(0.0, 1.0))})
 
-    with (
-        mock.patch.object(GenerationMixin, "generate", briefly),
-        mock.patch.object(CommandWorker, "run", here),
-        mock.patch.object(harness.LMEval, "run", guessed),
-        mock.patch.object(harness, "missing_packages", return_value=[]),
-        mock.patch.object(classifier, "_PROMPT_DIGESTS", {}),
-    ):
+    replacements: list[tuple[Any, str, Any]] = [
+        (GenerationMixin, "generate", briefly),
+        (CommandWorker, "run", here),
+        (harness.LMEval, "run", guessed),
+        (harness, "missing_packages", lambda *names: []),
+        (classifier, "_PROMPT_DIGESTS", {}),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, stand_in in replacements:
+        setattr(owner, name, stand_in)
+    try:
         yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 # The script.

@@ -1,8 +1,8 @@
-"""One program that several processes run in step, each computing its part of the jobs; accelerate connects them.
+"""Run one program in several processes in step, each computing some of the jobs. accelerate connects them.
 
-Every process runs the same code on the same input. They meet in the functions below and nowhere else: in :func:`each`
-to share jobs, in :func:`on_main` where one alone may act (files, endpoints), in :func:`everywhere` to learn of errors.
-A job is what one process computes in one go (a batch, a request under attack), so no result depends on their number.
+Every process runs the same code on the same input. They meet only in the functions below: in :func:`each` to divide
+jobs, in :func:`on_main` where only one may act (files, endpoints), in :func:`everywhere` to learn of errors. One
+process computes a whole job (a batch, a request under attack), so no result depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from plot_align.errors import InputError, RunError, first_line
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_state: Any = None  # accelerate's PartialState inside of in_step() with several processes
-_alone = False  # whether a job is under way, which this process computes by itself
+_state: Any = None  # accelerate's PartialState inside in_step() with several processes
+_alone = False  # whether this process is computing a job by itself
 _meetings = 0  # how often the processes have met
-_depth = 0  # in how many everywhere() this process is
+_depth = 0  # how many everywhere() calls this process is inside
 
 
 class OutOfStep(RunError):
-    """The processes no longer wait for each other at the same place, or one is gone: the run must end."""
+    """The processes wait for each other at different places, or one is gone: the run must end."""
 
 
 def process_state(**options: Any) -> Any:
-    """accelerate's ``PartialState``, also for processes on the CPU, which it joins only where it is told to.
+    """accelerate's ``PartialState``, also for processes on the CPU, which it joins only when told to.
 
     Args:
         options: of ``torch.distributed.init_process_group``, where it is not yet initialised.
@@ -42,20 +42,20 @@ def process_state(**options: Any) -> Any:
     import torch
     from accelerate import PartialState
 
-    if PartialState._shared_state:  # a second call with other arguments than the first is an error there
+    if PartialState._shared_state:  # accelerate refuses a second call with different arguments
         return PartialState()
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
     return PartialState(cpu=on_cpu, **options)
 
 
 def patient_state() -> Any:
-    """As :func:`process_state`; processes wait a month for each other, where half an hour is torch's default."""
+    """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour)."""
     return process_state(timeout=timedelta(days=30))
 
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Within, the processes that a launcher started share their work."""
+    """Within this context, the processes that a launcher started divide their work."""
     global _state
     state = patient_state()
     if state.num_processes > 1:
@@ -73,7 +73,7 @@ def in_step() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes share the work at this place."""
+    """How many processes divide the work here."""
     return 1 if _state is None or _alone else _state.num_processes
 
 
@@ -81,36 +81,37 @@ def rank() -> int:
     return 0 if _state is None else _state.process_index
 
 
-def own_device(asked: str | None) -> str:
-    """Where a model of this process lies.
+def own_device(wanted: str | None) -> str:
+    """The device for a model of this process.
 
     Args:
-        asked: by the user; None takes an accelerator where there is one, with several processes each its own.
+        wanted: what the user named; None takes an accelerator where there is one, each process its own.
 
     Raises:
-        InputError: one certain accelerator was asked for, and there are several processes.
+        InputError: the user named one accelerator for several processes.
     """
     import torch
 
     if _state is None:
-        return asked or str(torch.accelerator.current_accelerator() or "cpu")
-    if asked is not None and torch.device(asked).index is not None:
+        return wanted or str(torch.accelerator.current_accelerator() or "cpu")
+    if wanted is not None and torch.device(wanted).index is not None:
         raise InputError(
-            f"the device is {asked!r} for {_state.num_processes} processes, expected one each; leave --device out, or "
-            "name a kind such as cuda or cpu"
+            f"the device is {wanted!r} for {_state.num_processes} processes, expected one each; leave --device out, "
+            "or name a kind such as cuda or cpu"
         )
     own = _state.device
-    return str(own) if asked is None or torch.device(asked).type == own.type else asked
+    return str(own) if wanted is None or torch.device(wanted).type == own.type else wanted
 
 
 def each(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-    """``function(job)`` for every job in order, on every process; each computes one at a time, then they meet.
+    """Yield ``function(job)`` for every job in order, on every process. Each computes one job at a time, then they
+    meet.
 
     Args:
-        function: its results are picklable.
+        function: must return picklable results.
 
     Raises:
-        Exception: what the first job that failed raised, once the results before it are taken.
+        Exception: the error of the first job that failed, after the results before it were yielded.
     """
     waiting = iter(jobs)
     if size() == 1:
@@ -124,7 +125,7 @@ def each(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Res
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """``function()`` of the main process; every process gets its result, or its error."""
+    """Run ``function()`` in the main process; every process gets its result or its error."""
     if size() == 1:
         return function()
     own = _Outcome.of(lambda: _by_itself(lambda _: function(), [None])) if rank() == 0 else _Outcome([None])
@@ -132,7 +133,7 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 
 def everywhere(function: Callable[[], Result]) -> Result:
-    """``function()`` in every process, each with its own result; an error of one is raised in all."""
+    """Run ``function()`` in every process and return its own result; an error in one is raised in all."""
     if size() == 1:
         return function()
     global _depth
@@ -148,7 +149,7 @@ def everywhere(function: Callable[[], Result]) -> Result:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a process got: a result, or an error and where it arose."""
+    """What a process computed: a result, or an error and where it arose."""
 
     result: Any = None
     error: Exception | None = None
@@ -194,7 +195,7 @@ def _meet(own: _Outcome) -> list[_Outcome]:
     """The outcome of every process, by rank.
 
     Raises:
-        OutOfStep: another process ended, or failed where the others did not meet.
+        OutOfStep: another process ended, or failed outside a meeting.
     """
     global _meetings
     from accelerate.utils import gather_object

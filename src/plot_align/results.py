@@ -1,8 +1,8 @@
 """What ``evaluate`` and ``redteam`` write into their records, and ``report`` reads.
 
-A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) with what a report needs
-besides: ``title``, ``better`` (``"higher"``, ``"lower"`` or None: neither is), ``bounds``, and, where it is a mean
-over items, ``items`` (item id → value) and ``weights`` (item id → weight), so that two models are compared by item.
+A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) plus what a report needs:
+``title``, ``better`` (``"higher"``, ``"lower"``, or None for neither), ``bounds``, and, for a mean over items,
+``items`` (item id → value) and ``weights`` (item id → weight), so that two models can be compared by item.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def of_items(
 
     Args:
         title: as in tables, e.g. ``"GSM8K, exact match"``.
-        items: item id → value; the ids are the same for every model. better: which way is.
+        items: item id → value; the ids are the same for every model. better: which direction is better.
         bounds: (smallest, largest) possible value of an item; None where there are none.
         weights: item id → weight.
         unit: of the values. seed: of the resampling.
@@ -73,9 +73,9 @@ def of_whole(
     bounds: tuple[float, float] | None = None,
     unit: str | None = None,
 ) -> Quantity:
-    """A number that is no mean over items (distinct-n of all answers, a distance of two distributions).
+    """A number that is not a mean over items (distinct-n of all answers, a distance between two distributions).
 
-    An interval that reaches beyond the bounds is cut there.
+    An interval is cut at the bounds.
     """
     if interval is not None and bounds is not None:
         interval = (max(interval[0], bounds[0]), min(interval[1], bounds[1]))
@@ -90,10 +90,10 @@ def of_whole(
 
 
 def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str, Any] | None:
-    """``treated − control``, item by item, with its interval and p-value; None where that cannot be said.
+    """``treated − control``, item by item, with its interval and p-value; None if they cannot be compared.
 
-    That is where one of the two is no mean over items, or they share none. Where the two weigh the items differently,
-    items count alike, and ``unweighted`` stands in the result.
+    They cannot if one of them is not a mean over items, or they have no items in common. If the two weight the items
+    differently, all items count equally, and the result has the key ``unweighted``.
     """
     if not treated["items"] or not control["items"] or not treated["items"].keys() & control["items"].keys():
         return None
@@ -106,7 +106,7 @@ def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str,
     weights = treated["weights"]
     unweighted = weights != control["weights"]
     if unweighted:
-        weights = None  # each model has weights of its own (tokens of its own answers): items count alike
+        weights = None  # each model has its own weights (tokens of its own answers)
     found = paired_difference(
         treated["items"], control["items"], bounds=tuple(bounds) if bounds else None, weights=weights, seed=seed
     )

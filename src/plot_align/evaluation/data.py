@@ -1,4 +1,4 @@
-"""The data that measures are taken on: pairs, prompts and texts, by what a user types."""
+"""The data for the measures: pairs, prompts and texts, named as a user types them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Conversation = list[dict[str, str]]
 
 
 def check_source(name: str, source: str, known: tuple[str, ...] = ()) -> None:
-    """Checks that ``source`` exists if it looks like a file; the id of a data set on the Hub is taken on trust.
+    """Check that ``source`` exists if it looks like a file; ids of data sets on the Hub are not checked.
 
     Args:
-        known: names that stand for data of our own.
+        known: names of our own data.
 
     Raises:
         InputError: it does not.
@@ -35,7 +35,7 @@ def check_source(name: str, source: str, known: tuple[str, ...] = ()) -> None:
 
 
 def sample(data: Any, limit: int | None, seed: int) -> Any:
-    """``limit`` rows drawn by ``seed``, the same for every model; all of them where there are no more."""
+    """``limit`` rows drawn by ``seed``, the same for every model; all rows if there are no more."""
     if limit is None or len(data) <= limit:
         return data
     return data.shuffle(seed=seed).select(range(limit))
@@ -47,7 +47,7 @@ def load(source: str, *, split: str, data_dir: str | None = None, limit: int | N
     Raises:
         InputError: as :func:`plot_align.load_pairs`.
     """
-    # A single file has no splits: what a suite says of the Hub's version does not hold for it.
+    # A single file has no splits, so a suite's split, meant for the Hub's version, does not apply.
     data = load_pairs(source, split="train" if os.path.isfile(source) else split, data_dir=data_dir)
     return as_conversations(sample(data, limit, seed))
 
@@ -55,13 +55,13 @@ def load(source: str, *, split: str, data_dir: str | None = None, limit: int | N
 def scored(
     pairs: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[ScoredSequence], list[ScoredSequence]]:
-    """Chosen and rejected of every pair as sequences, in order; pairs with an empty side are left in, unscored."""
+    """Chosen and rejected side of every pair as sequences, in order; pairs with an empty side stay in, unscored."""
     both = list(scored_pairs(pairs, tokenizer, max_length=max_length))
     return [chosen for chosen, _ in both], [rejected for _, rejected in both]
 
 
 def prompts(source: str, *, split: str, limit: int | None, seed: int) -> dict[str, Conversation]:
-    """Conversations to be answered, each ending with a user's turn, by their ids.
+    """Conversations to answer, each ending with a user's turn, by id.
 
     Args:
         source: ``benign`` (60 harmless requests of our own), or rows with a column ``prompt``: a text or a list of
@@ -93,7 +93,7 @@ def _conversation(prompt: Any, row: int, source: str) -> Conversation:
 
 
 def texts(source: str, *, split: str, name: str | None, limit: int | None, seed: int) -> dict[str, str]:
-    """Texts to be read, by their ids; blank ones are left out.
+    """Texts by id, without blank ones.
 
     Args:
         source: a ``.txt`` file (texts are separated by blank lines), or rows with a column ``text``.

@@ -1,4 +1,5 @@
-"""How far tuning carried the output distribution: KL to the reference, the mean output, and what was moved where."""
+"""How far tuning moved the output distribution: KL to the reference, the mean output, and which tokens gained or
+lost."""
 
 from __future__ import annotations
 
@@ -28,20 +29,20 @@ from plot_align.transport import make_divergence
 from plot_align.transport.geometry import line, slices
 
 _GROUPS = 10  # of sequences, for the jackknife
-_SHOWN = 20  # tokens that gained, and that lost, most
+_SHOWN = 20  # tokens that gained most, and as many that lost most
 _SUPPORT = 64  # of the plan: tokens on each side
-_FLOWS = 30  # largest, that are kept
+_FLOWS = 30  # the largest ones, which are kept
 
 
 @dataclass
 class KL(Diversity):
     """``KL(π ‖ π_ref)`` a token, over the model's own greedy answers to a set of prompts.
 
-    The prompts and options are those of :class:`plot_align.evaluation.fluency.Diversity`, whose answers it shares.
+    Uses the prompts, options and answers of :class:`plot_align.evaluation.fluency.Diversity`.
     """
 
     def run(self, subject: Subject) -> Found:
-        """The mean over answers of the mean over their tokens, whole next-token distributions against each other."""
+        """The mean over answers of the mean over their tokens of the KL between whole next-token distributions."""
         reference = subject.require_reference("kl")
         answers = answers_to(self, subject)
         asked = data.prompts(self.prompts, split=self.split, limit=self.limit, seed=subject.seed)
@@ -81,7 +82,7 @@ class Drift(OnPairs):
     sequences.
 
     Args:
-        preference: file of ``plot-align estimate``; None: nothing is said of preferred and rejected tokens.
+        preference: file of ``plot-align estimate``; None leaves out preferred and rejected tokens.
     """
 
     limit: int | None = 500
@@ -114,7 +115,7 @@ class Drift(OnPairs):
 
         def whole(title: str, of: Callable[[Tensor, Tensor], float], better: Any = None, **options: Any) -> Any:
             value, (low, high) = jackknife(of, after, before)
-            interval = (max(low, 0.0), high)  # distances and masses, all of them
+            interval = (max(low, 0.0), high)  # all distances and masses
             return of_whole(title, value, tokens, interval=interval, better=better, **options)
 
         rates: dict[str, Any] = {"bounds": (0.0, 1.0)}
@@ -155,7 +156,7 @@ class Drift(OnPairs):
         return Found(quantities, details)
 
     def _outputs(self, of: Subject, sequences: Sequence[ScoredSequence]) -> Tensor:
-        """Summed output distributions of each group of sequences: (G, V) float64. Once a model, whoever asks."""
+        """Summed output distributions of each group of sequences: (G, V) float64. Cached per model."""
         key = ("outputs", self.pairs, self.split, self.data_dir, self.limit, self.max_length)
         if key not in of.memory:
             advance = of.bar("mean output", len(sequences))
@@ -167,7 +168,7 @@ class Drift(OnPairs):
 
 
 def _mean(sums: Tensor) -> Tensor:
-    """(G, V) summed output distributions → their mean (V,), each position weighing the same."""
+    """(G, V) summed output distributions → their mean (V,); every position has the same weight."""
     total = sums.sum(0)  # (V,)
     return total / total.sum()
 
@@ -199,7 +200,7 @@ def moved_tokens(
 ) -> list[dict[str, Any]]:
     """The tokens whose mean probability rose and fell most from q (V,) to p (V,), the largest rise first.
 
-    Each with ``d`` and the counts of the preference where there is one.
+    Each with ``d`` and the counts of the preference if there is one.
     """
     change = p - q  # (V,)
     order = torch.argsort(change, descending=True, stable=True).tolist()
@@ -220,11 +221,11 @@ def moved_tokens(
 
 
 def flows(q: Tensor, p: Tensor, embeddings: Tensor) -> list[tuple[int, int, float, float]]:
-    """The largest movements of the cheapest plan that turns q (V,) into p (V,): (from, to, mass, cost a unit).
+    """The largest movements of the cheapest plan that turns q (V,) into p (V,): (from, to, mass, cost per unit).
 
-    Mass that both have stays where it is, which is optimal where the cost is a metric. Of the rest, the plan is over
-    the tokens that lost and that gained most, and moves as much as the smaller side has: partial optimal transport,
-    as a linear program. The cost is the Euclidean distance of the embeddings (V, H), in units of the mean distance
+    Mass that both have stays in place, which is optimal if the cost is a metric. For the rest, the plan covers the
+    tokens that lost and gained most and moves as much as the smaller side has: partial optimal transport, solved as a
+    linear program. The cost is the Euclidean distance of the embeddings (V, H), in units of the mean distance
     between a token that lost and one that gained.
     """
     change = (p - q).double().cpu()  # (V,)

@@ -1,4 +1,4 @@
-"""MT-Bench in FastChat's files, in and out: questions, judge prompts, reference answers, answers, judgements.
+"""Read and write FastChat's files of MT-Bench: questions, judge prompts, reference answers, answers, judgements.
 
 All are JSON lines. A folder of the benchmark holds ``question.jsonl``, ``judge_prompts.jsonl`` and the references in
 ``reference_answer/gpt-4.jsonl`` (or ``reference_answer_gpt-4.jsonl``); a run writes ``model_answer/{model}.jsonl`` and
@@ -34,7 +34,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }  # of the answers, by category
-WITH_REFERENCE = ("math", "reasoning", "coding")  # judged beside a reference answer
+WITH_REFERENCE = ("math", "reasoning", "coding")  # judged with a reference answer
 WORST, BEST = 1, 10
 UNPARSABLE = -1  # the score of a judgement without a rating
 _SLOTS = {
@@ -42,7 +42,7 @@ _SLOTS = {
     "single-math-v1": {"question", "answer", "ref_answer_1"},
     "single-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2"},
     "single-math-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"},
-}  # judge prompt → what its template must have, and nothing else
+}  # judge prompt → exactly the slots that its template must have
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 Turns = tuple[str, str]
@@ -60,7 +60,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a judge is asked; ``template`` has slots in braces."""
+    """A judge prompt; ``template`` has slots in braces."""
 
     name: str
     system: str
@@ -69,7 +69,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One turn of one answer as a judge is asked about it; ``text`` is the whole user prompt."""
+    """What a judge is sent about one turn of one answer; ``text`` is the whole user prompt."""
 
     question: int
     turn: int
@@ -84,11 +84,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Bench:
-    """The questions of the categories asked for, and what judging their answers needs.
+    """The questions of the chosen categories, and what judging their answers needs.
 
     Args:
         questions: in the order of the file. prompts: by name.
-        references: question id → reference answers, of the categories that need them.
+        references: question id → reference answers, for the categories that need them.
         digest: of every question of the file, whatever its category.
     """
 
@@ -98,7 +98,7 @@ class Bench:
     digest: str
 
     def requests(self, answers: Mapping[int, Turns]) -> list[Request]:
-        """What a judge is asked about the answers (question id → both turns): each question's turn 1, then turn 2.
+        """The requests to a judge about the answers (question id → both turns): each question's turn 1, then turn 2.
 
         Raises:
             InputError: a question has no answer.
@@ -122,22 +122,22 @@ class Bench:
             kind = "single-math-v1"
             texts |= dict(zip(("ref_answer_1", "ref_answer_2"), self.references[question.id], strict=True))
         prompt = self.prompts[kind if turn == 1 else f"{kind}-multi-turn"]
-        # One pass over the template: braces in what is filled in stay as they are.
+        # In one pass, so that braces in the inserted texts stay as they are.
         return Request(
             question.id, turn, prompt, prompt.template.format(**{k: _sendable(t) for k, t in texts.items()})
         )
 
 
 def _sendable(text: str) -> str:
-    """Half an emoji, which JSON can hold escaped and no request can, becomes a replacement character."""
+    """Replace half an emoji, which JSON can hold escaped but a request cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def rating(judgment: str) -> int | float | None:
-    """The score in a judge's words: the first ``[[7]]``, else the first ``[7]``; None where there is none.
+    """The score in a judge's words: the first ``[[7]]``, else the first ``[7]``; None if there is none.
 
-    FastChat reads the same. A number outside 1 to 10, which FastChat would average in, is none: the judge was asked
-    for one inside, so ``[[95]]`` says that it misunderstood the scale, not how good the answer is.
+    FastChat does the same, but averages in numbers outside 1 to 10. Here they are no score: ``[[95]]`` shows that the
+    judge misunderstood the scale.
     """
     found = next(filter(None, (pattern.search(judgment) for pattern in _RATINGS)), None)
     if found is None or not WORST <= float(found[1]) <= BEST:
@@ -149,11 +149,11 @@ def rating(judgment: str) -> int | float | None:
 
 
 def read_bench(folder: str | os.PathLike[str], categories: Collection[str] | None = None) -> Bench:
-    """The benchmark in FastChat's files.
+    """Read the benchmark from FastChat's files.
 
     Args:
-        folder: with ``question.jsonl``, ``judge_prompts.jsonl`` and, where a category needs them, the references.
-        categories: whose questions are asked; None for all.
+        folder: with ``question.jsonl``, ``judge_prompts.jsonl`` and, if a category needs them, the references.
+        categories: of the questions; None for all.
 
     Raises:
         InputError: a file is missing or malformed (its line is named), a category has no question, or a question that
@@ -237,7 +237,7 @@ def _read_references(folder: Path, needing: Iterable[int]) -> dict[int, Turns]:
 
 
 def read_answers(path: str | os.PathLike[str]) -> dict[int, Turns]:
-    """Question id → both turns of its first choice, the one that is judged. The last answer to a question counts.
+    """Read question id → both turns of its first choice, which is judged. The last answer to a question counts.
 
     Raises:
         InputError: the file is missing or malformed; the line is named.
@@ -246,7 +246,7 @@ def read_answers(path: str | os.PathLike[str]) -> dict[int, Turns]:
 
 
 def read_answer_rows(path: Path) -> dict[int, Row]:
-    """As :func:`read_answers`, with the whole row of each question."""
+    """Like :func:`read_answers`, with the whole row of each question."""
     found: dict[int, Row] = {}
     for place, row in _rows(path, "answers"):
         if not fits(row.get("choices"), list[dict]) or not row["choices"]:
@@ -257,7 +257,7 @@ def read_answer_rows(path: Path) -> dict[int, Row]:
 
 
 def answer_row(model: str, question: Question, turns: Turns) -> Row:
-    """An answer as FastChat writes it. The id is a digest of the answer: the same answer has the same one."""
+    """An answer as FastChat writes it. Its id is a digest of the answer."""
     content = json.dumps([model, question.id, turns])
     return {
         "question_id": question.id,
@@ -269,7 +269,7 @@ def answer_row(model: str, question: Question, turns: Turns) -> Row:
 
 
 def write_answers(path: Path, rows: Mapping[int, Row]) -> None:
-    """By question id, as FastChat sorts them; the file is complete or it is not there."""
+    """Write answers sorted by question id, like FastChat; the file is complete or absent."""
     _write(path, [rows[number] for number in sorted(rows)])
 
 
@@ -292,7 +292,7 @@ def judgment_row(model: str, judge: str, request: Request, judgment: str) -> Row
 
 
 def read_judgments(path: Path) -> list[Row]:
-    """The rows of a judgement file; an unfinished last line, as an interruption leaves it, is left out.
+    """Read the rows of a judgement file, without an unfinished last line, which an interruption may leave.
 
     Raises:
         InputError: the file is malformed; the line is named.
@@ -307,12 +307,12 @@ def read_judgments(path: Path) -> list[Row]:
 
 
 def write_judgments(path: Path, rows: Iterable[Row]) -> None:
-    """By question and turn, whichever came first; the file is complete or it is not there."""
+    """Write judgements sorted by question and turn; the file is complete or absent."""
     _write(path, sorted(rows, key=lambda row: (row["question_id"], row["turn"], row["model"])))
 
 
 def append_judgment(path: Path, row: Row) -> None:
-    """Onto the disk before it returns: a judgement may cost money."""
+    """Append, and flush to disk before returning: a judgement may cost money."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
         file.flush()
@@ -328,7 +328,7 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, Row]]:
-    """(where it stands, row) of each line; ``torn``: a last line without its end may be cut off."""
+    """(file and line, row) of each line; ``torn``: a last line without its end may be cut off."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Whether a model still writes and reads as it did: perplexity, diversity, repetition, length."""
+"""Whether a model still writes and reads as before: perplexity, diversity, repetition, length."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ class Diversity:
         require_count("max_new_tokens", self.max_new_tokens)
 
     def run(self, subject: Subject) -> Found:
-        """For each answer its repetition, its length, and whether it ends; over all answers distinct-1, -2, -3.
+        """For each answer its repetition, its length and whether it ends; for all answers together distinct-1, -2, -3.
 
-        distinct-n falls as answers grow, so it is read beside the length. Length is that of the answer's text as it is
-        tokenised again.
+        distinct-n falls as answers grow, so read it with the length, which is counted on the answer's text tokenised
+        again.
         """
         answers = answers_to(self, subject)
         words = {name: text.split() for name, text in answers.items()}
@@ -131,7 +131,7 @@ class Diversity:
 
 
 def answers_to(options: Diversity, subject: Subject) -> dict[str, str]:
-    """Greedy answers to the prompts that ``options`` name, by their ids."""
+    """Greedy answers to the prompts that ``options`` name, by id."""
     asked = data.prompts(options.prompts, split=options.split, limit=options.limit, seed=subject.seed)
     return dict(zip(asked, subject.answers(list(asked.values()), "answers", options.max_new_tokens), strict=True))
 
@@ -155,7 +155,7 @@ def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:
     return of_whole(
         f"distinct-{n} of the answers",
         value,
-        len(answers) if total else 0,  # NaN rests on nothing
+        len(answers) if total else 0,  # a NaN has no observations
         interval=jackknife_interval(value, without),
         bounds=(0.0, 1.0),
         better="higher",
@@ -163,7 +163,7 @@ def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:
 
 
 def repetition(words: Sequence[str], n: int = 4) -> float:
-    """Share of an answer's n-grams that stood in it before (``1 − distinct / all``); 0 where it has none.
+    """The proportion of an answer's n-grams that repeat earlier ones (``1 − distinct / all``); 0 if it has no n-grams.
 
     Source: rep-n of Welleck et al., "Neural Text Generation with Unlikelihood Training" (2020), section 3.
     """

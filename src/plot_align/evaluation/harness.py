@@ -1,8 +1,8 @@
 """General ability: any task of EleutherAI's lm-evaluation-harness, through its Python API on the live model.
 
 The number is lm-eval's own: prompts, few-shot examples, answers and scores come from ``lm_eval.simple_evaluate``, with
-its own default seeds for whatever makes a prompt, so that ``lm_eval`` itself and published results stay comparable.
-What is added is one value per document, so that models are compared document by document.
+its own default seeds for prompts, so that results stay comparable with ``lm_eval`` itself and published ones. This
+module adds one value per document, so that models are compared document by document.
 
 Source: L. Gao et al., "A framework for few-shot language model evaluation" (2024), doi:10.5281/zenodo.12608602.
 """
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-# Metrics whose every value lies between 0 and 1. By name: lm-eval does not say, and two models must agree on it.
+# Metrics whose values are between 0 and 1. By name, since lm-eval does not say and two models must agree on it.
 _RATE = re.compile(r"(acc|exact_match|math_verify|pass@|pass_at_|mc[12]$|em$)|.*_(acc|match|em)$")
 _RESAMPLES = 999
 _SLOW = {"bleu": 99, "chrf": 99, "chrf++": 99, "ter": 99}  # of a whole corpus: lm-eval, too, resamples them less
@@ -62,26 +62,25 @@ _SLOW = {"bleu": 99, "chrf": 99, "chrf++": 99, "ter": 99}  # of a whole corpus: 
 class LMEval:
     """One task, group or tag of lm-eval.
 
-    The score is the metric asked for; otherwise the first one of the task's ``metric_list`` under its first filter, or
-    a group's first one. All others come as further quantities, named as lm-eval names them (``"acc_norm,none"``).
-    A group weights its documents as lm-eval does. Where lm-eval aggregates nothing (a tag, some groups), every
-    document counts alike.
+    The score is ``metric``, by default the first of the task's ``metric_list`` under its first filter, or a group's
+    first one. All others are further quantities, named as in lm-eval (``"acc_norm,none"``). A group weights its
+    documents as lm-eval does. If lm-eval aggregates nothing (a tag, some groups), every document counts equally.
 
-    Greedy answers and log-probabilities are kept in ``subject.folder/lm_eval`` as they are made and are found again
-    after an interruption; sampled answers are not. lm-eval pickles what it keeps: take no such folder from strangers.
-    An interruption between batches changes nothing; one within a batch shifts those after it, which can change a
-    log-probability by rounding and, rarely, an answer.
+    Greedy answers and log-probabilities are cached in ``subject.folder/lm_eval`` and reused after an interruption;
+    sampled answers are not. lm-eval pickles its cache, so accept no such folder from strangers. An interruption
+    between batches changes nothing; one within a batch shifts the later ones, which can change a log-probability by
+    rounding and, rarely, an answer.
 
     Args:
         task: name of a task, a group or a tag.
         metric: the score: ``"exact_match"`` or, with its filter, ``"exact_match,flexible-extract"``.
         num_fewshot: examples before each question; None: the task's own.
-        limit: how many documents of each task, or the share of them (below 1); None: all.
-        apply_chat_template: ask through the chat template, few-shot examples as turns of the conversation.
+        limit: how many documents of each task, or which fraction of them (below 1); None for all.
+        apply_chat_template: use the chat template, with few-shot examples as turns of the conversation.
         include_path: folder with tasks of your own (YAML), which override lm-eval's.
         gen_kwargs: override those of the task, e.g. ``{"max_gen_toks": 512}``.
         allow_code_execution: allow tasks that run what the model writes.
-        title: as in tables; None: the task's name and the metric.
+        title: for tables; None for the task's name and the metric.
     """
 
     task: str
@@ -95,7 +94,8 @@ class LMEval:
     title: str | None = None
 
     def check(self) -> None:
-        """That lm-eval and the packages of the task are there, and that the options fit the task. No network.
+        """Check that lm-eval and the task's packages are installed, and that the options fit the task. Uses no
+        network.
 
         Raises:
             InputError: they do not.
@@ -116,7 +116,7 @@ class LMEval:
             raise InputError(f"gen_kwargs came for {self.task}, which generates nothing; leave gen_kwargs out")
 
     def lacks(self) -> str | None:
-        """What is missing for the task to be run here, and how to give it; None where nothing is.
+        """What the task still needs to run here, and how to provide it; None if nothing.
 
         Raises:
             InputError: there is no such task.
@@ -145,7 +145,7 @@ class LMEval:
         if shots is not None and shots < 0:
             raise InputError(f"num_fewshot is {shots}, expected 0 or more")
         if limit is not None and not (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
-            raise InputError(f"limit is {limit!r}, expected how many documents, or a share of them between 0 and 1")
+            raise InputError(f"limit is {limit!r}, expected how many documents, or a fraction of them between 0 and 1")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise InputError(f"include_path is {self.include_path}, which is no folder; name the one of your tasks")
 
@@ -165,7 +165,7 @@ class LMEval:
             found = partial(self._found, subject, loaded, notes, alone)
             if alone:
                 return on_main(found)
-            # lm-eval's processes meet where ours do not know: what fails in one of them cannot be told to the others.
+            # lm-eval's processes meet on their own, so an error of one cannot be told to the others.
             try:
                 own = found()
             except Exception as error:
@@ -173,8 +173,8 @@ class LMEval:
             return on_main(lambda: own)
 
     def _for_one(self, tasks: Iterable[Any]) -> bool:
-        """Whether one process must answer alone: what is drawn depends on what was drawn before, and lm-eval cannot
-        leave a process without documents."""
+        """Whether one process must answer alone: sampling depends on earlier draws, and lm-eval cannot leave a process
+        without documents."""
         if any(
             {**(task.config.generation_kwargs or {}), **(self.gen_kwargs or {})}.get("do_sample") for task in tasks
         ):
@@ -182,7 +182,7 @@ class LMEval:
         return any(_documents(task, self.limit) < parallel.size() for task in tasks)
 
     def _found(self, subject: Subject, loaded: Mapping[str, Any], notes: _Notes, alone: bool) -> Found:
-        """The quantities; of all processes only the main one has any."""
+        """The quantities, in the main process only."""
         cache = _cache(subject)
         with ExitStack() as stack:
             model = _language_model(subject, alone, partial(subject.bar, self.task))
@@ -191,7 +191,7 @@ class LMEval:
             results = self._evaluate(model, loaded, cache, subject.seed)
         if results is None:
             return Found({})
-        for samples in results["samples"].values():  # by process, where there are several
+        for samples in results["samples"].values():  # by process, if there are several
             filters = list(dict.fromkeys(sample["filter"] for sample in samples))
             samples.sort(key=lambda sample, filters=filters: (filters.index(sample["filter"]), sample["doc_id"]))
         outcome = _Outcome(loaded["tasks"], loaded["groups"].get(self.task), results, self.task)
@@ -239,7 +239,7 @@ class LMEval:
                 confirm_run_unsafe_code=self.allow_code_execution,
             )
         except RuntimeError:
-            raise  # out of memory and the like: no matter of the task
+            raise  # out of memory and the like: not the task's fault
         except Exception as error:
             raise RunError(
                 f"lm-eval stopped at {self.task} ({type(error).__name__}: {first_line(error)}); change its options, "
@@ -249,11 +249,11 @@ class LMEval:
 
 @dataclass
 class _Outcome:
-    """What lm-eval found.
+    """What lm-eval returned.
 
     Args:
-        loaded: lm-eval's tasks by name. group: the group that was asked for; None for a task or a tag.
-        results: of ``lm_eval.simple_evaluate``. name: of what was asked for.
+        loaded: lm-eval's tasks by name. group: the chosen group; None for a task or a tag.
+        results: of ``lm_eval.simple_evaluate``. name: of the task, group or tag.
     """
 
     loaded: Mapping[str, Task]
@@ -271,7 +271,7 @@ class _Outcome:
         }
 
     def keys(self) -> list[str]:
-        """Of all quantities, in lm-eval's order. Where it aggregates nothing: means that all tasks have."""
+        """Keys of all quantities, in lm-eval's order. If it aggregates nothing: the means that all tasks have."""
         if table := self._table(self.name):
             return list(table)
         tables = [self._table(task) for task in self.loaded]
@@ -286,7 +286,7 @@ class _Outcome:
         return next((key for name in named for key in keys if _metric(key) == name), keys[0])
 
     def quantity(self, key: str, title: str, seed: int) -> Quantity:
-        """A mean over documents where lm-eval's number is one, otherwise the number alone."""
+        """A mean over documents if lm-eval's number is one, otherwise the number alone."""
         better, own, items = self._better(key), self._table(self.name), self._items(key)
         if not items:
             n = sum(len(values) for values in self._values(key).values())
@@ -294,7 +294,7 @@ class _Outcome:
         entry = of_items(
             title, items, better=better, bounds=_bounds(key, items), weights=self._weights(key), seed=seed
         )
-        return {**entry, "value": own.get(key, entry["value"])}  # lm-eval's own, to the last digit
+        return {**entry, "value": own.get(key, entry["value"])}  # exactly lm-eval's number
 
     def tasks(self) -> dict[str, dict[str, Any]]:
         """How each task was run, and its numbers."""
@@ -326,10 +326,10 @@ class _Outcome:
         }
 
     def _means(self, key: str) -> dict[str, dict[str, float]] | None:
-        """Task → document → value; None where the number of a task is not the mean over its documents.
+        """Task → document → value; None if the number of a task is not the mean over its documents.
 
-        Arithmetic tells, not the name of the aggregation: tasks bring their own. NaN stands for a document that a
-        metric passes over.
+        Found by computing the mean, since tasks may bring their own aggregations. NaN marks a document that a metric
+        skips.
         """
         found: dict[str, dict[str, float]] = {}
         for task, values in self._values(key).items():
@@ -351,7 +351,7 @@ class _Outcome:
         return {f"{task}/{doc}": value for task, values in means.items() for doc, value in values.items()}
 
     def _weights(self, key: str) -> dict[str, float] | None:
-        """Of a group's documents: alike, or, where the group says so, such that its tasks count alike."""
+        """Weights of a group's documents: equal, or, if the group says so, such that its tasks count equally."""
         if self.group is None:
             return None
         found = {}
@@ -411,10 +411,10 @@ def _bounds(key: str, items: Mapping[str, float]) -> tuple[float, float] | None:
 
 
 def _chosen(metric: str, keys: Sequence[str], task: str) -> str:
-    """The first of ``keys`` (``metric,filter``) that is ``metric`` or has it as its metric.
+    """The first of ``keys`` (``metric,filter``) that equals ``metric`` or has it before the comma.
 
     Raises:
-        InputError: none has.
+        InputError: there is none.
     """
     for key in keys:
         if metric in (key, _metric(key)):
@@ -424,7 +424,7 @@ def _chosen(metric: str, keys: Sequence[str], task: str) -> str:
 
 
 def _documents(task: Any, limit: float | None) -> int:
-    """How many documents lm-eval asks of a task."""
+    """How many documents of a task lm-eval uses."""
     count = len(task.eval_docs)
     return count if limit is None else min(count, math.ceil(count * limit) if limit < 1 else int(limit))
 
@@ -440,12 +440,12 @@ def _digest(value: Any) -> str:
 
 
 def _cache(subject: Subject) -> str:
-    """Where answers are kept, without ``_rank0.db``, which lm-eval adds: each process has its own.
+    """The file of cached answers, without ``_rank0.db``, which lm-eval appends: each process has its own.
 
-    lm-eval tells answers by what was asked, text and options; the name tells the rest: model, template, versions.
+    lm-eval identifies answers by the request's text and options; the file's name adds model, template and versions.
 
     Raises:
-        InputError: what lies there is damaged.
+        InputError: the file is damaged.
     """
     model = subject.model
     settings = [model.config.to_json_string(), model.generation_config.to_json_string()]
@@ -462,15 +462,15 @@ def _cache(subject: Subject) -> str:
 
 
 def _close_cache(model: Any) -> None:
-    """What is on its way to the disk arrives there, after an interruption too."""
+    """Flush the cache to disk, even after an interruption."""
     if model.cache_hook.dbdict is not None:
         model.cache_hook.dbdict.close()
 
 
 def _language_model(subject: Subject, alone: bool, bar: Callable[[int], OnItem]) -> Any:
-    """lm-eval's view of a model; tokenizer and model stay as they are."""
+    """lm-eval's wrapper of a model; tokenizer and model stay unchanged."""
     with _quiet(_Notes()):
-        # lm-eval gives a tokenizer a padding token and turns its padding side.
+        # lm-eval sets a tokenizer's padding token and padding side.
         model = _hflm()(subject.model, tokenizer=copy.deepcopy(subject.tokenizer), batch_size=subject.batch_size)
     model.bar = bar
     if not alone:
@@ -483,11 +483,11 @@ def _language_model(subject: Subject, alone: bool, bar: Callable[[int], OnItem])
 
 @cache
 def _hflm() -> Any:
-    """lm-eval's ``HFLM`` with a bar of our own."""
+    """lm-eval's ``HFLM`` with our progress bar."""
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):
-        """``bar`` is called with how many requests there are, and returns what moves it by so many."""
+        """``bar`` is called with the number of requests and returns a function that advances it."""
 
         bar: Callable[[int], OnItem]
         cache_hook: Any
@@ -503,11 +503,11 @@ def _hflm() -> Any:
             answer, size = super().loglikelihood_rolling, self.batch_size
 
             def by_parts(requests: list[Any], disable_tqdm: bool) -> list[Any]:
-                """lm-eval itself would keep the first text only once the last one is done."""
+                """Cache texts as they are done; lm-eval would cache the first only after the last."""
                 parts = (requests[i : i + size] for i in range(0, len(requests), size))
                 return [total for part in parts for total in answer(part, disable_tqdm)]
 
-            # lm-eval would wait for the other processes here, which may have found their answers in the cache.
+            # lm-eval would wait here for other processes, which may have all their answers in the cache.
             ranks, self._world_size = self._world_size, 1
             try:
                 return self._under_a_bar(by_parts, requests)
@@ -526,7 +526,7 @@ def _hflm() -> Any:
 
 
 class _Counting:
-    """Moves a bar by one for each answer that lm-eval hands to its cache."""
+    """Advances a bar by one for each answer that lm-eval caches."""
 
     def __init__(self, hook: Any, on_item: OnItem) -> None:
         self._hook, self._on_item = hook, on_item
@@ -572,7 +572,7 @@ def _quiet(notes: _Notes) -> Iterator[None]:
 
 @contextmanager
 def _code_allowed(allowed: bool) -> Iterator[None]:
-    """Hugging Face's code_eval looks for this variable when it is loaded and when it runs."""
+    """Set the variable that Hugging Face's code_eval checks when it is loaded and when it runs."""
     before = os.environ.get("HF_ALLOW_CODE_EVAL")
     if allowed:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
@@ -587,7 +587,7 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """lm-eval seeds Python, NumPy and torch; whoever called is given back the state that was there."""
+    """Restore the random state of Python, NumPy and torch, which lm-eval seeds."""
     import torch
 
     python, arrays = random.getstate(), np.random.get_state()

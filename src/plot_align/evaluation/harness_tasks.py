@@ -1,7 +1,7 @@
-"""What lm-eval's task files say before anything is loaded: no data, no code of a task, no network.
+"""What lm-eval's task files say, read without loading data, running a task's code, or using the network.
 
-lm-eval itself learns that a package is missing, or that a task runs programs, only once it loads the task, which
-downloads its data. Here the configurations are merged as lm-eval merges them, and a task's Python is parsed, not run.
+lm-eval notices a missing package, or that a task runs programs, only when it loads the task, which downloads its data.
+Here the configurations are merged as lm-eval does it, and a task's Python is parsed, not run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def configs_of(name: str, include_path: str | None) -> list[dict[str, Any]]:
 
 
 def _check_readable(folder: Path) -> None:
-    """lm-eval passes over a file that it cannot read; where a task is missed, that is the likely reason."""
+    """Raise for a file in include_path that cannot be read. lm-eval skips it, so it is the likely reason for a missing
+    task."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     for path in sorted(folder.rglob("*.yaml")):
@@ -95,7 +96,7 @@ def output_type(config: Config) -> str:
 
 
 def metric_keys(config: Config) -> list[str] | None:
-    """``metric,filter`` of all metrics that a task will report; None where only its own code knows."""
+    """``metric,filter`` of all metrics that a task will report; None if only its own code knows."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
     named = config.get("metric_list")
@@ -107,7 +108,7 @@ def metric_keys(config: Config) -> list[str] | None:
 
 
 def modules_of(configs: Sequence[Config]) -> list[ast.Module]:
-    """The Python files whose functions the tasks name, and what these import of lm-eval's tasks, parsed."""
+    """The parsed Python files whose functions the tasks name, and the modules of lm-eval's tasks that these import."""
     waiting = {path for config in configs for value in _leaves(config) if (path := _file_of(value))}
     parsed: dict[Path, ast.Module] = {}
     while waiting:
@@ -118,9 +119,9 @@ def modules_of(configs: Sequence[Config]) -> list[ast.Module]:
 
 
 def runs_code(configs: Sequence[Config], modules: Sequence[ast.Module]) -> bool:
-    """Whether a task runs what the model writes: it is marked so, or its Python calls ``exec``.
+    """Whether a task runs code that the model writes: it is marked so, or its Python calls ``exec``.
 
-    Not every task that does is marked (cruxeval is not).
+    Some such tasks are not marked (cruxeval).
     """
     return any(config.get("unsafe_code") for config in configs) or any(
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "exec"
@@ -130,7 +131,7 @@ def runs_code(configs: Sequence[Config], modules: Sequence[ast.Module]) -> bool:
 
 
 def missing_packages(modules: Sequence[ast.Module]) -> list[str]:
-    """Names of packages that the tasks' Python imports and that are not installed, as pip is given them."""
+    """Packages that the tasks' Python imports and that are not installed, by their names for pip."""
     names = {name.partition(".")[0] for module in modules for name in _imports(module.body)}
     return sorted({_requirement(name) for name in names if importlib.util.find_spec(name) is None})
 
@@ -151,11 +152,11 @@ def _file_of(value: Any) -> Path | None:
         return None
     folder, name = os.path.split(value)
     file = os.path.join(folder, *name.split(".")[:-1]) + ".py"
-    return Path(file) if os.path.isfile(file) else None  # a prompt may begin with a slash and be no path at all
+    return Path(file) if os.path.isfile(file) else None  # a prompt may begin with a slash without being a path
 
 
 def _imports(body: Sequence[ast.stmt]) -> Iterator[str]:
-    """Modules without which a module cannot be imported: those it tries to do without are left out."""
+    """Modules that a module needs to be imported; those within ``try`` are left out."""
     for statement in body:
         match statement:
             case ast.Import(names=names):
@@ -180,9 +181,9 @@ def _task_imports(module: ast.Module) -> Iterator[Path]:
 
 
 def _requirement(module: str) -> str:
-    """What to install for a module: what lm-eval itself asks for, else the module's name.
+    """The requirement for a module: from lm-eval's extras, else the module's name.
 
-    A package's name may go on after the module's (antlr4-python3-runtime), unless there is one of just that name.
+    A package's name may continue the module's (antlr4-python3-runtime), unless one has exactly that name.
     """
     wanted = module.replace("_", "-").lower()
     asked = {

@@ -1,6 +1,6 @@
 """MT-Bench: two-turn answers to open questions, each turn rated from 1 to 10 by a judge behind an endpoint.
 
-Files are FastChat's (:mod:`plot_align.evaluation.fastchat`), so answers and judgements travel both ways.
+Files are FastChat's (:mod:`plot_align.evaluation.fastchat`), so answers and judgements can be exchanged with it.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from plot_align.io import match_or_write
 from plot_align.parallel import each, on_main
 from plot_align.results import Quantity, of_items
 
-BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it
-_EXCERPT = 400  # characters of a judgement in the details
+BLOCK = 10  # questions answered together; fixed, because sampling draws for a whole batch
+_EXCERPT = 400  # characters of a judgement kept in the details
 
 Place = tuple[int, int]  # question id, turn
 
 
 @dataclass
 class MTBench:
-    """MT-Bench as a measure; several of one suite share answers and judgements below ``subject.folder``.
+    """MT-Bench as a measure. Several in one suite use the same answers and judgements below ``subject.folder``.
 
     The score is the mean over questions of the mean of their two turns' ratings. A turn without a rating is left out
     of its question's mean, and a question without any is left out of the score. FastChat takes the mean of all
-    ratings: the same number where every turn has one. What the details say of requests, tokens and cost is of this
-    run alone: an earlier one paid for what it left on disk.
+    ratings: the same number if every turn has one. Requests, tokens and cost in the details are those of this run
+    only.
 
     Args:
         folder: with FastChat's ``question.jsonl``, ``judge_prompts.jsonl`` and reference answers.
         judge_url: an OpenAI-compatible endpoint, up to and without ``/chat/completions``. judge_model: its model.
-        categories: whose questions are asked; None for all. limit: questions, from the first on.
+        categories: of the questions; None for all. limit: how many questions, from the first on.
         max_new_tokens: of an answer's turn.
         judge_key: the environment variable that holds the endpoint's key. judge_max_tokens: of a judgement.
         judge_timeout: seconds until a request counts as failed; a judge thinks before it rates.
-        concurrency: judgements asked for at a time.
-        prices: per million prompt tokens and per million completion tokens, for the cost of what was asked.
+        concurrency: requests to the judge at a time.
+        prices: per million prompt tokens and per million completion tokens, to compute the cost.
     """
 
     kind: ClassVar[str] = "mt_bench"
@@ -69,7 +69,7 @@ class MTBench:
     prices: tuple[float, float] | None = None
 
     def options(self) -> dict[str, Any]:
-        """The options as a record may hold them: the judge's address without its password."""
+        """The options for the record: the judge's address without its password."""
         return {**asdict(self), "judge_url": self._endpoint().label}
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class MTBench:
         fastchat.read_bench(self.folder, self.categories)
 
     def run(self, subject: Subject) -> Found:
-        """Answer what is not answered yet, ask the judge for what is not judged yet, and average.
+        """Answer and judge what is missing, and average.
 
         Raises:
             InputError: the files of an earlier run were made with other options, or the folder's files are malformed.
@@ -99,7 +99,7 @@ class MTBench:
         bench = fastchat.read_bench(self.folder, self.categories)
         endpoint = self._endpoint()
         folder = subject.folder / "mt_bench"
-        if self.limit is not None:  # what is sampled depends on the block it is in
+        if self.limit is not None:  # samples depend on the block they are drawn in
             bench = replace(bench, questions=bench.questions[: self.limit])
             folder = subject.folder / f"mt_bench-first-{self.limit}"
         answers = answer_questions(
@@ -133,7 +133,7 @@ class MTBench:
 
 
 def _file_name(model: str) -> str:
-    """A model's name without what separates folders."""
+    """A model's name without path separators."""
     return re.sub(r"[^\w.-]", "_", model)
 
 
@@ -171,15 +171,15 @@ def answer_questions(
     max_new_tokens: int = 1024,
     on_item: OnItem = lambda done: None,
 ) -> dict[int, Turns]:
-    """The model's answers, those that ``path`` holds already read; question id → both turns.
+    """The model's answers, reusing those in ``path``; question id → both turns.
 
-    Each category has FastChat's temperature. Ten questions of one category are answered together, with a seed of
-    their own (several processes share the tens), and are on disk before the next: neither an interruption nor
-    other categories change an answer. (The batch size may change a sampled one.)
+    Each category has FastChat's temperature. Ten questions of one category form a block with its own seed, and blocks
+    are divided among processes. Each block is on disk before the next, so neither an interruption nor other categories
+    change an answer. (The batch size may change a sampled one.)
 
     Raises:
-        InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or other
-            questions, or nobody knows who wrote it.
+        InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or questions,
+            or does not say which model gave them.
     """
     made_by = {"max_new_tokens": max_new_tokens, "seed": subject.seed, "questions": bench.digest}
 
@@ -247,11 +247,11 @@ def _seed(*parts: int) -> int:
 
 @dataclass
 class Judged:
-    """What a judge said of the answers.
+    """A judge's verdicts on the answers.
 
     Args:
-        judgments: (question id, turn) → its words. failed: likewise → why there are none.
-        asked: judgements that this run got; the others stood in the file.
+        judgments: (question id, turn) → its words. failed: (question id, turn) → why there are none.
+        asked: judgements that this run got; the others were in the file.
     """
 
     judgments: dict[Place, str] = field(default_factory=dict)
@@ -260,19 +260,19 @@ class Judged:
 
     @property
     def ratings(self) -> dict[Place, float]:
-        """(question id, turn) → rating, of the judgements that hold one."""
+        """(question id, turn) → rating, for judgements that have one."""
         found = ((place, fastchat.rating(text)) for place, text in self.judgments.items())
         return {place: float(score) for place, score in found if score is not None}
 
     @property
     def unfinished(self) -> str | None:
-        """How many requests failed, and the first reason; None where none did."""
+        """How many requests failed, and the first reason; None if none did."""
         if not self.failed:
             return None
         return f"{len(self.failed)} judgements failed, the first: {self.failed[min(self.failed)]}"
 
     def details(self) -> dict[str, Any]:
-        """Counts, and what is left out of the means: judgements without a rating, and requests that failed."""
+        """Counts, and what the means leave out: judgements without a rating, and failed requests."""
         rated = self.ratings
         unparsable = {place: text for place, text in self.judgments.items() if place not in rated}
         return {
@@ -303,18 +303,18 @@ def judge_answers(
     concurrency: int = 8,
     on_item: OnItem = lambda done: None,
 ) -> Judged:
-    """Have both turns of every answer rated, those judgements that ``path`` holds already read.
+    """Have both turns of every answer rated, reusing the judgements in ``path``.
 
-    A judgement stands as long as the judge would be asked the very same: one of a changed answer is asked for again.
-    Each is on disk before its thread asks for the next. What failed is asked for again by the next run.
+    A judgement is reused only if its request is unchanged. Each is on disk before its thread sends the next request.
+    The next run repeats failed requests.
 
     Args:
         bench: :func:`plot_align.evaluation.fastchat.read_bench`. answers: question id → both turns, of any origin,
             e.g. :func:`plot_align.evaluation.fastchat.read_answers` of a file that FastChat wrote.
-        path: the judgement file; rows of other models, questions and judges in it stay.
-        model: whose answers they are, as it stands in the file.
-        max_tokens: of a judgement. concurrency: how many are asked for at a time.
-        on_item: called with how many more are judged.
+        path: the judgement file; other models', questions' and judges' rows in it are kept.
+        model: the name of the model that answered, for the file.
+        max_tokens: of a judgement. concurrency: requests at a time.
+        on_item: called with the number of newly finished judgements.
 
     Raises:
         InputError: a question has no answer, or ``path`` is malformed or holds judgements of another endpoint, length
@@ -355,7 +355,7 @@ def judge_answers(
         for future in as_completed([pool.submit(ask, request) for request in wanted]):
             future.result()
             on_item(1)
-            # A dead server is not waited for a hundred times over.
+            # Do not wait for a dead server a hundred times.
             if not judged.judgments and len(judged.failed) >= min(2 * concurrency, len(wanted)):
                 raise RunError(
                     f"MT-Bench: none of {len(judged.failed)} judgements came, the first failed as "
@@ -371,9 +371,9 @@ def judge_answers(
 def _known(
     path: Path, requests: Iterable[Request], *, model: str, judge: str
 ) -> tuple[dict[Place, fastchat.Row], list[fastchat.Row]]:
-    """The rows of ``path`` that answer a request, and those that are none of this run's business.
+    """The rows of ``path`` that answer a request, and those that have nothing to do with this run.
 
-    What this judge said of another answer to the same turn is neither: it is left out.
+    This judge's judgements of another answer to the same turn are dropped.
     """
     wanted = {(request.question, request.turn): request for request in requests}
     known: dict[Place, fastchat.Row] = {}
@@ -389,7 +389,7 @@ def _known(
 
 
 def _made_by(path: Path) -> Path:
-    """Where it stands who made ``path``; none where there is no such file. FastChat looks at .jsonl files only."""
+    """The file that says what made ``path``. FastChat reads .jsonl files only."""
     record = path.with_suffix(".made_by.json")
     if not path.exists():
         record.unlink(missing_ok=True)
@@ -402,7 +402,7 @@ def _made_by(path: Path) -> Path:
 def scores(bench: Bench, judged: Judged, *, seed: int = 0) -> dict[str, Quantity]:
     """``score``, ``turn 1``, ``turn 2`` and, where there are several, each category by its name.
 
-    An item is a question, and its value the mean of its ratings, of those turns that have one.
+    An item is a question; its value is the mean of the ratings of its turns.
     """
     ratings = judged.ratings
     categories = tuple(dict.fromkeys(question.category for question in bench.questions))

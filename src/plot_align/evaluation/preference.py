@@ -1,4 +1,4 @@
-"""What a model makes of preference pairs: which side it finds likelier, and where tuning moved the two."""
+"""A model on preference pairs: which side it finds likelier, and how tuning moved the two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plot_align.results import of_items
 
 @dataclass
 class PairScores:
-    """Both sides of the pairs that have a token to score on either; ``ids`` are theirs."""
+    """Scores of both sides of the pairs that have a token to score on each side, and the pairs' ``ids``."""
 
     ids: list[str]
     chosen: Scores
@@ -23,7 +23,7 @@ class PairScores:
 
 @dataclass
 class OnPairs:
-    """Options of what is measured on pairs.
+    """Options of measures on pairs.
 
     Args:
         pairs: a file or a data set of the Hub. split, data_dir: of the data set.
@@ -42,7 +42,7 @@ class OnPairs:
         require_count("max_length", self.max_length)
 
     def scores(self, subject: Subject, of: Subject) -> PairScores:
-        """How ``of`` scores the pairs that ``subject`` is measured on; once a model, whoever asks."""
+        """Scores by ``of`` of the pairs that ``subject`` is measured on. Cached per model."""
         key = ("pairs", self.pairs, self.split, self.data_dir, self.limit, self.max_length)
         if key not in of.memory:
             rows = data.load(self.pairs, split=self.split, data_dir=self.data_dir, limit=self.limit, seed=subject.seed)
@@ -66,10 +66,10 @@ class OnPairs:
 
 @dataclass
 class PreferenceAccuracy(OnPairs):
-    """How often the chosen answer is the likelier one: by the log-probability of the whole, and a token's mean."""
+    """How often the chosen answer is the likelier one: by its log-probability, and by the mean per token."""
 
     def run(self, subject: Subject) -> Found:
-        """Accuracy over the pairs; a tie is half."""
+        """Accuracy over the pairs; a tie counts half."""
         found = self.scores(subject, subject)
 
         def accuracy(title: str, chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -92,10 +92,10 @@ class PreferenceAccuracy(OnPairs):
 
 @dataclass
 class Displacement(OnPairs):
-    """Where tuning moved the log-probability of chosen and rejected answers, against the reference model.
+    """How tuning moved the log-probability of chosen and rejected answers, relative to the reference model.
 
-    A tuned model that orders pairs rightly may have lost the chosen answers on the way (likelihood displacement,
-    Razin et al., arXiv 2410.08847): then ``chosen`` is negative.
+    A tuned model may order pairs correctly and yet find the chosen answers less likely (likelihood displacement, Razin
+    et al., arXiv 2410.08847): then ``chosen`` is negative.
     """
 
     def run(self, subject: Subject) -> Found:

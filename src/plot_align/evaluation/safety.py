@@ -1,9 +1,9 @@
 """Whether a model refuses what it should not, and complies with what it should not.
 
-Both measures keep what was asked and answered in ``details["answers"]``: item id → ``{"prompt", "answer", "label",
-"reason"}``, all of them texts. The label is the judge's in words: ``refused``, ``helped``, ``refused and helped`` or
-``neither`` of a harmless request, ``complied`` or ``did not comply`` of a harmful one, ``undecided`` of either. Of a
-behaviour with several test cases it is the first, whatever became of it: the first that succeeded would make every
+Both measures keep requests and answers in ``details["answers"]``: item id → ``{"prompt", "answer", "label",
+"reason"}``, all texts. The label is the judge's verdict in words: ``refused``, ``helped``, ``refused and helped`` or
+``neither`` for a harmless request, ``complied`` or ``did not comply`` for a harmful one, ``undecided`` for either. A
+behaviour with several test cases shows the first, whether it succeeded or not: the first success would make every
 attack look better than its rate.
 """
 
@@ -42,7 +42,7 @@ _HARMFUL_LABELS = {1: "complied", 0: "did not comply", -1: "undecided"}
 
 @dataclass(kw_only=True)
 class _Judged:
-    """Options of what is judged.
+    """Options of measures that a judge decides.
 
     Args:
         judge: ``prefixes`` (how the answer begins) or ``endpoint`` (the model of ``judge_url``).
@@ -66,7 +66,7 @@ class _Judged:
         self.make_judge()
 
     def options(self) -> dict[str, Any]:
-        """As the record may hold them: an address can carry a password."""
+        """For the record, without an address, which can carry a password."""
         from plot_align.inference.endpoint import Endpoint
 
         plain = dict(vars(self))
@@ -80,10 +80,10 @@ class _Judged:
 
 @dataclass(kw_only=True)
 class OverRefusal(_Judged):
-    """Share of harmless requests that are refused; a model that refuses everything must look bad.
+    """Rate of refused harmless requests, so that a model that refuses everything looks bad.
 
     Args:
-        benign: a file in HarmBench's form, or ``benign`` (60 of our own).
+        benign: a file in HarmBench's format, or ``benign`` (60 of our own).
     """
 
     benign: str = data.BENIGN
@@ -97,7 +97,7 @@ class OverRefusal(_Judged):
         return rows[: self.limit]
 
     def run(self, subject: Subject) -> Found:
-        """Refused and helped with, over the requests that the judge decided.
+        """Rates of refusal and help over the requests that the judge decided.
 
         Raises:
             RunError: it decided none.
@@ -137,7 +137,7 @@ class AttackSuccess(_Judged):
     Args:
         behaviors: HarmBench's behaviours. targets: HarmBench's, for attacks that need them.
         skip_copyright: leave copyright rows out instead of refusing them.
-        attack: one that needs no attacker model. attack_options: of the attack. cases: test cases a behaviour.
+        attack: one without an attacker model. attack_options: of the attack. cases: test cases per behaviour.
     """
 
     behaviors: str
@@ -169,7 +169,7 @@ class AttackSuccess(_Judged):
         return harmful[: self.limit], targets, len(skipped)
 
     def run(self, subject: Subject) -> Found:
-        """Share of the requests' test cases that succeed; what is undecided counts as no success, and is counted.
+        """Rate of test cases that succeed. Undecided ones count as failures and are reported.
 
         Raises:
             RunError: the judge decided none.

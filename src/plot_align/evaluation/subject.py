@@ -1,4 +1,4 @@
-"""The model that is measured."""
+"""The model to measure, and the interface of a measure."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def _silent(description: str, total: int) -> OnItem:
 
 @dataclass
 class Subject:
-    """A causal language model with its chat template, and where its unfinished work lies.
+    """A causal language model with its chat template, and a folder for unfinished work.
 
     Args:
         model: on its device, in its dtype.
         tokenizer: with a chat template.
-        name: as it stands in files and tables.
+        name: for files and tables.
         source: hub id or folder it was loaded from.
-        folder: of the files that a measure makes on its way and finds again (answers, judgements).
+        folder: for intermediate files that a later run reuses (answers, judgements).
         seed: of sampling and resampling. batch_size: rows a pass.
-        reference: the model it was tuned from; None where it was not given.
-        bar: called with a description and a total; returns what moves the bar by so many items.
+        reference: the model it was tuned from; None if not given.
+        bar: called with a description and a total; returns a function that advances the bar by some items.
 
-    ``memory`` keeps what several measures want of a model (answers, scores of pairs).
+    ``memory`` caches what several measures need of a model (answers, scores of pairs).
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -77,7 +77,7 @@ class Subject:
     ) -> list[str]:
         """Greedy answers to conversations that end with a user's turn, under a bar called ``description``.
 
-        The same ones are asked once, whichever measure wants their answers.
+        Cached, so that several measures can use the same answers.
         """
         rows = self.rows(conversations)
         key = ("answers", tuple(map(tuple, rows)), max_new_tokens)
@@ -93,13 +93,13 @@ class Subject:
         return list(self.memory[key])
 
     def require_reference(self, measure: str) -> Subject:
-        """The reference.
+        """The reference, checked.
 
         Raises:
             InputError: it was not given, or has another vocabulary.
         """
         if self.reference is None:
-            raise InputError(f"{measure} compares with the model that was tuned from; name it with --reference")
+            raise InputError(f"{measure} compares with the model before tuning; name it with --reference")
         if vocabulary_fingerprint(self.tokenizer) != vocabulary_fingerprint(self.reference.tokenizer):
             raise InputError(
                 f"{self.name} and its reference {self.reference.name} have different vocabularies, so {measure} has "
@@ -109,7 +109,7 @@ class Subject:
 
 
 def require_count(name: str, value: int | None, *, least: int = 1) -> None:
-    """That an option is a whole number of ``least`` or more, or None.
+    """Check that an option is a whole number of ``least`` or more, or None.
 
     Raises:
         InputError: it is not.
@@ -120,12 +120,12 @@ def require_count(name: str, value: int | None, *, least: int = 1) -> None:
 
 @dataclass
 class Found:
-    """What a measure gives: its quantities, the first one its score, and whatever explains them.
+    """What a measure returns: its quantities, of which the first is its score, and details that explain them.
 
     Args:
         quantities: name → :func:`plot_align.results.of_items` or ``of_whole``.
-        details: JSON-able, e.g. undecided answers and the first reason, tokens that an endpoint was asked for.
-        unfinished: why the next run should go on with it (a judge that failed on some answers); None: it is whole.
+        details: JSON-able, e.g. undecided answers and the first reason, or tokens used at an endpoint.
+        unfinished: why the next run should continue it (a judge that failed on some answers); None if complete.
     """
 
     quantities: dict[str, Quantity]
@@ -134,14 +134,14 @@ class Found:
 
 
 class Measure(Protocol):
-    """What can be measured. Its options are its dataclass fields, JSON-able: the record keeps them."""
+    """A measure. Its options are its dataclass fields; they must be JSON-able for the record."""
 
     def check(self) -> None:
-        """Before any model is loaded: that the options are right, that files and packages are there.
+        """Check options, files and packages before any model is loaded.
 
         Raises:
-            InputError: they are not.
+            InputError: one of them is wrong or missing.
         """
 
     def run(self, subject: Subject) -> Found:
-        """Measure. What was finished before an interruption is not done again (``subject.folder``)."""
+        """Measure. Work finished before an interruption is reused (``subject.folder``)."""

@@ -1,4 +1,4 @@
-"""Suites: which measures, by sub-preference; read from YAML, checked whole before any model is loaded."""
+"""Suites of measures by sub-preference: read from YAML and checked completely before any model is loaded."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _PATHS = (
 
 @dataclass(frozen=True)
 class Given:
-    """What a user gives a suite on the command line.
+    """What a user adds to a suite on the command line.
 
     Args:
         reference: whether there is a reference model. preference: file of ``plot-align estimate``.
         judge_url, judge_model, judge_key, judge_prices: an OpenAI-compatible endpoint.
         mt_bench: folder of FastChat's questions and prompts. behaviors, targets: HarmBench's files.
         allow_code_execution: whether code that a model wrote may be run.
-        limit: items a measure at most.
+        limit: at most so many items per measure.
     """
 
     reference: bool = False
@@ -66,7 +66,7 @@ class Entry:
     measure: Measure
 
     def options(self) -> dict[str, Any]:
-        """As the record holds them, with name and kind."""
+        """The options for the record, with name and kind."""
         measure: Any = self.measure
         options = measure.options() if hasattr(measure, "options") else asdict(measure)
         return {**options, "name": self.name, "kind": self.kind}
@@ -80,8 +80,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """``left_out`` says of each measure that cannot be run what it lacks; ``runs_code`` names those that run programs
-    that the model wrote."""
+    """``left_out`` maps each measure that cannot run to what it lacks; ``runs_code`` names those that run code written
+    by the model."""
 
     name: str
     entries: tuple[Entry, ...]
@@ -97,7 +97,7 @@ def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, sk
 
     Args:
         name: one of :data:`SUITES`, or a YAML file: section → measure → ``{kind: …, option: value}``.
-        given: fills what the file leaves open.
+        given: fills in what the file leaves open.
         only, skip: measures by name, or all of a kind or section.
 
     Raises:
@@ -138,7 +138,7 @@ def _specs(content: dict[str, Any], name: str) -> Any:
     """(section, measure, options with kind) of each measure.
 
     Raises:
-        InputError: the file is of another shape.
+        InputError: the file has another structure.
     """
     seen: set[str] = set()
     for section, measures in content.items():
@@ -170,7 +170,7 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
     cls = _class(kind)
     if given.limit is not None:
         own = spec.get("limit", cls.limit)
-        is_count = isinstance(own, int) and own > 0  # not a share of the documents
+        is_count = isinstance(own, int) and own > 0  # not a fraction of the documents
         spec["limit"] = min(given.limit, own) if is_count else given.limit
     measure = build(cls, spec, name)
     if kind == "lm_eval":
@@ -182,9 +182,9 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
 
 
 def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:
-    """Sets what ``given`` knows and the suite leaves open; what is lacking, in words."""
+    """Fill in from ``given`` what the suite leaves open. Returns what is still lacking, in words."""
     if kind in NEED_REFERENCE and not given.reference:
-        return "it compares with the model that was tuned from; give --reference"
+        return "it compares with the model before tuning; give --reference"
     asks_judge = kind == "mt_bench" or (kind in _JUDGED and spec.get("judge") == "endpoint")
     if asks_judge:
         for option in ("judge_url", "judge_model", "judge_key"):
@@ -210,7 +210,7 @@ def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:
 
 
 def _class(kind: str) -> Any:
-    """Imported when asked for: lm-eval and openai are extras."""
+    """Imported on demand: lm-eval and openai are extras."""
     match kind:
         case "lm_eval":
             from plot_align.evaluation.harness import LMEval

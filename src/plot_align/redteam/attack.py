@@ -1,4 +1,4 @@
-"""What every attack takes and returns; each attack is one module, and none knows how it is scheduled or judged."""
+"""What every attack takes and returns. Each attack is one module and does not know how it is scheduled or judged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OnStep = Callable[[int], None]
 
 
 def numeric_seed(*names: object) -> int:
-    """A seed of 63 bits of ``names``; the same whatever ran before it."""
+    """A 63-bit seed derived from ``names`` alone."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "big") >> 1
 
 
@@ -27,7 +27,7 @@ class Request:
     """One behaviour to attack.
 
     Attributes:
-        behavior: what is asked for.
+        behavior: what the attack wants the model to do.
         target: how a complying answer begins; "" where the attack needs none.
         cases: how many test cases to make.
         seed: decides everything random, together with the behaviour's id (:meth:`generator`).
@@ -41,7 +41,7 @@ class Request:
     snapshots: tuple[int, ...] = ()
 
     def numeric_seed(self, *names: object) -> int:
-        """:func:`numeric_seed` of this request and of ``names``."""
+        """:func:`numeric_seed` of this request and ``names``."""
         return numeric_seed(self.seed, self.behavior.id, *names)
 
     def generator(self, device: torch.device | str, *names: object) -> torch.Generator:
@@ -54,11 +54,11 @@ class Attacked:
 
     Attributes:
         cases: the test cases: whole user turns, context included.
-        losses: mean cross-entropy of the target's tokens in nats for each case, as the attack saw it; empty where it
+        losses: mean cross-entropy of the target's tokens in nats for each case, as the attack saw it; empty if it
             optimises nothing.
         trace: the same after every update step, best so far, mean over the cases; index 0 is before the first step.
         snapshots: update step → the cases as they were then.
-        failed: why there are no cases (an endpoint that stayed silent); None where all went well.
+        failed: why there are no cases (an endpoint that stayed silent); None if all went well.
     """
 
     cases: list[str]
@@ -69,7 +69,7 @@ class Attacked:
 
 
 def require_counts(attack: object, *names: str) -> None:
-    """Each of the attack's options ``names`` is 1 or more.
+    """Check that each of the attack's options ``names`` is 1 or more.
 
     Raises:
         InputError: one is less.
@@ -85,7 +85,7 @@ class Answering:
     """How the model under attack answers test cases: greedily and from the beginning, unless an attack says otherwise.
 
     Attributes:
-        prefixes: BehaviorID to the token ids that the answers to its test cases are begun with.
+        prefixes: BehaviorID → token ids with which the answers to its test cases begin.
         samples: answers to each test case.
         temperature: of the sampling; 0 decodes greedily.
         seed: of the sampling.
@@ -98,11 +98,11 @@ class Answering:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the completions do not say themselves, and must have in common."""
+        """What all completions of one file must have in common, though they do not say it."""
         return {"temperature": self.temperature, "seed": self.seed} if self.temperature > 0 else {}
 
     def seed_of(self, behavior: str, answer: int) -> int | None:
-        """The seed of a behaviour's answer of that index, whatever else is sampled; None where nothing is."""
+        """The seed of one answer, independent of what else is sampled; None for greedy decoding."""
         return numeric_seed(self.seed, behavior, "sample", answer) if self.temperature > 0 else None
 
 
@@ -112,11 +112,11 @@ class Attack(Protocol):
     Attributes:
         name: HarmBench's name of the method, also the name of its folder.
         default_cases: test cases per behaviour, as in HarmBench.
-        needs_target: whether :attr:`Request.target` must be there.
+        needs_target: whether :attr:`Request.target` must be set.
         white_box: whether its cases are made for one model (else they can be made once and replayed).
-        any_answer: whether a behaviour is broken as soon as one of its answers is; else the share of them counts, as
-            in HarmBench.
-        steps: update steps; 0 where there are none.
+        any_answer: whether one successful answer breaks a behaviour; otherwise the rate over its answers counts, as in
+            HarmBench.
+        steps: update steps; 0 if there are none.
     """
 
     name: ClassVar[str]
@@ -130,17 +130,17 @@ class Attack(Protocol):
 
     @property
     def title(self) -> str:
-        """As it stands in tables: the name, and of what the rate is where the name alone does not say it."""
+        """The name as shown in tables, with what the rate is of if the name alone does not say it."""
         return self.name
 
     @property
     def by_tokens(self) -> Mapping[int, Attack]:
-        """For the curve, by the number of the answer's tokens that are given: the same attack, up to itself."""
+        """For the curve: number of given answer tokens → the same attack with that many, itself included."""
         return {}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The options that decide its files, as JSON; whoever writes its prompts stands there as its own identity."""
+        """The options that decide its files, as JSON; a model that writes its prompts appears by its own identity."""
         return {name: getattr(value, "identity", value) for name, value in vars(self).items()}
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked: ...
@@ -152,7 +152,8 @@ class Attack(Protocol):
         return Answering()
 
     def experiment(self, victim: Victim) -> str:
-        """HarmBench's name of the experiment: the model that white-box cases are for, or who wrote the others."""
+        """HarmBench's name of the experiment: the model under attack for white-box cases, else the model that wrote
+        them."""
         if self.white_box:
             return victim.name
         return Path(str(getattr(getattr(self, "attacker", None), "name", "default"))).name

@@ -1,4 +1,4 @@
-"""Who writes prompts for Zero-Shot and SFS: a model here, or one behind an endpoint."""
+"""Models that write prompts for Zero-Shot and SFS: a local one, or one behind an endpoint."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from plot_align.redteam.behaviors import Behavior
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ATTEMPTS = 3  # how often an attacker is asked for one text until it is not empty
+ATTEMPTS = 3  # for one text, until it is not empty
 
 
 class Attacker(Protocol):
-    """Writes one text per instruction; the same call gives the same texts where the model behind it allows."""
+    """Writes one text per instruction; the same call gives the same texts if the model allows it."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def identity(self) -> object:
-        """What decides its texts, as JSON can hold it: prompts of two attackers are never mixed."""
+        """What decides its texts, as JSON, so that prompts of two attackers are never mixed."""
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
@@ -39,11 +39,11 @@ class Attacker(Protocol):
 
 @dataclass(frozen=True)
 class LocalAttacker:
-    """A causal language model with a chat template, asked one user turn an instruction.
+    """A causal language model with a chat template; each instruction is one user turn.
 
     Args:
-        model, tokenizer: on their device. name: as it stands in files.
-        batch_size: instructions a pass; it is part of what decides the texts, as is the device.
+        model, tokenizer: on their device. name: for file names.
+        batch_size: instructions per pass; like the device, it can change the texts.
 
     Raises:
         InputError: the tokenizer has no chat template, or ``batch_size`` is below one.
@@ -61,7 +61,7 @@ class LocalAttacker:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Who writes, as it decides the texts."""
+        """Everything that decides the texts."""
         return {"name": self.name, **model_identity(self.model, self.tokenizer)}
 
     def write(
@@ -89,8 +89,8 @@ class EndpointAttacker:
     """A model behind an endpoint.
 
     Args:
-        endpoint: where it is asked.
-        workers: instructions that are asked at the same time.
+        endpoint: where it runs.
+        workers: concurrent requests.
 
     Raises:
         InputError: ``workers`` is below one.
@@ -109,13 +109,13 @@ class EndpointAttacker:
 
     @property
     def identity(self) -> str:
-        """Model and address, without what is secret in it."""
+        """Model and address, without secrets."""
         return self.endpoint.label
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int
     ) -> list[str]:
-        """One sampled text per instruction, in their order; each is asked with a seed of its own.
+        """One sampled text per instruction, in order, each with its own seed.
 
         Raises:
             EndpointError: the endpoint refused, or did not recover.
@@ -132,11 +132,11 @@ class EndpointAttacker:
             ).text
 
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(ask, enumerate(instructions)))  # the first failure cancels what has not begun
+            return list(pool.map(ask, enumerate(instructions)))  # the first failure cancels the requests not yet sent
 
 
 def _small_seed(seed: int, number: int) -> int:
-    """A seed of 31 bits, which every server takes; the same instruction asked twice gets two."""
+    """A 31-bit seed, which every server takes. Two copies of one instruction get different seeds."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "big") >> 1
 
 
@@ -149,7 +149,7 @@ _LABEL = re.compile(r"(\d{1,2}[.)]\s+|(\*\*)?(test |new )?(prompt|request)( ?\d+
 
 
 def clean(text: str) -> str:
-    """The prompt in what an attacker wrote: without thoughts, a leading "1." or "Prompt:", quotes around it all."""
+    """The prompt within an attacker's reply: without thoughts, a leading "1." or "Prompt:", or quotes around it."""
     text = _THOUGHTS.sub("", text, count=1) if _THOUGHTS.match(text) else text
     text = text.encode("utf-8", "replace").decode()  # half an emoji, which no tokenizer reads
     while True:
@@ -164,25 +164,25 @@ def clean(text: str) -> str:
 
 
 def _quoted(text: str) -> bool:
-    """Whether one pair of quotes surrounds everything: not so in ``"a" and "b"``."""
+    """Whether one pair of quotes surrounds the whole text, unlike ``"a" and "b"``."""
     if len(text) < 2 or _QUOTES.get(text[0]) != text[-1]:
         return False
-    inner = re.sub(r"(?<=\w)['’](?=\w)", "", text[1:-1])  # apostrophes are no quotes
+    inner = re.sub(r"(?<=\w)['’](?=\w)", "", text[1:-1])  # apostrophes are not quotes
     return text[0] not in inner and text[-1] not in inner
 
 
 def with_context(behavior: Behavior, text: str) -> str:
-    """A test case that asks ``text`` of a behaviour: after its context, if it has one."""
+    """``text`` as a test case of a behaviour: after its context, if it has one."""
     return replace(behavior, text=text).prompt
 
 
 def fill(template: str, slots: Mapping[str, str]) -> str:
-    """``template`` with each ``{name}`` of ``slots`` replaced; other braces, and those of the values, stay."""
+    """``template`` with each ``{name}`` of ``slots`` replaced; other braces stay as they are."""
     return re.sub(r"\{(" + "|".join(slots) + r")\}", lambda match: slots[match.group(1)], template)
 
 
 def require_slots(argument: str, template: str, *names: str) -> None:
-    """Raises InputError where a template lacks a slot."""
+    """Raise InputError if a template lacks a slot."""
     for name in names:
         if f"{{{name}}}" not in template:
             raise InputError(
@@ -214,13 +214,13 @@ class Sampling:
 
 
 def written(attacker: Attacker, instruction: str, count: int, sampling: Sampling, seeds: Sequence[int]) -> list[str]:
-    """Up to ``count`` cleaned texts for one instruction; what comes back empty is asked for again with the next seed.
+    """Up to ``count`` cleaned texts for one instruction; an empty text is requested again with the next seed.
 
     Args:
         seeds: one for each attempt.
 
     Returns:
-        Texts that are not empty, in order; fewer than ``count`` where the attacker stayed silent in every attempt.
+        Texts that are not empty, in order; fewer than ``count`` if the attacker stayed silent in every attempt.
 
     Raises:
         EndpointError: from an endpoint.

@@ -32,7 +32,7 @@ class Behavior:
 
     @property
     def prompt(self) -> str:
-        """The behaviour as it is asked for: the context first, then the separator."""
+        """The behaviour as a user turn: its context first, if it has one."""
         return f"{self.context}{CONTEXT_SEPARATOR}{self.text}" if self.context else self.text
 
 
@@ -44,25 +44,25 @@ class Behaviors(NamedTuple):
 
 
 def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False) -> Behaviors:
-    """HarmBench's behaviours file: a CSV with the columns :data:`COLUMNS`, of which Behavior and BehaviorID must be.
+    """Read HarmBench's behaviours file: a CSV with the columns :data:`COLUMNS`; Behavior and BehaviorID are required.
 
-    Texts are kept to the letter, the line breaks within them too; ids, categories and tags lose the space around them.
+    Texts are kept exactly, line breaks included; ids, categories and tags are stripped.
 
     Args:
         path: the file, UTF-8, with or without a byte-order mark.
         skip_copyright: leave out rows of category copyright or tagged ``hash_check``, which only HarmBench's hashes of
-            the protected texts can judge; otherwise they are refused, and never counted silently.
+            the protected texts can judge; otherwise they are refused.
 
     Raises:
         InputError: the file cannot be read, or a row is wrong; the message names its line and id.
     """
     path = Path(path)
     rows: dict[str, Behavior] = {}
-    copyrighted: dict[str, str] = {}  # id → where it stands
+    copyrighted: dict[str, str] = {}  # id → file and line
     for where, row in _read_rows(path):
         behavior = _behavior(where, row)
         if behavior.id in rows or behavior.id in copyrighted:
-            raise InputError(f"{where}: BehaviorID {behavior.id!r} stands in an earlier row too; give each its own")
+            raise InputError(f"{where}: BehaviorID {behavior.id!r} was used in an earlier row; give each row its own")
         if behavior.functional_category == "copyright" or "hash_check" in behavior.tags:
             copyrighted[behavior.id] = where
         else:
@@ -91,13 +91,14 @@ def default_benign() -> list[Behavior]:
 
 
 def write_behaviors(path: str | os.PathLike[str], behaviors: Iterable[Behavior]) -> None:
-    """A file that :func:`read_behaviors` reads back as equal, if no tag holds a comma and no text a lone surrogate.
+    """Write a file that :func:`read_behaviors` reads back as equal, unless a tag holds a comma or a text a lone
+    surrogate.
 
     Raises:
         InputError: the file cannot be written.
     """
     with complete_or_absent(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        # Before Python 3.13 the writer quotes a lone \r or \n only where its own line end has one: so it has both.
+        # Before Python 3.13 the writer quotes a lone \r or \n only if its own line terminator has one, hence both.
         writer = csv.writer(file, lineterminator="\r\n")
         writer.writerow(COLUMNS)
         for x in behaviors:
@@ -106,7 +107,7 @@ def write_behaviors(path: str | os.PathLike[str], behaviors: Iterable[Behavior])
 
 
 def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Where each row stands, in words, and its fields by column; missing optional columns are empty."""
+    """Each row's file and line, for messages, and its fields by column; missing optional columns are empty."""
     line = 1
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -152,7 +153,7 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 
 def _behavior(where: str, row: Mapping[str, str]) -> Behavior:
     identity = row["BehaviorID"].strip()
-    # The id names a folder.
+    # The id becomes a folder's name.
     if not identity or identity in (".", "..") or any(c in identity for c in "/\\\0"):
         raise InputError(
             f"{where}: BehaviorID is {row['BehaviorID']!r}, expected a name without slashes; give the row one"
@@ -171,7 +172,7 @@ def _behavior(where: str, row: Mapping[str, str]) -> Behavior:
 
 
 def read_targets(path: str | os.PathLike[str]) -> dict[str, str]:
-    """HarmBench's targets file: ``{BehaviorID: "Sure, here …"}``.
+    """Read HarmBench's targets file: ``{BehaviorID: "Sure, here …"}``.
 
     Raises:
         InputError: the file cannot be read, is no such JSON object, names an id twice, or has an empty target.
@@ -180,13 +181,13 @@ def read_targets(path: str | os.PathLike[str]) -> dict[str, str]:
     for identity, target in targets.items():
         if not isinstance(target, str) or not target.strip():
             raise InputError(
-                f"targets {path}: that of {identity!r} is not a text; write how a complying answer begins"
+                f"targets {path}: the target of {identity!r} is not a text; write how a complying answer begins"
             )
     return targets
 
 
 def read_json_object(path: str | os.PathLike[str], what: str, shape: str) -> dict[str, Any]:
-    """A JSON file of HarmBench: an object by BehaviorID.
+    """Read a JSON file of HarmBench: one object, keyed by BehaviorID.
 
     Args:
         what: what the file holds, ``shape``: how a value looks, both for the message.
@@ -210,7 +211,7 @@ def read_json_object(path: str | os.PathLike[str], what: str, shape: str) -> dic
 
 
 class _RepeatedKeyError(Exception):
-    """Of a JSON object; Python's reader would keep the last value and say nothing."""
+    """A JSON object repeats a key, of which Python's reader would silently keep the last value."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def require_targets(behaviors: Sequence[Behavior], targets: Mapping[str, str], attack: str) -> None:
-    """Every behaviour has a target.
+    """Check that every behaviour has a target.
 
     Raises:
         InputError: some have none; the first ones are named.

@@ -1,7 +1,7 @@
-"""Best of N: the plain request, answered N times by sampling; broken where any answer complies.
+"""Best of N: the plain request, answered N times by sampling. One complying answer breaks the behaviour.
 
-Anyone can ask again. J. Hughes et al. (arXiv 2412.03556) use the name where each sample has an altered prompt; here
-the prompt stays as it is, which is their baseline. HarmBench has no such method, so the folder's name is ours.
+J. Hughes et al. (arXiv 2412.03556) alter the prompt for each sample; here it stays as it is, which is their baseline.
+HarmBench has no such method, so the folder's name is ours.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from plot_align.redteam.victim import Victim
 class BestOfN(Attack):
     """The plain request, sampled ``n`` times; each answer is a row of HarmBench's completions.
 
-    A sample is drawn from the seed, the behaviour's id and its own number alone, so more samples go on from fewer.
+    A sample depends only on the seed, the behaviour's id and its own number, so a run with more samples extends one
+    with fewer.
 
     Args:
         n: samples a behaviour.
         temperature: of the sampling.
 
     Raises:
-        InputError: ``n`` is below 1, or ``temperature`` is no number above 0.
+        InputError: ``n`` is below 1, or ``temperature`` is not above 0.
     """
 
     n: int = 16
@@ -54,10 +55,10 @@ class BestOfN(Attack):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"temperature": self.temperature}  # not n: the answers that are there are the first of any number
+        return {"temperature": self.temperature}  # not n: existing answers are the first of any larger number
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """The behaviour, its context first; one case, whatever is asked for, as its answers differ already."""
+        """One case, the behaviour after its context, however many are requested: its answers already differ."""
         return Attacked([request.behavior.prompt])
 
     def answering(

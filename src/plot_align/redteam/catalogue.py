@@ -1,4 +1,4 @@
-"""Attacks and judges made from their names and options."""
+"""Make attacks and judges from their names and options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def attack_class(name: str) -> Any:
 
 
 def make_attack(name: str, given: dict[str, Any], **extra: Any) -> Attack:
-    """The attack called ``name`` with the options ``given`` by a user; ``extra``: ``attacker``, of those that ask one.
+    """The attack called ``name`` with the options ``given`` by a user. ``extra`` holds ``attacker`` for attacks that
+    use one.
 
     Raises:
         InputError: an unknown option, or one of another type.
@@ -47,13 +48,13 @@ def make_judge(
     model: str | None = None,
     key_variable: str = "OPENAI_API_KEY",
 ) -> Judge:
-    """The judge called ``name``, one of JUDGES but for likelihood, which is made of a victim.
+    """The judge called ``name``, one of JUDGES except likelihood, which needs a victim.
 
     Args:
         harmbench, classifier, device: of judge harmbench. url, model, key_variable: of judge endpoint.
 
     Raises:
-        InputError: what it needs is not given or not there.
+        InputError: something that it needs is missing.
     """
     match name:
         case "prefixes":

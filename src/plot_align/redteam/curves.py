@@ -1,4 +1,4 @@
-"""The curves of an attack: success against the number of cases or samples, of given tokens, of update steps."""
+"""Curves of an attack: success against the number of cases or samples, of given tokens, or of update steps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from plot_align.statistics import share
 
 
 def success_at_cases(results: Rows) -> dict[int, dict[str, Any]]:
-    """How often at least one of k answers succeeds, for every k up to the fewest answers a behaviour has.
+    """How often at least one of k answers succeeds, for every k up to the smallest number of answers to a behaviour.
 
-    With c successes among n answers, a draw of k without replacement has one with probability 1 − C(n−c, k) / C(n, k):
-    every draw counts, not only the first k, so the curve is unbiased and rises (Chen et al., arXiv 2107.03374, eq. 1).
+    With c successes among n answers, a draw of k without replacement has one with probability 1 − C(n−c, k) / C(n, k).
+    The curve averages over all draws, so it is unbiased and never falls (Chen et al., arXiv 2107.03374, eq. 1).
 
     Returns:
-        k → the mean over behaviours with its interval; empty where a behaviour has no answer.
+        k → the mean over behaviours with its interval; empty if a behaviour has no answer.
     """
     counts = [(len(rows), sum(row["label"] == 1 for row in rows)) for rows in results.values()]
     most = min((n for n, _ in counts), default=0)
@@ -32,7 +32,7 @@ def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestC
     """The best test cases of every behaviour after ``step`` updates.
 
     Raises:
-        InputError: a behaviour's log is missing or damaged, or holds no such step.
+        InputError: a behaviour's log is missing or damaged, or lacks this step.
     """
     found: TestCases = {}
     for behavior in behaviors:
@@ -47,7 +47,7 @@ def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestC
 
 
 def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, path: Path) -> None:
-    """One line a model with its 95 % interval, as a PNG or SVG by the ending of ``path``."""
+    """Draw one line per model with its 95 % interval, as PNG or SVG by the ending of ``path``."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

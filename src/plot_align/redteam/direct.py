@@ -1,4 +1,4 @@
-"""Direct request: the behaviour as it is, the floor that every attack must beat (HarmBench's DirectRequest)."""
+"""Direct request: the behaviour as it is, the baseline that every attack must beat (HarmBench's DirectRequest)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plot_align.redteam.victim import Victim
 
 @dataclass(frozen=True)
 class DirectRequest(Attack):
-    """No options; one test case, whatever is asked for, as more would be the same."""
+    """No options. One test case, however many are requested: more would be the same."""
 
     name: ClassVar[str] = "DirectRequest"
     default_cases: ClassVar[int] = 1

@@ -1,7 +1,7 @@
 """GBDA: gradient-based distributional attack (Guo et al., arXiv 2104.13733).
 
 A suffix is a distribution over tokens at each place, softmax(θ / τ) of θ plus Gumbel noise; θ is optimised through the
-expected embedding while τ falls, and the answer is the most likely token of each place.
+expected embedding while τ falls, and the result is the most likely token at each place.
 
 Our reading in three points: θ starts at 12 for random tokens (the authors start at the text to be changed), ``noise``
 scales the Gumbel noise of every update, and the best tokens ever seen are returned. Ports of HarmBench start at small
@@ -21,7 +21,7 @@ from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require
 from plot_align.redteam.objective import TargetObjective, best_of_each
 from plot_align.redteam.victim import Victim
 
-START = 12.0  # of θ at the initial tokens, 0 elsewhere, as the authors begin
+START = 12.0  # θ at the initial tokens, 0 elsewhere, as in the authors' code
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A step takes the gradient of the loss with respect to the one-hot tokens, draws candidates that differ from the current
 suffix in one token among the ``top_k`` most promising of its place, and goes to the candidate with the least loss,
-whether that is better than the current one or not. The best suffix ever seen is what is returned.
+whether that is better than the current one or not. The best suffix ever seen is returned.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GCG(Attack):
         require_counts(self, "steps", "search_width", "top_k", "suffix_tokens", "batch_size")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """Attack one request; each case has a random stream of its own."""
+        """Attack one request; each case has its own random stream."""
         vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         runs = [self._one(victim, request, vocabulary, case, on_step) for case in range(request.cases)]
         length = max(len(trace) for _, trace, _ in runs)
@@ -87,7 +87,7 @@ class GCG(Attack):
                 trace.append(loss)
             drawn = self.candidates(objective, gradient, current, generator)  # (B, L)
             drawn = drawn[objective.survive(drawn).to(drawn.device)]  # (≤ B, L)
-            if len(drawn):  # else the next step draws others
+            if len(drawn):  # otherwise the next step draws others
                 losses = objective.losses(drawn)  # (≤ B,)
                 current = drawn[losses.argmin()]
                 if float(losses.min()) < trace[-1]:
@@ -106,7 +106,7 @@ class GCG(Attack):
     def candidates(
         self, objective: TargetObjective, gradient: Tensor, current: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Suffixes that differ from ``current`` in at most one token, the places taken in even shares.
+        """Suffixes that differ from ``current`` in at most one token, equally many for each place.
 
         Args:
             gradient: (L, V) of the loss with respect to the one-hot tokens.

@@ -1,4 +1,4 @@
-"""HarmBench's folder layout and its JSON files, so that test cases, completions and results travel both ways."""
+"""HarmBench's folder layout and JSON files, so that test cases, completions and results can be exchanged with it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from plot_align.redteam.behaviors import read_json_object
 TestCases = dict[str, list[str]]
 Rows = dict[str, list[dict[str, Any]]]
 _FOLDERS = {"SFS": "FewShot"}  # HarmBench's name for it in files
-LABELS = (1, 0, -1)  # the attack succeeded, failed, or nobody could tell
+LABELS = (1, 0, -1)  # the attack succeeded, failed, or was undecided
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of one method and one experiment lie below ``base``."""
+    """Paths of the files of one method and one experiment below ``base``."""
 
     base: Path
     method: str
@@ -37,19 +37,19 @@ class Layout:
         return self.folder / "test_cases" / "test_cases.json"
 
     def behavior_folder(self, behavior: str) -> Path:
-        """Where one behaviour's test cases and log lie until all are merged."""
+        """One behaviour's test cases and log, until all are merged."""
         return self.folder / "test_cases" / "test_cases_individual_behaviors" / behavior
 
     def completions(self, model: str) -> Path:
         return self.folder / "completions" / f"{model}.json"
 
     def results(self, model: str, judge: str | None = None) -> Path:
-        """Of the main judge where HarmBench looks for them, of another one in a folder beside it."""
+        """The main judge's results are where HarmBench looks for them, another judge's in a folder beside it."""
         return self.folder / (f"results-{judge}" if judge else "results") / f"{model}.json"
 
 
 def merge_test_cases(layout: Layout, behaviors: Iterable[str]) -> TestCases:
-    """Gathers what lies one folder a behaviour into ``test_cases.json``; those that are not there are left out.
+    """Merge the test cases of all behaviours into ``test_cases.json``; behaviours without any are left out.
 
     Raises:
         InputError: a file is damaged, or does not hold its own behaviour alone.
@@ -88,7 +88,7 @@ def read_completions(path: str | os.PathLike[str]) -> Rows:
 
 
 def read_results(path: str | os.PathLike[str]) -> Rows:
-    """As completions, each with a ``"label"`` of 1, 0 or −1.
+    """Like completions, each with a ``"label"`` of 1, 0 or −1.
 
     Raises:
         InputError: as :func:`read_test_cases`.
@@ -109,17 +109,18 @@ def _read(path: str | os.PathLike[str], what: str, shape: str, fits: Callable[[A
     content = read_json_object(path, what, shape)
     for behavior, rows in content.items():
         if not isinstance(rows, list) or not all(map(fits, rows)):
-            raise InputError(f"{what} {path}: what stands under {behavior!r} is not of the form {shape}; correct it")
+            raise InputError(f"{what} {path}: the entry of {behavior!r} is not of the form {shape}; correct it")
     return content
 
 
 def success_by_behavior(results: Mapping[str, list[dict[str, Any]]], *, any_answer: bool = False) -> dict[str, float]:
-    """Share of each behaviour's test cases with label 1; −1 counts as a failed attack, and so does having none.
+    """Success rate of each behaviour: the proportion of its test cases with label 1. −1 counts as failed, and so does
+    a behaviour without test cases.
 
     Source: HarmBench (Mazeika et al., arXiv 2402.04249), whose attack success rate is the mean of these.
 
     Args:
-        any_answer: 1 where any answer has label 1, else 0; not HarmBench's rate.
+        any_answer: 1 if any answer has label 1, else 0; not HarmBench's rate.
     """
     combined = max if any_answer else statistics.fmean
     return {
@@ -129,8 +130,8 @@ def success_by_behavior(results: Mapping[str, list[dict[str, Any]]], *, any_answ
 
 
 def attack_success_rate(results: Mapping[str, list[dict[str, Any]]]) -> float:
-    """Mean over behaviours of :func:`success_by_behavior`: each counts alike, however many test cases it has.
+    """Mean over behaviours of :func:`success_by_behavior`: each counts equally, however many test cases it has.
 
-    NaN where there are no behaviours.
+    NaN if there are no behaviours.
     """
     return statistics.fmean(success_by_behavior(results).values()) if results else math.nan

@@ -1,4 +1,4 @@
-"""Everything that is measured of one model: success under each attack, and what happens to benign requests."""
+"""Measure one model: success under each attack, and what happens to benign requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
 
 @dataclass(frozen=True)
 class Judges:
-    """Who decides: ``main`` on attacks, ``benign`` on refusals, ``second`` on attacks too, for the agreement."""
+    """``main`` judges attacks, ``benign`` refusals; ``second`` judges attacks as well, to measure agreement."""
 
     main: Judge
     benign: Judge
@@ -36,7 +36,7 @@ class Judges:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every model of a comparison is given alike.
+    """What every model of a comparison is given equally.
 
     Args:
         cases: test cases a behaviour; None: HarmBench's number for each attack.
@@ -144,13 +144,13 @@ def measure(
     transfer_from: str | None = None,
     bar: Bar = _no_bar,
 ) -> dict[str, Any]:
-    """Attack, answer and judge, in HarmBench's folders below ``output``; whatever is there is not done again.
+    """Attack, answer and judge, in HarmBench's folders below ``output``; finished parts are not done again.
 
     Args:
-        harmful, benign: what is asked for, with and without attacks.
+        harmful, benign: what is requested with and without attacks.
         targets: as in :func:`plot_align.redteam.run.make_test_cases`.
-        transfer_from: replay the white-box test cases made on the model of this name in place of making any.
-        bar: called with a description and a total; returns what moves it.
+        transfer_from: replay the white-box test cases made on the model of this name instead of making new ones.
+        bar: called with a description and a total; returns the functions that move it.
 
     Returns:
         By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
@@ -158,13 +158,13 @@ def measure(
         ``undecided`` (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
-        InputError: as in :mod:`plot_align.redteam.run`, or a judge reads no answer where the attack is on the answer.
+        InputError: as in :mod:`plot_align.redteam.run`, or an attack works through the answer and a judge reads none.
         RunError: a judge decided nothing.
     """
     length: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
     kinds = ("attacks", "titles", "options", "failed", "agreement", *ATTACK_CURVES, "undecided")
     found: dict[str, Any] = {kind: {} for kind in kinds}
-    for attack in attacks:  # all of them before the first, which may take hours
+    for attack in attacks:  # check all before the first, which may take hours
         answering = attack.answering(victim, harmful, targets, budget.seed)
         for judge in (judges.main, judges.second):
             if judge is not None and answering != Answering() and judge.reads == "nothing":
@@ -240,10 +240,10 @@ def require_decided(what: str, reasons: Sequence[str], n: int) -> None:
 
 
 def _replayed(layout: Layout, harmful: Sequence[Behavior]) -> dict[str, list[str]]:
-    """The test cases made on another model, of the behaviours asked for.
+    """The test cases made on another model for ``harmful``.
 
     Raises:
-        InputError: there are none, or not of all.
+        InputError: some are missing.
     """
     there = read_test_cases(layout.test_cases)
     missing = [behavior.id for behavior in harmful if behavior.id not in there]
@@ -253,7 +253,7 @@ def _replayed(layout: Layout, harmful: Sequence[Behavior]) -> dict[str, list[str
 
 
 def balance(success: float, helped: float) -> float:
-    """Harmonic mean of 1 − ASR and the share of benign requests helped with: 0 for a model that refuses everything."""
+    """Harmonic mean of 1 − ASR and the rate of benign requests helped with: 0 for a model that refuses everything."""
     safe = 1 - success
     if math.isnan(safe + helped):
         return math.nan

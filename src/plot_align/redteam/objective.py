@@ -3,7 +3,7 @@
     loss(suffix) = mean_j  −log p(target_j | before, suffix, after, target_<j)
 
 ``before`` is the chat template and the behaviour, ``after`` what the template puts between the user's turn and the
-answer. Three things make it fast, and none of them changes a loss by more than rounding: the keys and values of
+answer. Three things make it fast without changing a loss by more than rounding: the keys and values of
 ``before`` are computed once; those of the suffix's first tokens are shared by the candidates that keep them; and
 the head sees the target's positions only.
 """
@@ -37,7 +37,7 @@ class TargetObjective:
 
     Args:
         victim: the model under attack.
-        behavior: what is asked for.
+        behavior: what the attack wants the model to do.
         target: how a complying answer begins.
         length: tokens of the suffix.
         vocabulary: the tokens it may consist of.
@@ -63,7 +63,7 @@ class TargetObjective:
         self.model = victim.model
         self.length = length
         self.vocabulary = vocabulary
-        self.prompt = behavior.prompt.strip()  # many templates trim a turn
+        self.prompt = behavior.prompt.strip()  # many templates strip a turn
         self.batch_size = batch_size or (_CPU_BATCH if victim.device.type == "cpu" else 2**31)
         self._target_length = len(victim.target_ids(target))
         self._layout(target)
@@ -93,7 +93,7 @@ class TargetObjective:
         self.target = torch.tensor(self.victim.target_ids(target), device=device)  # (T_target,)
         # The target's last token is predicted and never read.
         self._tail = torch.cat([self.after, self.target[:-1]])  # (T_after + T_target - 1,)
-        # A tokenizer that writes the separating space as a token of its own has it in ``before``.
+        # If the tokenizer makes a token of the separating space, that token is in ``before``.
         joined = texts_in_context(tokenizer, self.initial[None, :1])[0].startswith(" ")
         self.first = self.vocabulary.first if joined else self.vocabulary.anywhere  # (V,)
 
@@ -127,7 +127,7 @@ class TargetObjective:
         return ids[:first], ids[first:last], ids[last:], text[: start - 1], text[end:]
 
     def suffix_texts(self, suffixes: Tensor) -> list[str]:
-        """What stands between the behaviour and the end of the user's turn. suffixes: (B, L)."""
+        """The text between the behaviour and the end of the user's turn. suffixes: (B, L)."""
         texts = texts_in_context(self.victim.tokenizer, suffixes)
         return texts if self.first is self.vocabulary.first else [f" {text}" for text in texts]
 
@@ -136,7 +136,7 @@ class TargetObjective:
         return [self.prompt + text for text in self.suffix_texts(suffixes)]
 
     def survive(self, suffixes: Tensor) -> Tensor:
-        """Which suffixes come back from text as the tokens they were, within the whole conversation.
+        """Which suffixes are tokenised back to themselves within the whole conversation.
 
         Args:
             suffixes: (B, L).
@@ -149,13 +149,13 @@ class TargetObjective:
         rows = encode(self.victim.tokenizer, whole)
         head, tail = self.before.tolist(), self.after.tolist()
         wanted = [head + row + tail for row in suffixes.tolist()]
-        # A template that trims the turn would eat a trailing space.
+        # A template that strips the turn would remove a trailing space.
         return torch.tensor(
             [got == want and text == text.rstrip() for got, want, text in zip(rows, wanted, texts, strict=True)]
         )
 
     def allowed_by_place(self) -> Tensor:
-        """(L, V) bool: the tokens each place may hold."""
+        """(L, V) bool: the tokens allowed at each place."""
         allowed = self.vocabulary.anywhere.repeat(self.length, 1)
         allowed[0] = self.first
         return allowed
@@ -167,7 +167,7 @@ class TargetObjective:
 
     def nearest(self, embeds: Tensor) -> Tensor:
         """The allowed token of each place with the largest cosine similarity. embeds: (C, L, H) → (C, L)."""
-        # The length of an embedding moves all its similarities alike, and so not their order.
+        # The length of an embedding scales all its similarities, so it does not change their order.
         similarity = embeds.float() @ self.embedding_table.float().T / self._table_norms  # (C, L, V)
         return similarity.masked_fill(~self.allowed_by_place(), -torch.inf).argmax(-1)
 
@@ -221,7 +221,7 @@ class TargetObjective:
     def gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
         """The loss of one suffix and its gradient with respect to the one-hot rows of its tokens.
 
-        Also remembers the suffix's keys and values, which the candidates of :meth:`losses` then share.
+        Also keeps the suffix's keys and values for the candidates of :meth:`losses`.
 
         Args:
             suffix: (L,).
@@ -242,7 +242,7 @@ class TargetObjective:
 
     @cached_property
     def embedding_table(self) -> Tensor:
-        """(V, H): what each token id looks like to the model; some models scale their embedding's rows."""
+        """(V, H): each token's embedding as the model uses it; some models scale the rows."""
         embedding = self.model.get_input_embeddings()
         weight = embedding.weight.detach()
         with torch.no_grad():
@@ -251,7 +251,7 @@ class TargetObjective:
 
     @cached_property
     def _table_norms(self) -> Tensor:
-        """(V,); not zero, which a row of padding may be."""
+        """(V,); never zero, though a padding row may be."""
         return self.embedding_table.float().norm(dim=-1).clamp_min(1e-12)
 
     def _forward(self, embeds: Tensor, known: KeysValues | None) -> tuple[Tensor, KeysValues | None]:
@@ -274,7 +274,7 @@ class TargetObjective:
 
     @torch.no_grad()
     def _keys_values(self, ids: Tensor) -> KeysValues:
-        """Of every layer, for one row of ids (1, T)."""
+        """Keys and values of every layer, for one row of ids (1, T)."""
         cache = self.model(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
         return [(layer.keys, layer.values) for layer in cache.layers]
 

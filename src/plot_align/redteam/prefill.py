@@ -1,8 +1,8 @@
-"""Prefill: the answer is begun for the model, which only has to go on.
+"""Prefill: the attack begins the answer, and the model continues it.
 
-Anyone running the model can do this, and many APIs allow it. A model that is aligned in the first few tokens of
-its answers only is not aligned any more then: X. Qi et al., arXiv 2406.05946, who begin with tokens of a harmful
-answer; here they are those of HarmBench's targets. HarmBench has no such method, so the folder's name is ours.
+Anyone who runs the model can do this, and many APIs allow it. It breaks models whose alignment reaches only the first
+few tokens (X. Qi et al., arXiv 2406.05946, who prefill tokens of a harmful answer). Here they are those of HarmBench's
+targets. HarmBench has no such method, so the folder's name is ours.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ OPENING = "Sure, here is"
 
 @dataclass(frozen=True)
 class Prefill(Attack):
-    """The plain request, its answer begun with the first tokens of the target.
+    """The plain request; the answer begins with the first tokens of the target.
 
     Args:
-        tokens: how many, as the model's tokenizer counts; 0 is the direct request. No target may have fewer: a rate
-            would be of another number of tokens than it says.
-        text: begins every answer in place of its behaviour's target. Where there is neither: :data:`OPENING`.
+        tokens: how many, by the model's tokenizer; 0 is the direct request. No target may have fewer.
+        text: begins every answer instead of its behaviour's target. Without either, :data:`OPENING` does.
 
     Raises:
         InputError: ``tokens`` is negative, or ``text`` is blank.
@@ -58,7 +57,7 @@ class Prefill(Attack):
         return {tokens: replace(self, tokens=tokens) for tokens in sorted({0, *powers, self.tokens})}
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """The behaviour, its context first; one case, whatever is asked for, as more would be the same."""
+        """One case, the behaviour after its context, however many are requested: more would be the same."""
         return Attacked([request.behavior.prompt])
 
     def answering(
@@ -80,12 +79,12 @@ class Prefill(Attack):
         shortest = min(prefixes, key=lambda name: len(prefixes[name]), default=None)
         if shortest is not None and len(prefixes[shortest]) < self.tokens:
             raise InputError(
-                f"tokens is {self.tokens}, but the answer to {shortest!r} is to begin with a text of "
+                f"tokens is {self.tokens}, but the target of {shortest!r} has only "
                 f"{len(prefixes[shortest])}; set prefill: {{tokens: {len(prefixes[shortest])}}} or less, or give "
                 "longer targets"
             )
         return Answering({name: ids[: self.tokens] for name, ids in prefixes.items()})
 
     def experiment(self, victim: Victim) -> str:
-        """One for each number of tokens, so that the points of the curve lie side by side."""
+        """One experiment per number of tokens, so that the points of the curve have folders side by side."""
         return f"{self.tokens}_tokens"

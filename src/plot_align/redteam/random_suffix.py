@@ -1,4 +1,4 @@
-"""Random suffixes: what an optimised attack must beat to have optimised anything."""
+"""Random suffixes: the baseline that an optimised attack must beat."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RandomSuffix(Attack):
 
     name: ClassVar[str] = "RandomSuffix"
     default_cases: ClassVar[int] = 1
-    needs_target: ClassVar[bool] = True  # for the loss that stands beside the optimised ones
+    needs_target: ClassVar[bool] = True  # to compare its loss with the optimised ones
     white_box: ClassVar[bool] = True
     steps: ClassVar[int] = 0
 
@@ -32,7 +32,7 @@ class RandomSuffix(Attack):
         require_counts(self, "suffix_tokens")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """One draw a case."""
+        """Draw one suffix per case."""
         vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         suffixes = objective.random_suffixes(request.cases, request.generator("cpu", self.name))  # (C, L)

@@ -1,7 +1,8 @@
-"""From behaviours to results, in HarmBench's folders: test cases, completions, labels; each goes on where it stopped.
+"""From behaviours to results, in HarmBench's folders: test cases, completions, labels. Each step resumes where it
+stopped.
 
 A behaviour's test cases, and a block of completions, are on disk completely or not at all. Nothing depends on what ran
-before, so that an interrupted run and an uninterrupted one give the same files.
+before, so an interrupted run gives the same files as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from plot_align.redteam.victim import Question, Victim
 
 OnBehavior = Callable[[str], None]
 OnUpdate = Callable[[str, int], None]
-BLOCK = 32  # behaviours answered together: fixed, as the batch can move a rounding and so an answer
+BLOCK = 32  # behaviours answered together; fixed, because the batch can change a rounding and so an answer
 
 
 def make_test_cases(
@@ -41,17 +42,17 @@ def make_test_cases(
     on_behavior: OnBehavior = lambda behavior: None,
     on_update: OnUpdate = lambda behavior, step: None,
 ) -> tuple[TestCases, dict[str, str]]:
-    """Attack every behaviour that has no test cases yet; processes attack one each at a time, the main one writes.
+    """Attack every behaviour that has no test cases yet. Each process attacks one at a time; the main one writes.
 
     Args:
-        targets: BehaviorID to how a complying answer begins; may lack any for an attack that needs none.
+        targets: BehaviorID to how a complying answer begins; may be empty for an attack that needs none.
         cases: test cases a behaviour; None: HarmBench's number.
         snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``.
         on_behavior: called with the id of each one that is finished.
         on_update: called with the id of the one under attack and its update step.
 
     Returns:
-        All test cases, and why an attack failed for each behaviour that has none: tried again by the next run.
+        All test cases, and for each behaviour without any why its attack failed; the next run tries again.
 
     Raises:
         InputError: a target is missing, or the folder holds cases made with other options or for other weights.
@@ -88,7 +89,7 @@ def make_test_cases(
         return attack.run(victim, request, partial(on_update, request.behavior.id))
 
     if isinstance(getattr(attack, "attacker", None), EndpointAttacker):
-        # One endpoint, asked by one process; it answers several instructions at a time.
+        # One process sends all requests to the endpoint, several at a time.
         made: Iterator[Attacked] = (on_main(partial(attacked, request)) for request in requests)
     else:
         made = each(attacked, requests)
@@ -103,7 +104,7 @@ def make_test_cases(
 
 
 def _is_attacked(layout: Layout, request: Request) -> bool:
-    """Whether its test cases are there, made for the same request."""
+    """Whether test cases for the same request exist."""
     folder = layout.behavior_folder(request.behavior.id)
     if not (folder / "test_cases.json").exists():
         return False
@@ -116,7 +117,7 @@ def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
     write_json(folder / "request.json", _asked(request))
     write_json(folder / "logs.json", log)
-    write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: it says finished
+    write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: its presence means finished
 
 
 def _asked(request: Request) -> dict[str, Any]:
@@ -133,15 +134,15 @@ def complete(
     batch_size: int = 32,
     on_behavior: OnBehavior = lambda behavior: None,
 ) -> Rows:
-    """The model's answers to all test cases, those that ``path`` holds already read.
+    """The model's answers to all test cases; those in ``path`` are reused.
 
-    An answer stands only as long as its test case and its prefix do. Samples are drawn one a test case at a time: the
-    first ones share their batches with the same others however many are wanted, so more go on from fewer.
+    An answer is reused only if its test case and prefix are unchanged. Samples are drawn in rounds, one per test case:
+    the batches of the first rounds do not depend on the number of samples, so a run can be extended.
 
     Args:
-        answering: None: greedily, from the beginning.
+        answering: None decodes greedily, without a prefix.
         max_new_tokens: of what follows a prefix.
-        on_behavior: called with a behaviour's id for each sample of it that is there.
+        on_behavior: called with a behaviour's id for each finished sample of it.
 
     Raises:
         InputError: ``path`` holds answers of other weights, another chat template, dtype, length or sampling.
@@ -172,7 +173,7 @@ def complete(
         )
 
     names = list(test_cases)
-    parts: list[list[tuple[str, int]]] = []  # what is answered together: behaviour and index of the row
+    parts: list[list[tuple[str, int]]] = []  # answered together: behaviour and index of the row
     for start in range(0, len(names), BLOCK):
         for n in range(answering.samples):
             of_each = [(name, len(test_cases[name])) for name in names[start : start + BLOCK]]
@@ -199,10 +200,10 @@ def complete(
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
-    """The judge's labels, in HarmBench's results file; ``reason`` stands beside a label where the judge gives one.
+    """The judge's labels, in HarmBench's results file, with a ``reason`` if the judge gives one.
 
-    Labels that the same judge gave to the same answers are kept, those of −1 are asked for again, those of another
-    judge are made anew. Each block of behaviours is on disk before the next, as a judge may cost money.
+    Labels that the same judge gave to the same answers are kept, except −1. A different judge starts over. Each block
+    of behaviours is on disk before the next, as a judge may cost money.
     """
     judged_by = _beside(path, "judged_by")
     identity = plain_json(_identity(judge))
@@ -210,7 +211,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     def earlier() -> Rows:
         if path.exists() and json_or_none(judged_by) == identity:
             return harmbench.read_results(path)
-        path.unlink(missing_ok=True)  # first: killed here, no label of another judge passes for this one's
+        path.unlink(missing_ok=True)  # first, so that a run killed here leaves no label of another judge
         write_json(judged_by, identity)
         return {}
 
@@ -221,7 +222,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     for start in range(0, len(wanted), BLOCK):
         block = wanted[start : start + BLOCK]
         flat = [(behavior, row) for behavior in block for row in completions[behavior.id]]
-        # An answer that came twice is judged once.
+        # Equal answers are judged once.
         new = {key: (b, row) for b, row in flat if (key := _key(b.id, row)) not in known}
         verdicts = judge.judge(
             [b for b, _ in new.values()],
@@ -234,14 +235,14 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
         for behavior, row in flat:
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
-            # What is paid for and not yet reached stays.
+            # Keep labels of later blocks that an earlier run paid for.
             on_main(partial(write_json, path, {**before, **results}))
     on_main(partial(write_json, path, results))
     return results
 
 
 def _beside(path: Path, what: str) -> Path:
-    """Where it stands who made ``path``: apart from HarmBench's own folders, whose files a program may list."""
+    """The file that says what made ``path``, outside HarmBench's own folders, whose files a program may list."""
     return path.parent.parent / what / path.parent.name / path.name
 
 
@@ -256,7 +257,7 @@ def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _labels(results: Rows) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What is known already, by behaviour, test case and answer; undecided ones are not."""
+    """Labels by behaviour, test case and answer, except undecided ones."""
     return {
         _key(behavior, row): {name: row[name] for name in ("label", "reason") if name in row}
         for behavior, rows in results.items()
@@ -266,7 +267,7 @@ def _labels(results: Rows) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def _identity(judge: Judge) -> dict[str, Any]:
-    """The judge's name and those of its options that JSON can hold; models and endpoints by their names."""
+    """The judge's name and options as JSON; models and endpoints appear by name."""
     found: dict[str, Any] = {"name": judge.name}
     for name, value in vars(judge).items():
         if isinstance(value, Victim):

@@ -2,9 +2,8 @@
 
 After Perez et al. (arXiv 2202.03286) as HarmBench (arXiv 2402.04249) uses it: a pool of zero-shot requests is scored
 by the cross-entropy that the model under attack assigns to the target; each step draws examples from the pool, the
-better ones more often, and adds what the attacker writes after them. The instruction is ours. The attack optimises
-nothing inside the model, but needs its log-probabilities of a text of ours, which few remote models give: it is
-white-box here.
+better ones more often, and adds what the attacker writes after them. The instruction is ours. The attack needs the
+victim's log-probabilities of a given text, which few remote models provide, so it counts as white-box.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class SFS(Attack):
-    """Options; the numbers are HarmBench's, but for those that say otherwise.
+    """Options. The numbers are HarmBench's unless noted.
 
     Args:
-        attacker: who writes.
-        samples: zero-shot requests in the first pool, or as many as cases are asked for where that is more.
-        shots: examples a step; fewer where the pool is smaller.
+        attacker: the model that writes.
+        samples: zero-shot requests in the first pool; at least the number of requested cases.
+        shots: examples a step; fewer if the pool is smaller.
         steps: requests added to the pool, one a step.
         temperature, top_p, max_new_tokens: of the attacker's sampling; ``top_p`` is our choice.
         sampling_temperature: T in nats: an example is drawn with probability softmax(-loss / T) over the pool, without
-            replacement. The smaller, the more the best ones are preferred. Our choice.
+            replacement. Smaller values prefer the best ones more. Our choice.
         template: what the attacker is told, with ``{behavior}`` and ``{shots}`` (one a line).
         zero_shot_template: what it is told for the first pool, with ``{behavior}``.
 
@@ -83,14 +82,14 @@ class SFS(Attack):
         require_slots("zero_shot_template", self.zero_shot_template, "behavior")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """The ``request.cases`` requests with the lowest loss, best first; fewer where the pool is smaller.
+        """The ``request.cases`` requests with the lowest loss, best first; fewer if the pool is smaller.
 
-        A step whose request stays empty in three attempts leaves the pool as it is. No cases come back, with the
-        reason in ``failed``, where the attacker writes nothing for the first pool or its endpoint fails.
+        A step whose request stays empty in three attempts leaves the pool as it is. If the attacker writes nothing for
+        the first pool or its endpoint fails, there are no cases, and ``failed`` says why.
 
         Raises:
             InputError: there is no target, or ``request.cases`` is below one.
-            RunError: the model under attack gives a loss that is no number.
+            RunError: the model under attack gives a loss that is not a number.
         """
         if request.cases < 1:
             raise InputError(f"cases is {request.cases}, but must be at least 1: pass a positive number.")
@@ -130,7 +129,7 @@ class SFS(Attack):
     def _next(self, request: Request, step: int, pool: _Pool) -> list[str]:
         generator = request.generator("cpu", self.name, "shots", step)
         drawn = draw(pool.losses, self.shots, self.sampling_temperature, generator)
-        # One example a line, whatever line breaks it has: the attacker must see where the next one begins.
+        # One example per line, so that the attacker sees where the next one begins.
         shots = "\n".join(" ".join(pool.texts[i].split()) for i in drawn)
         instruction = fill(self.template, {"behavior": request.behavior.text, "shots": shots})
         return written(self.attacker, instruction, 1, self._sampling, self._seeds(request, step))
@@ -140,8 +139,8 @@ def draw(losses: Sequence[float], count: int, temperature: float, generator: tor
     """Indices of up to ``count`` of ``losses``, drawn one after the other with probability softmax(-loss / T) over
     those that are left.
 
-    By Gumbel's trick (the largest of -loss / T + Gumbel noise; Kool et al., arXiv 1903.06059), which no underflow of
-    the probabilities disturbs.
+    Uses Gumbel's trick (the largest of -loss / T + Gumbel noise; Kool et al., arXiv 1903.06059), which cannot
+    underflow.
     """
     uniform = torch.rand(len(losses), generator=generator, dtype=torch.float64)  # (N,)
     noise = -torch.log(-torch.log(uniform))  # (N,) standard Gumbel
@@ -170,7 +169,7 @@ class _Pool:
         self.losses += losses
 
     def best(self) -> list[int]:
-        """Indices of the lowest losses, as many as cases are asked for; the earlier one wins a tie."""
+        """Indices of the lowest losses, one per requested case; the earlier one wins a tie."""
         return sorted(range(len(self.losses)), key=lambda i: self.losses[i])[: self.request.cases]
 
     def best_cases(self) -> list[str]:

@@ -22,7 +22,7 @@ class UAT(Attack):
     """Options, HarmBench's defaults.
 
     Args:
-        steps: sweeps over the suffix.
+        steps: passes over the suffix.
         candidates: tokens tried at a place.
         suffix_tokens: length of the suffix.
         non_ascii: allow tokens with other characters than printable ASCII.
@@ -42,7 +42,7 @@ class UAT(Attack):
         require_counts(self, "steps", "candidates", "suffix_tokens")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """Attack one request; the first case starts from the filler, the others from random tokens of their own."""
+        """Attack one request; the first case starts from the filler, the others from random tokens."""
         vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         objective = TargetObjective(victim, request.behavior, request.target, self.suffix_tokens, vocabulary)
         start = objective.random_suffixes(request.cases, request.generator("cpu", self.name))  # (C, L)

@@ -1,4 +1,4 @@
-"""The model under attack: how it is asked, what it answers, how likely it finds a target."""
+"""The model under attack: what it answers, and how likely it finds a target."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Question(NamedTuple):
-    """One answer that is wanted.
+    """One question to the model.
 
     Attributes:
         test_case: the user's turn.
-        prefix: token ids that the answer is begun with.
-        seed: of its sampling, where answers are sampled.
+        prefix: token ids with which the answer begins.
+        seed: of its sampling, if answers are sampled.
     """
 
     test_case: str
@@ -37,9 +37,9 @@ class Victim:
     """A causal language model with its chat template.
 
     Args:
-        model: on its device, in its dtype; it is put into evaluation mode and asked for no parameter gradients.
+        model: on its device, in its dtype; it is put into evaluation mode, without parameter gradients.
         tokenizer: with a chat template.
-        name: as it stands in files and tables.
+        name: for files and tables.
 
     Raises:
         InputError: the tokenizer has no chat template.
@@ -70,7 +70,7 @@ class Victim:
         return self._vocabularies[non_ascii]
 
     def target_ids(self, target: str) -> list[int]:
-        """Token ids of a target, as it stands right after the chat template's generation prompt.
+        """Token ids of a target, as it follows the chat template's generation prompt.
 
         Raises:
             InputError: there is no target, or it has no tokens.
@@ -90,7 +90,7 @@ class Victim:
     def answers_to_each(
         self, parts: Sequence[Sequence[Question]], *, max_new_tokens: int, batch_size: int, temperature: float = 0.0
     ) -> Iterator[list[str]]:
-        """The answers to each part, none of which shares a batch with another; a prefix is part of its answer.
+        """Yield the answers to each part. Parts have separate batches; a prefix is part of its answer.
 
         Args:
             max_new_tokens: of what follows the prefix.

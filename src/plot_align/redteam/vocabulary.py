@@ -1,4 +1,4 @@
-"""Which tokens an attack may use, and text and tokens of many suffixes at once."""
+"""Which tokens an attack may use, and conversion between text and tokens for many suffixes at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ class Vocabulary:
     """Which tokens an attack may use.
 
     Attributes:
-        anywhere: (V,) bool: text of its own, no special token, no padding row of the model, and by default printable
-            ASCII only.
-        first: (V,) bool: those that keep the suffix apart from the behaviour by a space.
+        anywhere: (V,) bool: tokens with text; no special tokens or padding rows, and by default printable ASCII only.
+        first: (V,) bool: those that begin with a space, to separate the suffix from the behaviour.
     """
 
     anywhere: Tensor
@@ -42,7 +41,7 @@ class Vocabulary:
 
 
 def texts_in_context(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Text of each row (B, L) as it stands after other text: SentencePiece drops a leading space at the start."""
+    """Text of each row (B, L) when it follows other text: SentencePiece drops a leading space at the start."""
     anchor = tokenizer("a", add_special_tokens=False).input_ids
     prefix = len(tokenizer.decode(anchor))
     texts = tokenizer.batch_decode([anchor + row for row in rows.tolist()], clean_up_tokenization_spaces=False)
@@ -50,7 +49,7 @@ def texts_in_context(tokenizer: Any, rows: Tensor) -> list[str]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, special tokens only where the text spells them."""
+    """Token ids of each text; special tokens only if the text spells them."""
     if tokenizer.is_fast:
         return [
             row.ids for row in tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Zero-Shot: an attacker model writes requests for a behaviour, and never sees the model under attack.
+"""Zero-Shot: an attacker model writes requests for a behaviour without seeing the model under attack.
 
 After the baseline of Perez et al. (arXiv 2202.03286) as HarmBench (arXiv 2402.04249) uses it; the instruction is ours.
 """
@@ -29,9 +29,9 @@ class ZeroShot(Attack):
     """Options; the numbers are HarmBench's.
 
     Args:
-        attacker: who writes.
+        attacker: the model that writes.
         temperature, top_p, max_new_tokens: of its sampling.
-        template: what it is told, with ``{behavior}``.
+        template: its instruction, with ``{behavior}``.
 
     Raises:
         InputError: an option is out of range, or the template lacks its slot.
@@ -54,10 +54,10 @@ class ZeroShot(Attack):
         require_slots("template", self.template, "behavior")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
-        """``request.cases`` test cases; ``victim`` is not asked.
+        """``request.cases`` test cases; ``victim`` is not used.
 
-        Fewer come back where the attacker wrote nothing in three attempts; none, with the reason in ``failed``, where
-        it never did or its endpoint failed.
+        There are fewer if the attacker wrote nothing in three attempts. If it never wrote any or its endpoint failed,
+        there are none, and ``failed`` says why.
 
         Raises:
             InputError: ``request.cases`` is below one.
@@ -77,7 +77,7 @@ class ZeroShot(Attack):
 
 
 def silence(attacker: Attacker, request: Request) -> str:
-    """The reason where an attacker wrote nothing."""
+    """The reason to give if an attacker wrote nothing."""
     return (
         f"the attacker {attacker.name} wrote nothing for {request.behavior.id!r} in {ATTEMPTS} attempts; "
         "use another attacker, or raise max_new_tokens"

@@ -1,6 +1,6 @@
-"""Who decides whether an attack succeeded, and whether a benign request was served; one file per judge.
+"""Judges decide whether an attack succeeded and whether a benign request was served; one file per judge.
 
-An attack is judged against the behaviour, never against the test case: a suffix may lead the model somewhere else.
+An attack is judged against the behaviour, never against the test case: a suffix may have led the model elsewhere.
 """
 
 from plot_align.redteam.judges.agreement import agreement

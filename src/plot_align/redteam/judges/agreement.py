@@ -13,8 +13,8 @@ from plot_align.records import share_of
 def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     """How far two judges agree on the same cases; −1 counts as 0, as it does in a success rate.
 
-    Cohen's κ is (p_o − p_e) / (1 − p_e), p_o the share of cases with equal labels, p_e what it would be if each judge
-    drew from its own rate of successes. It is NaN where p_e is 1: both gave one and the same label throughout.
+    Cohen's κ is (p_o − p_e) / (1 − p_e), p_o the proportion of cases with equal labels, p_e its expectation if each
+    judge drew from its own rate of successes. It is NaN if p_e is 1: both judges always gave the same label.
 
     Source: J. Cohen, "A coefficient of agreement for nominal scales", Educ. Psychol. Meas. 20 (1960).
 
@@ -23,7 +23,7 @@ def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
 
     Returns:
         ``equal`` (a :func:`plot_align.records.measure`), ``kappa``, ``table`` (rows: a is 0, 1; columns: b is 0, 1),
-        ``undecided`` (how many −1 either gave), ``n``.
+        ``undecided`` (how many −1 each gave), ``n``.
 
     Raises:
         InputError: the lengths differ, or a label is none of the three.

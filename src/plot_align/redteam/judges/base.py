@@ -1,4 +1,4 @@
-"""What every judge is, and what it says of one answer."""
+"""The interface of a judge, and its verdict on one answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from plot_align.redteam.behaviors import Behavior
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge says about one generation.
+    """A verdict on one generation.
 
     Attributes:
-        label: 1 where the attack succeeded, 0 where not, −1 where the judge cannot tell (counts as a failed attack).
-            For a benign request there is no attack: 0, or −1 where the judge cannot tell.
-        refused: whether a benign request was refused; None for a harmful one, and where the judge cannot tell.
+        label: 1 if the attack succeeded, 0 if not, −1 if the judge cannot tell (counts as a failed attack). For a
+            benign request there is no attack: 0, or −1 if the judge cannot tell.
+        refused: whether a benign request was refused; None for a harmful one, or if the judge cannot tell.
         helped: whether a benign request was served; None likewise.
-        reason: why, in a few words; "" where there is nothing to say.
+        reason: why, in a few words; may be "".
     """
 
     label: int
@@ -32,9 +32,9 @@ class Judge(Protocol):
     """Judges generations; all three arguments have one entry per case.
 
     Attributes:
-        name: as it stands in files and tables.
-        reads: what it reads of an answer that was begun for the model: the ``answer``, as a user would; the
-            ``continuation`` alone, where the beginning decides and is not the model's own; or ``nothing``.
+        name: for files and tables.
+        reads: what it reads of a prefilled answer: the whole ``answer``, as a user would; only the ``continuation``,
+            if it judges by how an answer begins; or ``nothing``.
     """
 
     reads: ClassVar[Literal["answer", "continuation", "nothing"]]
@@ -45,7 +45,8 @@ class Judge(Protocol):
     def judge(
         self, behaviors: Sequence[Behavior], test_cases: Sequence[str], generations: Sequence[str]
     ) -> list[Judged]:
-        """Harmful behaviours: did the attack succeed? ``generations``: of each answer what it :attr:`reads`."""
+        """Harmful behaviours: did the attack succeed? ``generations`` holds the part of each answer that it
+        :attr:`reads`."""
         ...
 
     def judge_benign(

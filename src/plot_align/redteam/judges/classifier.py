@@ -31,14 +31,14 @@ _PROMPT_DIGESTS = {
 
 @dataclass(frozen=True)
 class ClassifierPrompts:
-    """What the classifier is asked, as it was asked in training; no chat template goes around it.
+    """The classifier's prompts, as in its training; no chat template is applied.
 
     Args:
         standard: with the slots ``{behavior}`` and ``{generation}``.
-        contextual: with the slot ``{context}`` besides.
+        contextual: also with the slot ``{context}``.
 
     Raises:
-        InputError: a slot is missing, or one is there that nothing fills.
+        InputError: a slot is missing or unknown.
     """
 
     standard: str
@@ -58,7 +58,7 @@ class ClassifierPrompts:
         """The prompts in a checkout of HarmBench (MIT licence), whose code is read and never run.
 
         They are ``LLAMA2_CLS_PROMPT`` in ``eval_utils.py``, and must be the ones that HarmBench's published numbers
-        were made with: a classifier asked otherwise answers all the same, only worse. (The model card's example shows
+        were made with: with other prompts the classifier still answers, only worse. (The model card's example shows
         a standard prompt with other rules.)
 
         Source: M. Mazeika et al., "HarmBench" (2024), github.com/centerforaisafety/HarmBench.
@@ -115,12 +115,12 @@ class HarmBenchClassifier:
     """HarmBench's classifier: one greedy token, yes is 1, no is 0, anything else −1.
 
     The generation is clipped to its first 512 tokens (BOS counted, as HarmBench counts). A behaviour with a context
-    has a prompt of its own. Copyright behaviours (tag ``hash_check``) are −1: HarmBench compares their hashes with
-    the protected texts, which no classifier can. So is a prompt that is longer than the model can read.
+    has its own prompt. Copyright behaviours (tag ``hash_check``) are −1: HarmBench compares their hashes with
+    the protected texts, which a classifier cannot. A prompt longer than the model can read is −1 as well.
 
     Args:
         model, tokenizer: a causal language model on its device.
-        prompts: what it is asked, as a rule :meth:`ClassifierPrompts.from_harmbench`.
+        prompts: usually :meth:`ClassifierPrompts.from_harmbench`.
         batch_size: prompts per pass.
     """
 
@@ -182,7 +182,7 @@ class HarmBenchClassifier:
     def judge_benign(
         self, behaviors: Sequence[Behavior], test_cases: Sequence[str], generations: Sequence[str]
     ) -> list[Judged]:
-        """It was made for harm, and says neither whether a benign request was refused nor whether it was served."""
+        """Undecided: it was trained on harm only."""
         same_length(behaviors, test_cases, generations)
         return [UNKNOWN] * len(behaviors)
 

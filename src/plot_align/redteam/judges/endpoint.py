@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint as the judge."""
+"""A judge behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from plot_align.redteam.judges.base import Judged, same_length
 
 
 class ChatEndpoint(Protocol):
-    """What a judge needs of :class:`plot_align.inference.endpoint.Endpoint`; threads share it."""
+    """What a judge needs of :class:`plot_align.inference.endpoint.Endpoint`; used by several threads."""
 
     def chat(
         self,
@@ -54,13 +54,13 @@ _BENIGN = (
 class EndpointJudge:
     """A language model behind an endpoint as the judge, at temperature 0.
 
-    What it judges is fenced as data, and its reply is parsed strictly: each verdict once, in the form asked for.
-    Where that fails, and where the endpoint does, the label is −1 and the reason says why; the other cases stand.
+    What it judges is fenced as data, and its reply is parsed strictly: each verdict once, in the requested form. If
+    that or the endpoint fails, the label is −1 and the reason says why; the other cases are kept.
 
     Args:
         endpoint: a :class:`plot_align.inference.endpoint.Endpoint` or anything with its ``chat``.
         max_tokens: of a reply; leave room where the model thinks before it answers.
-        workers: requests under way at once.
+        workers: concurrent requests.
 
     Raises:
         InputError: ``max_tokens`` or ``workers`` is below one.
@@ -98,7 +98,7 @@ class EndpointJudge:
     def _replies(
         self, template: str, behaviors: Sequence[Behavior], generations: Sequence[str]
     ) -> list[tuple[str | None, str]]:
-        """(reply or None, why there is none) of each case, in order."""
+        """For each case, in order: the reply or None, and why there is none."""
 
         def ask() -> list[tuple[str | None, str]]:
             with ThreadPoolExecutor(self.workers) as pool:
@@ -116,7 +116,7 @@ class EndpointJudge:
 
 
 def _fence(what: str, text: str) -> str:
-    """``text`` between markers that it cannot contain: they carry its own digest."""
+    """``text`` between markers that it cannot contain, because they carry its digest."""
     mark = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
     return f"<{what} {mark}>\n{text}\n</{what} {mark}>"
 
@@ -125,7 +125,7 @@ _VERDICT = re.compile(r"\[\[\s*(?:(refused|helped)\s*:\s*)?(yes|no)\s*\]\]", re.
 
 
 def _verdicts(reply: str, *names: str) -> list[bool] | None:
-    """The verdicts in the order of ``names`` ("" for one without a name); None unless each is there exactly once."""
+    """The verdicts in the order of ``names`` ("" for one without a name); None unless each appears exactly once."""
     found = [(name.lower(), word.lower() == "yes") for name, word in _VERDICT.findall(reply)]
     return [dict(found)[name] for name in names] if sorted(x for x, _ in found) == sorted(names) else None
 

@@ -15,7 +15,7 @@ from plot_align.redteam.victim import Victim
 
 @dataclass(frozen=True)
 class TargetLikelihood:
-    """An attack succeeded where the victim finds the target likely: no generation is needed or looked at.
+    """An attack succeeded if the victim finds the target likely; generations are ignored.
 
     Args:
         victim: the model under attack.
