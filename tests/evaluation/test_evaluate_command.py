@@ -233,7 +233,7 @@ def test_a_measure_that_fails_costs_no_other(
     assert "base, refusals: failed: ZeroDivisionError: in a library" in shown
     assert "ZeroDivisionError" in next((output / "work" / "base").rglob("refusals.error.txt")).read_text()
     assert (output / "base" / "diversity.json").exists()
-    assert "left out: drift: it compares with the model that was tuned from; give --reference" in shown
+    assert "left out: drift: it compares with the model before tuning; give --reference" in shown
 
 
 def test_an_unfinished_measure_is_gone_on_with(

@@ -182,7 +182,7 @@ def test_targets_that_are_empty_or_too_short_are_refused_by_name(victim: Victim,
         Prefill(1).answering(victim, BEHAVIORS, {"fake": " "}, 0)
     count = len(victim.target_ids("Of course"))
     assert Prefill(count).answering(victim, BEHAVIORS, TARGETS, 0).prefixes["trick"] == victim.target_ids("Of course")
-    with pytest.raises(InputError, match=rf"tokens is {count + 1}, but the answer to 'trick' .* of {count}; set"):
+    with pytest.raises(InputError, match=rf"tokens is {count + 1}, but the target of 'trick' has only {count}; set"):
         Prefill(count + 1).answering(victim, BEHAVIORS, TARGETS, 0)
     judges = Judges(RefusalPrefixes(), RefusalPrefixes())
     attacks = [DirectRequest(), Prefill(count + 1)]

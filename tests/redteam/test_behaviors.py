@@ -61,7 +61,7 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("a,standard,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' stands in an earlier row"),
+        ("a,standard,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' was used in an earlier row"),
         ('a,standard,,,"1\n2",x\n  ,standard,,,,y\n', "line 4: 'y' has an empty Behavior"),
         ("a,standard,,,,\n", "line 2: BehaviorID is ''"),
         ("a,standard,,,,../x\n", "expected a name without slashes"),
@@ -74,7 +74,7 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
         ("a,copyright,,,,x\n", "copyrighted text"),
         ("a,standard,,hash_check,,x\n", "copyrighted text"),
         ("a,standard,,,,c\nb,copyright,,,,x\na,copyright,,,,y\n", "line 3: 'x' is the first of 2 .* --skip_copyright"),
-        ("a,copyright,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' stands in an earlier row"),
+        ("a,copyright,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' was used in an earlier row"),
         ('a,standard,,,,x\n"b,standard,,,,y\nc,standard,,,,z\n', "row that begins on line 3 is not CSV"),
         ('a,standard,,"1\n"2",,x\n', "row that begins on line 2 is not CSV"),
         ("", "no behaviours"),
@@ -189,8 +189,8 @@ def test_targets(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"x": "a", "x": "b"}', "names 'x' twice"),
-        ('{"x": ["a"]}', "that of 'x' is not a text"),
-        ('{"x": " "}', "that of 'x' is not a text"),
+        ('{"x": ["a"]}', "the target of 'x' is not a text"),
+        ('{"x": " "}', "the target of 'x' is not a text"),
         ("[1]", "not a JSON object"),
         ('{"x": "a', "not complete JSON"),
     ],

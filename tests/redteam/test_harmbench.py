@@ -103,12 +103,16 @@ def test_results_and_completions_keep_what_others_added(tmp_path: Path) -> None:
     ("read", "content", "message"),
     [
         (read_test_cases, [1], "not a JSON object"),
-        (read_test_cases, {"a": "t"}, "under 'a' is not of the form"),
-        (read_test_cases, {"a": [1]}, "under 'a' is not of the form"),
-        (read_completions, {"a": [{"test_case": "t"}]}, "under 'a' is not of the form"),
-        (read_results, {"a": [row(2)]}, "under 'a' is not of the form"),
-        (read_results, {"a": [{"test_case": "t", "generation": "g"}]}, "under 'a' is not of the form"),
-        (read_results, {"a": [{"test_case": "t", "generation": "g", "label": True}]}, "under 'a' is not of the form"),
+        (read_test_cases, {"a": "t"}, "'a' is not of the form"),
+        (read_test_cases, {"a": [1]}, "'a' is not of the form"),
+        (read_completions, {"a": [{"test_case": "t"}]}, "'a' is not of the form"),
+        (read_results, {"a": [row(2)]}, "'a' is not of the form"),
+        (read_results, {"a": [{"test_case": "t", "generation": "g"}]}, "'a' is not of the form"),
+        (
+            read_results,
+            {"a": [{"test_case": "t", "generation": "g", "label": True}]},
+            "'a' is not of the form",
+        ),
     ],
 )
 def test_other_shapes_are_refused(tmp_path: Path, read, content: object, message: str) -> None:

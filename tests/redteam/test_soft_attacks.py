@@ -171,7 +171,7 @@ def test_gbdas_updates_are_those_of_a_loop(victim: Victim, monkeypatch) -> None:
 def test_a_sweep_of_uat_never_raises_the_loss(victim: Victim) -> None:
     objective = TargetObjective(victim, BEHAVIOR, TARGET, 6, victim.vocabulary())
     suffix = objective.random_suffixes(1, torch.Generator().manual_seed(2))[0]
-    after = UAT(suffix_tokens=6).sweep(objective, suffix)
+    after = UAT(suffix_tokens=6).one_pass(objective, suffix)
     before_loss, after_loss = objective.losses(torch.stack([suffix, after])).tolist()
     assert after_loss < before_loss
 

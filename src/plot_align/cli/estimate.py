@@ -42,7 +42,7 @@ def make_parser() -> Parser:
         "--num_processes",
         type=int,
         metavar="N",
-        help="launch N to share the work (default: 1)",
+        help="launch N to divide the work (default: 1)",
     )
     parser.add_argument(
         "--merge", nargs="+", default=[], metavar="A", help="add the counts of these artefacts to the new ones"
@@ -54,7 +54,7 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, estimate, and write ``FILE`` and ``FILE`` with the suffix ``.record.json``.
 
-    Under a launcher every rank runs this and counts its share; the main one writes.
+    Under a launcher every rank runs this and counts its part; the main one writes.
     """
     options = make_parser().parse(arguments)
     _check(options)
@@ -65,10 +65,10 @@ def run(arguments: list[str]) -> int:
     if not launched:
         return _estimate(options)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # accelerators count no tokens
-    # Else the tokenizer of each rank would start a thread for every core.
+    # Otherwise the tokenizer of each rank would start a thread for every core.
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
-    state = patient_state()  # ranks meet at the end only, and files of a stream are not all alike
+    state = patient_state()  # ranks meet only at the end, and a stream's files differ in size
     try:
         return _estimate(options, state.is_main_process)
     finally:
@@ -119,7 +119,7 @@ def _estimate(options: Any, writes: bool = True) -> int:
 
 
 def _results(preference: Any) -> dict[str, Any]:
-    """Exact counts, so each stands without an interval."""
+    """Exact counts, hence without intervals."""
     difference = preference.difference()
     return {
         "rows": preference.rows,

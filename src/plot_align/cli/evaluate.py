@@ -63,7 +63,7 @@ def make_parser() -> Parser:
 
 
 def run(arguments: list[str]) -> int:
-    """Parse ``arguments``, measure what is not measured yet, print a table; 1 where a measure failed."""
+    """Parse ``arguments``, measure what is not measured yet, print a table; returns 1 if a measure failed."""
     options = make_parser().parse(arguments)
     return on_processes("evaluate", options.num_processes, arguments, lambda: _run(options))
 
@@ -153,7 +153,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
             if subject is None:
                 try:
                     subject = _load(name, source, options, progress)
-                except InputError as error:  # found out here only, as damaged weights are
+                except InputError as error:  # found only here, e.g. damaged weights
                     failed[name] = f"failed: {error}"
                     progress.advance(whole, len(suite.entries))
                     continue
@@ -164,7 +164,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                 config = _config(subject, entry, suite.name)
                 state = on_main(partial(_state, path, config, options.seed))
                 if state != "there":
-                    if state == "other":  # no report must take it for this one's, should the measure fail
+                    if state == "other":  # if the measure fails, a report must not take the old record for this one
                         on_main(partial(path.replace, path.with_suffix(".json.old")))
                     problem = _measure(subject, entry, path, config, options)
                     if problem is not None:
@@ -172,7 +172,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                     elif state == "other":
                         again.append(f"{name}, {entry.name}")
                 progress.advance(whole)
-            subject = None  # before the next one is loaded
+            subject = None  # free it before the next one is loaded
     if not options.quiet and rank() == 0:
         _show(console, models, suite, options.output)
     if again:
@@ -208,7 +208,7 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
     )
     work = options.output / "work" / name
     subject = Subject(model, tokenizer, name, source, work, options.seed, options.batch_size, bar=bar)
-    # Another model of the same name must not find this one's answers.
+    # Another model of the same name must not reuse this one's answers.
     subject.folder = work / subject.identity["model"]
     return subject
 
@@ -232,8 +232,8 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
 
 
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
-    """``"there"``: the record of exactly this; ``"other"``: one of something else, or damaged; ``"missing"``: none, or
-    one that is unfinished."""
+    """``"there"``: the record matches; ``"other"``: it was made with something else, or is damaged; ``"missing"``:
+    there is none, or an unfinished one."""
     from plot_align.records import read_record
     from plot_align.results import EVALUATION
 
@@ -253,7 +253,7 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
 
 
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
-    """Measure and write the record; what went wrong, where something did: the other measures go on."""
+    """Measure and write the record. Returns what went wrong, if anything did, so that the other measures go on."""
     from plot_align.parallel import OutOfStep, everywhere, on_main, rank
     from plot_align.records import write_record
     from plot_align.results import EVALUATION
@@ -267,7 +267,7 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
         raise
     except PlotAlignError as error:
         return f"failed: {error}"
-    except Exception as error:  # of a library, in one of many measures: the others must not be lost to it
+    except Exception as error:  # an error of a library must not stop the other measures
         if rank() == 0:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text(traceback.format_exc(), encoding="utf-8")

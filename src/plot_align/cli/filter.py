@@ -21,7 +21,7 @@ def make_parser() -> Parser:
         "`plot-align dpo --dataset_name FILE`.",
         "  plot-align filter pairs.jsonl --model Qwen/Qwen3-0.6B --share 0.05",
     )
-    parser.usage = "plot-align filter DATA --model MODEL [options]"  # argparse's own takes a third of the screen
+    parser.usage = "plot-align filter DATA --model MODEL [options]"  # argparse's own usage takes a third of the screen
     parser.add_argument("data", metavar="DATA", help="hub id, or a .jsonl/.json/.csv/.parquet file, also .gz")
     parser.add_argument("--model", required=True, help="hub id or folder of the model to tune")
     parser.add_argument("--preference", metavar="FILE", help="from `plot-align estimate` (default: these pairs)")
@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _check(options: Any) -> None:
-    """Checks that must not wait until the scores are there."""
+    """Check before the scoring, which takes long."""
     from plot_align.methods import filter as filtering
 
     if not 0 < options.share <= 1:

@@ -1,4 +1,4 @@
-"""Start several processes as ``trl`` does: through ``accelerate launch``, with its options."""
+"""Start several processes like ``trl``: through ``accelerate launch``, with its options."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any
 
 from plot_align.errors import InputError, PlotAlignError, RunError, first_line
 
-_LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set for the processes that accelerate starts, so that they do not start others
+_LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
 _DECIDED_HERE = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}  # options of accelerate
 
 
 @dataclass
 class Launch:
-    """What accelerate's launcher is told: options of the YAML file and of the command line."""
+    """Options for accelerate's launcher, from the YAML file and the command line."""
 
     config: dict[str, Any]
     flags: list[str]
 
     def arguments(self) -> list[str]:
-        """As arguments of ``accelerate launch``; the command line comes last and so wins."""
+        """Arguments of ``accelerate launch``; the command line comes last and so wins."""
         if not self.config and not self.flags:
             return []
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -53,12 +53,12 @@ def is_launched() -> bool:
 
 
 def launched_by_us() -> bool:
-    """Whether this process got the arguments as the user gave them, launcher options included."""
+    """Whether this process got all arguments of the user, including those for the launcher."""
     return _LAUNCHED in os.environ
 
 
 def launches_by_default() -> bool:
-    """As ``trl``: with several GPUs, or where the user ran ``accelerate config``, the launcher decides."""
+    """Like ``trl``, with several GPUs or after ``accelerate config``, whose file then decides."""
     import torch
     from accelerate.commands.config import default_config_file
 
@@ -77,13 +77,13 @@ def with_processes(command: str, num_processes: int | None, arguments: list[str]
     """Run ``plot-align command`` in ``num_processes`` processes, for commands that parse their options themselves.
 
     Args:
-        num_processes: as the user gave it. arguments: all of the command's, ``--num_processes`` among them.
+        num_processes: as the user gave it. arguments: all of the command's, including ``--num_processes``.
 
     Returns:
-        The exit code; None where this process is to do the work itself, being one of them or the only one.
+        The exit code; None if this process should do the work, as one of several or the only one.
 
     Raises:
-        InputError: not a number of processes this machine can start. RunError, InputError: what stopped a process.
+        InputError: this machine cannot start so many processes. RunError, InputError: what stopped a process.
     """
     if num_processes is not None and num_processes < 1:
         raise InputError(f"--num_processes is {num_processes}, expected 1 or more; correct it")
@@ -131,15 +131,16 @@ def launch(
     use_cpu: bool = False,
     output_dir: str | None = None,
 ) -> int:
-    """Run ``accelerate launch ... -m plot_align.cli``: on all accelerators, or without any on the CPU with gloo.
+    """Run ``accelerate launch ... -m plot_align.cli`` on all accelerators, or on the CPU with gloo if there are none.
 
     Args:
-        use_cpu: the processes are to leave accelerators alone.
-        output_dir: where checkpoints go, so that the error of a process that was killed can name the last one.
+        use_cpu: do not use accelerators.
+        output_dir: of checkpoints, so that the error of a killed process can name the last one.
 
     Raises:
-        InputError: options that accelerate refuses, more processes than accelerators; or wrong input in a process.
-        RunError: a process failed or was killed; the first one is named, with what it said.
+        InputError: accelerate refuses the options, there are more processes than accelerators, or a process got wrong
+            input.
+        RunError: a process failed or was killed; the message names the first one and its reason.
     """
     import torch
     from accelerate.commands.launch import launch_command
@@ -151,8 +152,8 @@ def launch(
     before = dict(os.environ)
     os.environ[_LAUNCHED] = "1"
     if use_cpu:
-        # Without it each process would train alone: accelerate joins processes on the CPU only where it is told to.
-        options.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"  # its own --cpu starts one process only
+        # Otherwise each process would train alone: accelerate joins processes on the CPU only when told to.
+        options.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"  # its own --cpu starts only one process
     try:
         with _quiet_launchers():
             launch_command(options)
@@ -160,7 +161,7 @@ def launch(
         return error.returncode
     except ValueError as error:
         raise InputError(f"accelerate launch refused its options: {first_line(error)}") from error
-    except ImportError as error:  # of the engine
+    except ImportError as error:  # a package of FSDP's or DeepSpeed's
         raise InputError(f"accelerate launch lacks a package: {first_line(error)}") from error
     except Exception as error:
         failures = getattr(error, "failures", None)  # torch.distributed.elastic's ChildFailedError
@@ -176,18 +177,19 @@ def launch(
 
 
 def tell_launcher(message: str) -> bool:
-    """Leave the error of this process to :func:`launch`, which says it once for all; False: nobody listens."""
+    """Hand this process's error to :func:`launch`, which prints one for all processes. False if there is no launcher
+    of ours."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if _LAUNCHED not in os.environ or not path:
         return False
-    now = time.time()  # torch elastic reads whole seconds, too few to tell the first error from those it caused
+    now = time.time()  # torch elastic reads whole seconds, too coarse to find the first error
     content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
     Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
     return True
 
 
 def _choose_devices(options: Any, use_cpu: bool) -> None:
-    """Fill in what accelerate would ask for or guess: its ``--multi_gpu`` starts processes on the CPU too."""
+    """Fill in what accelerate would ask for or guess; ``multi_gpu`` starts several processes on the CPU too."""
     import torch
     from accelerate.commands.config import default_config_file
 
@@ -219,11 +221,11 @@ def _choose_devices(options: Any, use_cpu: bool) -> None:
 
 
 def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignError:
-    """One sentence for the process that stopped the others, whose own ends mostly follow from its."""
+    """One sentence about the process that failed first; the others mostly stopped because of it."""
 
     def order(item: tuple[int, Any]) -> tuple[bool, bool, float, int]:
         rank, failure = item
-        ended = -failure.exitcode == signal.SIGTERM  # by the launcher, after another
+        ended = -failure.exitcode == signal.SIGTERM  # killed by the launcher after another process failed
         reported = failure.message if isinstance(failure.message, Mapping) else {}
         when = float(reported.get("extraInfo", {}).get("time", failure.timestamp + 1))
         return ended, failure.exitcode >= 0, when, rank
@@ -244,7 +246,7 @@ def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignErr
 def _how_to_resume(output_dir: str | None) -> str:
     if output_dir is None:
         return "run the command again"
-    # The Trainer writes this file last: a checkpoint without it was cut off.
+    # The Trainer writes this file last, so a checkpoint without it is incomplete.
     complete = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
     if not complete:
         return f"{output_dir} holds no checkpoint yet: run the command again, with a smaller --save_steps"
@@ -254,7 +256,7 @@ def _how_to_resume(output_dir: str | None) -> str:
 
 @contextmanager
 def _quiet_launchers() -> Iterator[None]:
-    """Without torch elastic's account of every process it stops; its warnings say what :func:`_reason` says."""
+    """Silence torch elastic's report on every process it stops; :func:`_reason` says the same in one sentence."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.distributed.run")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

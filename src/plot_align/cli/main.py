@@ -1,4 +1,4 @@
-"""``plot-align``: runs the subcommand, and reports its errors to the user."""
+"""``plot-align``: run the subcommand, and report its errors to the user."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("interrupted before it was done", 130, debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed the pipe, e.g. `| head`
         return 1
     except PlotAlignError as error:
         return _report(str(error), error.exit_code, debug)

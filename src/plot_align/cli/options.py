@@ -1,7 +1,7 @@
 """The options of ``plot-align dpo``, ``sft`` and ``pro``: TRL's dataclasses and ours, read by TRL's parser.
 
-A YAML file written for ``trl dpo`` works unchanged. Unlike TRL, an unknown option is refused and the nearest right one
-named, and abbreviations are not guessed.
+A YAML file written for ``trl dpo`` works unchanged. Unlike in TRL, an unknown option is an error that names the
+nearest known one, and abbreviations are not expanded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from plot_align.errors import InputError, did_you_mean, first_line
 
 @dataclass
 class PlotOptions(PlotConfig):
-    """The options of PlotConfig itself. HfArgumentParser makes no flag of a field without ``init``."""
+    """The options of PlotConfig itself. HfArgumentParser ignores fields without ``init``."""
 
     ablations: PlotAblations = field(default_factory=PlotAblations, init=False)
 
     def join(self, ablations: PlotAblations) -> PlotConfig:
-        """These options and the ablations, which have flags of their own, as one PlotConfig."""
+        """These options and the ablations, which have separate flags, as one PlotConfig."""
         own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
         return PlotConfig(**own, ablations=ablations)
 
@@ -93,7 +93,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
                 raise InputError(f"unknown option {str(key)!r} in {config_path}; {advice}")
     parser.set_defaults_with_config(**config)
 
-    # Unknown flags first: else the error would be about the value that the misspelt one was to give.
+    # Unknown flags first: otherwise the error would be about the missing value.
     _, unknown = parser.parse_known_args(flags)
     _check_launch_flags(parser, unknown)
     try:
@@ -145,7 +145,7 @@ def _check_mixture(datasets: Any, config_path: str | None) -> None:
 
 
 def without_bare_debug(arguments: list[str]) -> list[str]:
-    """Drop our ``--debug``: the option of that name in transformers always has a value."""
+    """Drop our ``--debug``; the option of that name in transformers always has a value."""
     following = [*arguments[1:], "--"]
     return [
         argument

@@ -1,4 +1,4 @@
-"""The parser of a subcommand: raises instead of exiting. Options that several commands have stand here once."""
+"""The parser of a subcommand, which raises instead of exiting, and options that several commands have."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: an unknown option (the nearest known one is named), a missing or a malformed value.
         """
-        for argument in arguments:  # before argparse, which would first miss the option that was misspelt
+        for argument in arguments:  # before argparse, which would first report the correct option as missing
             name = argument.partition("=")[0]
             if name == "--":
                 break

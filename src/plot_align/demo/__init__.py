@@ -1,1 +1,1 @@
-"""The demonstration: one real model tuned with DPO, DPO+SFT and DPO+PLOT on pairs of our own, judged, on one page."""
+"""The demonstration: tune one real model with DPO, DPO+SFT and DPO+PLOT on our own pairs, and compare on one page."""

@@ -23,10 +23,10 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def pairs(split: Split = "train") -> Dataset:
-    """Preference pairs in TRL's conversational format with an explicit prompt, one a request.
+    """Preference pairs in TRL's conversational format with an explicit prompt, one per request.
 
     Columns ``prompt``, ``chosen``, ``rejected``, each a list of one message, and ``kind``: harmful, benign, ordinary.
-    A refusal is chosen where the request is harmful, a helpful answer where it is not.
+    For harmful requests a refusal is chosen, otherwise a helpful answer.
 
     Raises:
         InputError: there is no such split.

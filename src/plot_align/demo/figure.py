@@ -1,4 +1,4 @@
-"""The demonstration's figure: what each arm gains against attacks, and what it pays in refused harmless requests."""
+"""The demonstration's figure: each arm's success of attacks against its refusals of harmless requests."""
 
 from __future__ import annotations
 

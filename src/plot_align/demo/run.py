@@ -1,4 +1,4 @@
-"""The demonstration from the model to the page. Every stage goes on where an earlier run of it stopped."""
+"""The demonstration from the model to the page. Every stage resumes where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from plot_align.preference.dialogues import as_conversations
 from plot_align.records import mean_of, write_record
 
 BASE = "base"
-LENGTH = 96  # tokens of a sequence whose step is timed, about those of our pairs
+LENGTH = 96  # tokens of a sequence in the timed steps, about as in our pairs
 NEW_TOKENS = 32  # of an answer: enough to see whether it refuses
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done, and about how long each stage takes (seconds on two cores), to tell the time left.
+    """How much to do, and about how long each stage takes (seconds on two cores), to estimate the time left.
 
     Args:
         steps: of training an arm. harmful, benign: held-out requests that every model answers. pairs: held-out pairs.
-        attacked: harmful requests that are attacked. prefill: tokens of the target that an answer is begun with.
-        samples: best of how many. rounds: of the cost measurement.
+        attacked: harmful requests to attack. prefill: tokens of the target that begin an answer. samples: N of best of
+        N. rounds: of the cost measurement.
     """
 
     steps: int
@@ -59,7 +59,7 @@ class Size:
 
 FULL = Size(16, 30, 30, 40, 8, 4, 4, 2, {"model": 5, "train": 80, "evaluate": 120, "attack": 32, "cost": 28})
 QUICK = Size(5, 10, 10, 12, 4, 2, 2, 0, {"model": 5, "train": 34, "evaluate": 50, "attack": 14, "cost": 0})
-FLOAT32_STEPS = 0.25  # of the steps where bfloat16 is no faster than float32, which takes five times as long a step
+FLOAT32_STEPS = 0.25  # of the steps, if bfloat16 is no faster than float32, whose steps take five times as long
 
 
 def main(
@@ -70,20 +70,20 @@ def main(
     dataset: str | None = None,
     seed: int = 0,
 ) -> int:
-    """Runs the demonstration; what is finished under ``output`` is not done again.
+    """Run the demonstration; finished parts under ``output`` are reused.
 
     Args:
         quick: fewer steps and requests.
         output: folder of models, records and the page.
         model: hub id or folder of a chat model in place of SmolLM2-135M-Instruct.
-        dataset: pairs to train on in place of our own: a file or a hub id.
+        dataset: pairs to train on instead of our own: a file or a hub id.
         seed: of the order of the pairs, the samples and the intervals.
 
     Returns:
-        The exit code: 1 where a measure failed.
+        The exit code: 1 if a measure failed.
 
     Raises:
-        InputError: ``output`` holds a demonstration with other options.
+        InputError: ``output`` holds a demonstration made with other options.
     """
     require_packages("demo", "matplotlib", "jinja2", extra="demo")  # for the page and the figure, made last
     require_writable(output)
@@ -140,7 +140,7 @@ def main(
 
 
 class _Clock:
-    """Announces each stage with the time left: nominal times, scaled by how this machine kept to them so far."""
+    """Announces each stage with the time left: nominal times, scaled by this machine's pace so far."""
 
     def __init__(self, console: Console, size: Size) -> None:
         self.console = console
@@ -148,16 +148,16 @@ class _Clock:
         self.ahead = [per["model"], *[per["train"]] * len(ARMS), per["evaluate"], *[per["attack"]] * (len(ARMS) + 1)]
         self.ahead.append(per["cost"])
         self.started = time.monotonic()
-        self.nominal = 0.0  # of the stages that are behind, and took time
+        self.nominal = 0.0  # of the finished stages that took time
         self.spent = 0.0
         self.current: float | None = None
-        self.paces = False  # whether the stage at hand tells how fast the machine is
+        self.paces = False  # whether the current stage measures the machine's speed
         self.at = self.started
 
     def begin(self, what: str, kind: str | None) -> None:
         now = time.monotonic()
         if self.current:
-            # A stage that an earlier run had finished says nothing about the machine, nor does the network.
+            # A stage that an earlier run finished does not measure the machine, nor does a download.
             if now - self.at > 0.1 * self.current and self.paces:
                 self.nominal += self.current
                 self.spent += now - self.at
@@ -180,7 +180,7 @@ def _minutes(seconds: float) -> str:
 
 @contextmanager
 def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar; what it yields sets how much is done."""
+    """Show a bar; yields a function that sets how much is done."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
@@ -191,7 +191,7 @@ def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[i
 
 
 def _command(name: str, arguments: list[str], console: Console) -> int:
-    """Runs a command as a user would, in this process, and shows how to run it again."""
+    """Run a command in this process as a user would, and show how to run it again."""
     from plot_align.cli.main import dispatch
 
     console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", markup=False, soft_wrap=True)
@@ -228,7 +228,7 @@ def _preference(pairs: Any, model: Path, path: Path, max_length: int) -> Any:
 
 @dataclass(frozen=True)
 class _Files:
-    """The held-out requests and pairs as the commands read them, for a user to look at and to replace."""
+    """The held-out requests and pairs as files for the commands, which a user can look at and replace."""
 
     folder: Path
 
@@ -259,13 +259,13 @@ class _Files:
 
 
 def _evenly(rows: list[Any], count: int) -> list[Any]:
-    """``count`` rows, evenly spread: the file goes by kind and topic."""
+    """``count`` rows, evenly spread, because the file is sorted by kind and topic."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def _suite(folder: Path, size: Size) -> dict[str, Any]:
-    """What the demo measures, in the form that ``plot-align evaluate --suite`` reads."""
+    """The demo's measures, as a suite for ``plot-align evaluate --suite``."""
     answers = {"max_new_tokens": NEW_TOKENS}
     prompts = {"prompts": f"{folder}/prompts.jsonl", **answers}
     pairs = {"pairs": f"{folder}/heldout.jsonl", "limit": size.pairs}
@@ -310,7 +310,7 @@ def _redteam_arguments(name: str, source: Path, files: _Files, output: Path, dty
 
 
 def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset: str | None) -> None:
-    """That what stands in ``output`` was made with the same options and versions, or nothing stands there."""
+    """Check that ``output`` is empty or was made with the same options and versions."""
     import importlib.metadata
 
     shipped = resources.files("plot_align.demo")
@@ -345,9 +345,10 @@ def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset:
 
 
 def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds: int) -> dict[str, Any]:
-    """DPO steps with PLOT over steps without, same kernel, as often balancing α as in training: mean, ends, n rounds.
+    """Ratio of DPO steps with PLOT to steps without, same kernel, balancing α as often as in training: mean, range,
+    rounds.
 
-    For more rounds, TRL itself beside, and a profile: ``plot-align bench``.
+    ``plot-align bench`` has more rounds, a comparison with TRL itself, and a profile.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""The demonstration's table: a few of its measures, every arm a column, as the README shows it."""
+"""The demonstration's table in the README: a few measures, one column per arm."""
 
 from __future__ import annotations
 

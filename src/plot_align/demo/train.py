@@ -39,10 +39,10 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What all arms share.
+    """Settings common to all arms.
 
     Args:
-        steps: optimiser steps. pairs: of preferences, a step. learning_rate: of AdamW, falling linearly to 0.
+        steps: optimiser steps. pairs: per step. learning_rate: of AdamW, falling linearly to 0.
         beta: of DPO. max_length: tokens of prompt and answer.
         bf16: autocast to bfloat16 over float32 weights. seed: of the order of the pairs.
     """
@@ -57,14 +57,14 @@ class Setting:
 
 
 def on_cpu() -> bool:
-    """Whether there is no GPU, which TRL wants to be told before it takes bfloat16."""
+    """Whether there is no GPU; TRL must be told so before it accepts bfloat16."""
     import torch
 
     return not torch.cuda.is_available()
 
 
 def fast_bf16() -> bool:
-    """Whether this machine multiplies in bfloat16 faster than in float32: a GPU that can, or AVX512-BF16 or AMX."""
+    """Whether this machine multiplies faster in bfloat16 than in float32: a capable GPU, AVX512-BF16 or AMX."""
     import torch
 
     if not on_cpu():
@@ -76,7 +76,7 @@ def fast_bf16() -> bool:
 
 
 def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Path) -> Any:
-    """TRL's ``DPOTrainer`` of an arm, the PLOT term not attached yet."""
+    """TRL's ``DPOTrainer`` for an arm, before the PLOT term is attached."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,8 +93,8 @@ def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Pa
         bf16=setting.bf16,
         use_cpu=on_cpu(),
         seed=setting.seed,
-        gradient_checkpointing=False,  # this model fits; recomputing would cost a third of the time
-        save_steps=max(1, -(-setting.steps // 2)),  # once on the way: one is 2 GB
+        gradient_checkpointing=False,  # this model fits in memory; recomputing would cost a third of the time
+        save_steps=max(1, -(-setting.steps // 2)),  # only one checkpoint on the way, because it is 2 GB
         save_total_limit=1,
         logging_steps=1,
         report_to="none",
@@ -118,22 +118,22 @@ def train(
     folder: Path,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains an arm and saves it to ``folder``, with a record beside the weights; goes on from its last checkpoint.
+    """Train an arm and save it to ``folder``, with a record beside the weights; resumes from its last checkpoint.
 
     Args:
         model: checkpoint folder to start from, also the reference.
         pairs: rows of ``prompt``, ``chosen`` and ``rejected``, as TRL takes them.
         preference: token counts of those pairs.
-        folder: of the tuned model; what stands there with a record is finished.
+        folder: of the tuned model; it is finished if it has a record.
         on_step: called with the number of finished steps.
 
-    Arms without PLOT run on the same head kernel as the arm with it, so that their times compare.
+    Arms without PLOT use the same head kernel as the arm with it, so that their times are comparable.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
     if (folder / RECORD).exists():
-        _drop_checkpoints(folder)  # killed before it came to that
+        _drop_checkpoints(folder)  # killed before that
         on_step(setting.steps)
         return
 
@@ -141,7 +141,7 @@ def train(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             on_step(state.global_step)
             if state.global_step >= setting.steps:
-                control.should_save = False  # the model is saved as a whole below; a last checkpoint is four times it
+                control.should_save = False  # the model is saved below; a last checkpoint would be four times as large
 
     trainer = make_trainer(arm, setting, model, pairs, folder)
     kernel: AbstractContextManager[None] = nullcontext()
@@ -179,13 +179,13 @@ def _drop_checkpoints(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written whole; the trainer's state is its last file."""
+    """The newest complete checkpoint in ``folder``; the trainer's state is the last file to be written."""
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def quiet() -> None:
-    """The libraries' progress bars and notices would drown the demo's own."""
+    """Silence the libraries' progress bars and notices, which would drown the demo's own."""
     import datasets
     import transformers
 

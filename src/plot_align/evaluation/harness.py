@@ -109,8 +109,7 @@ class LMEval:
             _chosen(self.metric, [key for keys in known for key in keys or ()], self.task)
         if self.num_fewshot and all(config.get("num_fewshot") == 0 for config in configs):
             raise InputError(
-                f"num_fewshot is {self.num_fewshot}, but {self.task} takes no examples, whatever is asked for; leave "
-                "num_fewshot out"
+                f"num_fewshot is {self.num_fewshot}, but {self.task} takes no examples; leave num_fewshot out"
             )
         if self.gen_kwargs and all(output_type(config) != "generate_until" for config in configs):
             raise InputError(f"gen_kwargs came for {self.task}, which generates nothing; leave gen_kwargs out")

@@ -1,4 +1,4 @@
-"""What a chat model answers, and how likely it finds an answer: everything goes through its chat template."""
+"""What a chat model answers, and how likely it finds an answer. Everything goes through its chat template."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A chat model needs a chat template.
+    """Check that there is a chat template.
 
     Raises:
         InputError: the tokenizer has none.
     """
     if not tokenizer.chat_template:
         raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so nobody knows how to ask it; "
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
             "name a chat model, or save one with tokenizer.chat_template set"
         )
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no gradients; the model is left in the mode it was in."""
+    """Evaluation mode and no gradients; restores the model's mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -43,7 +43,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Each prompt as the one user turn of a conversation, up to where the answer begins."""
+    """Token ids of each prompt as the only user turn of a conversation, up to where the answer begins."""
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=True, return_dict=False)
 
@@ -56,10 +56,9 @@ def generate(
     max_new_tokens: int = 56,
     batch_size: int = 256,
 ) -> list[str]:
-    """The model's greedy answer to each prompt, asked through the chat template, without special tokens.
+    """The model's greedy answer to each prompt, through the chat template, without special tokens.
 
-    Prompts of similar length share a batch (left-padded); the answers come in the order of ``prompts``. The model is
-    left in the mode it was in.
+    Prompts of similar length form a batch (left-padded); the answers come in the order of ``prompts``.
 
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one, or the tokenizer has no chat template.
@@ -84,10 +83,10 @@ def continue_rows(
     """What the model writes after each row of token ids, without special tokens.
 
     Args:
-        rows: token ids, one list a prompt.
+        rows: token ids, one list per prompt.
         temperature: 0 decodes greedily, anything above samples. top_p: of the sampling.
-        seed: of the sampling; the caller's random state is left as it was.
-        advance: called with how many more rows are answered.
+        seed: of the sampling; the global random state is not changed.
+        advance: called with the number of newly answered rows.
 
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one.
@@ -107,12 +106,12 @@ def continue_rows(
 
 
 class Start(NamedTuple):
-    """What a model goes on from.
+    """What a model continues.
 
     Attributes:
-        ids: token ids of the prompt, and of the answer as far as it is begun.
-        begun: how many of them, the last ones, belong to the answer; the text that comes back starts with theirs.
-        seed: of this row's own sampling; None where its batch has one.
+        ids: token ids of the prompt and of a begun answer.
+        begun: how many of the last ids belong to the answer; the returned text starts with theirs.
+        seed: of this row's sampling; None to use the batch's.
     """
 
     ids: Sequence[int]
@@ -132,17 +131,17 @@ def continue_each(
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Iterator[list[str]]:
-    """:func:`continue_rows` of each part, none of which shares a batch with another.
+    """:func:`continue_rows` for each part; parts have separate batches.
 
-    Several processes share the batches (:func:`~parallel.each`). Where they sample, each has its own seed, or
-    each row has (:attr:`Start.seed`): its draws are then the same in any batch, as far as rounding is.
+    The batches are divided among processes (:func:`~parallel.each`). When sampling, each batch has its own seed, or
+    each row (:attr:`Start.seed`), whose draws are then the same in any batch, up to rounding.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is {value}, but must be at least 1: pass a positive number.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    plans = []  # a part: its rows, and their indices batch by batch
+    plans = []  # per part: its rows, and their indices batch by batch
     for rows in parts:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         plans.append((rows, [order[start : start + batch_size] for start in range(0, len(order), batch_size)]))
@@ -169,14 +168,14 @@ def _continued(
     sampling: dict[str, float],
     job: tuple[list[Start], int],
 ) -> list[str]:
-    """What comes after the rows of one batch: the rows, seed of the sampling."""
+    """Continue one batch. job: its rows, and the seed of the sampling."""
     rows, seed = job
     ids, mask = _padded_left([row.ids for row in rows], pad)  # (B, T) each
     seeds = [row.seed for row in rows if row.seed is not None] if sampling else []
     how: dict[str, Any] = {"do_sample": True, **sampling} if sampling and not seeds else {"do_sample": False}
     if seeds:
         how["logits_processor"] = [_OwnDraws(seeds, sampling["temperature"], sampling["top_p"])]
-    # A chat model may end its turn with a token of its own, which its generation config lists beside EOS.
+    # A chat model may end its turn with a special token, which its generation config lists beside EOS.
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
@@ -195,19 +194,19 @@ def _continued(
         if row.begun:
             begun = tokenizer.decode(row.ids[len(row.ids) - row.begun :], skip_special_tokens=True)
             whole = tokenizer.decode(out[r, ids.size(1) - row.begun :], skip_special_tokens=True)
-            # Decoded together they keep the space between them; apart only where a character is cut in two.
+            # Decode both together to keep the space between them, unless a character is split between them.
             texts[r] = whole if whole.startswith(begun) else begun + texts[r]
     return texts
 
 
 class _OwnDraws:
-    """Makes of a greedy choice a sample: every token but the drawn one is ruled out.
+    """Turns a greedy choice into a sample by ruling out every token but the drawn one.
 
-    A row's draws come from its own generator, one number in [0, 1) a token, the same on every device; the token is the
-    first one whose cumulative probability exceeds it.
+    Each row has its own generator, which gives one number in [0, 1) per token, the same on every device. The token is
+    the first one whose cumulative probability exceeds that number.
 
     Args:
-        seeds: one a row.
+        seeds: one per row.
         temperature, top_p: of the sampling.
     """
 
@@ -223,7 +222,7 @@ class _OwnDraws:
         draws = [torch.rand(1, generator=generator, dtype=torch.float64) for generator in self._generators]
         device = "cpu" if scores.device.type == "mps" else scores.device  # MPS has no float64
         logits = scores.to(device, torch.float64)  # (B, V)
-        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature  # no overflow, however cold
+        logits = (logits - logits.amax(-1, keepdim=True)) / self._temperature  # no overflow at low temperatures
         if self._nucleus is not None:
             logits = self._nucleus(input_ids, logits)
         upto = logits.softmax(-1).cumsum(-1)  # (B, V)
@@ -243,7 +242,7 @@ def _padded_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
 
 
 def _batch_seed(seed: int, number: int) -> int:
-    """The first batch has the seed itself; the others must not depend on which were drawn before, or where."""
+    """The first batch uses the seed itself. The others must not depend on which were drawn before, or where."""
     if number == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
@@ -257,7 +256,7 @@ def completion_logps(
     *,
     batch_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each answer given its prompt, its EOS included.
+    """Log-probability of each answer, including EOS, given its prompt.
 
     Returns:
         (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
@@ -273,10 +272,10 @@ def completion_logps(
 def tail_logps(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of what stands in each row from ``starts`` on, given what stands before.
+    """Log-probability of each row's tokens from ``starts`` on, given those before.
 
     Args:
-        rows: token ids, one list a text. starts: index of the first token that is scored, 1 or more.
+        rows: token ids, one list per text. starts: index of the first scored token, 1 or more.
 
     Returns:
         (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
@@ -292,7 +291,7 @@ def tail_logps(
 
 
 def _scored(model: PreTrainedModel, job: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Sums (B,) float64 over one batch: ids, attention mask and what is scored, (B, T) each."""
+    """Sums (B,) float64 for one batch. job: ids, attention mask and which tokens are scored, (B, T) each."""
     ids, mask, scored = job
     with evaluating(model):
         ids, mask = ids.to(model.device), mask.to(model.device)

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible chat endpoint, asked with the client of ``openai``, that gives up with one sentence.
+"""An OpenAI-compatible chat endpoint, through the client of ``openai``; errors are one sentence.
 
-The client retries what passes (time-outs, lost connections, 408, 409, 429, 5xx), but takes any page with status 200
-for an answer. Here an HTML page of a proxy, JSON without choices and an empty answer become a 502, which it retries.
+The client retries temporary failures (time-outs, lost connections, 408, 409, 429, 5xx), but accepts any page with
+status 200. Here a proxy's HTML page, JSON without choices, or an empty answer become a 502, which it retries.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from plot_align.errors import InputError, RunError, require_packages
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
 
-NO_KEY = "none"  # what a local server that asks for no key is sent
+NO_KEY = "none"  # sent to a local server that needs no key
 _PASSING = {408, 409, 429}
-_NONSENSE = "plot_align_nonsense"  # under which a response keeps what was wrong with it
+_NONSENSE = "plot_align_nonsense"  # key in a response's extensions that holds what was wrong with it
 
 
 class EndpointError(RunError):
@@ -31,7 +31,7 @@ class EndpointError(RunError):
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer; the token counts are the server's own, 0 where it tells none."""
+    """One answer; the token counts are the server's, 0 if it reports none."""
 
     text: str
     prompt_tokens: int
@@ -40,7 +40,7 @@ class Reply:
 
 @dataclass
 class Usage:
-    """What an endpoint was asked over its life; ``requests`` counts every try, tokens only those of answers."""
+    """Use of an endpoint so far; ``requests`` counts every try, the tokens only those with an answer."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -49,17 +49,17 @@ class Usage:
 
 @dataclass
 class Endpoint:
-    """An OpenAI-compatible chat endpoint, e.g. ``http://localhost:8000/v1`` of a local server. Threads may share it.
+    """An OpenAI-compatible chat endpoint, e.g. ``http://localhost:8000/v1`` of a local server. Thread-safe.
 
     Args:
         base_url: up to and without ``/chat/completions``.
         model: the model's name as the server knows it.
-        key_variable: the environment variable that holds the key. The key comes from there only, and is neither
-            written anywhere nor part of a message. Where the variable is unset or empty, ``"none"`` is sent: many
-            local servers need no key, and the others answer 401.
+        key_variable: the environment variable that holds the key. The key comes only from there and is never written
+            or shown. If the variable is unset or empty, ``"none"`` is sent: many local servers need no key, and the
+            others answer 401.
         timeout: seconds without a sign of life until a request counts as failed.
-        retries: how often the client tries again. Its waits double from 0.5 s up to 8 s; it heeds a ``Retry-After`` of
-            up to two minutes.
+        retries: how often the client tries again. Its waits double from 0.5 s up to 8 s; it respects a ``Retry-After``
+            of up to two minutes.
 
     Raises:
         InputError: an argument is out of range, or the package ``openai`` is missing (on first use).
@@ -88,7 +88,7 @@ class Endpoint:
 
     @property
     def label(self) -> str:
-        """Model and address as they stand in messages: without user, password and query."""
+        """Model and address for messages, without user, password and query."""
         parts = urlsplit(self.base_url)
         address = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
         return f"{self.model} at {parts.scheme}://{address}{parts.path}"
@@ -107,7 +107,7 @@ class Endpoint:
         Args:
             messages: ``{"role": …, "content": …}`` each.
             temperature, top_p: of the sampling. max_tokens: the answer's longest length.
-            seed: of the sampling; not every server heeds it.
+            seed: of the sampling; some servers ignore it.
 
         Raises:
             EndpointError: the server refuses (401, 403, 404 and other errors of the request: at once), or every try
@@ -116,7 +116,7 @@ class Endpoint:
         """
         options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         if seed is not None:
-            options["seed"] = seed  # not sent otherwise: some servers do not know it
+            options["seed"] = seed  # otherwise not sent: some servers do not know it
         with self._lock:
             client = self._client
         import openai
@@ -171,7 +171,7 @@ class Endpoint:
         return os.environ.get(self.key_variable) or NO_KEY
 
     def _redacted(self, text: str) -> str:
-        """On one line, cut short, and without the key, which some servers send back."""
+        """``text`` on one line, shortened, and without the key, which some servers send back."""
         key = self._key()
         text = " ".join(text.split())
         return (text if key == NO_KEY else text.replace(key, "…"))[:300]
@@ -189,12 +189,12 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is no number
+    except ValueError:  # the port is not a number
         return False
 
 
 def _check(response: Any) -> None:
-    """Makes a bad gateway of a success without an answer, which the client then retries."""
+    """Turn a success without an answer into a bad gateway, which the client retries."""
     if response.is_success:
         response.read()
         try:
@@ -204,7 +204,7 @@ def _check(response: Any) -> None:
 
 
 def _read(body: str) -> Reply:
-    """The answer in a response's body. Raises ValueError where there is none."""
+    """The answer in a response's body. Raises ValueError if there is none."""
     try:
         found = json.loads(body)
     except ValueError:

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """What decides an answer besides the question: weights and settings, tokenizer, chat template, dtype.
+    """Everything but the question that decides an answer: weights and settings, tokenizer, chat template, dtype.
 
-    The weights as a digest of the shape and a sample of every parameter, of the configuration and of the generation
-    configuration: folders may share a name.
+    Weights are identified by a digest of every parameter's shape and a sample of it, and of the configurations, not by
+    name: folders may have the same name.
     """
     digest = hashlib.sha256()
     for config in (model.config, model.generation_config):
         settings = {} if config is None else config.to_dict()
-        # Where it lies, and with which version it was saved, change no answer.
+        # Its path, and the version that saved it, change no answer.
         plain = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
         digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _tokenization(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How text becomes tokens; without padding and truncation, which every call sets anew."""
+    """How text becomes tokens, without padding and truncation, which every call sets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     whole = {"vocabulary": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
     return json.dumps({k: v for k, v in whole.items() if k not in ("padding", "truncation")}, sort_keys=True)

@@ -1,6 +1,6 @@
-"""How likely a model finds given completions, and its mean output distribution over them, in bounded memory.
+"""Score given completions: their log-probabilities and the model's mean output distribution, in bounded memory.
 
-A sequence comes as the trainer's collator would hand it to the model (:class:`~estimation.ScoredSequence`).
+Sequences are those that the trainer's collator would give the model (:class:`~estimation.ScoredSequence`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _BLOCK = 1 << 26  # logits held at once by :func:`divergences`: 256 MiB of float
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of N sequences.
+    """A model's scores of N sequences.
 
     Args:
-        logps: (N,) float64, log-probability of the scored tokens in nats, 0 where none is scored.
+        logps: (N,) float64, log-probability of the scored tokens in nats, 0 if none is scored.
         tokens: (N,) int64, how many there are.
         total: (V,) float64, sum of the output distributions of all scored positions.
     """
@@ -45,12 +45,12 @@ def score(
     batch_size: int = 16,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Scores:
-    """Log-probabilities and output distribution of the scored tokens; the model is left in the mode it was in.
+    """Log-probabilities and output distribution of the scored tokens.
 
     Args:
         model: a causal language model on its device, or a PEFT wrapper of one.
-        batch_size: sequences a forward pass; sorted by length, longest first, so that a batch too large fails at once.
-        advance: called with how many sequences are done.
+        batch_size: sequences per forward pass, longest first, so that too large a batch fails at once.
+        advance: called with the number of newly scored sequences.
 
     Raises:
         RunError: a log-probability is not finite, or the device is out of memory.
@@ -62,7 +62,7 @@ def score(
     jobs = ([sequences[i] for i in batch] for batch in batches)
     for batch, (sums, marginal) in zip(batches, each(partial(_score, model), jobs), strict=True):
         logps[batch] = sums
-        total += marginal  # in the order of the batches, whoever computed them
+        total += marginal  # in the order of the batches, whichever process computed them
         advance(len(batch))
     return Scores(logps, tokens, total)
 
@@ -74,15 +74,15 @@ def _score(model: Any, batch: list[ScoredSequence]) -> tuple[Tensor, Tensor]:
     with evaluating(base):
         hidden, targets, rows = _hidden(base, batch)
         ones = torch.ones(len(targets), device=hidden.device)  # (n,)
-        swept = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
-    assert swept.marginals is not None
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, swept.log_probs.double().cpu())
+        head_output = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
+    assert head_output.marginals is not None
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, head_output.log_probs.double().cpu())
     if not bool(torch.isfinite(sums).all()):
         raise RunError(
             "the model gives a log-probability that is not finite, expected numbers; it overflows in its "
             "dtype: use bfloat16 or float32, or check its weights"
         )
-    return sums, swept.marginals[0].double().cpu()
+    return sums, head_output.marginals[0].double().cpu()
 
 
 def divergences(
@@ -96,11 +96,11 @@ def divergences(
     """``KL(p_t ‖ q_t)`` of the whole next-token distributions, averaged over each sequence's scored positions.
 
     Args:
-        model, reference: p and q, of one vocabulary.
+        model, reference: p and q, with the same vocabulary.
         sequences, batch_size, advance: as in :func:`score`.
 
     Returns:
-        (N,) float64, nats a token; NaN where nothing is scored.
+        (N,) float64, nats per token; NaN if nothing is scored.
     """
     found = torch.full((len(sequences),), torch.nan, dtype=torch.float64)  # (N,)
     batches = list(_batches(sequences, batch_size))
@@ -124,7 +124,7 @@ def _diverge(model: Any, reference: Any, batch: list[ScoredSequence]) -> Tensor:
 
 def _position_divergences(p_model: Any, hidden_p: Tensor, q_model: Any, hidden_q: Tensor) -> Iterator[Tensor]:
     """KL at every position, in blocks of rows: (block,) float64 each, on the CPU."""
-    # The heads may be padded to different widths; no token stands in the padding.
+    # The heads may be padded to different widths; padding has no tokens.
     width = min(m.get_output_embeddings().weight.size(0) for m in (p_model, q_model))
     size = max(1, _BLOCK // width)
     for start in range(0, len(hidden_p), size):
@@ -165,7 +165,7 @@ def _hidden(base: Any, batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor,
 
 def collate(batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids and attention mask (2, B, T), padded on the right; and of the n positions that predict a scored token the
-    row (n,), the column (n,) and the share in its sequence (n,)."""
+    row (n,), the column (n,) and the weight in its sequence (n,)."""
     longest = max(len(sequence.ids) for sequence in batch)
     inputs = np.zeros((2, len(batch), longest), np.int64)
     for row, sequence in enumerate(batch):

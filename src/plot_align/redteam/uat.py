@@ -51,12 +51,12 @@ class UAT(Attack):
 
         def update(step: int) -> Tensor:
             for case in range(len(current)):
-                current[case] = self.sweep(objective, current[case])
+                current[case] = self.one_pass(objective, current[case])
             return current.clone()
 
         return best_of_each(objective, start, update, self.steps, request, on_step)
 
-    def sweep(self, objective: TargetObjective, suffix: Tensor) -> Tensor:
+    def one_pass(self, objective: TargetObjective, suffix: Tensor) -> Tensor:
         """One pass over the places of a suffix (L,), left to right; its loss never rises."""
         suffix = suffix.clone()
         for place in range(len(suffix)):

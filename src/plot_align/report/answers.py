@@ -1,4 +1,4 @@
-"""What several models answered to the same requests, side by side, so that a reader sees what changed."""
+"""Answers of several models to the same requests, side by side."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from plot_align.report.observations import Observation
 from plot_align.report.tables import Entry, Table
 from plot_align.results import EVALUATION
 
-_OPEN = 12  # requests of a measure that are shown at once, the others behind a click
-_MOST = 100  # on the page; the file has all
-_LOOKS = {"helped": "good", "did not comply": "good", "refused": "bad", "complied": "bad"}  # of the judge's labels
+_OPEN = 12  # requests of a measure shown at first; the others are behind a click
+_MOST = 100  # on the page; the file has all of them
+_LOOKS = {"helped": "good", "did not comply": "good", "refused": "bad", "complied": "bad"}  # the judge's labels
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Answer:
 
     @property
     def look(self) -> str:
-        """``good`` or ``bad``; empty for a label that is neither."""
+        """``good``, ``bad``, or empty for other labels."""
         return _LOOKS.get(self.label, "")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request. ``answers``: by model, of those that were asked."""
+    """One request. ``answers``: by model."""
 
     name: str
     answers: dict[str, Answer]
 
     @property
     def prompt(self) -> str:
-        """What every model was asked; empty where an attack asked each in words of its own."""
+        """The prompt of all models; empty if an attack used a different one for each."""
         prompts = {answer.prompt for answer in self.answers.values()}
         return prompts.pop() if len(prompts) == 1 else ""
 
@@ -53,17 +53,17 @@ class Request:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The answers of two models or more to the requests of one measure.
+    """The answers of at least two models to the requests of one measure.
 
     Attributes:
         title: of the measure.
-        harmful: whether the requests are: only those of over-refusal are known not to be.
+        harmful: whether the requests are harmful: all except those of over-refusal.
         models: the marked one first.
-        marked, mark: the model that others were tuned from, ``base``; where no record names one of these, the
-            baseline. Both empty where there is neither.
-        alike: whether all were measured with the same options and seed.
-        requests: those that at least two models were asked, where labels differ first, else as they were asked.
-        alone: how many other requests there are.
+        marked, mark: the model that the others were tuned from (``base``), or the baseline if no record names one.
+            Both empty if there is neither.
+        alike: whether all models were measured with the same options and seed.
+        requests: those that at least two models answered; those with different labels come first.
+        alone: number of requests that one model answered.
     """
 
     title: str
@@ -89,12 +89,12 @@ class SideBySide:
 
     @property
     def left_out(self) -> int:
-        """How many requests are in the file alone."""
+        """How many requests are only in the file."""
         return len(self.requests[_MOST:]) + len(self.alone)
 
 
 def side_by_side(comparison: Comparison, references: Sequence[str]) -> list[SideBySide]:
-    """The measures whose records keep answers of two models or more to the same requests, the harmless ones first.
+    """The measures whose records hold answers of at least two models to the same requests, harmless requests first.
 
     Args:
         comparison: the baseline and the models.
@@ -138,7 +138,7 @@ def _answers(observation: Observation) -> dict[str, Any]:
 
 
 def answers_table(groups: list[SideBySide]) -> Table:
-    """Every answer, one a row."""
+    """Every answer, one per row."""
     rows: list[list[Entry]] = [
         [group.title, request.name, model, answer.prompt, answer.label, answer.reason, answer.text]
         for group in groups

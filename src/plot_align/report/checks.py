@@ -1,7 +1,7 @@
-"""Whether a record says what its kind says: types, ranges, and means that are the means of their items.
+"""Check a record by its kind: types, ranges, and that means are the means of their items.
 
-Each check raises ValueError, KeyError or TypeError with a short reason; :mod:`plot_align.report.observations` makes a
-sentence of it.
+Each check raises ValueError, KeyError or TypeError with a short reason; :mod:`plot_align.report.observations` turns it
+into a sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROUNDING = 1e-6  # of a mean, relative to its items
 
 
 def check_frame(content: Mapping[str, Any]) -> None:
-    """What a record of any kind has."""
+    """Check what a record of any kind has."""
     _text("kind", content["kind"])
     for name in ("config", "results", "versions", "hardware"):
         _mapping(name, content[name])
@@ -63,7 +63,7 @@ def check_evaluation(content: Mapping[str, Any]) -> None:
 
 
 def check_quantity(place: str, quantity: Any) -> None:
-    """That it is as :mod:`plot_align.results` makes them, and its value the mean of its items."""
+    """Check that it has the form of :mod:`plot_align.results`, and that its value is the mean of its items."""
     _text(f"{place}.title", _mapping(place, quantity)["title"])
     if quantity["better"] not in ("higher", "lower", None):
         raise ValueError(f"{place}.better is none of higher, lower, null")
@@ -100,7 +100,7 @@ def check_quantity(place: str, quantity: Any) -> None:
 
 
 def check_measure(place: str, entry: Any) -> None:
-    """That it is as :func:`plot_align.records.measure` makes them; NaN is for what has no observations."""
+    """Check that it has the form of :func:`plot_align.records.measure`; NaN needs n = 0."""
     value, n = _number(f"{place}.value", _mapping(place, entry)["value"]), entry["n"]
     _count(f"{place}.n", n)
     if math.isnan(value) and n:
@@ -110,7 +110,7 @@ def check_measure(place: str, entry: Any) -> None:
             low, high = _pair(f"{place}.{part}", entry[part])
             if not low <= high:
                 raise ValueError(f"{place}.{part} runs from {low} to {high}")
-            # NaN, of no observations, is within any.
+            # NaN (n = 0) is within any interval.
             if part == "interval" and (value < low - _slack(value) or value > high + _slack(value)):
                 raise ValueError(f"{place}.interval, {low} to {high}, does not hold its value {value}")
     if entry.get("error") is not None:
@@ -118,7 +118,7 @@ def check_measure(place: str, entry: Any) -> None:
 
 
 def check_details(details: Mapping[str, Any]) -> None:
-    """The part that the report shows: which tokens moved, the plan, and the answers."""
+    """Check the details that the report shows: which tokens moved, the plan, and the answers."""
     for row in details.get("moved") or ():
         _text("details.moved.token", _mapping("details.moved", row)["token"])
         _finite("details.moved.change", row["change"])
@@ -177,7 +177,7 @@ def check_training(content: Mapping[str, Any]) -> None:
 
 
 def check_history(place: str, history: Any) -> None:
-    """The trainer's log: a list of mappings."""
+    """Check the trainer's log: a list of mappings."""
     if not isinstance(history, list | None):
         raise ValueError(f"{place} is no list")
     for entry in history or ():
@@ -185,7 +185,7 @@ def check_history(place: str, history: Any) -> None:
             _finite(f"{place}.step", entry["step"])
         for value in entry.values():
             if isinstance(value, int | float):
-                float(value)  # OverflowError: no number that was ever logged
+                float(value)  # OverflowError: not a number that a trainer logs
 
 
 def check_sweep(content: Mapping[str, Any]) -> None:
@@ -213,7 +213,7 @@ def check_estimate(content: Mapping[str, Any]) -> None:
 
 
 def _check_counted(place: str, entry: Any) -> None:
-    """What is listed with its number: ``{"n": …}``."""
+    """Check an entry with a count: ``{"n": …}``."""
     if isinstance(entry, dict) and entry.get("n") is not None:
         _count(f"{place}.n", entry["n"])
 
@@ -247,7 +247,7 @@ def _whole(place: str, value: Any) -> int:
 
 
 def _count(place: str, value: Any) -> int:
-    if not 0 <= _whole(place, value) < 2**53:  # beyond, a float would not tell one from the next
+    if not 0 <= _whole(place, value) < 2**53:  # larger integers are not exact as floats
         raise ValueError(f"{place} is no count")
     return value
 

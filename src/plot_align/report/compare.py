@@ -1,8 +1,8 @@
-"""Models against a baseline: which differences are sure, and the verdict that follows from them by rule.
+"""Models against a baseline: which differences are significant, and the verdict that follows by rule.
 
-One test a measure and model, of the measure's score, paired by item; all tests of a report are corrected together
-(Holm). What cannot be paired is not tested; where its two 95 % intervals do not meet, on the worse side, it counts as
-a fall all the same.
+One test per measure and model, of the measure's score, paired by item; all tests of a report are corrected together
+(Holm). Scores that cannot be paired are not tested, but count as a fall if the model's 95 % interval is entirely worse
+than the baseline's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ NOT_SCORE = "only the score of a measure is tested"
 
 @dataclass
 class Cell:
-    """A quantity of one model. ``difference``: to the baseline, with ``p`` and ``p_holm``; None: see ``reason``."""
+    """A quantity of one model. ``difference``: to the baseline, with ``p`` and ``p_holm``; if None, ``reason`` says
+    why."""
 
     observation: Observation
     difference: dict[str, Any] | None = None
@@ -46,7 +47,7 @@ class Cell:
 
     @property
     def sign(self) -> Sign | None:
-        """Which way it differs from the baseline; None: not tested, or the baseline itself."""
+        """The sign of the difference to the baseline; None if not tested, or the baseline itself."""
         if self.difference is None:
             return None
         if self.difference["p_holm"] >= ALPHA or self.difference["value"] == 0:
@@ -61,8 +62,8 @@ class Row:
     Attributes:
         section, measure, name: where it belongs.
         first: the quantity of one model; it tells direction, unit and bounds.
-        title: in words; with the measure where another row has the same.
-        score: whether it stands for the measure.
+        title: in words; with the measure if another row has the same title.
+        score: whether it is the measure's score.
         cells: model → cell.
     """
 
@@ -89,28 +90,28 @@ class Comparison:
 
     @property
     def most_tested(self) -> int:
-        """Tests of the model that has most."""
+        """The largest number of tests of one model."""
         tested = Counter(m for row in self.rows for m, cell in row.cells.items() if cell.sign is not None)
         return max(tested.values(), default=0)
 
     def fell(self, model: str) -> list[Row]:
-        """Rows that are not tested, and where the model's interval lies beyond the baseline's on the worse side."""
+        """Untested rows in which the model's interval is entirely worse than the baseline's."""
         return [row for row in self.rows if _fell(row.cells.get(model), row.cells.get(self.baseline))]
 
     def losses(self, model: str) -> list[Row]:
-        """Scores that are significantly worse, or that are not tested and fell."""
+        """Scores that are significantly worse, or untested and fell."""
         fell = [row for row in self.fell(model) if row.score]
         return [row for row in self.rows if row in fell or row in self.signed(model, "worse")]
 
     @property
     def blunt(self) -> bool:
-        """Whether the resampled p-values, 2 in 10,000 at least, are too coarse for so many tests."""
+        """Whether resampled p-values, at least 2 in 10,000, are too coarse for so many tests."""
         return self.tests * 2 / 10_000 >= ALPHA
 
 
 def choose_baseline(collected: Collected, wanted: str | None) -> tuple[str, str]:
-    """Whom the others are compared with, and why, in words: ``wanted`` (nothing is said of it), else the reference
-    that most evaluation records name and that was measured itself, else the first model.
+    """The baseline, and the reason in words: ``wanted`` (without a reason), else the reference that most evaluation
+    records name, if it was measured, else the first model.
 
     Raises:
         InputError: ``wanted`` was not measured.
@@ -128,12 +129,12 @@ def choose_baseline(collected: Collected, wanted: str | None) -> tuple[str, str]
 
 
 def compare_models(collected: Collected, baseline: str, *, seed: int = 0) -> Comparison:
-    """Every observation beside those of the other models, the scores tested against the baseline's."""
+    """Arrange observations in rows by model, and test scores against the baseline's."""
     rows: dict[tuple[str, str, str], Row] = {}
     for seen in collected.observations:
         row = rows.setdefault(seen.key, Row(*seen.key, seen.quantity, seen.quantity["title"], seen.score))
         row.cells[seen.model] = Cell(seen)
-    ordered = sorted(rows.values(), key=lambda row: SECTIONS.index(row.section))  # stable: measures keep their order
+    ordered = sorted(rows.values(), key=lambda row: SECTIONS.index(row.section))  # stable
     often = Counter(row.title for row in ordered)
     for row in ordered:
         if often[row.title] > 1:
@@ -161,7 +162,7 @@ def _test(cell: Cell) -> str:
 
 
 def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[str, Any] | None, str | None]:
-    """To the baseline, or why there is none."""
+    """The difference to the baseline, or why there is none."""
     control = row.cells.get(baseline)
     if control is None:
         return None, NO_BASELINE
@@ -180,7 +181,7 @@ def _difference(cell: Cell, row: Row, baseline: str, seed: int) -> tuple[dict[st
 
 @dataclass
 class Verdict:
-    """What to ship, in words. ``headline`` is one sentence; ``notes`` are what must be known with it."""
+    """What to ship, in words. ``headline`` is one sentence; ``notes`` qualify it."""
 
     headline: str
     notes: list[str] = field(default_factory=list)
@@ -190,11 +191,11 @@ class Verdict:
 def judge(comparison: Comparison) -> Verdict:
     """The verdict by rule.
 
-    A model is named to ship in place of the baseline where some score is significantly better and none, guards
-    included, is significantly worse or fell untested; of several, those with the most better scores among the seven
-    sub-preferences, then among all. Without one, what is better and what is worse is said, and where nothing is
-    significant, that. Guards that were not tested, attack success that rises, over-refusal that rises while attack
-    success falls, and the largest falls of a named model that carry no test or may be chance, are said in any case.
+    A model is named to ship instead of the baseline if some score is significantly better and none, guards included,
+    is significantly worse or fell untested. Of several such models, those with the most better scores win, first among
+    the seven sub-preferences, then among all. Without one, the verdict lists what is better and worse, or says that
+    nothing is significant. The notes always name guards that were not tested, attack success that rises, over-refusal
+    that rises while attack success falls, and the largest falls of a named model that are untested or may be chance.
     """
     base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
     if not comparison.models:
@@ -223,7 +224,7 @@ def judge(comparison: Comparison) -> Verdict:
     notes = _untested_guards(comparison, best) + unfinished + _warnings(comparison, others)
     mixed = [model for model, (better, worse) in signs.items() if better and worse]
     named = best or mixed
-    for model in named:  # several mixed ones have one line each
+    for model in named:  # several mixed models have one line each
         notes += _falls(comparison, model)[: _MOST_NOTES if best or len(named) == 1 else 1]
     for model in others:
         tested = sum(row.score and row.cells[model].sign is not None for row in comparison.rows if model in row.cells)
@@ -244,7 +245,7 @@ Signs = dict[str, tuple[list[Row], list[Row]]]  # model → rows where it is bet
 
 
 def _fell(cell: Cell | None, control: Cell | None) -> bool:
-    """Whether a quantity that is not tested is worse than the baseline's by its two intervals."""
+    """Whether an untested quantity is worse than the baseline's, judged by the two intervals."""
     if cell is None or control is None or cell.difference is not None or cell.reason in (NOT_ALIKE, NOT_SHARED):
         return False
     ends, others = interval_of(cell.quantity), interval_of(control.quantity)
@@ -307,7 +308,7 @@ def _headline(comparison: Comparison, signs: Signs, best: list[str]) -> str:
 
 
 def _untested_guards(comparison: Comparison, best: list[str]) -> list[str]:
-    """Of the models to ship, the guards that say nothing of them."""
+    """Guards that were not measured or tested for the models to ship."""
     guards = [row for row in comparison.rows if row.section == GUARDS and row.score and row.first["better"]]
     if best and not guards:
         return ["No guard was measured: these records do not say what else became worse."]
@@ -320,7 +321,7 @@ def _untested_guards(comparison: Comparison, best: list[str]) -> list[str]:
 
 
 def _unfinished(comparison: Comparison) -> list[str]:
-    """Measures that stand here before they were done."""
+    """Measures that are shown before they were finished."""
     found = {
         f"{cell.observation.measure} of {called(model)}": str(cell.observation.record.results["unfinished"])
         for row in comparison.rows
@@ -334,10 +335,10 @@ def _unfinished(comparison: Comparison) -> list[str]:
 
 
 def _falls(comparison: Comparison, model: str) -> list[str]:
-    """What may be worse without being significant, the largest first: scores whose interval lies below 0 before the
-    correction, and what is not tested.
+    """What may be worse without being significant, largest first: scores whose uncorrected interval is below 0, and
+    untested quantities.
 
-    Large is a difference in parts of what is possible, or of the larger value where nothing bounds it.
+    Size is relative to the possible range, or to the larger value if there is none.
     """
     falls: list[tuple[float, str]] = []
     fell, safer = comparison.fell(model), _safer(comparison, model)
@@ -353,7 +354,7 @@ def _falls(comparison: Comparison, model: str) -> list[str]:
                 f"{with_interval(quantity)}: not tested, but the intervals do not meet."
             )
             falls.append((_size(quantity["value"] - other["value"], quantity, other), text))
-        elif cell.difference is not None and cell.sign == "none" and not (safer and is_refusal(row)):  # said already
+        elif cell.difference is not None and cell.sign == "none" and not (safer and is_refusal(row)):  # already said
             low, high = cell.difference["interval"]
             if high < 0 if quantity["better"] == "higher" else low > 0:
                 text = (
@@ -378,7 +379,7 @@ def _safer(comparison: Comparison, model: str) -> bool:
 
 
 def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
-    """What a headline could hide: attacks that succeed more often, and safety that is bought with refusals."""
+    """What a headline could hide: attacks that succeed more often, and safety gained by refusing more."""
     base, notes, bought, perhaps = comparison.baseline, [], [], []
     for model in models:
         rows = [row for row in comparison.rows if row.score and {model, base} <= row.cells.keys()]
@@ -407,12 +408,12 @@ def _warnings(comparison: Comparison, models: list[str]) -> list[str]:
 
 
 def is_attack(row: Row) -> bool:
-    """Whether it is the success of an attack."""
+    """Whether the row is the success of an attack."""
     return row.name == "asr"
 
 
 def is_refusal(row: Row) -> bool:
-    """Whether it is the share of harmless requests refused."""
+    """Whether the row is the rate of refused harmless requests."""
     return row.name == "refused"
 
 
@@ -426,7 +427,7 @@ def _short(title: str) -> str:
 
 
 def _titles(rows: list[Row], model: str | None = None) -> str:
-    """Their titles; with a model, which of them were not tested for it."""
+    """Titles of rows; with a model, it is said which were not tested for it."""
     titles = [
         f"“{_short(row.title)}”" + (" (not tested)" if model and row.cells[model].sign is None else "") for row in rows
     ]

@@ -1,6 +1,6 @@
-"""The report's figures: drawn once, as PNG, as SVG, and as SVG for the page, where colours follow light and dark.
+"""The report's figures, each as PNG, as SVG, and as SVG for the page, whose colours follow light and dark mode.
 
-Colours are those of Okabe and Ito, told apart by every kind of eye; markers, hatches and lines differ too.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers, hatches and lines differ too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from plot_align.results import ATTACK_CURVES, CATEGORIES
 from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
-PAPER_ASR = 0.5  # the same: up to half of DPO's attack success
+PAPER_ASR = 0.5  # same paper: up to half of DPO's attack success
 
 _INK, _MUTED, _GRID, _CARD = "#1c1e21", "#5f6369", "#d8dbe0", "#fefefe"
 _SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -37,10 +37,10 @@ _ROLES = {
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oo", "++++", "||||", "**")
 _DASHES = ("-", "--", "-.", ":")
-_WIDTH = 4.5  # inches: a figure is read on a phone without turning it
+_WIDTH = 4.5  # inches; readable on a phone held upright
 _NAME = 24  # characters of a model's name
 _RC = {
-    "text.parse_math": False,  # a token "$" is a dollar, not the start of a formula
+    "text.parse_math": False,  # "$" is a token here, not the start of a formula
     "text.usetex": False,
     "svg.hashsalt": "plot-align",
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
@@ -70,7 +70,7 @@ class Picture:
     """A drawn figure.
 
     Attributes:
-        name: of its files. title, description: for those who read it, and who hear it.
+        name: of its files. title: for the caption. description: for screen readers.
         svg: for the page. files: ending → content.
         table: the numbers it shows.
     """
@@ -94,13 +94,14 @@ def style(index: int) -> dict[str, Any]:
 
 
 def seven(comparison: Comparison) -> Picture | None:
-    """The scores of the seven sub-preferences as bars, each on the scale of what is possible; None without any."""
+    """The scores of the seven sub-preferences as bars, each on the scale of its possible range; None if there are
+    none."""
     rows = [row for row in comparison.rows if row.score and row.section in CATEGORIES and row.first["bounds"]]
     if not rows:
         return None
     models = [model for model in comparison.models if any(model in row.cells for row in rows)]
     thick = 0.17 if len(models) <= 4 else 0.11
-    # Inches; three lines of a label need some, however few the bars.
+    # Inches; a label of three lines needs room, however few the bars.
     heights = [max(0.5, thick * sum(model in row.cells for model in models) + 0.24) for row in rows]
     with _drawing(_WIDTH, sum(heights) + 0.7 + _legend_height(models)) as figure:
         axes = figure.subplots()
@@ -111,7 +112,7 @@ def seven(comparison: Comparison) -> Picture | None:
             middles.append(top + (height - 0.24) / 2)
             for model in (model for model in models if model in row.cells):
                 quantity = row.cells[model].quantity
-                value, low, high = _share_of_possible(quantity)
+                value, low, high = _on_possible_scale(quantity)
                 look = style(comparison.models.index(model))
                 axes.barh(
                     at,
@@ -146,9 +147,9 @@ def seven(comparison: Comparison) -> Picture | None:
 
 
 def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
-    """For each attack, its success against over-refusal: every model a point with both intervals.
+    """For each attack, its success against over-refusal: one point per model, with both intervals.
 
-    ``paper`` draws the paper's claim for the model that :func:`dpo_among` finds.
+    ``paper`` draws the paper's claim relative to the model that :func:`dpo_among` finds.
     """
     dpo = dpo_among(comparison)
     refusals = [row for row in comparison.rows if is_refusal(row)]
@@ -217,13 +218,13 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
 
 
 def dpo_among(comparison: Comparison) -> str | None:
-    """The model that the paper compares with, by its name: one of DPO without PLOT, the baseline before others."""
+    """The model that corresponds to the paper's DPO, by name: DPO without PLOT, preferably the baseline."""
     alike = [m for m in comparison.models if "dpo" in m.lower() and "plot" not in m.lower()]
     return min(alike, key=lambda model: (model != comparison.baseline, model.lower() != "dpo"), default=None)
 
 
 def curves(found: Mapping[str, Mapping[str, Curve]], comparison: Comparison) -> list[Picture]:
-    """A figure for each number of the trainer's log, a line for each run; a run named as a model has its look.
+    """A figure for each number in the trainer's log, with a line per run. A run named like a model has its style.
 
     Args:
         found: key → run → step → value.
@@ -368,7 +369,7 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
     down = sorted((row for row in rows if row["change"] < 0), key=lambda row: row["change"])[:12]
     bars = max(len(up), len(down), 1)
     file, title = f"moved_tokens_{number}", f"Most-moved tokens: {one_line(model)}"
-    # Laid out by hand, which is several times faster: there is one such figure a model.
+    # Laid out by hand, which is several times faster; there is one such figure per model.
     height, sides = 1.1 + 0.21 * bars, (down, up)
     labels = [[_token(row["token"]) for row in side] for side in sides]
     widths = [0.12 + 0.067 * max(map(len, of), default=0) for of in labels]  # inches, of DejaVu Sans Mono at 8 pt
@@ -480,7 +481,7 @@ def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture
 
 
 def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
-    """Time of a training step with PLOT over that without."""
+    """Time of a training step with PLOT, relative to one without."""
     low, high = entry.get("spread") or (entry["value"],) * 2
     with _drawing(_WIDTH, 1.35) as figure:
         axes = figure.subplots()
@@ -516,7 +517,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
 
 
 class _drawing:
-    """A matplotlib figure under the report's settings, no window behind it."""
+    """A matplotlib figure with the report's settings and without a window."""
 
     def __init__(self, width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> None:
         import matplotlib
@@ -535,7 +536,7 @@ class _drawing:
 
 
 def _picture(figure: Any, name: str, title: str, description: str, table: Table) -> Picture:
-    """Lays out with the PNG, draws the same as SVG, and makes the page's SVG of the latter."""
+    """Lay out and draw as PNG, draw the same as SVG, and make the page's SVG from that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -550,9 +551,9 @@ def _picture(figure: Any, name: str, title: str, description: str, table: Table)
 
 
 def _inline(svg: str, name: str, title: str, description: str) -> Markup:
-    """An SVG document as an element of the page: no prologue, no comments, ids of its own, colours by their role.
+    """An SVG document as an element of the page: no prologue, no comments, unique ids, colours by role.
 
-    Texts are drawn as paths, so that nothing in it is of data or models but the title and the description.
+    Texts are drawn as paths, so only the title and the description contain text of data or models.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
@@ -564,7 +565,7 @@ def _inline(svg: str, name: str, title: str, description: str) -> Markup:
         lambda match: re.sub(r"#[0-9a-f]{6}\b", lambda hit: _ROLES.get(hit[0], hit[0]), match[0]),
         body,
     )
-    body = re.sub(  # a hundredth of a point will do
+    body = re.sub(  # a hundredth of a point is enough
         r' d="[^"]*"', lambda match: re.sub(r"(\d\.\d{2})\d+", r"\1", match[0]), body
     )
     body = re.sub(r"\s*\n\s*", "\n", body)
@@ -591,7 +592,7 @@ def _has_glyph(character: str) -> bool:
 
 def _name(text: str) -> str:
     shown = one_line(text, _has_glyph, longest=_NAME)
-    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides a label that begins with "_"
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib hides labels that begin with "_"
 
 
 def _token(text: str) -> str:
@@ -599,7 +600,7 @@ def _token(text: str) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """On three lines at most."""
+    """Wrap on at most three lines."""
     return "\n".join(textwrap.wrap(one_line(text, _has_glyph), width, max_lines=3, placeholder="…"))
 
 
@@ -608,8 +609,8 @@ def _row_label(row: Row) -> str:
     return f"{section_title(row.section)}\n{_wrapped(row.title, 24)}{less}"
 
 
-def _share_of_possible(quantity: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Value and interval on the scale from the smallest to the largest possible value."""
+def _on_possible_scale(quantity: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Value and interval on a scale from the smallest to the largest possible value."""
     low, high = quantity["bounds"]
     ends = interval_of(quantity) or (quantity["value"],) * 2
     value, start, end = ((x - low) / (high - low) for x in (quantity["value"], *ends))
@@ -632,7 +633,7 @@ def _error(entry: Mapping[str, Any]) -> float:
 
 
 def _partners(attack: Row, refusal: Row) -> tuple[bool, int]:
-    """How well an over-refusal belongs to an attack: of the same command, and of how many of its models."""
+    """How well an over-refusal row matches an attack: same command, and how many models both have."""
     same = attack.measure.startswith("redteam ") == refusal.measure.startswith("redteam ")
     return same, len(attack.cells.keys() & refusal.cells.keys())
 
@@ -650,7 +651,7 @@ def _percent(axis: Any) -> None:
 
 def _legend_columns(names: Sequence[str]) -> int:
     widest = max((min(len(name), _NAME) for name in names), default=1)
-    if widest > 16:  # letters differ in width: two such names can be too wide for a line
+    if widest > 16:  # letters differ in width, so two such names can be too wide for a line
         return 1
     return max(1, min(len(names), 62 // (widest + 7)))
 
@@ -661,7 +662,7 @@ def _legend_height(names: Sequence[str]) -> float:
 
 
 def _legend(figure: Any, axes: Any, comparison: Comparison, models: Sequence[str], *, bars: bool = False) -> None:
-    """Of the models, in their own colours and markers."""
+    """A legend of the models, in their colours and markers."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -692,6 +693,6 @@ def _legend(figure: Any, axes: Any, comparison: Comparison, models: Sequence[str
 
 
 def _legend_of(figure: Any, axes: Any) -> None:
-    """Of what is drawn."""
+    """A legend of what is drawn."""
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names), fontsize=8)

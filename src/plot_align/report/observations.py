@@ -1,4 +1,4 @@
-"""Records found, checked, and taken apart into observations: one quantity of one model."""
+"""Find and check records, and split them into observations: one quantity of one model each."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from plot_align.statistics import share
 TRAINING = ("dpo", "sft", "pro")
 _SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate")
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
-# What a red-team run may differ in and still have asked the same of every model.
+# Options in which comparable red-team runs may differ.
 _NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
-_HEAD = f'{{"format":"{FORMAT}"'  # of a record, without the space between its parts
+_HEAD = f'{{"format":"{FORMAT}"'  # a record's first bytes, without spaces
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record that was read. ``name`` is its path as shown; ``at`` is when it was written."""
+    """A record read from a file. ``name`` is its path as shown; ``at`` is when it was written."""
 
     name: str
     content: dict[str, Any]
@@ -68,10 +68,10 @@ class Observation:
         section: of :data:`plot_align.results.SECTIONS`.
         measure, name: of the measure, and of the quantity in it.
         quantity: see :mod:`plot_align.results`.
-        score: whether it is the measure's first, which stands for it.
-        alike: what two models must share for their items to be the same, as text.
-        record: where it comes from.
-        gaps: what its record lacks, each in a few words: ratings that nobody can read, answers left undecided.
+        score: whether it is the measure's first quantity, its score.
+        alike: what must be equal for the items of two models to be comparable, as text.
+        record: its source.
+        gaps: what its record lacks, in a few words each: unreadable ratings, undecided answers.
     """
 
     model: str
@@ -86,7 +86,7 @@ class Observation:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """The row that it stands in, whichever the model."""
+        """Its row in the tables."""
         return self.section, self.measure, self.name
 
 
@@ -95,12 +95,12 @@ class Collected:
     """What the records hold.
 
     Attributes:
-        records: those shown, as the paths were given, those of a folder oldest first, those of one second by path.
+        records: those shown, in the order of the paths; within a folder oldest first, then by path.
         observations: the newest of each model and quantity.
-        not_shown: records of kinds that a report knows nothing of.
-        left_out: one sentence a bad record.
-        replaced: one sentence a measure that was measured again.
-        references: names of the models that others were tuned from, one an evaluation record.
+        not_shown: records of kinds that the report does not show.
+        left_out: one sentence per bad record.
+        replaced: one sentence per measure that was measured again.
+        references: the reference model's name in each evaluation record that has one.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -112,24 +112,23 @@ class Collected:
 
     @property
     def models(self) -> list[str]:
-        """In the order of their records."""
+        """Models in the order of their records."""
         return list(dict.fromkeys(observation.model for observation in self.observations))
 
     def of_kind(self, *kinds: str) -> list[Record]:
-        """As they were given."""
+        """Records of the given kinds, in order."""
         return [record for record in self.records if record.kind in kinds]
 
 
 def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) -> Collected:
-    """Reads records, files or folders of them.
+    """Read records from files or folders.
 
     Args:
-        paths: files, each a record, or folders, whose records are looked for in all depths; other JSON in a folder
-            is passed over.
-        skip_bad: leave damaged records out and say so, instead of refusing all.
+        paths: records, or folders that are searched recursively; other JSON files in them are ignored.
+        skip_bad: leave out damaged records and say so, instead of raising.
 
     Raises:
-        InputError: a path that is not there, a damaged record (without ``skip_bad``), or no record at all.
+        InputError: a path does not exist, a record is damaged (without ``skip_bad``), or there is no record at all.
     """
     found = Collected()
     records: list[Record] = []
@@ -179,13 +178,13 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _is_record(path: Path) -> bool:
-    """Whether a file in a folder means to be a record, a truncated one included."""
+    """Whether a file in a folder is a record, possibly a truncated one."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
     start = re.sub(r"\s*([{}:,\"])\s*", r"\1", text[:1000])
-    if start.startswith(_HEAD) or _HEAD.startswith(start):  # the latter: cut off within its first lines, or empty
+    if start.startswith(_HEAD) or _HEAD.startswith(start):  # the latter: truncated within its first lines, or empty
         return True
     if f'"{FORMAT}"' not in text:
         return False
@@ -197,10 +196,10 @@ def _is_record(path: Path) -> bool:
 
 
 def _read(path: Path) -> Record:
-    """The record of one file.
+    """Read the record in one file.
 
     Raises:
-        InputError: it is damaged; the sentence names the file and the place.
+        InputError: it is damaged; the message names the file and the place.
     """
     try:
         content = read_record(path)
@@ -226,10 +225,10 @@ def _read(path: Path) -> Record:
 
 
 def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: bool) -> list[Record]:
-    """The records without those of another checkpoint that had the same name before.
+    """The records without those of an older checkpoint of the same name.
 
     Raises:
-        InputError: there are such (without ``skip_bad``): a column of a table must not be two models.
+        InputError: there are such records (without ``skip_bad``): a column of a table must not mix two models.
     """
     newest = {name: record for record in sorted(records, key=lambda record: record.at) for name in _digests(record)}
     kept = []
@@ -250,7 +249,7 @@ def _of_one_checkpoint_each(records: list[Record], found: Collected, skip_bad: b
 
 
 def _digests(record: Record) -> dict[str, str]:
-    """The weights behind each name that heads a column."""
+    """Digests of the weights behind each column's name."""
     if record.kind == EVALUATION:
         return {record.config["model"]["name"]: record.config["model"]["model"]}
     identities = (record.results.get("identities") or {}) if record.kind == "redteam" else {}
@@ -304,7 +303,7 @@ def _gaps(record: Record) -> Iterator[str]:
 
 
 def _counted(entry: Any) -> int:
-    """``n`` of what is listed with its number; 0 where nothing is."""
+    """``n`` of an entry with a count; 0 if there is none."""
     return int(entry.get("n") or 0) if isinstance(entry, dict) else 0
 
 

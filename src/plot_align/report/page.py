@@ -1,4 +1,4 @@
-"""The page and the folder of files beside it."""
+"""Write the page and the folder of files beside it."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from plot_align.report.tables import (
 from plot_align.results import CATEGORIES, SECTIONS
 from plot_align.text import one_line, passage, readable
 
-_LIST = ".plot-align-report"  # in the folder beside the page: the names of the files that are the report's
-_LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all
+_LIST = ".plot-align-report"  # in the folder beside the page: lists the files that the report wrote
+_LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all of them
 _LONGEST_TEXT = 300  # characters of a text in a record's configuration
 _LONGEST_CONFIG = 6000
 _SHOWN = ("moved", "flows", "masses", "answers")  # of the details, elsewhere on the page
@@ -48,7 +48,7 @@ _WORDS = {"better": "better", "worse": "worse", "none": "no clear sign"}
 
 @dataclass
 class Transport:
-    """Where one model moved, from a measure of kind ``drift``."""
+    """How one model moved, from a measure of kind ``drift``."""
 
     model: str
     reference: str
@@ -58,7 +58,7 @@ class Transport:
 
 @dataclass
 class Content:
-    """All that a page shows, still without markup."""
+    """Everything that a page shows, before markup."""
 
     title: str
     collected: Collected
@@ -67,7 +67,7 @@ class Content:
     pictures: dict[str, list[Picture]] = field(default_factory=dict)  # part of the page → its figures
     answers: list[SideBySide] = field(default_factory=list)
     transports: list[Transport] = field(default_factory=list)
-    chosen: str = ""  # why this baseline, where none was asked for
+    chosen: str = ""  # why this baseline, if the user named none
     tables: list[Table] = field(default_factory=list)  # those that no figure shows
     paper: bool = False
 
@@ -86,7 +86,7 @@ def build(
     paper: bool = False,
     seed: int = 0,
 ) -> Content:
-    """Compares the models and draws the figures.
+    """Compare the models and draw the figures.
 
     Args:
         collected: see :func:`plot_align.report.observations.collect`.
@@ -130,13 +130,13 @@ def build(
 
 
 def write(content: Content, output: Path) -> Path:
-    """The page, and its figures and tables as files in the folder beside it; all of them or nothing.
+    """Write the page, and its figures and tables as files in the folder beside it; all of them or nothing.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: they cannot be written, or the folder holds files of somebody else.
+        InputError: they cannot be written, or the folder holds files that no report wrote.
     """
     folder = output.with_name(f"{output.stem}_files")
     stranger = _stranger(folder)
@@ -166,7 +166,7 @@ def write(content: Content, output: Path) -> Path:
 
 
 def _stranger(folder: Path) -> Path | None:
-    """Something in the place of a report's folder that no report wrote; None where there is nothing such."""
+    """A file in the report's folder that no report wrote; None if there is none."""
     if not folder.is_dir():
         return folder if folder.exists() else None
     try:
@@ -176,7 +176,7 @@ def _stranger(folder: Path) -> Path | None:
     try:
         return next((f for f in sorted(folder.iterdir()) if f.name not in listed or not f.is_file()), None)
     except OSError:
-        return folder  # it cannot be looked into
+        return folder  # it cannot be read
 
 
 def _files(content: Content) -> Iterator[tuple[str, bytes]]:
@@ -233,7 +233,7 @@ def render(content: Content, folder: str) -> str:
 
 
 class _Notes:
-    """Letters for the reasons why something was not tested."""
+    """Footnote letters for the reasons why something was not tested."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
@@ -243,7 +243,7 @@ class _Notes:
 
 
 def _sections(rows: Sequence[Row], comparison: Comparison, notes: _Notes | None) -> list[dict[str, Any]]:
-    """Rows by section, each cell in words."""
+    """Rows by section, each cell as text."""
     return [
         {
             "title": section_title(section),
@@ -288,7 +288,7 @@ def _cell(cell: Cell | None, model: str, comparison: Comparison, notes: _Notes |
 
 
 def _wide(comparison: Comparison) -> Table:
-    """Models beside each other, as read."""
+    """A table with one column per model, for readers."""
     rows: list[list[Entry]] = []
     for row in comparison.rows:
         unit = f" ({row.first['unit']})" if row.first.get("unit") else ""
@@ -309,7 +309,7 @@ def _wide(comparison: Comparison) -> Table:
 
 
 def _long(comparison: Comparison) -> Table:
-    """One row a quantity and model, for other programs."""
+    """A table with one row per quantity and model, for other programs."""
     columns = ["section", "measure", "quantity", "title", "better", "unit", "model", "value", "low", "high", "n",
                "baseline", "difference", "difference low", "difference high", "pairs", "p", "p Holm", "sign",
                "not tested because", "record"]  # fmt: skip
@@ -397,7 +397,7 @@ def _what(record: Record) -> str:
 
 
 def _said(record: Record) -> dict[str, Any]:
-    """What a record says and the page shows nowhere else; short entries first, as the end is cut."""
+    """Details of a record that the page shows nowhere else; short entries first, as the end is cut."""
     if record.kind == "redteam":
         models = record.results["models"].items()
         return {m: {k: of[k] for k in ("undecided", "failed") if of.get(k)} for m, of in models}
@@ -410,7 +410,7 @@ def _said(record: Record) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    """As ASCII, so that no character is obeyed; long texts and long configurations are cut."""
+    """As ASCII, so that no control character works; long texts and configurations are cut."""
     text = json.dumps(_cut(value), indent=1, ensure_ascii=True)
     return text if len(text) <= _LONGEST_CONFIG else text[: _LONGEST_CONFIG - 2] + " …"
 

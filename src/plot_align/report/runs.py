@@ -1,4 +1,4 @@
-"""What is no observation of one model: training curves, a sweep's cells, costs, and counts of pairs."""
+"""Contents of records other than observations of a model: training curves, a sweep's cells, costs, counts of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plot_align.report.observations import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
 from plot_align.results import ATTACK_CURVES
 
-# Of the trainer's log: key, label. The first that a run has are drawn.
+# Of the trainer's log: key, label. The first ones that a run has are drawn.
 CURVES = (
     ("loss", "Loss"),
     ("plot/vanilla_loss", "Loss without the PLOT term"),
@@ -36,7 +36,7 @@ Curve = dict[float, float]
 
 
 def training_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
-    """Of the training records: key of :data:`CURVES` → run → step → value; runs of one name are averaged."""
+    """From the training records: key of :data:`CURVES` → run → step → value; runs of the same name are averaged."""
     lines: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in collected.of_kind(*TRAINING):
         for entry in record.results.get("history") or ():
@@ -55,7 +55,7 @@ def training_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
 
 
 def run_name(record: Record) -> str:
-    """What a training record is called: its output folder."""
+    """The name of a training run: its output folder."""
     training = record.config.get("training") or {}
     folder = str(training.get("output_dir") or record.name)
     return folder.replace("\\", "/").rstrip("/").rpartition("/")[2] or record.name
@@ -64,7 +64,7 @@ def run_name(record: Record) -> str:
 def sweep_lines(record: Record) -> dict[str, tuple[str, dict[str, list[tuple[float, Any]]], dict[str, Any]]]:
     """Metric → its label, line → [(α, entry)] by rising α, and method → entry of the arm without PLOT.
 
-    A line is one combination of the other options of the term; a balanced term has no α to stand over.
+    A line is one combination of the term's other options. A balanced term has no α and is left out.
     """
     cells = record.results["cells"]
     fixed = [c for c in cells if c["plot"] and c["plot"].get("alpha") and c["plot"].get("alpha_schedule") != "balance"]
@@ -89,7 +89,7 @@ def sweep_lines(record: Record) -> dict[str, tuple[str, dict[str, list[tuple[flo
 
 
 def costs(collected: Collected) -> Table:
-    """What PLOT and each run cost: ratios to the same without the term, seconds, and what was counted."""
+    """What PLOT and each run cost: ratios to the same without the term, seconds, and counts."""
     rows: list[list[Entry]] = []
     names = {
         "time_ratio": "time of a training step, with PLOT over without",
@@ -123,7 +123,7 @@ def counts(collected: Collected) -> Table:
 
 
 def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
-    """(one of ATTACK_CURVES, attack, model → number → entry); the newest of each model, where it has two points."""
+    """(one of ATTACK_CURVES, attack, model → number → entry); the newest of each model, if it has two points."""
     found: dict[tuple[str, str], dict[str, Mapping[float, Any]]] = defaultdict(dict)
     for record in sorted(collected.of_kind("redteam"), key=lambda record: record.at):
         for model, of in record.results["models"].items():

@@ -1,4 +1,4 @@
-"""A table as the page, a CSV file and a Markdown file show it, and numbers as people read them."""
+"""Tables for the page, as CSV and as Markdown, and numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from plot_align.text import one_line
 
 Entry = str | float | int | None
 _RATE = (0.0, 1.0)
-# A spreadsheet takes a text that begins so for a formula (OWASP, "CSV Injection").
+# A spreadsheet takes a text that begins with one of these for a formula (OWASP, "CSV Injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!$])")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a heading. ``name`` is that of its files; texts are as they came from data and models."""
+    """Rows under a heading. ``name`` is the files' name; texts are not escaped."""
 
     name: str
     caption: str
@@ -31,12 +31,12 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Of each column, whether it has numbers only."""
+        """For each column, whether it has only numbers."""
         return [not any(isinstance(row[i], str) for row in self.rows) for i in range(len(self.columns))]
 
 
 def as_csv(table: Table) -> str:
-    """RFC 4180, numbers in full, with no cell that a spreadsheet would take for a formula."""
+    """CSV by RFC 4180, numbers in full, with no cell that a spreadsheet would take for a formula."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([_guarded(column) for column in table.columns])
@@ -51,12 +51,12 @@ def _guarded(text: str) -> str:
 
 
 def _breaking(text: str) -> str:
-    """With plain spaces: what keeps "p = 0.01" together on the page is no space to a program."""
+    """With plain spaces instead of non-breaking ones, which programs do not treat as spaces."""
     return text.replace("\u00a0", " ")
 
 
 def as_markdown(table: Table) -> str:
-    """A pipe table under its caption; foreign texts are shown and not obeyed."""
+    """A Markdown table under its caption, with foreign texts escaped."""
     lines = [f"**{_plain(table.caption)}**", "", _line([_plain(column) for column in table.columns])]
     lines.append(_line(["---:" if right else "---" for right in table.numeric]))
     lines += [_line([_plain(shown(cell)) for cell in row]) for row in table.rows]
@@ -72,7 +72,7 @@ def _plain(text: str) -> str:
 
 
 def shown(entry: Entry) -> str:
-    """An entry as a reader wants it: a text as it is, a number to four significant digits."""
+    """An entry for readers: texts as they are, numbers to four significant digits."""
     if entry is None:
         return "–"
     if isinstance(entry, str):
@@ -81,7 +81,7 @@ def shown(entry: Entry) -> str:
 
 
 def number(value: float, *, signed: bool = False) -> str:
-    """Four significant digits, whole numbers in full, a true minus; a dash where there is no number."""
+    """Four significant digits, whole numbers in full, a true minus sign; a dash for NaN."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -96,18 +96,18 @@ def number(value: float, *, signed: bool = False) -> str:
 
 
 def is_rate(quantity: Mapping[str, Any]) -> bool:
-    """Whether it is a share, shown in per cent."""
+    """Whether it is a rate, shown in per cent."""
     bounds = quantity.get("bounds")
     return bounds is not None and tuple(bounds) == _RATE
 
 
 def value_text(quantity: Mapping[str, Any]) -> str:
-    """The value: a share in per cent, anything else as fine as its interval tells."""
+    """The value: rates in per cent, anything else with the digits that its interval warrants."""
     return _scaled(quantity["value"], quantity)
 
 
 def interval_of(quantity: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval, cut at the bounds of what is possible; None where there is none."""
+    """The interval, cut at the bounds; None if there is none."""
     if quantity.get("interval") is None:
         return None
     low, high = quantity["interval"]
@@ -116,7 +116,7 @@ def interval_of(quantity: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def interval_text(quantity: Mapping[str, Any]) -> str:
-    """The interval in the value's scale; empty where there is none."""
+    """The interval in the value's scale; empty if there is none."""
     ends = interval_of(quantity)
     return f"{_scaled(ends[0], quantity, unit='')} to {_scaled(ends[1], quantity)}" if ends else ""
 
@@ -128,13 +128,13 @@ def with_interval(quantity: Mapping[str, Any]) -> str:
 
 
 def difference_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str:
-    """``treated − control`` with its sign: points for shares."""
+    """``treated − control`` with its sign; in percentage points for rates."""
     entry = {**difference, "bounds": quantity["bounds"]}
     return _scaled(difference["value"], entry, unit=" points", signed=True)
 
 
 def loss_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str:
-    """A difference towards worse, as an amount with its interval: ``11.7 points (5.0 to 18.3)``."""
+    """A loss as a positive amount with its interval: ``11.7 points (5.0 to 18.3)``."""
     way = -1 if quantity["better"] == "higher" else 1
     low, high = sorted(way * end for end in difference["interval"])
     entry = {"interval": [low, high], "bounds": quantity["bounds"]}
@@ -145,7 +145,7 @@ def loss_text(difference: Mapping[str, Any], quantity: Mapping[str, Any]) -> str
 
 def p_text(p: float) -> str:
     """``p < 0.001`` and ``p = 0.042``."""
-    # Spaces that do not break: a number stays with its sign.
+    # Non-breaking spaces keep a number with its sign.
     return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.{3 if p < 0.1 else 2}f}"
 
 
@@ -166,7 +166,7 @@ def _scaled(value: float, entry: Mapping[str, Any], *, unit: str = " %", signed:
 
 
 def arrow(better: str | None) -> str:
-    """Towards better; empty where neither way is."""
+    """An arrow towards better; empty if neither direction is."""
     return {"higher": "↑", "lower": "↓"}.get(better or "", "")
 
 
@@ -176,5 +176,5 @@ def count(number: int, noun: str) -> str:
 
 
 def section_title(section: str) -> str:
-    """A section as a heading has it."""
+    """A section's heading."""
     return {"stem": "STEM", GUARDS: "Guards: what must not get worse"}.get(section, section.capitalize())

@@ -1,7 +1,7 @@
 """A grid over the options of PLOT, the methods and the seeds: run it, aggregate it, draw it.
 
 ``grid.py`` has the keys, values and the runs they make; ``training.py`` runs the user's own training for each of them;
-``workers.py`` does so side by side; ``summary.py`` has means, standard errors and paired differences; ``figures.py``
+``workers.py`` runs several at once; ``summary.py`` has means, standard errors and paired differences; ``figures.py``
 draws a metric against α; ``run.py`` puts them together.
 """
 

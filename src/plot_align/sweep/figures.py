@@ -1,4 +1,4 @@
-"""A metric against α: mean and standard error of every line of the grid, beside the vanilla level."""
+"""Draw a metric against α: mean and standard error of every line of the grid, with the vanilla level."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _VANILLA = "without PLOT"
 
 
 def draw(cells: Sequence[Mapping[str, Any]], metric: Metric, path: Path) -> bool:
-    """Writes one PNG: a panel for each method and setting, a line for each combination of the term's other options.
+    """Write one PNG: a panel for each method and setting, a line for each combination of the term's other options.
 
     Args:
         cells: as :func:`plot_align.sweep.summarise` returns them.
-        metric: what stands on the vertical axis.
+        metric: on the vertical axis.
         path: the file.
 
     Returns:
-        False where no cell has the metric and a positive α; nothing is written then.
+        False, without writing a file, if no cell has the metric and a positive α.
     """
     from matplotlib.figure import Figure
 
     shown = [cell for cell in cells if metric.key in cell["metrics"]]
-    # A balanced term has no α to stand over.
+    # A balanced term has no α.
     shown = [cell for cell in shown if cell["plot"] is None or _has_alpha(cell["plot"])]
     with_plot = [cell for cell in shown if cell["plot"] is not None]
     if not with_plot:
@@ -143,13 +143,13 @@ def _line(axes: Any, cells: Sequence[Mapping[str, Any]], key: str, style: Mappin
     high = [value + error for value, error in zip(values, errors, strict=True)]
     if len(points) > 1:
         axes.fill_between(alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    else:  # a band without width cannot be seen
+    else:  # a band of zero width would be invisible
         axes.errorbar(alphas, values, errors, color=style["color"], capsize=3)
     return axes.plot(alphas, values, markersize=5, linewidth=1.6, **style)[0]
 
 
 def _ticks(axes: Any, alphas: Sequence[float]) -> None:
-    """The α that were run, where they lie far enough apart, rather than decades; a margin on both sides."""
+    """Ticks at the α that were run, if they are far enough apart, rather than at decades; a margin on both sides."""
     span = math.log(alphas[-1] / alphas[0])
     if all(math.log(b / a) > span / 9 for a, b in itertools.pairwise(alphas)):
         axes.set_xticks(alphas, [value_text(alpha) for alpha in alphas])

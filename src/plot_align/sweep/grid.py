@@ -1,4 +1,4 @@
-"""Keys and values of a sweep's grid, and the runs it stands for."""
+"""Keys and values of a sweep's grid, and the runs they make."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from plot_align.errors import InputError, did_you_mean
 
 Method = Literal["dpo", "sft", "pro"]  # the training commands of plot-align
 METHODS: tuple[str, ...] = get_args(Method)
-# Of TRL 1.16's DPOConfig, which names them in prose only.
+# Of TRL 1.16's DPOConfig, which lists them only in its help text.
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-# Methods that have an option; with the others it would train the same twice.
+# Methods that have an option; for the others, its values would repeat the same run.
 _APPLIES = {"loss_type": ("dpo",), "beta": ("dpo",)}
 _POSITIVE = ("steps", "learning_rate", "beta", "batch_size")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -33,7 +33,7 @@ class Key:
         name: as a flag and in YAML.
         group: ``run`` (method and seed), ``setting`` or ``plot``.
         hint: type of its values.
-        default: used where the grid leaves the key out.
+        default: used if the grid leaves the key out.
         help: one sentence.
     """
 
@@ -45,18 +45,18 @@ class Key:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values allowed, where they are few; else empty."""
+        """The allowed values if they can be listed; else empty."""
         return get_args(self.hint) if get_origin(self.hint) is Literal else ()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid, all seeds of it.
+    """One point of the grid, for all seeds.
 
     Args:
         method: which trainer.
-        setting: (key, value) of the training's options, those of the term apart.
-        plot: (option, value) of the term; None: the vanilla arm.
+        setting: (key, value) of the training's options, without those of the term.
+        plot: (option, value) of the term; None for the vanilla arm.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Cell:
 
     @property
     def vanilla(self) -> Cell:
-        """The same without PLOT."""
+        """The same cell without PLOT."""
         return Cell(self.method, self.setting)
 
     def __str__(self) -> str:
@@ -109,10 +109,10 @@ def _options_of(cls: type[PlotConfig | PlotAblations]) -> Iterator[Key]:
 
 
 def coerce(key: Key, value: Any) -> Any:
-    """One value of ``key``, from a flag's text or from YAML, in the key's own type.
+    """Convert one value of ``key``, from a flag's text or from YAML, to the key's type.
 
     Raises:
-        InputError: it is none of the choices or of another type.
+        InputError: it is not one of the choices, or has another type.
     """
     if key.name == "loss_type":
         return _loss_type(value)
@@ -132,7 +132,7 @@ def coerce(key: Key, value: Any) -> Any:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """``value`` as a ``kind``; MISSING where it is none. YAML reads ``1e-3`` and a quoted number as text."""
+    """``value`` as a ``kind``; MISSING if it cannot be one. YAML reads ``1e-3`` and a quoted number as text."""
     text = value.strip().lower() if isinstance(value, str) else None
     if get_origin(kind) is Literal:
         return value if value in get_args(kind) else MISSING
@@ -148,7 +148,7 @@ def _convert(kind: Any, value: Any) -> Any:
         return MISSING
     try:
         if kind is float:
-            return float(text.removeprefix(".") if text in (".inf", ".nan") else value)  # as YAML writes them
+            return float(text.removeprefix(".") if text in (".inf", ".nan") else value)  # as in YAML
         return int(value) if text is not None or isinstance(value, int) else MISSING
     except (TypeError, ValueError):
         return MISSING
@@ -164,15 +164,15 @@ def _loss_type(value: Any) -> str:
 
 
 def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None = None) -> list[Job]:
-    """The runs of a grid, seed by seed, so that what an interrupted sweep has finished are whole comparisons.
+    """The runs of a grid, seed by seed, so that an interrupted sweep leaves complete comparisons.
 
-    Within a seed every method and setting begins with its vanilla arm, which is run whatever the grid says and is also
-    what α = 0 means. An option that a method does not have is left out there, and no run comes twice.
+    Within a seed every method and setting begins with its vanilla arm, which always runs and is also what α = 0 means.
+    Options that a method lacks are left out for it, and no run appears twice.
 
     Args:
-        grid: key to values, see :func:`keys`, each as :func:`coerce` returns it. Of the keys left out only the
-            method, the seed (0) and α take part, with their defaults.
-        base: options of the term under every cell's own, for the check.
+        grid: key to values, see :func:`keys`, each as :func:`coerce` returns it. Of the omitted keys only the method,
+            the seed (0) and α take part, with their defaults.
+        base: options of the term that every cell starts from, for the check.
 
     Raises:
         InputError: an unknown key, a key without a value, a combination that PlotConfig refuses (both are named), a
@@ -216,7 +216,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]], names: Sequence[str]) -> li
 
 
 def _term(options: tuple[tuple[str, Any], ...], base: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
-    """The options that change something; None where the term never weighs anything."""
+    """The options that change something; None if the term never has any weight."""
     try:
         config = PlotConfig.from_options(**{**base, **dict(options)})
     except InputError as error:

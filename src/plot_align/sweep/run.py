@@ -1,4 +1,4 @@
-"""Runs a sweep, or says what it would run; then its summary, table and figures."""
+"""Run a sweep, or print what it would run; then write its summary, table and figures."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def run(
     workers: int | None = None,
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs what is not finished yet, then writes ``summary.json``, ``table.md`` and the figures.
+    """Run what is not finished yet, then write ``summary.json``, ``table.md`` and the figures.
 
     Args:
         jobs: the runs, see :func:`plot_align.sweep.expand`.
-        training: what a run is.
+        training: performs a run.
         output: folder of the sweep.
         config: the grid and the training file, for the summary's record.
-        workers: how many runs at once; None: one a GPU.
-        console: where to print; None: standard output.
+        workers: how many runs at once; None for one per GPU.
+        console: where to print; None for standard output.
 
     Returns:
         The cells of the summary.
@@ -63,7 +63,7 @@ def run(
     if waiting:
         try:
             _run_with_bar(waiting, training, workers, console)
-        except RunError as error:  # the summary of the others comes first
+        except RunError as error:  # write the summary of the others first
             failure = error
     finished = {job: training.metrics(job) for job in jobs if training.record(job).exists()}
     cells = summarise(finished)
@@ -76,7 +76,7 @@ def run(
 
 
 def describe(jobs: Sequence[Job], training: Training, console: Console | None = None) -> None:
-    """Prints what would run, cell by cell, and how much of it is finished."""
+    """Print what would run, cell by cell, and how much of it is finished."""
     console = console or Console()
     done = {job for job in jobs if training.record(job).exists()}
     for cell in dict.fromkeys(job.cell for job in jobs):

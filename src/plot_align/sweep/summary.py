@@ -14,12 +14,12 @@ _DEFT = {"deft_log": "DEFT, log-probabilities", "deft_prob": "DEFT, probabilitie
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a run ends with.
+    """A number that a run reports at its end.
 
     Args:
         key: its name in the results.
         label: in words, with the unit.
-        more_is_better: None where neither is.
+        more_is_better: None if neither direction is better.
     """
 
     key: str
@@ -28,19 +28,19 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """The label with an arrow towards better."""
+        """The label with an arrow in the better direction."""
         return self.label + {True: " ↑", False: " ↓", None: ""}[self.more_is_better]
 
 
 def summarise(runs: Mapping[Job, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Every cell of the runs, in their order, as entries of a record.
+    """Summarise the runs by cell, in order, as entries of a record.
 
     Args:
-        runs: what each finished run ended with, name to number.
+        runs: the metrics of each finished run, name to number.
 
     Returns:
         For each cell its ``method``, ``setting`` and ``plot`` (None: the vanilla arm), its ``seeds``, ``metrics``
-        (name to :func:`plot_align.records.mean_of`) and, where the vanilla arm has a seed in common,
+        (name to :func:`plot_align.records.mean_of`) and, if the vanilla arm has a seed in common,
         ``minus_vanilla`` (name to :func:`plot_align.records.paired`).
     """
     cells: dict[Cell, dict[int, Mapping[str, float]]] = {}
@@ -98,7 +98,7 @@ def markdown(cells: Sequence[Mapping[str, Any]], metrics: Sequence[Metric], titl
 
 
 def _everywhere(cells: Sequence[Mapping[str, Any]]) -> str:
-    """What the grid set for all cells alike, which no column of the table says."""
+    """The options that all cells have in common, which get no column of the table."""
     several = varying(cells)
     options = dict.fromkeys(name for cell in cells for name in (*cell["setting"], *cell["plot"]))
     return ", ".join(
@@ -109,7 +109,7 @@ def _everywhere(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The axes that tell the cells apart; ``alpha`` always."""
+    """The axes in which cells differ, and always ``alpha``."""
     axes = dict.fromkeys(
         ["method", *(name for cell in cells for name in cell["setting"]), "alpha"]
         + [name for cell in cells for name in cell["plot"] or {}]
@@ -119,7 +119,7 @@ def varying(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def axis_text(cell: Mapping[str, Any], axis: str) -> str:
-    """A cell's value on an axis; empty where it has none."""
+    """A cell's value on an axis; empty if it has none."""
     if axis == "method":
         return str(cell["method"])
     if axis == "alpha" and cell["plot"] is None:
@@ -129,7 +129,7 @@ def axis_text(cell: Mapping[str, Any], axis: str) -> str:
 
 
 def line_name(cell: Mapping[str, Any], axes: Sequence[str], *, beside_deft: bool) -> str:
-    """What a line through cells of different α stands for: every other option of the term that varies."""
+    """The name of a line through cells of different α: every other option of the term that varies."""
     plot = cell["plot"]
     if plot.get("divergence") in _DEFT:
         parts = [_DEFT[plot["divergence"]]]
@@ -142,12 +142,12 @@ def line_name(cell: Mapping[str, Any], axes: Sequence[str], *, beside_deft: bool
 
 
 def has_deft(cells: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether DEFT's reward stands in for a divergence in some cell."""
+    """Whether some cell uses DEFT's reward instead of a divergence."""
     return any((cell["plot"] or {}).get("divergence") in _DEFT for cell in cells)
 
 
 def entry_text(entry: Mapping[str, Any] | None) -> str:
-    """Mean ± standard error to three significant digits of the larger; a dash where nothing was measured."""
+    """Mean ± standard error to three significant digits of the larger; a dash if nothing was measured."""
     if entry is None or not entry["n"]:
         return "–"
     value, error = entry["value"], entry.get("error")

@@ -1,4 +1,4 @@
-"""The user's own training as the run of a sweep."""
+"""Run the user's own training for each job of a sweep."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _FLAGS = {"steps": "max_steps", "batch_size": "per_device_train_batch_size"}  # 
 
 
 class Training:
-    """The user's own training: ``plot-align METHOD --config FILE`` for every job, in a process of its own.
+    """The user's own training: ``plot-align METHOD --config FILE`` for every job, in its own process.
 
     Args:
         output: folder of the sweep; each run has a folder under ``runs``, with its log.
         config: the YAML file.
-        content: what is in it.
+        content: of that file.
     """
 
-    # Evaluation first; without one, the last training log. The term is part of TRL's losses, so these leave it out.
+    # Evaluation first, else the last training log. TRL's losses include the term, so they are left out.
     MAIN = tuple(
         Metric(prefix + key, f"{label} ({where})", better)
         for prefix, where in (("eval_", "evaluation"), ("", "last training log"))
@@ -51,14 +51,14 @@ class Training:
         self.content = dict(content)
 
     def record(self, job: Job) -> Path:
-        """Where the job's record lies once it is finished."""
+        """The path of a finished job's record."""
         return self.output / "records" / f"{self._name(job)}.json"
 
     def run(self, jobs: Sequence[Job], on_finished: Callable[[], None], workers: int | None) -> None:
-        """Run the jobs, and call ``on_finished`` after each.
+        """Run the jobs and call ``on_finished`` after each.
 
         Args:
-            workers: how many at once; None: one a GPU, one without GPUs.
+            workers: how many at once; None for one per GPU, or one without GPUs.
 
         Raises:
             InputError: ``workers`` does not divide the GPUs.
@@ -84,7 +84,7 @@ class Training:
         return training_metrics(read_record(self.record(job), KIND)["results"])
 
     def main_metrics(self, names: Sequence[str]) -> tuple[list[Metric], list[Metric]]:
-        """Of the metrics that were measured (``names``): those to draw, and those beside them in the table."""
+        """Of the measured metrics (``names``): those to draw, and further ones for the table."""
         found = [metric for metric in self.MAIN if metric.key in names]
         evaluated = [metric for metric in found if metric.key.startswith("eval_")]
         return (evaluated, [m for m in found if m not in evaluated]) if evaluated else (found, [])
@@ -92,9 +92,9 @@ class Training:
     def command(self, job: Job) -> list[str]:
         """The command that runs a job."""
         flags: list[str] = []
-        vanilla = (("alpha", 0.0), ("alpha_schedule", "constant"))  # whatever schedule the file asks for
+        vanilla = (("alpha", 0.0), ("alpha_schedule", "constant"))  # whatever schedule the file has
         for name, value in [*job.cell.setting, *(job.cell.plot or vanilla)]:
-            if value is None:  # the option's default, which no flag can say; check() refused a file that sets it
+            if value is None:  # the option's default, which no flag can express; check() refused a file that sets it
                 continue
             values = value.split("+") if name == "loss_type" else [_flag_text(value)]
             flags += [f"--{_FLAGS.get(name, name)}", *values]
@@ -105,7 +105,7 @@ class Training:
         """Options of the term that the file sets.
 
         Raises:
-            InputError: one of another type.
+            InputError: one has another type.
         """
         known = {name: key for name, key in keys().items() if key.group == "plot"}
         return {name: coerce(known[name], value) for name, value in self.content.items() if name in known}
@@ -127,7 +127,7 @@ class Training:
         folder = self._folder(job)
         folder.mkdir(parents=True, exist_ok=True)
         written = folder / "plot_align_record.json"
-        written.unlink(missing_ok=True)  # of a run that was interrupted after it
+        written.unlink(missing_ok=True)  # a run that was interrupted after this point
         log = folder / "log.txt"
         code = worker.run(self.command(job), log)
         if code != 0:
@@ -158,7 +158,8 @@ class Training:
 
 
 def training_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in the record of ``plot-align dpo`` and its kin: the last log, the whole run's, the evaluation's."""
+    """The numbers in the record of ``plot-align dpo``, ``sft`` or ``pro``: from the last log, the whole run, and
+    evaluation."""
     found = {
         name: float(value)
         for part in ("last_log", "metrics", "eval")
@@ -176,8 +177,8 @@ def training_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 def source_digest() -> str:
     """A digest of every module of this package.
 
-    Finished runs are read only while it stays the same. A list of the modules that training needs would go stale when
-    one is moved, and version and commit do not change with an edit that is not committed.
+    Finished runs are reused only while it is unchanged. A list of the modules that training needs would go stale, and
+    version and commit do not change with an uncommitted edit.
     """
     package = Path(plot_align.__file__).parent
     digest = hashlib.sha256()
@@ -191,7 +192,7 @@ def _is_local(value: Any) -> bool:
 
 
 def _content(path: str) -> str:
-    """What tells one content of a file or a folder from another: its bytes, or its files' sizes and times."""
+    """Identifies the content of a file by its bytes, and of a folder by its files' sizes and times."""
     if Path(path).is_file():
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     files = [(str(f.relative_to(path)), f.stat()) for f in sorted(Path(path).rglob("*")) if f.is_file()]
@@ -200,7 +201,7 @@ def _content(path: str) -> str:
 
 
 def _flag_text(value: Any) -> str:
-    """A value as the training command's parser reads it, without loss."""
+    """A value as a flag's text, from which the training command's parser recovers it exactly."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

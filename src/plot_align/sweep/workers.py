@@ -1,4 +1,4 @@
-"""Independent commands side by side, each worker on its own GPUs; one that fails costs no other."""
+"""Run independent commands side by side, each worker on its own GPUs; a failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def visible_gpus() -> list[str]:
 
 
 def assign_devices(devices: Sequence[str], workers: int) -> list[str | None]:
-    """``CUDA_VISIBLE_DEVICES`` of each worker: every device is used, and shared where there are more workers.
+    """``CUDA_VISIBLE_DEVICES`` of each worker. Every device is used; with more workers than devices, several use one.
 
     Returns:
         A value for each worker; None without devices.
@@ -44,7 +44,7 @@ def assign_devices(devices: Sequence[str], workers: int) -> list[str | None]:
 
 
 class CommandWorker:
-    """Runs commands, one at a time, in a process group of their own.
+    """Runs commands one at a time, each in its own process group.
 
     Args:
         device: their ``CUDA_VISIBLE_DEVICES``; None leaves the variable alone.
@@ -53,7 +53,7 @@ class CommandWorker:
     def __init__(self, device: str | None) -> None:
         self._device = device
         self._process: subprocess.Popen[bytes] | None = None
-        self._lock = threading.Lock()  # held while a process is started, so that stop() cannot miss it
+        self._lock = threading.Lock()  # held while starting a process, so that stop() cannot miss it
         self._stopped = False
 
     def run(self, command: Sequence[str], log: Path) -> int:
@@ -74,7 +74,7 @@ class CommandWorker:
             return self._process.wait()
 
     def stop(self) -> None:
-        """End the command in hand at once, and refuse further ones."""
+        """End the running command at once, and refuse further ones."""
         with self._lock:
             self._stopped = True
             if self._process is not None and self._process.poll() is None:
@@ -89,7 +89,7 @@ def run_jobs(
     Args:
         jobs: started in this order.
         workers: each has one job at a time.
-        work: called in a thread of its own.
+        work: called in its own thread.
 
     Returns:
         Index of each failed job, in order, and what it raised.
@@ -109,7 +109,7 @@ def run_jobs(
         futures = [threads.submit(run_one, job) for job in jobs]
         running: set[Future[None]] = set(futures)
         try:
-            while running:  # waking up now and then hears an interrupt, whichever thread got the signal
+            while running:  # wake up now and then to notice an interrupt, whichever thread got the signal
                 _, running = wait(running, timeout=0.2)
         finally:
             for future in futures:  # all are done, unless interrupted
@@ -124,7 +124,7 @@ def raise_failures(failures: Mapping[int, Exception], names: Sequence[str], fold
     """Raise one error that names the failed runs and gives the first one's reason.
 
     Raises:
-        RunError: there is a failure.
+        RunError: there are failures.
     """
     if not failures:
         return
