@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from plot_align import parallel
-from plot_align.inference import scoring
 from plot_align.cli import main as cli
+from plot_align.inference import scoring
 from plot_align.parallel import each, everywhere, in_step, on_main, rank, size
 
 
