@@ -7,6 +7,7 @@ process computes a whole job (a batch, a request under attack), so no result dep
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import traceback
@@ -60,6 +61,7 @@ def in_step() -> Iterator[None]:
     state = patient_state()
     if state.num_processes > 1:
         _state = state
+        atexit.register(_leave)
         if not state.is_main_process:
             import datasets
             from transformers.utils import logging
@@ -70,6 +72,14 @@ def in_step() -> Iterator[None]:
         yield
     finally:
         _state = None
+
+
+def _leave() -> None:
+    """Else a thread of gloo may still run when the interpreter ends, which aborts it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def size() -> int:

@@ -1,15 +1,8 @@
-"""What the processes of ``test_parallel.py`` do: the mechanism itself, then commands of the command line.
-
-    python -m torch.distributed.run ... parallel_worker.py SPEC.json OUT
-
-SPEC holds a list of commands; what each process found goes to OUT.RANK.json.
-"""
+"""What the processes of test_parallel.py do: the mechanism itself, then commands of the command line."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,13 +68,15 @@ def mechanism() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    spec, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+def work(commands: list[dict[str, Any]], said: str) -> dict[str, Any]:
+    """What this process found; what it printed is appended to the file ``said``."""
+    with Path(said).open("a") as out:
+        os.dup2(out.fileno(), 1)
     torch.set_num_threads(1)
     with in_step():
         found = mechanism()
     process, score, found["codes"] = parallel.process_state().process_index, scoring._score, []
-    for command in spec:
+    for command in commands:
         os.chdir(command["cwd"])
         for pattern in command.get("remove", []) if process == 0 else ():
             for path in Path().glob(pattern):
@@ -90,8 +85,4 @@ def main() -> None:
             scoring._score = lambda *_: (_ for _ in ()).throw(RuntimeError("this process only"))
         found["codes"].append(cli.main(command["arguments"]))
         scoring._score = score
-    Path(f"{out}.{process}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -18,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from parallel_worker import work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import processes
 from plot_align.cli import main as cli
 from plot_align.inference import chat
 from plot_align.redteam.behaviors import Behavior, write_behaviors
@@ -27,7 +29,6 @@ from plot_align.redteam.behaviors import Behavior, write_behaviors
 pytest.importorskip("lm_eval")
 pytest.importorskip("openai")
 pytestmark = pytest.mark.xdist_group("parallel")  # its fixtures start processes: once, on one worker
-WORKER = Path(__file__).parent / "parallel_worker.py"
 SUITE = """\
 stem:
   sums: {{kind: lm_eval, task: sums, include_path: {folder}}}
@@ -257,18 +258,10 @@ def found(
         else:
             _half_of(alone[0], folder)
             spec[0]["arguments"] = [*commands["evaluate"], "--skip", "lm_eval"]  # whose files take long to read
-        (folder / "spec.json").write_text(json.dumps(spec))
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}",
-                str(WORKER), str(folder / "spec.json"), str(folder / "found.json"),
-            ],
-            env=_environment(), capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        outcomes = [json.loads((folder / f"found.json.{rank}.json").read_text()) for rank in range(size)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            outcomes = processes.run(work, spec, str(folder / "said.txt"), ranks=size, timeout=300)
         left[size] = folder, outcomes, sorted(judge[1][before:])
-        (folder / "said.txt").write_text(done.stdout)
     return left
 
 
@@ -326,7 +319,7 @@ def test_a_measure_that_fails_in_one_process_costs_no_other(found: Any, alone: t
 def test_processes_share_jobs_and_errors(size: int, found: Any) -> None:
     for rank, outcome in enumerate(found[size][1]):
         assert outcome["size"] == size
-        assert outcome["products"] == [[3 * job, job % size] for job in range(7)]
+        assert outcome["products"] == [(3 * job, job % size) for job in range(7)]
         taken, kind, text, cause = outcome["error"]
         assert (taken, kind, text) == ([3, 6, 9], "ValueError", "job -4")
         assert rank == 3 % size or f"in process {3 % size}" in cause

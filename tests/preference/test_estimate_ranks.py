@@ -6,20 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from estimate_worker import ROWS, cases, pair_rows, tokenised_rows, unpaired_rows
+from estimate_worker import ROWS, cases, count_all, count_and_die, pair_rows, tokenised_rows, unpaired_rows
 from transformers import AutoTokenizer
 
+import processes
 from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 
 pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start processes: once, on one worker
 
-WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
     "pairs", "pairs, truncated", "pairs, one batch", "unpaired", "one row", "pairs, stream", "pairs, shards",
     "pairs, uneven shards", "pairs, filtered shards", "pairs, shards of Arrow", "pairs, part of shards",
@@ -43,23 +45,18 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Where the ranks left what they got."""
-    out = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(WORKER), str(out), str(tiny_tokenizer)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[int, list[dict[str, Any]]]:
+def outcomes(tiny_tokenizer: Path) -> dict[int, list[dict[str, Any]]]:
     """Number of ranks → what each rank got, by case."""
-    return {
-        ranks: [json.loads((folder / f"{ranks}.{rank}.json").read_text()) for rank in range(ranks)]
-        for ranks in (1, 2, 3)
-    }
+    with on_the_cpu():
+        return {ranks: processes.run(count_all, str(tiny_tokenizer), ranks=ranks) for ranks in (1, 2, 3)}
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """As ``--num_processes`` tells the processes it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +168,12 @@ def test_every_case_is_looked_at(outcomes: Any, tokenizer: Any) -> None:
     assert set(outcomes[1][0]) == set(cases(tokenizer, 0)) == {*COUNTED, *REFUSED, *others}
 
 
-def test_a_rank_that_dies(folder: Path) -> None:
+def test_a_rank_that_dies(tiny_tokenizer: Path) -> None:
     """The other one says so."""
-    error = json.loads((folder / "killed.0.json").read_text())["killed"]["error"]
+    with on_the_cpu(), processes.start(count_and_die, str(tiny_tokenizer), ranks=2) as started:
+        left, killed = started.outcomes()
+    assert killed.error == "SIGKILL"
+    error = left.value["error"]
     assert error.startswith("1 rank 0 could not add its counts to those of the other ranks"), error
     assert "\n" not in error
 
