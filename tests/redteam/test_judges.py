@@ -291,7 +291,7 @@ def test_an_endpoints_verdicts_are_read_strictly_and_a_failure_costs_one_case() 
     found = EndpointJudge(fake, max_tokens=7).judge([KING] * 9, ["the case"] * 9, [f"case {i}" for i in range(9)])
     assert [x.label for x in found] == [1, 0, -1, -1, -1, -1, -1, -1, 1]
     assert found[4].reason == "the server is gone; start it"
-    assert found[2].reason == "no verdict in the form asked for: 'yes'"
+    assert found[2].reason == "no verdict in the requested form: 'yes'"
     assert all(options == {"temperature": 0.0, "max_tokens": 7} for _, options in fake.asked)
     assert not any("the case" in messages[-1]["content"] for messages, _ in fake.asked)  # judged by the behaviour
 

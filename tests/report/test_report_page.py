@@ -151,10 +151,10 @@ def test_what_is_partial_is_shown_as_partial(all_kinds: Path, tmp_path: Path) ->
 
 def test_a_baseline_that_nobody_asked_for_is_explained(evaluation: Any, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [evaluation("b", reference="a"), evaluation("a")]
-    why = "The baseline is a, as none was asked for and 1 evaluation names it as the reference."
+    why = "The baseline is a, as none was named and 1 evaluation names it as the reference."
     assert why in report(paths[0].parents[1])[1]
     assert why in capsys.readouterr().out
-    assert "none was asked for" not in report(paths[0].parents[1], "--baseline", "b")[1]
+    assert "none was named" not in report(paths[0].parents[1], "--baseline", "b")[1]
 
 
 def test_the_papers_line_is_that_of_dpo(evaluation: Any) -> None:

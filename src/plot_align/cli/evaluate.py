@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     parser.add_argument("--limit", type=int, metavar="N", help="items a measure, at most")
     parser.add_argument("--mt_bench", metavar="DIR", help="FastChat's questions, judge prompts and references")
     parser.add_argument("--judge_url", metavar="URL", help="an OpenAI-compatible endpoint that judges")
-    parser.add_argument("--judge_model", metavar="NAME", help="the model asked there")
+    parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--judge_prices", metavar="P,C", help="its prices per million prompt and completion tokens")
     parser.add_argument("--behaviors", metavar="FILE", help="HarmBench's behaviours, .csv")

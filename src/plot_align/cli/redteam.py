@@ -53,7 +53,7 @@ def make_parser() -> Parser:
     parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
     parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
     parser.add_argument("--judge_url", metavar="URL", help="of judge endpoint, OpenAI-compatible")
-    parser.add_argument("--judge_model", metavar="NAME", help="the model asked there")
+    parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="answers a pass (%(default)s)")
@@ -124,7 +124,7 @@ def _steps(text: str | None) -> tuple[int, ...]:
 
 
 def _attacks(options: Any) -> list[Attack]:
-    """The attacks asked for, with the options of the YAML file.
+    """The chosen attacks, with the options of the YAML file.
 
     Raises:
         InputError: an unknown attack or option, or an attacker that is missing.

@@ -1,8 +1,8 @@
 """The demo's requests and preference pairs, as they ship with the package.
 
 160 harmful requests in plain English, a benign twin for each (the same words or topic, plainly harmless) and 40
-everyday requests, all written for this package; 260 to train on and 100 held out. README.md beside the
-files describes how the answers were drawn and sorted.
+everyday requests, all written for this package; 260 to train on and 100 held out. README.md beside the files describes
+how the answers were drawn and sorted.
 """
 
 from __future__ import annotations

@@ -45,10 +45,10 @@ class KL(Diversity):
         """The mean over answers of the mean over their tokens of the KL between whole next-token distributions."""
         reference = subject.require_reference("kl")
         answers = answers_to(self, subject)
-        asked = data.prompts(self.prompts, split=self.split, limit=self.limit, seed=subject.seed)
-        starts = [len(row) for row in subject.rows(list(asked.values()))]
+        prompts = data.prompts(self.prompts, split=self.split, limit=self.limit, seed=subject.seed)
+        starts = [len(row) for row in subject.rows(list(prompts.values()))]
         whole = subject.tokenizer.apply_chat_template(
-            [[*asked[name], {"role": "assistant", "content": answers[name]}] for name in asked],
+            [[*prompts[name], {"role": "assistant", "content": answers[name]}] for name in prompts],
             tokenize=True,
             return_dict=False,
         )
@@ -68,7 +68,7 @@ class KL(Diversity):
                 f"KL to {reference.name} is infinite in {sum(map(math.isinf, values))} answers: the reference gives "
                 "a token that the model writes no probability at all; use float32"
             )
-        items = {name: value for name, value in zip(asked, values, strict=True) if not math.isnan(value)}
+        items = {name: value for name, value in zip(prompts, values, strict=True) if not math.isnan(value)}
         quantity = of_items(f"KL to {reference.name}", items, better=None, unit="nats a token", seed=subject.seed)
         return Found({"kl": quantity}, {"answers_without_tokens": len(values) - len(items)})
 
@@ -225,8 +225,8 @@ def flows(q: Tensor, p: Tensor, embeddings: Tensor) -> list[tuple[int, int, floa
 
     Mass that both have stays in place, which is optimal if the cost is a metric. For the rest, the plan covers the
     tokens that lost and gained most and moves as much as the smaller side has: partial optimal transport, solved as a
-    linear program. The cost is the Euclidean distance of the embeddings (V, H), in units of the mean distance
-    between a token that lost and one that gained.
+    linear program. The cost is the Euclidean distance of the embeddings (V, H), in units of the mean distance between
+    a token that lost and one that gained.
     """
     change = (p - q).double().cpu()  # (V,)
     count = min(_SUPPORT, len(change))

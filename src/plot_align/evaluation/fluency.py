@@ -132,8 +132,8 @@ class Diversity:
 
 def answers_to(options: Diversity, subject: Subject) -> dict[str, str]:
     """Greedy answers to the prompts that ``options`` name, by id."""
-    asked = data.prompts(options.prompts, split=options.split, limit=options.limit, seed=subject.seed)
-    return dict(zip(asked, subject.answers(list(asked.values()), "answers", options.max_new_tokens), strict=True))
+    prompts = data.prompts(options.prompts, split=options.split, limit=options.limit, seed=subject.seed)
+    return dict(zip(prompts, subject.answers(list(prompts.values()), "answers", options.max_new_tokens), strict=True))
 
 
 def distinct(answers: Sequence[Sequence[str]], n: int) -> Quantity:

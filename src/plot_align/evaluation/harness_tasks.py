@@ -186,9 +186,9 @@ def _requirement(module: str) -> str:
     A package's name may continue the module's (antlr4-python3-runtime), unless one has exactly that name.
     """
     wanted = module.replace("_", "-").lower()
-    asked = {
+    required = {
         re.split(r"[\s;\[<>=!~]", line)[0].replace("_", "-").lower(): line.partition(";")[0].strip()
         for line in metadata.requires("lm_eval") or []
     }
-    longer = (asked[name] for name in asked if name.startswith(f"{wanted}-"))
-    return asked.get(wanted) or next(longer, module)
+    longer = (required[name] for name in required if name.startswith(f"{wanted}-"))
+    return required.get(wanted) or next(longer, module)

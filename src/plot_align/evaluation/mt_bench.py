@@ -213,7 +213,7 @@ def _blocks(questions: Iterable[Question]) -> list[list[Question]]:
     by_category: dict[str, list[Question]] = {}
     for question in questions:
         by_category.setdefault(question.category, []).append(question)
-    return [asked[i : i + BLOCK] for asked in by_category.values() for i in range(0, len(asked), BLOCK)]
+    return [group[i : i + BLOCK] for group in by_category.values() for i in range(0, len(group), BLOCK)]
 
 
 def _answer(

@@ -80,7 +80,7 @@ class Endpoint:
                 "(what came is not shown, as it may hold a password)."
             )
         if not self.model:
-            raise InputError("model is empty, but an endpoint is asked for a model by name: pass the server's name.")
+            raise InputError("model is empty: pass the name by which the server knows the model.")
         if not self.timeout > 0:
             raise InputError(f"timeout is {self.timeout}, but must be above zero seconds: pass a longer one.")
         if self.retries < 0:

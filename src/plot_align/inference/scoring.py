@@ -147,8 +147,8 @@ def _batches(sequences: Sequence[ScoredSequence], size: int) -> Iterator[list[in
 
 
 def _hidden(base: Any, batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tensor]:
-    """Last hidden states (n, H) of the positions that predict scored tokens, those tokens (n,), and, on the CPU,
-    their row in the batch (n,)."""
+    """Last hidden states (n, H) of the positions that predict scored tokens, those tokens (n,), and, on the CPU, their
+    row in the batch (n,)."""
     device = base.get_output_embeddings().weight.device
     inputs, rows, columns, _ = collate(batch)
     ids, mask = inputs.to(device)  # (B, T) each

@@ -154,8 +154,8 @@ def measure(
 
     Returns:
         By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
-        has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`), ``agreement`` of the judges;
-        ``undecided`` (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+        has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`), ``agreement`` of the judges; ``undecided``
+        (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
         InputError: as in :mod:`plot_align.redteam.run`, or an attack works through the answer and a judge reads none.

@@ -3,9 +3,9 @@
     loss(suffix) = mean_j  −log p(target_j | before, suffix, after, target_<j)
 
 ``before`` is the chat template and the behaviour, ``after`` what the template puts between the user's turn and the
-answer. Three things make it fast without changing a loss by more than rounding: the keys and values of
-``before`` are computed once; those of the suffix's first tokens are shared by the candidates that keep them; and
-the head sees the target's positions only.
+answer. Three things make it fast without changing a loss by more than rounding: the keys and values of ``before`` are
+computed once; those of the suffix's first tokens are shared by the candidates that keep them; and the head sees the
+target's positions only.
 """
 
 from __future__ import annotations

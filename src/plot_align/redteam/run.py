@@ -108,19 +108,19 @@ def _is_attacked(layout: Layout, request: Request) -> bool:
     folder = layout.behavior_folder(request.behavior.id)
     if not (folder / "test_cases.json").exists():
         return False
-    match_or_write(folder / "request.json", _asked(request), folder)
+    match_or_write(folder / "request.json", _request_json(request), folder)
     return True
 
 
 def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     folder = layout.behavior_folder(request.behavior.id)
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
-    write_json(folder / "request.json", _asked(request))
+    write_json(folder / "request.json", _request_json(request))
     write_json(folder / "logs.json", log)
     write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: its presence means finished
 
 
-def _asked(request: Request) -> dict[str, Any]:
+def _request_json(request: Request) -> dict[str, Any]:
     return {"behavior": asdict(request.behavior), "target": request.target}
 
 
@@ -158,15 +158,15 @@ def complete(
         return harmbench.read_completions(path) if path.exists() else {}
 
     found = on_main(earlier)
-    asked: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
+    unanswered: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
     for name, cases in test_cases.items():
         ids = answering.prefixes.get(name, ())
         prefix = {"prefix": victim.tokenizer.decode(ids, skip_special_tokens=True)} if ids else {}
-        asked[name] = [{"test_case": case, **prefix} for case in cases] * answering.samples
+        unanswered[name] = [{"test_case": case, **prefix} for case in cases] * answering.samples
 
     def current(part: list[tuple[str, int]]) -> bool:
         return all(
-            row.get(key) == asked[name][i].get(key)
+            row.get(key) == unanswered[name][i].get(key)
             for name, i in part
             for row in (found.get(name, [])[i : i + 1] or [{}])
             for key in ("test_case", "prefix")
@@ -180,7 +180,7 @@ def complete(
             parts.append([(name, i) for name, count in of_each for i in range(n * count, (n + 1) * count)])
     questions = [
         [
-            Question(asked[name][i]["test_case"], answering.prefixes.get(name, ()), answering.seed_of(name, i))
+            Question(unanswered[name][i]["test_case"], answering.prefixes.get(name, ()), answering.seed_of(name, i))
             for name, i in part
         ]
         for part in parts
@@ -192,11 +192,11 @@ def complete(
     for part in parts:
         if not current(part):
             for (name, i), answer in zip(part, next(answered), strict=True):
-                found.setdefault(name, [])[i : i + 1] = [{**asked[name][i], "generation": answer}]
+                found.setdefault(name, [])[i : i + 1] = [{**unanswered[name][i], "generation": answer}]
             on_main(partial(write_json, path, found))
         for name in dict.fromkeys(name for name, _ in part):
             on_behavior(name)
-    return {name: found.get(name, [])[: len(asked[name])] for name in names}
+    return {name: found.get(name, [])[: len(unanswered[name])] for name in names}
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:

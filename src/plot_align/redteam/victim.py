@@ -84,8 +84,8 @@ class Victim:
 
     def answers(self, test_cases: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers, one user turn each, no system message."""
-        asked = [[Question(case) for case in test_cases]]
-        return next(self.answers_to_each(asked, max_new_tokens=max_new_tokens, batch_size=batch_size))
+        questions = [[Question(case) for case in test_cases]]
+        return next(self.answers_to_each(questions, max_new_tokens=max_new_tokens, batch_size=batch_size))
 
     def answers_to_each(
         self, parts: Sequence[Sequence[Question]], *, max_new_tokens: int, batch_size: int, temperature: float = 0.0

@@ -111,12 +111,12 @@ def _of_row(row: Row, comparison: Comparison, references: Sequence[str]) -> Side
     base = next((name for name, _ in Counter(references).most_common() if name in seen), "")
     marked = base or (comparison.baseline if comparison.baseline in seen else "")
     models = sorted(seen, key=lambda model: model != marked)
-    asked = [
+    requests = [
         Request(name, {m: Answer(of["prompt"], of["answer"], of["label"], of["reason"])
                        for m in models if (of := _answers(seen[m]).get(name))})
         for name in names
     ]  # fmt: skip
-    shared = [request for request in asked if len(request.answers) > 1]
+    shared = [request for request in requests if len(request.answers) > 1]
     if not shared:
         return None
     return SideBySide(
@@ -127,7 +127,7 @@ def _of_row(row: Row, comparison: Comparison, references: Sequence[str]) -> Side
         mark="base" if base else "baseline" if marked else "",
         alike=len({observation.alike for observation in seen.values()}) == 1,
         requests=sorted(shared, key=lambda request: not request.differs),
-        alone=[request for request in asked if len(request.answers) == 1],
+        alone=[request for request in requests if len(request.answers) == 1],
     )
 
 

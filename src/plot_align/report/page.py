@@ -102,7 +102,7 @@ def build(
     comparison = compare.compare_models(collected, name, seed=seed)
     content = Content(title, collected, comparison, compare.judge(comparison), paper=paper)
     if why and len(comparison.models) > 1:
-        content.chosen = f"The baseline is {compare.called(name)}, as none was asked for and {why}."
+        content.chosen = f"The baseline is {compare.called(name)}, as none was named and {why}."
     seven = figures.seven(comparison)
     sweeps = [runs.sweep_lines(record) for record in collected.of_kind("sweep")]
     attacks = enumerate(runs.attack_curves(collected), start=1)

@@ -40,8 +40,8 @@ def summarise(runs: Mapping[Job, Mapping[str, float]]) -> list[dict[str, Any]]:
 
     Returns:
         For each cell its ``method``, ``setting`` and ``plot`` (None: the vanilla arm), its ``seeds``, ``metrics``
-        (name to :func:`plot_align.records.mean_of`) and, if the vanilla arm has a seed in common,
-        ``minus_vanilla`` (name to :func:`plot_align.records.paired`).
+        (name to :func:`plot_align.records.mean_of`) and, if the vanilla arm has a seed in common, ``minus_vanilla``
+        (name to :func:`plot_align.records.paired`).
     """
     cells: dict[Cell, dict[int, Mapping[str, float]]] = {}
     for job, metrics in runs.items():

@@ -58,8 +58,8 @@ class ClassifierPrompts:
         """The prompts in a checkout of HarmBench (MIT licence), whose code is read and never run.
 
         They are ``LLAMA2_CLS_PROMPT`` in ``eval_utils.py``, and must be the ones that HarmBench's published numbers
-        were made with: with other prompts the classifier still answers, only worse. (The model card's example shows
-        a standard prompt with other rules.)
+        were made with: with other prompts the classifier still answers, only worse. (The model card's example shows a
+        standard prompt with other rules.)
 
         Source: M. Mazeika et al., "HarmBench" (2024), github.com/centerforaisafety/HarmBench.
 
@@ -115,8 +115,8 @@ class HarmBenchClassifier:
     """HarmBench's classifier: one greedy token, yes is 1, no is 0, anything else −1.
 
     The generation is clipped to its first 512 tokens (BOS counted, as HarmBench counts). A behaviour with a context
-    has its own prompt. Copyright behaviours (tag ``hash_check``) are −1: HarmBench compares their hashes with
-    the protected texts, which a classifier cannot. A prompt longer than the model can read is −1 as well.
+    has its own prompt. Copyright behaviours (tag ``hash_check``) are −1: HarmBench compares their hashes with the
+    protected texts, which a classifier cannot. A prompt longer than the model can read is −1 as well.
 
     Args:
         model, tokenizer: a causal language model on its device.

@@ -131,7 +131,7 @@ def _verdicts(reply: str, *names: str) -> list[bool] | None:
 
 
 def _unreadable(reply: str) -> Judged:
-    return Judged(-1, reason=f"no verdict in the form asked for: {reply.strip()[:200]!r}")
+    return Judged(-1, reason=f"no verdict in the requested form: {reply.strip()[:200]!r}")
 
 
 def _harmful_verdict(reply: str) -> Judged:
