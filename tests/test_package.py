@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import plot_align
+from plot_align import redteam
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +23,9 @@ def _run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["plot_align", "plot_align.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["plot_align", "plot_align.cli.main", "plot_align.cli.redteam", "plot_align.cli.evaluate"]
+)
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     heavy = "{'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'numpy', 'rich'}"
     assert _run(f"import {module}, sys; print(sorted({heavy} & set(sys.modules)))") == "[]"
@@ -44,6 +47,13 @@ def test_every_public_name_is_there() -> None:
     assert set(plot_align.__all__) <= set(dir(plot_align))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         plot_align.nothing  # noqa: B018
+
+
+def test_every_name_of_the_red_team_is_there() -> None:
+    for name in redteam.__all__:
+        assert getattr(redteam, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        redteam.nothing  # noqa: B018
 
 
 def test_one_version_everywhere() -> None:

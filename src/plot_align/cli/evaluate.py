@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
@@ -281,6 +279,7 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
 
 def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> None:
     """A table of every measure's score, and all quantities of the guards."""
+    from rich.markup import escape
     from rich.table import Table
 
     from plot_align.records import read_record

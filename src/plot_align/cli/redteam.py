@@ -12,7 +12,6 @@ from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
 from plot_align.io import read_yaml
 from plot_align.redteam.names import ATTACKS, CLASSIFIER, JUDGES, TELL_REFUSALS
-from plot_align.results import ATTACK_CURVES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -386,6 +385,7 @@ def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
     """The curves of each attack, where they have two points."""
     from plot_align.redteam.curves import draw
+    from plot_align.results import ATTACK_CURVES
 
     for key, xlabel in ATTACK_CURVES.items():
         for attack in next(iter(measured.values()))[key]:
