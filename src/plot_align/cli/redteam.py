@@ -1,4 +1,4 @@
-"""``plot-align redteam``: attack success rate and over-refusal of one's own models."""
+"""``plot-align redteam``: attack success rate and over-refusal of your own models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, attack, judge, and write HarmBench's files, a record and a table."""
     options = make_parser().parse(arguments)
-    num_processes = vars(options).pop("num_processes")  # it changes no result, so no record holds it
+    num_processes = vars(options).pop("num_processes")  # it does not change results, so records leave it out
     return on_processes("redteam", num_processes, arguments, lambda: _run(options))
 
 
@@ -104,7 +104,7 @@ def _run(options: Any) -> int:
 
 
 def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
-    """The chat model on its device, under a name of its own or its folder's.
+    """Load a chat model as a victim, named ``name`` or like its folder.
 
     Raises:
         InputError: it cannot be loaded, or has no chat template.
@@ -168,10 +168,10 @@ def _attacker(attack: str, options: Any) -> Any:
 
 
 def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loaded: dict[str, Any]) -> Any:
-    """The judge of that name; but for the one that looks at the victim, ``loaded`` keeps it for the next model.
+    """The judge called ``name``. ``loaded`` keeps it for the next model, except the one that needs the victim.
 
     Raises:
-        InputError: what it needs is not given or not there.
+        InputError: something that it needs is missing.
     """
     from plot_align.redteam.catalogue import make_judge
     from plot_align.redteam.judges import TargetLikelihood
@@ -192,7 +192,7 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loa
 
 
 def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]) -> None:
-    """Checks that each judge has what it needs, before attacks that may take hours."""
+    """Check that each judge has what it needs, before attacks that may take hours."""
     from plot_align.redteam.behaviors import require_targets
 
     wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
@@ -216,7 +216,7 @@ def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]
 
 
 def _check_addresses(options: Any) -> None:
-    """That each endpoint is an address, and that the package for them is there."""
+    """Check that each endpoint is an address and that their package is installed."""
     if any(_addresses(options).values()):
         require_packages("an endpoint", "openai", extra="redteam")
 
@@ -240,7 +240,7 @@ def _measured(
     judge = _judge(options.judge, victim, targets, options, loaded)
     judges = Judges(
         judge,
-        # A judge of success alone cannot tell a refusal; the prefixes always can.
+        # Some judges recognise only success; the refusal prefixes always recognise refusals.
         judge if options.judge in TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
         _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
     )
@@ -263,7 +263,7 @@ def _measured(
 
 
 def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[str], None], Callable[[str, int], None]]:
-    """A bar: what moves it by one behaviour, and what shows the update step of the one under attack."""
+    """A bar: one function advances it by a behaviour, the other shows the update step of the current attack."""
     task = progress.add_task(description, total=total, update="")
 
     def advance(behavior: str) -> None:
@@ -362,7 +362,7 @@ def _report(
 
 
 def _addresses(options: Any) -> dict[str, str | None]:
-    """The endpoints as a record may hold them: an address can carry a password."""
+    """The endpoints for the record, without addresses, which can carry a password."""
     from plot_align.inference.endpoint import Endpoint
 
     given = {
@@ -377,13 +377,14 @@ def _source(options: Any) -> str:
 
 
 def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
-    """Models, attacks and where the cases came from: another run of them must not overwrite this one's record."""
+    """Models, attacks and source of the cases, for file names: runs that differ in them must not overwrite each
+    other."""
     attacks = "-".join(name.strip() for name in options.attacks.split(","))
     return f"{'-'.join(measured)}-{attacks}{_source(options)}"
 
 
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
-    """The curves of each attack, where they have two points."""
+    """Draw the curves of each attack that have two points."""
     from plot_align.redteam.curves import draw
     from plot_align.results import ATTACK_CURVES
 
@@ -396,7 +397,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
 
 
 def _with_text_keys(value: Any) -> Any:
-    """JSON has no numbers as keys."""
+    """``value`` with text keys, since JSON has no others."""
     if isinstance(value, dict):
         return {str(key): _with_text_keys(entry) for key, entry in value.items()}
     return value

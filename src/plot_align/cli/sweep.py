@@ -38,7 +38,7 @@ example:
 
 
 def make_parser() -> Parser:
-    """Every key of the grid takes several values; types and choices are checked with those of the YAML file."""
+    """Every key of the grid takes several values; types and choices are checked later, with those of the YAML file."""
     from plot_align.sweep import keys
 
     parser = Parser(
@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> int:
 
 
 def read_grid(options: dict[str, Any]) -> dict[str, list[Any]]:
-    """Key to values of their own type, from single values and lists alike, without repetition.
+    """Key → values of its type, from single values or lists, without repetition.
 
     Raises:
         InputError: a value of another type, or an empty list.
