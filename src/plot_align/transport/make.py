@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DIVERGENCES = ("w1", "max_w1", "sinkhorn", "emo", "kl", "js", "tv")
 
 
-def distance_of(options: PlotAblations, target: Tensor, embeddings: Tensor, *, valid: int) -> Divergence:
+def divergence_from_options(options: PlotAblations, target: Tensor, embeddings: Tensor, *, valid: int) -> Divergence:
     """The distance that ``options`` describe, to ``target (V,)``, with ``embeddings (V, H)`` as the geometry.
 
     Args:

@@ -58,7 +58,7 @@ class PlotTerm(PlotLoss):
         if self.config.pool and _ranks() > 1:
             reference = None if reference is None else _over_ranks(reference, counts)[0]
             outputs, counts = _over_ranks(outputs, counts)
-        return self.compare(outputs, counts, *self.targets(batch, outputs, reference))
+        return self.mean_divergence(outputs, counts, *self.targets(batch, outputs, reference))
 
     def token_counts(self, batch: Batch) -> Tensor:
         """See :meth:`PlotLoss.token_counts`; with ``pool`` over all ranks."""
