@@ -285,9 +285,9 @@ def _scorer(
             )
         else:
             unused = torch.zeros_like(rows)  # targets
-            swept = fused_head(hidden, weight, bias, unused, spec, weights=weights, segments=rows, num_segments=count)
-            assert swept.marginals is not None  # (B, V)
-            rewards = -cost.value(swept.marginals)
+            result = fused_head(hidden, weight, bias, unused, spec, weights=weights, segments=rows, num_segments=count)
+            assert result.distributions is not None  # (B, V)
+            rewards = -cost.value(result.distributions)
         return rewards.tolist()  # (B,)
 
     return score

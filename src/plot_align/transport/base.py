@@ -103,9 +103,9 @@ class Divergence(Constants, ABC):
         """Same as :meth:`value`."""
         return self.value(p, target)
 
-    def in_its_order(self) -> tuple[Tensor, Divergence] | None:
+    def sorted_form(self) -> tuple[Tensor, Divergence] | None:
         """An order (V,) of the tokens in which this divergence needs neither a sort nor a gather, and the same
-        divergence for p given in that order; ``None`` where there is no such order."""
+        divergence for p in that order; ``None`` if there is no such order."""
         return None
 
     def _prepare(self, p: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Wasserstein1(Divergence):
     def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
         return self.line.value(*self._sorted(p, target))
 
-    def in_its_order(self) -> tuple[Tensor, SortedLine]:
+    def sorted_form(self) -> tuple[Tensor, SortedLine]:
         return self.order, self.line
 
     def _sorted(self, p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
