@@ -21,7 +21,7 @@ from plot_align.errors import InputError
 from plot_align.inference.chat import continue_rows
 from plot_align.inference.dealing import own_device, share
 from plot_align.inference.endpoint import EndpointError, Reply
-from plot_align.records import share_of
+from plot_align.records import proportion_of
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.victim import Victim
 from plot_align.sandbox import judges as sandbox
@@ -708,7 +708,7 @@ def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     for x, y in zip(a, b, strict=True):
         table[x == 1][y == 1] += 1
     return {
-        "equal": share_of(table[0][0] + table[1][1], len(a)),
+        "equal": proportion_of(table[0][0] + table[1][1], len(a)),
         "kappa": _kappa(table),
         "table": table,
         "undecided": {"a": sum(x == -1 for x in a), "b": sum(x == -1 for x in b)},

@@ -18,7 +18,7 @@ from plot_align.redteam.judges import Judge, agreement
 from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
-from plot_align.statistics import share
+from plot_align.statistics import proportion
 
 Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
 
@@ -132,14 +132,14 @@ def measure(
         found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(results)
         for tokens, other in attack.by_tokens.items():
             then = rates if other == attack else success_by_behavior(attacked(other)[-1])
-            found["by_tokens"].setdefault(attack.name, {})[tokens] = share(list(then.values()))
+            found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
         for step in steps:
             path = layout.folder / "steps" / f"{step}.json"
             cases = snapshot_cases(layout, list(answers), step)
             then = success_by_behavior(
                 label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
             )
-            found["by_steps"].setdefault(attack.name, {})[step] = share(list(then.values()))
+            found["by_steps"].setdefault(attack.name, {})[step] = proportion(list(then.values()))
         if judges.second is not None:
             other_results = label(judges.second, harmful, answers, layout.results(victim.name, judges.second.name))
             pairs = [[row["label"] for of in r.values() for row in of] for r in (results, other_results)]
