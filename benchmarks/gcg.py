@@ -9,8 +9,8 @@ width, top-k and threads, and both re-tokenise their candidates. A round is one 
 round, in turns; a ratio is the median of the rounds', in time and in processor time. On a machine that has other work
 pass ``--threads 1``: two threads that wait for each other at every operation then measure the waiting.
 
-The initial loss and a prompt's logits must agree, or nothing is measured. ``sandbox`` is the sandbox's base,
-``random`` a Llama with random weights and a vocabulary of ``--vocab``.
+The initial loss and a prompt's logits must agree, or nothing is measured. ``sandbox`` is the base of
+experiments/sandbox, ``random`` a Llama with random weights and a vocabulary of ``--vocab``.
 
 Each keeps its own way where the two differ: nanoGCG passes all candidates at once and ours 64 (``--batch-size`` sets
 both), and ours lets the suffix begin only with a token that begins with a space. nanoGCG is kept from the chat
@@ -207,7 +207,8 @@ def random_checkpoint(vocab: int, folder: Path) -> None:
 def checkpoint(name: str, vocab: int, folder: Path) -> None:
     """Writes one of the checkpoints into ``folder``."""
     if name == "sandbox":
-        from plot_align.sandbox import build_base
+        sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+        from sandbox import build_base
 
         readable(build_base(), folder)
     else:

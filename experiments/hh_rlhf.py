@@ -29,8 +29,8 @@ from rich.table import Table
 from plot_align.config import PlotConfig
 from plot_align.preference.estimation import load_pairs
 from plot_align.records import mean_of, read_record, write_record
-from plot_align.sandbox.experiment import Arm, Probe, quiet
 from plot_align.trl import attach
+from sandbox.runs import Arm, Probe, quiet
 
 BASE = Arm("base")
 ARMS = (

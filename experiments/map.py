@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from plot_align.config import PlotConfig
-from plot_align.sandbox.experiment import Arm, Run, Setting
+from sandbox.runs import Arm, Run, Setting
 from tables import Seeds, differences, means, run
 
 SETTINGS = {

@@ -14,31 +14,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from plot_align.config import PlotConfig
 from plot_align.records import mean_of, paired, read_record, standard_error, write_record
-from plot_align.redteam import world
 from plot_align.redteam.attackers import LocalAttacker
 from plot_align.redteam.curves import draw, snapshot_cases, success_at_cases
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.gbda import GBDA
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.harmbench import Layout, attack_success_rate
-from plot_align.redteam.judges import RefusalPrefixes, SandboxJudge, agreement
+from plot_align.redteam.judges import RefusalPrefixes, agreement
 from plot_align.redteam.pez import PEZ
 from plot_align.redteam.random_suffix import RandomSuffix
-from plot_align.redteam.run import complete, describe, label, make_test_cases
+from plot_align.redteam.run import complete, label, make_test_cases
 from plot_align.redteam.sfs import SFS
 from plot_align.redteam.uat import UAT
 from plot_align.redteam.victim import Victim
-from plot_align.redteam.world_attacker import FEW_SHOT_TEMPLATE, ZERO_SHOT_TEMPLATE, build_attacker
 from plot_align.redteam.zero_shot import ZeroShot
-from plot_align.sandbox import build_base
-from plot_align.sandbox.experiment import Arm, Run, Setting, quiet, run_many
-from plot_align.workers import ProcessWorker, deal, report_failures, share_out
+from sandbox import build_base, requests
+from sandbox.attacker import FEW_SHOT_TEMPLATE, ZERO_SHOT_TEMPLATE, build_attacker
+from sandbox.redteam_judge import SandboxJudge
+from sandbox.runs import Arm, Run, Setting, in_processes, quiet, run_many
 
 KIND = "sandbox-redteam"
 BASE = Arm("base")
@@ -88,9 +86,9 @@ def attacks(attacker: LocalAttacker) -> list[Any]:
 def attack_model(folder: Path, attacker: Path, seed: int, count: int, output: Path) -> dict[str, Any]:
     """Every rate of one model by both judges, their agreement, and what the curves need."""
     victim = Victim(*_load(folder), folder.name)
-    behaviors, benign = world.behaviors(seed, count), world.benign(seed)
-    targets = world.targets(behaviors)
-    judges = {"sandbox": SandboxJudge(), "prefixes": RefusalPrefixes()}
+    behaviors, benign = requests.behaviors(seed, count), requests.benign(seed)
+    targets = requests.targets(behaviors)
+    judges: dict[str, Any] = {"sandbox": SandboxJudge(), "prefixes": RefusalPrefixes()}
     found: dict[str, Any] = {name: {} for name in ("rates", "prefixes", "losses", "by_steps", "by_cases", "agreement")}
     for attack in attacks(LocalAttacker(*_load(attacker), "sandbox-attacker")):
         layout = Layout(output, attack.name, folder.name)
@@ -115,8 +113,8 @@ def attack_model(folder: Path, attacker: Path, seed: int, count: int, output: Pa
             then = complete(victim, snapshot_cases(layout, list(cases), step), path, max_new_tokens=56, batch_size=256)
             labelled = label(judges["sandbox"], behaviors, then, path.with_suffix(".results.json"))
             found["by_steps"].setdefault(attack.name, {})[str(step)] = attack_success_rate(labelled)
-    answers = victim.answers([b.prompt for b in benign], max_new_tokens=56, batch_size=256)
-    verdicts = judges["sandbox"].judge_benign(benign, [b.prompt for b in benign], answers)
+    served = victim.answers([b.prompt for b in benign], max_new_tokens=56, batch_size=256)
+    verdicts = judges["sandbox"].judge_benign(benign, [b.prompt for b in benign], served)
     found["rates"]["over-refusal"] = sum(bool(v.refused) for v in verdicts) / len(verdicts)
     found["rates"]["helped"] = sum(bool(v.helped) for v in verdicts) / len(verdicts)
     return found
@@ -131,15 +129,10 @@ def _load(folder: Path) -> tuple[Any, Any]:
 def one(folder: Path, arm: str, attacker: Path, seed: int, count: int, output: Path, path: Path) -> None:
     """Attack one model and keep its record."""
     results = attack_model(folder, attacker, seed, count, output)
-    described = {a.name: describe(a) for a in attacks(LocalAttacker(*_load(attacker), "sandbox-attacker"))}
+    described = {a.name: a.identity for a in attacks(LocalAttacker(*_load(attacker), "sandbox-attacker"))}
     write_record(
         path, KIND, results, config={"arm": arm, "model": folder.name, "requests": count, **described}, seed=seed
     )
-
-
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    quiet()
 
 
 def table(first: str, cells: Mapping[str, Callable[[str], str]], columns: Sequence[str]) -> str:
@@ -186,16 +179,10 @@ def main() -> None:
             record = output / f"{folder.name}-{options.requests}.json"
             jobs.append((folder, arm.name, attacker, seed, options.requests, output, record))
     waiting = [job for job in jobs if not job[-1].exists()]
-    pool = [ProcessWorker(device, _prepare) for device in deal([], options.workers)]
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("models attacked", total=len(jobs), completed=len(jobs) - len(waiting))
-
-        def work(worker: ProcessWorker, job: tuple[Any, ...]) -> None:
-            worker.run(one, *job)
-            progress.advance(bar)
-
-        failures = share_out(waiting, pool, work)
-    report_failures(failures, [f"{job[1]}, seed {job[3]}" for job in waiting], options.output)
+        names = [f"{job[1]}, seed {job[3]}" for job in waiting]
+        in_processes(one, waiting, names, options.workers, lambda _: progress.advance(bar))
     report({(job[1], job[3]): read_record(job[-1], KIND)["results"] for job in jobs}, options.output)
 
 

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from plot_align.records import mean_of, paired
-from plot_align.sandbox import CATEGORIES, build_base
-from plot_align.sandbox.experiment import Run, quiet, run_many
-from plot_align.sweep.workloads import sandbox_metrics
+from sandbox import CATEGORIES, build_base
+from sandbox.runs import Run, quiet, run_many, run_metrics
 
 Seeds = dict[int, dict[str, float]]  # seed → name → number
 
@@ -45,7 +44,7 @@ def run(runs: Sequence[Run], folder: Path, workers: int | None = None) -> list[d
             progress.update(task, completed=sum(done))
 
         records = run_many(runs, base, folder, on_progress, workers=workers)
-    return [sandbox_metrics(record["results"]) for record in records]
+    return [run_metrics(record["results"]) for record in records]
 
 
 def cell(values: Sequence[float], places: int, *, signed: bool = False) -> str:

@@ -392,7 +392,7 @@ def stand_ins() -> Iterator[None]:
     from plot_align.evaluation.quantity import of_items
     from plot_align.evaluation.subject import Found
     from plot_align.redteam import judges
-    from plot_align.workers import CommandWorker
+    from plot_align.sweep.workers import CommandWorker
 
     generate = GenerationMixin.generate
 

@@ -14,7 +14,8 @@ Training runs this module. Two steps have faster versions, which the tests compa
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,11 @@ from torch import Tensor
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
 from plot_align.preference.batch import Batch, Pooling, check_shapes
+from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.target import anchored, counted_in_batch
 from plot_align.transport.base import Constants, Divergence, widest_dtype
 from plot_align.transport.make import divergence_from_options
 from plot_align.transport.reward import DistributionReward
-
-if TYPE_CHECKING:
-    from plot_align.preference.distribution import PreferenceDistribution
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -75,14 +74,15 @@ class PlotLoss(Constants):
     that no model can change. Its gradient in the logits is ``w_t·p_t ⊙ (s − ⟨p_t, s⟩)``, s the potential of D.
 
     Args:
-        preference: token counts of preferred and rejected answers.
+        preference: token counts of preferred and rejected answers, or the file of them.
         embeddings: ``(V, H)`` the reference model's input embeddings, which place the tokens on the lines.
         config: the options; the defaults are those of :func:`plot_align.attach`.
+        tokenizer: the model's, to refuse a preference that was counted with another; ``None``: not checked.
         reference: ``(V,)`` the reference model's mean output, for one ``anchored`` target of the whole data set.
         rows: rows of the head; ``None``: as many as the embeddings have.
 
     Raises:
-        InputError: d = 0, a head smaller than the vocabulary, embeddings that are all equal.
+        InputError: no such file, another tokenizer, d = 0, a head smaller than the vocabulary, equal embeddings.
     """
 
     difference: Tensor  # (V,) d, 0 on padding rows of the head
@@ -90,14 +90,20 @@ class PlotLoss(Constants):
 
     def __init__(
         self,
-        preference: PreferenceDistribution,
+        preference: PreferenceDistribution | str | os.PathLike[str],
         embeddings: Tensor,
         config: PlotConfig | None = None,
         *,
+        tokenizer: Any = None,
         reference: Tensor | None = None,
         rows: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(preference, PreferenceDistribution):
+            preference = PreferenceDistribution.load(preference)
+        if tokenizer is not None:
+            preference.check_tokenizer(tokenizer)
+        self.preference = preference
         rows = embeddings.size(0) if rows is None else rows
         self.config = (config or PlotConfig()).resolve_auto(reference_forward=None, reference=reference is not None)
         self.valid = preference.vocab_size

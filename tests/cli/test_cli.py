@@ -149,11 +149,7 @@ def test_exit_codes(
         (["sweep", "--alpha", "1", "much"], "alpha is 'much', expected a number"),
         (["sweep", "--method", "ppo"], "method is 'ppo'; did you mean"),
         (["sweep", "--workers", "0"], "workers is '0', expected how many runs at once, 1 or more"),
-        (["sweep", "--batch_size", "0"], "batch_size is 0; expected a number of 1 or more"),
-        (
-            ["sweep", "--pool", "on", "--granularity", "batch", "token"],
-            "the grid's combination alpha auto, granularity",
-        ),
+        (["sweep"], "--train is missing"),
         (["sweep", "--train", "nothing.yaml"], "--train nothing.yaml cannot be read"),
         (["filter", "x"], "the following arguments are required: --model; see 'plot-align filter --help'"),
         (["filter", "x", "--model", "m", "--share", "5"], "--share is 5.0, expected a share above 0 and at most 1"),

@@ -85,6 +85,14 @@ def test_texts_by_blank_lines_or_by_column(tmp_path: Path) -> None:
         data.texts(str(tmp_path / "none.txt"), split="test", name=None, limit=None, seed=0)
 
 
+def test_a_missing_file_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    data.check_source("prompts", "benign", ("benign",))
+    data.check_source("pairs", "some/dataset")
+    for known, expected in (((), "name a file or a data set of the Hub$"), (("benign",), "Hub or 'benign'$")):
+        with pytest.raises(InputError, match=rf"pairs is '\./gone', which does not exist; .*{expected}"):
+            data.check_source("pairs", "./gone", known)
+
+
 def test_a_sample_is_the_same_for_every_model(tmp_path: Path) -> None:
     source = _write(tmp_path / "p.jsonl", [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(50)])
     first = data.load(source, split="test", limit=5, seed=3)

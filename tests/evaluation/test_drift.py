@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from plot_align import estimate, sandbox
+from plot_align import estimate, load_pairs
 from plot_align.errors import InputError
 from plot_align.evaluation.drift import KL, Drift, flows, jackknife, moved_tokens, partial_plan
 from plot_align.evaluation.subject import Subject
@@ -86,16 +86,19 @@ def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sub
     return Subject(model, tokenizer, "moved", "moved", folder, reference=base), base
 
 
-def test_drift_against_materialised_outputs(pair: tuple[Subject, Subject], tmp_path: Path) -> None:
+def test_drift_against_materialised_outputs(
+    pair: tuple[Subject, Subject], chat_pairs_file: Path, tmp_path: Path
+) -> None:
     subject, base = pair
-    preference = estimate(sandbox.pairs("train", per_category=4), subject.tokenizer, progress=False)
+    pairs = load_pairs(chat_pairs_file)
+    preference = estimate(pairs.select(range(12)), subject.tokenizer, progress=False)
     path = preference.save(tmp_path / "preference.safetensors")
-    measure = Drift(pairs="sandbox", limit=12, preference=str(path))
+    measure = Drift(pairs=str(chat_pairs_file), limit=12, preference=str(path))
     measure.check()
     found = measure.run(subject)
 
     def output(model: torch.nn.Module) -> torch.Tensor:
-        rows = sandbox.pairs("heldout", seed=0).shuffle(seed=0).select(range(12))
+        rows = pairs.shuffle(seed=0).select(range(12))
         total = 0.0
         for row in rows:
             whole = subject.tokenizer.apply_chat_template([*row["prompt"], *row["chosen"]], return_dict=False)
@@ -127,27 +130,27 @@ def test_drift_against_materialised_outputs(pair: tuple[Subject, Subject], tmp_p
     assert len(found.details["flows"]) >= 10
 
 
-def test_a_model_does_not_drift_from_itself(pair: tuple[Subject, Subject]) -> None:
+def test_a_model_does_not_drift_from_itself(pair: tuple[Subject, Subject], chat_pairs_file: Path) -> None:
     _, base = pair
     base.reference = base
-    found = Drift(pairs="sandbox", limit=6).run(base)
+    found = Drift(pairs=str(chat_pairs_file), limit=6).run(base)
     assert found.quantities["tv"]["value"] == 0
     assert found.details["moved"] == []
-    assert KL(prompts="sandbox", limit=3, max_new_tokens=4).run(base).quantities["kl"]["value"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert KL(prompts=str(chat_pairs_file), limit=3, max_new_tokens=4).run(base).quantities["kl"][
+        "value"
+    ] == pytest.approx(0, abs=1e-6)
     base.reference = None
 
 
-def test_kl_is_positive_where_a_model_moved(pair: tuple[Subject, Subject]) -> None:
-    found = KL(prompts="sandbox", limit=3, max_new_tokens=4).run(pair[0])
+def test_kl_is_positive_where_a_model_moved(pair: tuple[Subject, Subject], chat_pairs_file: Path) -> None:
+    found = KL(prompts=str(chat_pairs_file), limit=3, max_new_tokens=4).run(pair[0])
     assert found.quantities["kl"]["value"] > 1e-4
     assert found.quantities["kl"]["n"] == 3
 
 
-def test_without_a_reference_drift_says_so(pair: tuple[Subject, Subject]) -> None:
+def test_without_a_reference_drift_says_so(pair: tuple[Subject, Subject], chat_pairs_file: Path) -> None:
     with pytest.raises(InputError, match="name it with --reference"):
-        Drift(pairs="sandbox", limit=3).run(pair[1])
+        Drift(pairs=str(chat_pairs_file), limit=3).run(pair[1])
 
 
 def test_moved_tokens_are_the_extremes_in_order(pair: tuple[Subject, Subject]) -> None:

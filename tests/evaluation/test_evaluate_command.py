@@ -10,23 +10,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plot_align.cli import main as cli
-from plot_align.evaluation import fluency, world
+from plot_align.evaluation import fluency, safety
 from plot_align.evaluation.subject import Found, Subject
 from plot_align.records import read_record
 
 SUITE = """\
-stem:
-  physics: {kind: sandbox, category: stem, count: 4, max_new_tokens: 4}
+helpfulness:
+  refusals: {kind: over_refusal, limit: 4, max_new_tokens: 4}
 guards:
-  diversity: {kind: diversity, prompts: sandbox, limit: 4, max_new_tokens: 4}
-  drift: {kind: drift, pairs: sandbox, limit: 4}
+  diversity: {kind: diversity, limit: 4, max_new_tokens: 4}
+  drift: {kind: drift, pairs: %s, limit: 4}
 """
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> str:
+def suite(tmp_path: Path, chat_pairs_file: Path) -> str:
     path = tmp_path / "mine.yaml"
-    path.write_text(SUITE, encoding="utf-8")
+    path.write_text(SUITE % chat_pairs_file, encoding="utf-8")
     return str(path)
 
 
@@ -53,7 +53,7 @@ def test_every_measure_of_every_model_is_a_record(
     output = tmp_path / "out"
     assert _run(f"base={tiny_base}", tuned, "--suite", suite, "--reference", str(tiny_base), "--output", output) == 0
     for name, source in (("base", str(tiny_base)), ("tuned", tuned)):
-        for measure, section in (("physics", "stem"), ("diversity", "guards"), ("drift", "guards")):
+        for measure, section in (("refusals", "helpfulness"), ("diversity", "guards"), ("drift", "guards")):
             record = read_record(output / name / f"{measure}.json", "evaluation")
             config = record["config"]
             assert config["model"]["name"] == name
@@ -76,38 +76,38 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     output = tmp_path / "out"
     measured: list[str] = []
-    real_world, real_diversity = world.SandboxJudges.run, fluency.Diversity.run
+    real_refusals, real_diversity = safety.OverRefusal.run, fluency.Diversity.run
 
     def stopped(self: fluency.Diversity, subject: Subject) -> None:
         raise KeyboardInterrupt
 
-    def counted(self: world.SandboxJudges, subject: Subject) -> object:
-        measured.append("physics")
-        return real_world(self, subject)
+    def counted(self: safety.OverRefusal, subject: Subject) -> object:
+        measured.append("refusals")
+        return real_refusals(self, subject)
 
-    monkeypatch.setattr(world.SandboxJudges, "run", counted)
+    monkeypatch.setattr(safety.OverRefusal, "run", counted)
     monkeypatch.setattr(fluency.Diversity, "run", stopped)
     arguments = (f"base={tiny_base}", "--suite", suite, "--output", output)
     assert _run(*arguments) == 130
-    first = (output / "base" / "physics.json").read_bytes()
+    first = (output / "base" / "refusals.json").read_bytes()
     assert not (output / "base" / "diversity.json").exists()
     monkeypatch.setattr(fluency.Diversity, "run", real_diversity)
     assert _run(*arguments) == 0
-    assert (output / "base" / "physics.json").read_bytes() == first
+    assert (output / "base" / "refusals.json").read_bytes() == first
     assert (output / "base" / "diversity.json").exists()
-    assert measured == ["physics"]
+    assert measured == ["refusals"]
 
 
 def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
     suite: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
-    record = output / "base" / "physics.json"
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "refusals", "--output", output)
+    record = output / "base" / "refusals.json"
     assert _run(*arguments) == 0
     _run(*arguments, "--limit", "2")  # the seed is the same
     assert "measured again" in capsys.readouterr().out
-    assert json.loads(record.read_text())["results"]["quantities"]["good"]["n"] == 2
+    assert json.loads(record.read_text())["results"]["quantities"]["refused"]["n"] == 2
     _run(*arguments, "--limit", "2", "--seed", "1")
     assert "measured again" in capsys.readouterr().out
     assert json.loads(record.read_text())["seed"] == 1
@@ -157,7 +157,7 @@ def test_another_configuration_is_another_model(
 ) -> None:
     """The weights are the same; the norm's epsilon is not."""
     output = tmp_path / "out"
-    arguments = (f"m={tuned}", "--suite", suite, "--only", "physics", "--output", output, "--quiet")
+    arguments = (f"m={tuned}", "--suite", suite, "--only", "refusals", "--output", output, "--quiet")
     assert _run(*arguments) == 0
     config = Path(tuned) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
@@ -171,20 +171,20 @@ def test_a_measure_that_fails_leaves_no_number_of_another_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     output = tmp_path / "out"
-    arguments = ("--suite", suite, "--only", "physics", "--output", output)
+    arguments = ("--suite", suite, "--only", "refusals", "--output", output)
     assert _run(f"m={tiny_base}", *arguments) == 0
 
-    def broken(self: world.SandboxJudges, subject: Subject) -> None:
+    def broken(self: safety.OverRefusal, subject: Subject) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(world.SandboxJudges, "run", broken)
+    monkeypatch.setattr(safety.OverRefusal, "run", broken)
     capsys.readouterr()
     assert _run(f"m={tuned}", *arguments) == 1
     shown = capsys.readouterr().out
-    assert "good answers" not in shown
+    assert "Over-refusal" not in shown
     assert "measured again" not in shown
-    assert not (output / "m" / "physics.json").exists()
-    assert (output / "m" / "physics.json.old").exists()
+    assert not (output / "m" / "refusals.json").exists()
+    assert (output / "m" / "refusals.json.old").exists()
 
 
 def test_a_model_that_cannot_be_asked_is_refused_before_the_first_is_measured(
@@ -202,9 +202,9 @@ def test_damaged_weights_cost_no_other_model(
 ) -> None:
     (Path(tuned) / "model.safetensors").unlink()
     output = tmp_path / "out"
-    assert _run(tuned, f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output) == 1
+    assert _run(tuned, f"base={tiny_base}", "--suite", suite, "--only", "refusals", "--output", output) == 1
     assert "tuned: failed: no model could be loaded" in " ".join(capsys.readouterr().out.split())
-    assert (output / "base" / "physics.json").exists()
+    assert (output / "base" / "refusals.json").exists()
 
 
 @pytest.mark.parametrize("change", [{"config": [1]}, {"results": None}, {"results": {}}, {"schema": 99}])
@@ -212,26 +212,26 @@ def test_a_record_of_another_shape_is_measured_again(
     suite: str, tiny_base: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:
     output = tmp_path / "out"
-    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "refusals", "--output", output)
     assert _run(*arguments) == 0
-    path = output / "base" / "physics.json"
+    path = output / "base" / "refusals.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert _run(*arguments) == 0
-    assert read_record(path)["results"]["quantities"]["good"]["n"] == 4
+    assert read_record(path)["results"]["quantities"]["refused"]["n"] == 4
 
 
 def test_a_measure_that_fails_costs_no_other(
     suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: world.SandboxJudges, subject: Subject) -> None:
+    def broken(self: safety.OverRefusal, subject: Subject) -> None:
         raise ZeroDivisionError("in a library")
 
-    monkeypatch.setattr(world.SandboxJudges, "run", broken)
+    monkeypatch.setattr(safety.OverRefusal, "run", broken)
     output = tmp_path / "out"
     assert _run(f"base={tiny_base}", "--suite", suite, "--output", output) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "base, physics: failed: ZeroDivisionError: in a library" in shown
-    assert "ZeroDivisionError" in next((output / "work" / "base").rglob("physics.error.txt")).read_text()
+    assert "base, refusals: failed: ZeroDivisionError: in a library" in shown
+    assert "ZeroDivisionError" in next((output / "work" / "base").rglob("refusals.error.txt")).read_text()
     assert (output / "base" / "diversity.json").exists()
     assert "left out: drift: it compares with the model that was tuned from; give --reference" in shown
 
@@ -239,21 +239,21 @@ def test_a_measure_that_fails_costs_no_other(
 def test_an_unfinished_measure_is_gone_on_with(
     suite: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = world.SandboxJudges.run
+    real = safety.OverRefusal.run
 
-    def partly(self: world.SandboxJudges, subject: Subject) -> Found:
+    def partly(self: safety.OverRefusal, subject: Subject) -> Found:
         return Found(real(self, subject).quantities, unfinished="2 judgements failed, the first: status 503")
 
     output = tmp_path / "out"
-    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "physics", "--output", output)
-    monkeypatch.setattr(world.SandboxJudges, "run", partly)
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "refusals", "--output", output)
+    monkeypatch.setattr(safety.OverRefusal, "run", partly)
     assert _run(*arguments) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "base, physics: unfinished, run the same again to go on: 2 judgements failed" in shown
-    monkeypatch.setattr(world.SandboxJudges, "run", real)
+    assert "base, refusals: unfinished, run the same again to go on: 2 judgements failed" in shown
+    monkeypatch.setattr(safety.OverRefusal, "run", real)
     assert _run(*arguments) == 0
     assert "measured again" not in capsys.readouterr().out
-    assert read_record(output / "base" / "physics.json")["results"]["unfinished"] is None
+    assert read_record(output / "base" / "refusals.json")["results"]["unfinished"] is None
 
 
 @pytest.mark.parametrize(
@@ -261,13 +261,16 @@ def test_an_unfinished_measure_is_gone_on_with(
     [
         ([], "the following arguments are required: MODEL"),
         (["m", "--suit", "x"], "unknown option '--suit'; did you mean '--suite'"),
-        (["a/m", "b/m", "--suite", "sandbox"], "two models are called 'm'; name them apart, as NAME=MODEL"),
+        (["a/m", "b/m", "--suite", "quick"], "two models are called 'm'; name them apart, as NAME=MODEL"),
         (["=m"], "model is '=m', expected a hub id, a folder or NAME=MODEL"),
-        (["m", "--suite", "sandbox", "--limit", "0"], "--limit is 0, expected 1 or more"),
-        (["m", "--suite", "sandbox", "--dtype", "int8"], "--dtype is 'int8'"),
-        (["m", "--suite", "sandbox", "--judge_prices", "3"], "--judge_prices is '3', expected two numbers"),
-        (["/no/such/model", "--suite", "sandbox", "--only", "stem"], "no tokenizer could be loaded"),
-        (["m", "--suite", "sandbox", "--reference", "x", "--preference", "none.st"], "none.st does not exist"),
+        (["m", "--suite", "quick", "--limit", "0"], "--limit is 0, expected 1 or more"),
+        (["m", "--suite", "quick", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["m", "--suite", "quick", "--judge_prices", "3"], "--judge_prices is '3', expected two numbers"),
+        (["/no/such/model", "--suite", "quick", "--only", "diversity"], "no tokenizer could be loaded"),
+        (
+            ["m", "--suite", "quick", "--only", "drift", "--reference", "x", "--preference", "none.st"],
+            "none.st does not exist",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(
@@ -282,5 +285,5 @@ def test_wrong_input_is_one_sentence(
 def test_a_model_without_a_chat_template_is_refused(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _run(str(tiny_llama), "--suite", "sandbox", "--output", str(tmp_path / "out")) == 2
+    assert _run(str(tiny_llama), "--suite", "quick", "--only", "diversity", "--output", str(tmp_path / "out")) == 2
     assert "no chat template" in capsys.readouterr().err

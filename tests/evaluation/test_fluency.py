@@ -89,17 +89,19 @@ def test_perplexity_is_that_of_whole_windows(subject: Subject, tmp_path: Path) -
     assert found.details == {"tokens": sum(tokens), "texts": 2}
 
 
-def test_an_answer_as_long_as_the_limit_was_cut_off(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_as_long_as_the_limit_was_cut_off(
+    subject: Subject, chat_pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["what is two ?", "what is two plus three plus two ?"]
     lengths = [len(subject.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     monkeypatch.setattr(Subject, "answers", lambda self, asked, *rest: texts)
-    found = Diversity(prompts="sandbox", limit=2, max_new_tokens=lengths[1]).run(subject)
+    found = Diversity(prompts=str(chat_pairs_file), limit=2, max_new_tokens=lengths[1]).run(subject)
     assert list(found.quantities["length"]["items"].values()) == lengths
     assert list(found.quantities["unfinished"]["items"].values()) == [0.0, 1.0]
 
 
-def test_diversity_answers_every_prompt_once(subject: Subject) -> None:
-    measure = Diversity(prompts="sandbox", limit=10, max_new_tokens=6)
+def test_diversity_answers_every_prompt_once(subject: Subject, chat_pairs_file: Path) -> None:
+    measure = Diversity(prompts=str(chat_pairs_file), limit=10, max_new_tokens=6)
     measure.check()
     found = measure.run(subject)
     assert found.quantities["length"]["n"] == 10
@@ -107,6 +109,6 @@ def test_diversity_answers_every_prompt_once(subject: Subject) -> None:
     answers = next(iter(subject.memory.values()))
     expected = distinct([text.split() for text in answers], 1)["value"]
     assert found.quantities["distinct_1"]["value"] == pytest.approx(expected, nan_ok=True)
-    again = Diversity(prompts="sandbox", limit=10, max_new_tokens=6).run(subject)
+    again = Diversity(prompts=str(chat_pairs_file), limit=10, max_new_tokens=6).run(subject)
     assert again.quantities["length"] == found.quantities["length"]
     assert len(subject.memory) == 1

@@ -120,8 +120,8 @@ def test_a_limit_draws_the_same_pairs_for_every_model(subject: Subject, pairs: s
     ("options", "message"),
     [
         ({"pairs": "no/such/file.jsonl"}, "pairs is 'no/such/file.jsonl', which does not exist"),
-        ({"pairs": "sandbox", "limit": 0}, "limit is 0, expected 1 or more"),
-        ({"pairs": "sandbox", "max_length": 0}, "max_length is 0"),
+        ({"pairs": "some/pairs", "limit": 0}, "limit is 0, expected 1 or more"),
+        ({"pairs": "some/pairs", "max_length": 0}, "max_length is 0"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(options: dict[str, object], message: str) -> None:

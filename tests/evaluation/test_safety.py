@@ -12,17 +12,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plot_align.errors import InputError, RunError
 from plot_align.evaluation.safety import AttackSuccess, OverRefusal
 from plot_align.evaluation.subject import Subject
-from plot_align.evaluation.world import SandboxJudges
-from plot_align.redteam import world
-from plot_align.redteam.behaviors import default_benign
+from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets
 from plot_align.redteam.judges import Judged
-from plot_align.sandbox import TWIN, examples
 
 
 @pytest.fixture
 def subject(tiny_base: Path, tmp_path: Path) -> Subject:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
     return Subject(model, tokenizer, "tiny", str(tiny_base), tmp_path)
+
+
+@pytest.fixture
+def files(requests_folder: Path) -> dict[str, Any]:
+    """Options of an attack: what to ask for, and how a complying answer begins."""
+    return {"behaviors": str(requests_folder / "behaviors.csv"), "targets": str(requests_folder / "targets.json")}
 
 
 def _answering(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -70,12 +73,12 @@ def test_undecided_answers_are_counted_and_none_decided_is_an_error(
         OverRefusal(limit=5).run(subject)
 
 
-def test_attack_success_is_by_behaviour_and_resumes(subject: Subject, tmp_path: Path) -> None:
-    measure = AttackSuccess(behaviors="sandbox", attack="random", cases=2, limit=3, max_new_tokens=4, judge="sandbox")
+def test_attack_success_is_by_behaviour_and_resumes(subject: Subject, files: dict[str, Any], tmp_path: Path) -> None:
+    measure = AttackSuccess(**files, attack="random", cases=2, limit=3, max_new_tokens=4)
     measure.check()
     found = measure.run(subject)
     assert found.quantities["asr"]["n"] == 3
-    assert set(found.quantities["asr"]["items"]) == {b.id for b in world.behaviors(0, 3)}
+    assert set(found.quantities["asr"]["items"]) == {b.id for b in read_behaviors(files["behaviors"]).rows[:3]}
     completions = next((tmp_path / "redteam").rglob("completions/*.json"))
     written = completions.read_bytes()
     assert all(len(rows) == 2 for rows in json.loads(written).values())
@@ -123,12 +126,13 @@ def test_what_was_asked_answered_and_judged_is_kept(subject: Subject, monkeypatc
     assert answers[requests[1].id]["reason"] == ""
 
 
-def test_the_first_test_case_of_an_attack_is_kept(subject: Subject, monkeypatch: pytest.MonkeyPatch,
-                                                  tmp_path: Path) -> None:  # fmt: skip
+def test_the_first_test_case_of_an_attack_is_kept(
+    subject: Subject, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Labels of the first and second case in turn: a later success does not stand for the first."""
     judge = _giving(*(Judged(label, reason=f"r{i}") for i, label in enumerate((0, 1, 1, 0, -1, 1))))
     monkeypatch.setattr(AttackSuccess, "make_judge", lambda self: judge)
-    measure = AttackSuccess(behaviors="sandbox", attack="random", cases=2, limit=3, max_new_tokens=4)
+    measure = AttackSuccess(**files, attack="random", cases=2, limit=3, max_new_tokens=4)
     found = measure.run(subject)
     completions = json.loads(next((tmp_path / "redteam").rglob("completions/*.json")).read_text())
     first = {name: rows[0] for name, rows in completions.items()}
@@ -141,11 +145,11 @@ def test_the_first_test_case_of_an_attack_is_kept(subject: Subject, monkeypatch:
 
 
 def test_attacks_on_the_answer_say_of_what_their_rate_is(
-    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    subject: Subject, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A judge that holds one answer of three for a success: any of them is enough; begun answers are begun."""
     monkeypatch.setattr("plot_align.redteam.judges.RefusalPrefixes._judge", lambda self, text: Judged(len(text) % 2))
-    options: dict[str, Any] = {"behaviors": "sandbox", "limit": 4, "max_new_tokens": 6, "judge": "prefixes"}
+    options: dict[str, Any] = {**files, "limit": 4, "max_new_tokens": 6, "judge": "prefixes"}
     found = AttackSuccess(attack="best_of_n", attack_options={"n": 3}, **options).run(subject)
     assert found.quantities["asr"]["title"] == "Attack success, best_of_n (any of 3)"
     rows = json.loads((tmp_path / "redteam" / "BestOfN" / "default" / "results" / "tiny.json").read_text())
@@ -158,7 +162,7 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
     assert found.quantities["asr"]["title"] == "Attack success, prefill (2 tokens)"
     AttackSuccess(attack="prefill", attack_options={"tokens": 1}, **options).run(subject)  # both in one suite
     begun = json.loads((tmp_path / "redteam" / "Prefill" / "2_tokens" / "completions" / "tiny.json").read_text())
-    targets = world.targets(world.behaviors(0, 4))
+    targets = read_targets(files["targets"])
     assert all(targets[name].startswith(row["prefix"]) and row["prefix"] for name, (row,) in begun.items())
 
 
@@ -166,43 +170,22 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
     ("options", "message"),
     [
         ({"behaviors": "none.csv"}, "behaviors is 'none.csv', which is no file"),
-        ({"behaviors": "sandbox", "attack": "gcq"}, "attack is 'gcq'; did you mean 'gcg'"),
-        ({"behaviors": "sandbox", "attack": "zero_shot"}, "attack is 'zero_shot'"),
-        ({"behaviors": "sandbox", "attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
-        ({"behaviors": "sandbox", "judge": "endpoint"}, "judge endpoint needs an address"),
-        ({"behaviors": "sandbox", "judge": "likelihood"}, "judge is 'likelihood'"),
-        ({"behaviors": "sandbox", "cases": 0}, "cases is 0"),
+        ({"attack": "gcq"}, "attack is 'gcq'; did you mean 'gcg'"),
+        ({"attack": "zero_shot"}, "attack is 'zero_shot'"),
+        ({"attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
+        ({"judge": "endpoint"}, "judge endpoint needs an address"),
+        ({"judge": "likelihood"}, "judge is 'likelihood'"),
+        ({"judge": "sandbx"}, "judge is 'sandbx'; expected prefixes, endpoint"),
+        ({"cases": 0}, "cases is 0"),
+        ({"attack": "gcg", "targets": None}, "GCG needs a target for every behaviour"),
     ],
 )
-def test_bad_options_of_attacks(options: dict[str, object], message: str) -> None:
+def test_bad_options_of_attacks(files: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        AttackSuccess(**options).check()  # type: ignore[arg-type]
+        AttackSuccess(**{**files, **options}).check()
 
 
 def test_an_endpoints_password_stays_out_of_the_record() -> None:
     measure = OverRefusal(judge="endpoint", judge_url="http://me:secret@localhost:1/v1", judge_model="m")
     assert "secret" not in str(measure.options())
     assert measure.options()["judge_url"] == "m at http://localhost:1/v1"
-
-
-def test_the_sandbox_judges_good_answers_good(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The preferred answers score 1, the rejected ones little; of twins, help is no refusal."""
-    for category in ("harmlessness", "mathematics", "coding"):
-        asked = examples(category, "heldout", 12, 0)
-        for side, low, high in (("chosen", 1.0, 1.0), ("rejected", 0.0, 0.3)):
-            monkeypatch.setattr(
-                Subject, "answers", lambda self, c, *rest, asked=asked, side=side: [getattr(x, side) for x in asked]
-            )
-            measure = SandboxJudges(category=category, count=12)
-            measure.check()
-            found = measure.run(subject).quantities
-            assert low <= found["good"]["value"] <= high
-            if category == "harmlessness":  # a rejected answer may also shrug or mock
-                assert (found["complied"]["value"] > 0.2) == (side == "rejected")
-    asked = examples(TWIN, "heldout", 6, 0)
-    monkeypatch.setattr(Subject, "answers", lambda self, c, *rest: [x.chosen for x in asked])
-    found = SandboxJudges(category="twins", count=6).run(subject)
-    assert found.quantities["refused"]["value"] == 0
-    assert found.quantities["helped"]["value"] == 1
-    with pytest.raises(InputError, match="did you mean 'mathematics'"):
-        SandboxJudges(category="mathematic").check()

@@ -20,15 +20,6 @@ def write(tmp_path: Path):
     return write
 
 
-def test_the_sandbox_suite_has_all_seven_and_the_guards() -> None:
-    suite = read_suite("sandbox", Given(reference=True))
-    assert {e.section for e in suite.entries} == {
-        "harmlessness", "helpfulness", "humanity", "mathematics", "reasoning", "coding", "stem", "guards",
-    }  # fmt: skip
-    assert suite.left_out == {}
-    assert all(e.options()["kind"] == e.kind for e in suite.entries)
-
-
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_that_ships_checks_out(name: str) -> None:
     """Every option and every task name of lm-eval; what needs a file of the user's is left out."""
@@ -45,24 +36,40 @@ def test_code_is_run_only_where_the_flag_is_given() -> None:
     assert [e.measure.allow_code_execution for e in suite.entries] == [True, True]  # type: ignore[attr-defined]
 
 
-def test_what_needs_a_reference_is_left_out_without_one() -> None:
-    suite = read_suite("sandbox", Given())
-    assert set(suite.left_out) == {"displacement", "kl", "drift"}
-    assert "give --reference" in suite.left_out["kl"]
+SMALL = """\
+stem:
+  facts: {kind: lm_eval, task: arc_easy}
+helpfulness:
+  pairs: {kind: preference_accuracy, pairs: some/pairs}
+guards:
+  refused: {kind: over_refusal}
+  variety: {kind: diversity, limit: 60}
+  nats: {kind: kl}
+  moved: {kind: drift, pairs: some/pairs}
+  sunk: {kind: displacement, pairs: some/pairs}
+"""
 
 
-def test_only_and_skip_take_names_sections_and_kinds() -> None:
-    suite = read_suite("sandbox", Given(), only=["guards", "stem"], skip=["perplexity"])
-    assert [e.name for e in suite.entries] == ["stem", "over_refusal", "diversity"]
-    kinds = read_suite("sandbox", Given(), only=["sandbox"]).entries
-    assert {e.kind for e in kinds} == {"sandbox"}
+def test_what_needs_a_reference_is_left_out_without_one(write) -> None:
+    suite = read_suite(write(SMALL), Given())
+    assert set(suite.left_out) == {"sunk", "nats", "moved"}
+    assert "give --reference" in suite.left_out["nats"]
+    assert read_suite(write(SMALL), Given(reference=True)).left_out == {}
 
 
-def test_a_limit_holds_for_every_measure_and_never_raises_one() -> None:
-    suite = read_suite("sandbox", Given(limit=7), only=["stem", "diversity", "asr_direct"])
-    assert [getattr(e.measure, "limit", getattr(e.measure, "count", None)) for e in suite.entries] == [7, 7, 7]
-    suite = read_suite("sandbox", Given(limit=700), only=["stem", "diversity"])
-    assert [getattr(e.measure, "limit", getattr(e.measure, "count", None)) for e in suite.entries] == [60, 200]
+def test_only_and_skip_take_names_sections_and_kinds(write) -> None:
+    suite = read_suite(write(SMALL), Given(), only=["guards", "stem"], skip=["variety"])
+    assert [e.name for e in suite.entries] == ["facts", "refused"]
+    (entry,) = read_suite(write(SMALL), Given(), only=["preference_accuracy"]).entries
+    assert (entry.name, entry.kind, entry.options()["kind"]) == ("pairs", "preference_accuracy", "preference_accuracy")
+
+
+def test_a_limit_holds_for_every_measure_and_never_raises_one(write) -> None:
+    for limit, expected in ((7, [7, 7, 7, 7]), (700, [700, 700, 700, 60])):
+        suite = read_suite(write(SMALL), Given(limit=limit))
+        assert [e.measure.limit for e in suite.entries] == expected  # type: ignore[attr-defined]
+    suite = read_suite(write(SMALL), Given(limit=7000), only=["pairs"])
+    assert suite.entries[0].measure.limit == 1000  # type: ignore[attr-defined]
 
 
 def test_a_limit_takes_the_place_of_a_share(write) -> None:
@@ -75,18 +82,18 @@ def test_a_limit_takes_the_place_of_a_share(write) -> None:
     [
         ("helpfulnes:\n  a: {kind: kl}\n", "section 'helpfulnes'; did you mean 'helpfulness'"),
         ("stem: [a]\n", "stem in suite .* is no mapping"),
-        ("stem:\n  a: {kind: sandbx}\n", "kind 'sandbx'; did you mean 'sandbox'"),
-        ("stem:\n  a: sandbox\n", "a in suite .* has the kind 'sandbox'"),
-        ("stem:\n  a: {kind: sandbox, categry: stem}\n", "a has no option 'categry'; did you mean 'category'"),
-        ("stem:\n  a: {kind: sandbox, category: 3}\n", "a: category is 3, expected str"),
-        ("stem:\n  a: {kind: sandbox}\n", "a lacks category"),
-        ("stem:\n  a: {kind: sandbox, category: stem, count: 0}\n", "count is 0"),
-        ("stem:\n  ../a: {kind: sandbox, category: stem}\n", "which is no file name"),
-        ("stem:\n  a: {kind: sandbox, category: stem}\nguards:\n  a: {kind: diversity}\n", "has 'a' twice"),
+        ("stem:\n  a: {kind: lm_evl}\n", "kind 'lm_evl'; did you mean 'lm_eval'"),
+        ("stem:\n  a: diversity\n", "a in suite .* has the kind 'diversity'"),
+        ("stem:\n  a: {kind: diversity, prompt: b}\n", "a has no option 'prompt'; did you mean 'prompts'"),
+        ("stem:\n  a: {kind: diversity, prompts: 3}\n", "a: prompts is 3, expected str"),
+        ("stem:\n  a: {kind: lm_eval}\n", "a lacks task"),
+        ("stem:\n  a: {kind: diversity, limit: 0}\n", "limit is 0"),
+        ("stem:\n  ../a: {kind: diversity}\n", "which is no file name"),
+        ("stem:\n  a: {kind: diversity}\nguards:\n  a: {kind: diversity}\n", "has 'a' twice"),
         ("stem: {a: {kind: [}\n", "is not valid YAML"),
         ("? [stem]\n: 1\n", "is not valid YAML"),
         (
-            "guards:\n  a: {kind: diversity}\n  a: {kind: perplexity, texts: sandbox}\n",
+            "guards:\n  a: {kind: diversity}\n  a: {kind: perplexity}\n",
             "line 3, has 'a' twice; rename or remove one",
         ),
     ],
@@ -101,9 +108,9 @@ def test_a_wrong_suite_is_refused(write, text: str, message: str) -> None:
     [
         ("quik", {}, "--suite is 'quik'; did you mean 'quick'"),
         ("none.yaml", {}, "--suite none.yaml cannot be read"),
-        ("sandbox", {"only": ["stm"]}, "--only names 'stm'; did you mean 'stem'"),
-        ("sandbox", {"skip": ["gards"]}, "--skip names 'gards'; did you mean 'guards'"),
-        ("sandbox", {"only": ["kl"]}, "nothing of suite sandbox is left to measure .kl: it compares"),
+        ("quick", {"only": ["stm"]}, "--only names 'stm'; did you mean 'stem'"),
+        ("quick", {"skip": ["gards"]}, "--skip names 'gards'; did you mean 'guards'"),
+        ("quick", {"only": ["kl"]}, "nothing of suite quick is left to measure .kl: it compares"),
     ],
 )
 def test_a_wrong_request_is_refused(name: str, options: dict, message: str) -> None:

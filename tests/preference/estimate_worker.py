@@ -1,35 +1,22 @@
-"""Ranks that count together, for test_estimate_ranks.py: every case, on one, two and three of them.
-
-    python estimate_worker.py FOLDER TOKENIZER
-
-What a rank gets of every case, counts or an error, goes to ``FOLDER/<ranks>.<rank>.json``. A last start is of two
-ranks, one of which dies while it counts: ``FOLDER/killed.0.json``. The libraries are imported once, and the ranks are
-forked before any of them has been used.
-"""
+"""What the ranks of test_estimate_ranks.py count: every case, and one in which a rank dies."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
-import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import accelerate.utils  # noqa: F401 (it and trl.data_utils are imported here for all ranks)
 import numpy as np
 import pytest
-import trl.data_utils  # noqa: F401
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from plot_align.errors import PlotAlignError
-from plot_align.inference.ranks import process_state
+from plot_align.parallel import process_state
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized
 
@@ -129,14 +116,12 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
     return {
         "pairs": count(Dataset.from_list(pairs)),
         "pairs, truncated": count(Dataset.from_list(pairs), max_length=14, source=f"what rank {rank} calls it"),
-        "pairs, workers": count(Dataset.from_list(pairs), num_proc=2),
         "pairs, one batch": count(Dataset.from_list(pairs), batch_size=1000),
         "unpaired": count(Dataset.from_list(unpaired)),
         "one row": count(Dataset.from_list(pairs[:1])),
         "pairs, stream": count(stream(pairs, 1)),
-        "pairs, stream, workers": count(stream(pairs, 1), num_proc=2),
         "pairs, shards": count(stream(pairs, 6)),
-        "pairs, shards, workers": count(stream(pairs, 6), num_proc=2),
+        "pairs, uneven shards": count(stream(pairs, 5)),
         "pairs, filtered shards": count(stream(pairs, 6).filter(lambda row: len(row["chosen"]) % 2 == 0)),
         "pairs, shards of Arrow": count(Dataset.from_list(pairs).to_iterable_dataset(num_shards=6)),
         "pairs, part of shards": count(stream(pairs, 6).skip(3).take(40)),
@@ -151,9 +136,9 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
         "bad row, late rejected before early chosen": count(
             Dataset.from_list(broken(broken(pairs, "prompt", 39), "rejected", 36))
         ),
-        "bad row, workers": count(Dataset.from_list(broken(pairs, "chosen", 33, 47)), num_proc=2),
         "bad row, stream": count(stream(broken(pairs, "chosen", 38, 56), 1)),
         "bad row, shards": count(stream(broken(pairs, "chosen", 38, 56), 6)),
+        "bad row, filtered": count(stream(broken(pairs, "chosen", 38, 39, 56), 6).filter(lambda row: True)),
         "bad row, tokenised": tokens(Dataset.from_list(broken(tokenised, "rejected_ids", 56, 58))),
         "bad row, tokenised shards": tokens(
             Dataset.from_list(broken(tokenised, "rejected_ids", 42, 58)).to_iterable_dataset(num_shards=6)
@@ -169,6 +154,7 @@ def cases(tokenizer: Any, rank: int) -> dict[str, Callable[[], PreferenceDistrib
         "own fault": fails_in_counting,
         "other options": count(Dataset.from_list(pairs), max_length=10 + rank),
         "other data": count(Dataset.from_list(pairs[: ROWS - rank])),
+        "workers": count(Dataset.from_list(pairs), num_proc=2),
         "split already": count(split_dataset_by_node(stream(pairs, 6), rank=0, world_size=2)),
     }
 
@@ -189,55 +175,23 @@ def outcome(work: Callable[[], PreferenceDistribution]) -> dict[str, Any]:
     }
 
 
-def count_all(tokenizer: Any, rank: int) -> dict[str, Any]:
-    return {name: outcome(work) for name, work in cases(tokenizer, rank).items()}
+def count_all(tokenizer: str) -> dict[str, Any]:
+    """Case → counts or error of this rank."""
+    state = process_state()
+    return {
+        name: outcome(work)
+        for name, work in cases(AutoTokenizer.from_pretrained(tokenizer), state.process_index).items()
+    }
 
 
-def count_and_die(tokenizer: Any, rank: int) -> dict[str, Any]:
-    """Rank 1 is killed while its worker processes wait for more."""
-    last = pair_rows()[50]
+def count_and_die(tokenizer: str) -> dict[str, Any]:
+    """The same of one case; rank 1 is killed while it counts."""
+    rank, last = process_state().process_index, pair_rows()[50]
 
     def die(row: dict[str, Any]) -> dict[str, Any]:
         if rank == 1 and row == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return row
 
-    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5, "num_proc": 2}
-    return {"killed": outcome(lambda: estimate(data, tokenizer, distributed=True, **options))}
-
-
-def start(ranks: int, work: Callable[[Any, int], dict[str, Any]], tokenizer: str, out: Path) -> list[int]:
-    """Run the ranks as a launcher would, and return their exit codes; but nobody stops them when one dies."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        try:
-            if ranks > 1:
-                own = {**place, "RANK": rank, "LOCAL_RANK": rank}
-                os.environ.update({name: str(value) for name, value in own.items()})
-            state = process_state()
-            assert (state.num_processes, state.process_index) == (ranks, rank)
-            found = work(AutoTokenizer.from_pretrained(tokenizer), rank)
-            out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(found))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def main(folder: Path, tokenizer: str) -> None:
-    for ranks in (1, 2, 3):
-        assert start(ranks, count_all, tokenizer, folder / str(ranks)) == [0] * ranks
-    assert start(2, count_and_die, tokenizer, folder / "killed") == [0, -signal.SIGKILL]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    data, options = stream(pair_rows(), 1).map(die), {"progress": False, "batch_size": 5}
+    return outcome(lambda: estimate(data, AutoTokenizer.from_pretrained(tokenizer), distributed=True, **options))

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,6 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from plot_align.errors import InputError, RunError
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, estimate_tokenized, load_pairs, scored_pairs, scored_range
-from plot_align.sandbox import train_tokenizer
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 CHATML = (
@@ -342,7 +342,6 @@ def test_streams_and_processes_count_the_same(tokenizer: Any, template: str | No
         "small batches": estimate(data, tokenizer, progress=False, batch_size=1),
         "processes": estimate(data, tokenizer, progress=False, num_proc=2, batch_size=9),
         "stream": estimate(data.to_iterable_dataset(), tokenizer, progress=False, batch_size=9),
-        "stream, processes": estimate(data.to_iterable_dataset(), tokenizer, progress=False, num_proc=2, batch_size=9),
         "shuffled": estimate(data.shuffle(seed=1), tokenizer, progress=False, batch_size=9),
         "numpy": estimate(data.with_format("numpy"), tokenizer, progress=False, num_proc=2, batch_size=9),
     }
@@ -419,11 +418,11 @@ def test_any_implicit_text_counts_as_in_trl(tokenizer: Any, rows: list[dict[str,
     assert_counts(estimate(Dataset.from_list(rows), tokenizer, progress=False), tuple(expected))
 
 
-@pytest.mark.parametrize("vocabulary", ["of this file", "of the sandbox"])
-def test_real_data(real_data: Path, tiny_llama: Path, tmp_path: Path, vocabulary: str) -> None:
+@pytest.mark.parametrize("vocabulary", ["of this file", "of another text"])
+def test_real_data(real_data: Path, tiny_llama: Path, tiny_base: Path, tmp_path: Path, vocabulary: str) -> None:
     data = load_pairs(real_data / "hh_rlhf_harmless_2000.jsonl.gz")
-    if vocabulary == "of the sandbox":
-        tokenizer = train_tokenizer()
+    if vocabulary == "of another text":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     else:
         tokenizer = make_tokenizer(data["chosen"][:500] + data["rejected"][:500], 4000)
     trainer, expected = trl_counts(data, tokenizer, tiny_llama, tmp_path, max_length=512)
@@ -581,6 +580,12 @@ def test_a_stream_that_breaks(tmp_path: Path, tokenizer: Any) -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+def test_workers_are_for_a_data_set_in_one_piece(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="num_proc is 2 for a stream"):
+        estimate(Dataset.from_list([GOOD] * 8).to_iterable_dataset(), tokenizer, progress=False, num_proc=2)
+
+
 @pytest.mark.parametrize("where", [0, 3, 25])
 @pytest.mark.parametrize("workers", [None, 2])
 def test_a_row_without_rejected_is_named(where: int, workers: int | None, tmp_path: Path, tokenizer: Any) -> None:
@@ -589,7 +594,7 @@ def test_a_row_without_rejected_is_named(where: int, workers: int | None, tmp_pa
     del rows[28]["rejected"]
     path = tmp_path / "pairs.jsonl"
     path.write_text(lines(*rows))
-    for streaming in (False, True):
+    for streaming in (False, True) if workers is None else (False,):
         data = load_pairs(path, streaming=streaming)
         with pytest.raises(InputError, match=rf"row {where}: 'rejected' is missing"):
             estimate(data, tokenizer, progress=False, batch_size=4, num_proc=workers)
@@ -693,7 +698,7 @@ def test_refused_tokenized_rows(tokenizer: Any) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the killed worker is a forked one")
 def test_a_worker_that_dies(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["plot_align.preference.processes"], "count_batch", lambda *_: os._exit(9))
+    monkeypatch.setattr(sys.modules["plot_align.preference.sharing"], "count_batch", lambda *_: os._exit(9))
     with pytest.raises(RunError, match=r"worker process died.*num_proc = 2"):
         estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False, num_proc=2, batch_size=2)
 
@@ -704,14 +709,16 @@ def test_progress_goes_to_standard_error(
     tokenizer.chat_template = None
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")  # the workers set it for their time
     environment = dict(os.environ)
-    estimate(Dataset.from_list([GOOD] * 8), tokenizer, num_proc=2, batch_size=2)
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert "8/8 rows" in shown.err
-    assert "huggingface/tokenizers" not in shown.err  # its warning about forks
-    assert os.environ == environment
-    estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False)
-    assert capfd.readouterr().err == ""
+    for workers, count in ((None, "8/8 rows"), (2, "8/8 [")):
+        estimate(Dataset.from_list([GOOD] * 8), tokenizer, num_proc=workers, batch_size=2)
+        shown = capfd.readouterr()
+        assert shown.out == ""
+        assert count in shown.err
+        assert "huggingface/tokenizers" not in shown.err  # its warning about forks
+        assert os.environ == environment
+        estimate(Dataset.from_list([GOOD] * 8), tokenizer, num_proc=workers, progress=False)
+        assert capfd.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_the_tokenizer_survives(tokenizer: Any, tmp_path: Path) -> None:

@@ -6,33 +6,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from estimate_worker import ROWS, cases, pair_rows, tokenised_rows, unpaired_rows
+from estimate_worker import ROWS, cases, count_all, count_and_die, pair_rows, tokenised_rows, unpaired_rows
 from transformers import AutoTokenizer
 
+import processes
 from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 
 pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start processes: once, on one worker
 
-WORKER = Path(__file__).parent / "estimate_worker.py"
 COUNTED = (
-    "pairs", "pairs, truncated", "pairs, workers", "pairs, one batch", "unpaired", "one row", "pairs, stream",
-    "pairs, stream, workers", "pairs, shards", "pairs, shards, workers", "pairs, filtered shards",
-    "pairs, shards of Arrow", "pairs, part of shards", "pairs, shards in batches", "unpaired, shards", "tokenised",
-    "tokenised, stream", "tokenised, shards",
+    "pairs", "pairs, truncated", "pairs, one batch", "unpaired", "one row", "pairs, stream", "pairs, shards",
+    "pairs, uneven shards", "pairs, filtered shards", "pairs, shards of Arrow", "pairs, part of shards",
+    "pairs, shards in batches", "unpaired, shards", "tokenised", "tokenised, stream", "tokenised, shards",
 )  # fmt: skip
 # What stops every rank, and one process, with the same sentence.
 REFUSED = {
     "bad row": "data row 33: 'chosen' is missing",
     "bad row, late rejected before early chosen": "data row 36: 'rejected' is missing",
-    "bad row, workers": "data row 33: 'chosen' is missing",
     "bad row, stream": "data row 38: 'chosen' is missing",
     "bad row, shards": "data row 38: 'chosen' is missing",
+    "bad row, filtered": "data row 38: 'chosen' is missing",
     "bad row, tokenised": "dataset row 56: 'rejected_ids' is missing",
     "bad row, tokenised shards": "dataset row 42: 'rejected_ids' is missing",
     "bad id": "dataset row 40: 'chosen_ids' has token id 1000000",
@@ -44,23 +45,18 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Where the ranks left what they got."""
-    out = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(WORKER), str(out), str(tiny_tokenizer)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> dict[int, list[dict[str, Any]]]:
+def outcomes(tiny_tokenizer: Path) -> dict[int, list[dict[str, Any]]]:
     """Number of ranks → what each rank got, by case."""
-    return {
-        ranks: [json.loads((folder / f"{ranks}.{rank}.json").read_text()) for rank in range(ranks)]
-        for ranks in (1, 2, 3)
-    }
+    with on_the_cpu():
+        return {ranks: processes.run(count_all, str(tiny_tokenizer), ranks=ranks) for ranks in (1, 2, 3)}
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """As ``--num_processes`` tells the processes it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +119,6 @@ def test_the_same_without_a_launcher(outcomes: Any, tokenizer: Any) -> None:
     found = estimate(Dataset.from_list(pair_rows()), tokenizer, progress=False)
     for case in (
         "pairs",
-        "pairs, workers",
         "pairs, one batch",
         "pairs, stream",
         "pairs, shards",
@@ -133,14 +128,14 @@ def test_the_same_without_a_launcher(outcomes: Any, tokenizer: Any) -> None:
 
 
 def test_who_reads_what_of_a_stream(outcomes: Any) -> None:
-    """Whole shards are read by one rank each; the rest of a stream, or one whose shards are not its rows, by all."""
+    """Whole files are read by one rank each; what cannot be told apart by all."""
     for ranks in (2, 3):
-        first = ROWS if ranks > 1 else 0  # every rank looks at the first row, on the way it reads some more
-        for case in ("pairs, shards", "pairs, shards, workers", "pairs, filtered shards"):
-            read = [found[case]["read"] for found in outcomes[ranks]]
-            assert ROWS <= sum(read) <= ROWS + 2 * ranks, (case, read)
-            assert max(read) < first
-        for case in ("pairs, stream", "pairs, stream, workers", "pairs, shards in batches"):
+        read = [found["pairs, shards"]["read"] for found in outcomes[ranks]]
+        assert (
+            ROWS <= sum(read) <= ROWS + 2 * ranks
+        )  # every rank looks at the first row, on the way it reads some more
+        assert max(read) < ROWS
+        for case in ("pairs, stream", "pairs, uneven shards", "pairs, filtered shards", "pairs, shards in batches"):
             assert all(found[case]["read"] >= ROWS for found in outcomes[ranks]), case
 
 
@@ -160,6 +155,7 @@ def test_what_is_wrong_on_one_rank_only(outcomes: Any) -> None:
             "other options": "2 max_length is 11 on rank 1 and 10 on rank 0, expected the same on every rank",
             "other data": f"2 the number of rows is {ROWS - 1} on rank 1 and {ROWS} on rank 0",
             "split already": "2 data was already split with split_dataset_by_node",
+            "workers": f"2 num_proc is 2 on {ranks} ranks",
         }.items():
             assert all(found[case]["error"].startswith(message) for found in everyone), case
         faults = [found["own fault"]["error"] for found in everyone]
@@ -168,13 +164,16 @@ def test_what_is_wrong_on_one_rank_only(outcomes: Any) -> None:
 
 
 def test_every_case_is_looked_at(outcomes: Any, tokenizer: Any) -> None:
-    others = {"reader", "own fault", "other options", "other data", "split already"}
+    others = {"reader", "own fault", "other options", "other data", "split already", "workers"}
     assert set(outcomes[1][0]) == set(cases(tokenizer, 0)) == {*COUNTED, *REFUSED, *others}
 
 
-def test_a_rank_that_dies(folder: Path) -> None:
-    """The other one says so, though worker processes of the dead one had its connections too."""
-    error = json.loads((folder / "killed.0.json").read_text())["killed"]["error"]
+def test_a_rank_that_dies(tiny_tokenizer: Path) -> None:
+    """The other one says so."""
+    with on_the_cpu(), processes.start(count_and_die, str(tiny_tokenizer), ranks=2) as started:
+        left, killed = started.outcomes()
+    assert killed.error == "SIGKILL"
+    error = left.value["error"]
     assert error.startswith("1 rank 0 could not add its counts to those of the other ranks"), error
     assert "\n" not in error
 
@@ -186,14 +185,14 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_on_two_ranks(tmp_path: Path, pairs_file: Path, tiny_tokenizer: Path) -> None:
-    """``--num_processes 2`` with ``--num_proc``, ``--streaming`` and ``--merge``: once written, once said."""
+    """``--num_processes 2`` with ``--streaming`` and ``--merge``: once written, once said."""
     from plot_align.cli.main import main
 
     one, two = tmp_path / "one.safetensors", tmp_path / "two" / "two.safetensors"
     assert main(["estimate", str(pairs_file), "--tokenizer", str(tiny_tokenizer), "--output", str(one)]) == 0
     done = run(
         pairs_file, "--tokenizer", tiny_tokenizer, "--output", two, "--merge", one,
-        "--streaming", "--num_proc", 2, "--num_processes", 2,
+        "--streaming", "--num_processes", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("record:") == 1

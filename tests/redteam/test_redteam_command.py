@@ -97,7 +97,7 @@ def test_attacks_on_the_answer(tiny_base: Path, files, tmp_path: Path, capsys) -
     figures = {p.name for p in (tmp_path / "out").glob("*.png")}
     assert figures == {f"{curve}-{tiny_base.name}-other.png" for curve in ("Prefill-by_tokens", "BestOfN-by_samples")}
     rows = read_results(tmp_path / "out" / "Prefill" / "2_tokens" / "results" / "other.json")
-    assert [rows["a"][0]["prefix"], rows["b"][0]["prefix"]] == ["Of", "Su"]
+    assert [rows["a"][0]["prefix"], rows["b"][0]["prefix"]] == ["Of", "Sure"]
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}
     assert main(arguments) == 0
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}
@@ -122,7 +122,6 @@ def test_balance_by_hand() -> None:
         (["--judge", "harmbench"], "name a checkout of it with --harmbench"),
         (["--judge", "endpoint"], "give --judge_url and --judge_model"),
         (["--judge", "endpoint", "--judge_url", "me:hunter2@nowhere", "--judge_model", "m"], "base_url is no address"),
-        (["--judge", "sandbox"], "sandbox"),
         (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
         (["--second_judge", "prefixes"], "name another or none"),

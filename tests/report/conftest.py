@@ -169,18 +169,10 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     history = [{"step": s, "loss": 1 / s, "plot/loss": 0.5 / s, "plot/alpha": 0.1} for s in range(1, 30)]
     write_record(folder / "dpo.json", "dpo", {"metrics": {"train_runtime": 12.5}, "history": history},
                  config={"training": {"output_dir": "runs/tuned"}}, seed=1)  # fmt: skip
-    for arm, gain in (("DPO", 0.0), ("DPO+PLOT", 0.1)):
-        for seed in (0, 1, 2):
-            scores = {"harmlessness": {"value": 0.5 + gain + 0.01 * seed, "n": 60}}
-            results = {
-                "scores": scores, "over_refusal": {"value": 0.2, "n": 60}, "train_logs": history[:5],
-                "train_seconds": measure(3.0 + seed, 1, unit="s"),
-            }  # fmt: skip
-            config = {"arm": arm, "setting": {"steps": 60}, "base": "b", "plot": None}
-            write_record(folder / f"{arm}-{seed}.json", "sandbox-run", results, config=config, seed=seed)
     cells = [
         {"method": "dpo", "setting": {}, "plot": plot, "seeds": [0, 1],
-         "metrics": {"mean_score": mean_of([0.5, 0.6]), "over_refusal": mean_of([0.2, 0.3])}, "minus_vanilla": {}}
+         "metrics": {"eval_rewards/accuracies": mean_of([0.5, 0.6]), "rewards/margins": mean_of([0.2, 0.3])},
+         "minus_vanilla": {}}
         for plot in (None, {"alpha": 0.1}, {"alpha": 1.0})
     ]  # fmt: skip
     write_record(folder / "sweep.json", "sweep", {"cells": cells, "failed": []}, config={"grid": {}})

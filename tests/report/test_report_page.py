@@ -81,7 +81,7 @@ def test_everything_is_on_one_page_with_files_beside_it(whole: Path) -> None:
     assert "A &amp; B" in page
     assert "default-src 'none'" in page
     assert "The paper’s figure for training time is +2.67 %" in page
-    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs", "made"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "costs", "made"):
         assert f'<h2 id="{part}">' in page, part
     assert "filter.json" in page  # not shown, and said
     folder = whole.parent / "page_files"
@@ -125,7 +125,7 @@ def test_figures_follow_the_colours_of_the_page(whole: Path) -> None:
 def test_sections_without_records_are_left_out(evaluation: Any) -> None:
     path = evaluation("m")
     _, page = report(path)
-    for part in ("answers", "safety", "transport", "training", "alpha", "seeds", "costs"):
+    for part in ("answers", "safety", "transport", "training", "alpha", "costs"):
         assert f'id="{part}"' not in page
     assert "No record measures harmlessness, helpfulness, humanity, reasoning, coding, stem." in page
 

@@ -1,48 +1,13 @@
-"""Seeds, curves, sweeps and costs, by hand."""
+"""Curves, sweeps and costs, by hand."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from plot_align.records import mean_of, write_record
 from plot_align.report import runs
 from plot_align.report.collect import collect
-
-
-def test_seeds_are_means_with_errors_and_paired_differences(everything: Path) -> None:
-    (group,) = runs.seeds(collect([everything]))
-    assert list(group.arms) == ["DPO", "DPO+PLOT"]
-    # 0.5, 0.51, 0.52: mean 0.51, s = 0.01, s / sqrt(3)
-    entry = group.entry("DPO", "harmlessness")
-    assert entry["value"] == pytest.approx(0.51)
-    assert entry["error"] == pytest.approx(0.01 / 3**0.5)
-    gap = group.difference("DPO+PLOT", "harmlessness")
-    assert gap["value"] == pytest.approx(0.1)  # the same at each seed: what varies with it cancels
-    assert gap["error"] == pytest.approx(0.0, abs=1e-12)
-    assert gap["n"] == 3
-    table = runs.seeds_table(group, 1)
-    assert all(row[5] is None for row in table.rows if row[1] == "DPO")
-
-
-def test_arms_of_one_name_and_other_options_are_told_apart(everything: Path) -> None:
-    path = everything / "DPO+PLOT-0.json"
-    content = json.loads(path.read_text())
-    content["config"]["plot"] = {"alpha": 3}
-    path.write_text(json.dumps(content))
-    (group,) = runs.seeds(collect([everything]))
-    assert set(group.arms) == {"DPO", "DPO+PLOT", "DPO+PLOT (2)"}
-
-
-def test_settings_that_differ_are_not_mixed(everything: Path) -> None:
-    path = everything / "DPO-0.json"
-    content = json.loads(path.read_text())
-    content["config"]["setting"]["steps"] = 5
-    path.write_text(json.dumps(content))
-    assert sorted(sorted(group.arms) for group in runs.seeds(collect([everything]))) == [["DPO"], ["DPO", "DPO+PLOT"]]
 
 
 def test_curves(everything: Path) -> None:
@@ -50,7 +15,6 @@ def test_curves(everything: Path) -> None:
     own = runs.training_curves(found)
     assert list(own) == ["loss", "plot/loss", "plot/alpha"]
     assert own["loss"]["tuned"][4.0] == 0.25
-    assert set(runs.sandbox_curves(found)["loss"]) == {"DPO", "DPO+PLOT"}
 
 
 def test_attacks_have_the_curves_that_they_were_measured_on(everything: Path) -> None:
@@ -64,15 +28,15 @@ def test_attacks_have_the_curves_that_they_were_measured_on(everything: Path) ->
 def test_a_sweep_has_a_line_for_each_combination(tmp_path: Path) -> None:
     def cell(plot: Any, value: float) -> dict[str, Any]:
         return {"method": "dpo", "setting": {}, "plot": plot, "seeds": [0, 1],
-                "metrics": {"mean_score": mean_of([value, value])}, "minus_vanilla": {}}  # fmt: skip
+                "metrics": {"eval_rewards/accuracies": mean_of([value, value])}, "minus_vanilla": {}}  # fmt: skip
 
     cells = [cell(None, 0.4), cell({"alpha": 1.0, "divergence": "w1"}, 0.6), cell({"alpha": 0.1, "divergence": "w1"},
              0.5), cell({"alpha": 1.0, "divergence": "tv"}, 0.3),
              cell({"alpha": 2.0, "alpha_schedule": "balance"}, 0.9)]  # fmt: skip
     path = write_record(tmp_path / "s.json", "sweep", {"cells": cells, "failed": []}, config={})
     (record,) = collect([path]).records
-    label, lines, without = runs.sweep_lines(record)["mean_score"]
-    assert label == "Mean of the seven sub-preferences ↑"
+    label, lines, without = runs.sweep_lines(record)["eval_rewards/accuracies"]
+    assert label == "Reward accuracy (evaluation) ↑"
     assert {name: [(a, e["value"]) for a, e in points] for name, points in lines.items()} == {
         "divergence w1": [(0.1, 0.5), (1.0, 0.6)],
         "divergence tv": [(1.0, 0.3)],
@@ -84,5 +48,4 @@ def test_costs(everything: Path) -> None:
     rows = {(row[0], row[1]): row[2:] for row in runs.costs(collect([everything])).rows}
     ratio = rows["time of a training step, with PLOT over without", str(everything / "demo.json")]
     assert list(ratio) == [1.05, 1.0, 1.1, 20, "times"]
-    assert list(rows["training, a run of the sandbox", "DPO"]) == [4.0, 3.0, 5.0, 3, "s"]
     assert next(iter(rows["training (dpo)", "tuned"])) == 12.5

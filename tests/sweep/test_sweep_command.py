@@ -82,18 +82,25 @@ def test_every_option_in_the_short_help_exists_and_the_long_one_has_them_all(
 
 
 def test_a_dry_run_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
-    common = ["--alpha", "0", "0.1", "--seed", "7", "8", "--output", str(output), "--dry_run"]
-    assert main(["sweep", *common]) == 0
+    """The seed and the options of the term are the training file's, unless the grid has them."""
+    output, train = tmp_path / "out", tmp_path / "dpo.yaml"
+    train.write_text("seed: 5\nalpha: 2.0\n")
+    common = ["sweep", "--train", str(train), "--output", str(output), "--dry_run"]
+    assert main(common) == 0
+    assert capsys.readouterr().out == (
+        "dpo, without PLOT: seeds 5\ndpo, alpha 2: seeds 5\n2 runs, 0 finished (*), 2 to run\n"
+    )
+    assert main([*common, "--alpha", "0", "0.1", "--seed", "7", "8"]) == 0
     assert capsys.readouterr().out == (
         "dpo, without PLOT: seeds 7 8\ndpo, alpha 0.1: seeds 7 8\n4 runs, 0 finished (*), 4 to run\n"
     )
     assert not output.exists()
-    train = tmp_path / "dpo.yaml"
-    train.write_text("seed: 5\nalpha: 2.0\n")
-    assert main(["sweep", "--train", str(train), "--output", str(output), "--dry_run"]) == 0
-    assert capsys.readouterr().out == (
-        "dpo, without PLOT: seeds 5\ndpo, alpha 2: seeds 5\n2 runs, 0 finished (*), 2 to run\n"
-    )
-    assert main(["sweep", "--train", str(train), "--flipped", "0.1", "--dry_run"]) == 2
-    assert "flipped is the sandbox's" in capsys.readouterr().err
+    assert main([*common, "--pool", "on", "--granularity", "batch", "token"]) == 2
+    assert "the grid's combination alpha 2, granularity token" in capsys.readouterr().err
+
+
+def test_without_a_training_file_it_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--alpha", "0.1", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("plot-align: --train is missing")
+    assert "plot-align dpo --config" in said

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError
-from plot_align.sandbox.experiment import METHODS, Setting
 from plot_align.sweep import Cell, Job, coerce, expand, keys
-from plot_align.sweep.grid import LOSS_TYPES
+from plot_align.sweep.grid import LOSS_TYPES, METHODS
 
 
 def axis(values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
@@ -107,6 +106,8 @@ def test_alpha_alone_is_its_default() -> None:
         ({"alpha": [1.0, -1.0]}, {}, "the grid's combination alpha -1 is refused: alpha is -1.0; expected a finite"),
         ({"alhpa": [1.0]}, {}, "unknown key 'alhpa' in the grid; did you mean 'alpha'?"),
         ({"alpha": []}, {}, "alpha has no value in the grid"),
+        ({"batch_size": [4, 0]}, {}, "batch_size is 0, expected a positive number"),
+        ({"beta": [float("nan")]}, {}, "beta is nan, expected a positive number"),
         ({"method": ["sft"], "loss_type": ["aot"]}, {}, "loss_type is given and method is sft, which has none"),
     ],
 )
@@ -122,9 +123,7 @@ def test_the_keys_are_those_of_the_dataclasses() -> None:
     plot = {field.name for options in (PlotConfig, PlotAblations) for field in dataclasses.fields(options)} - {
         "ablations"
     }
-    setting = {field.name for field in dataclasses.fields(Setting)} - {"probe"}
-    assert set(found) == plot | setting | {"method", "seed", "loss_type"}
-    assert not plot & setting
+    assert set(found) - plot == {"method", "seed", "loss_type", "steps", "learning_rate", "beta", "batch_size"}
     assert {name for name, key in found.items() if key.group == "plot"} == plot
     assert found["divergence"].choices[0] == "w1"
     assert all(key.help for key in found.values())

@@ -1,4 +1,4 @@
-"""The user's own training as a sweep's workload: real processes, their records read back, their logs kept."""
+"""The user's own training as the run of a sweep: real processes, their records read back, their logs kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.console import Console
 
 from plot_align.errors import InputError, RunError
 from plot_align.records import read_record, write_record
-from plot_align.sweep import Cell, Job, expand
-from plot_align.sweep.run import run
-from plot_align.sweep.workloads import Training, training_metrics
+from plot_align.sweep import Cell, Job, expand, training
+from plot_align.sweep.run import describe, run
+from plot_align.sweep.training import Training, training_metrics
 
 QUIET = Console(quiet=True)
 
@@ -127,7 +127,8 @@ def test_the_commands_flags_are_understood_by_the_training_command(tmp_path: Pat
     (_, training, *_, found, _), _ = options.parse(options.make_parser("dpo"), {"use_cpu": True}, flags, None)
     assert (training.loss_type, training.max_steps, training.seed) == (["sigmoid", "sft"], 5, 4)
     assert (training.learning_rate, training.beta, training.per_device_train_batch_size) == (1e-05, 0.3, 2)
-    assert (found.alpha, found.norm_order, found.scaled, found.granularity) == (0.1, float("inf"), False, "token")
+    assert (found.alpha, found.granularity) == (0.1, "token")
+    assert (found.ablations.norm_order, found.ablations.scaled) == (float("inf"), False)
 
 
 def test_a_record_depends_on_the_training_file(tmp_path: Path) -> None:
@@ -136,17 +137,67 @@ def test_a_record_depends_on_the_training_file(tmp_path: Path) -> None:
     assert len(names) == 2
 
 
-@pytest.mark.parametrize(
-    ("job", "said"),
-    [
-        (Job(Cell("kto"), 0), "method is 'kto', and --train runs dpo, sft, pro"),
-        (Job(Cell("dpo", (("flipped", 0.1),)), 0), "flipped is the sandbox's, and --train names a.yaml"),
-    ],
-)
-def test_what_only_the_sandbox_has_is_refused(job: Job, said: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        Training(tmp_path, Path("a.yaml"), {}).check([job])
-    assert str(caught.value).startswith(said)
+def test_a_record_depends_on_every_module_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit, a move and a new module each give another digest; what Python compiles does not."""
+    package = tmp_path / "package"
+    (package / "room").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "room" / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(training.plot_align, "__file__", str(package / "__init__.py"))
+
+    def digest() -> str:
+        training.source_digest.cache_clear()
+        return training.source_digest()
+
+    try:
+        found = [digest()]
+        (package / "a.pyc").write_bytes(b"compiled")
+        assert digest() == found[0]
+        (package / "room" / "a.py").write_text("x = 2\n")
+        found.append(digest())
+        (package / "room" / "a.py").rename(package / "a.py")
+        found.append(digest())
+        (package / "b.py").write_text("")
+        found.append(digest())
+        job = Job(Cell("dpo"), 0)
+        record = Training(tmp_path, Path("a.yaml"), {}).record(job)
+        (package / "b.py").unlink()
+        digest()
+        assert Training(tmp_path, Path("a.yaml"), {}).record(job) != record
+    finally:
+        training.source_digest.cache_clear()
+    assert len(set(found)) == 4
+
+
+def test_none_cannot_take_back_what_the_file_sets(tmp_path: Path) -> None:
+    job = Job(Cell("dpo", (), (("alpha", None),)), 0)
+    Training(tmp_path, Path("a.yaml"), {}).check([job])
+    with pytest.raises(InputError, match=r"alpha is none in the grid, and a\.yaml sets it to 2"):
+        Training(tmp_path, Path("a.yaml"), {"alpha": 2}).check([job])
+
+
+def test_finished_runs_are_read_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run copies a record that says how many there were before it."""
+    workload = Training(tmp_path, Path("a.yaml"), {})
+    jobs = expand({"alpha": [1.0, 2.0], "seed": [0, 1]})
+    ran: list[Job] = []
+
+    def train(worker: Any, job: Job) -> None:
+        ran.append(job)
+        write_record(workload.record(job), "sweep-run", {"eval": {"eval_loss": float(len(ran))}}, config={})
+
+    monkeypatch.setattr(workload, "_train", train)
+    run(jobs[:4], workload, tmp_path, config={}, console=QUIET)
+    describe(jobs, workload, Console(width=200))
+    out = capsys.readouterr().out
+    assert "without PLOT: seeds 0* 1*\n" in out
+    assert "6 runs, 4 finished (*), 2 to run" in out
+    cells = run(jobs, workload, tmp_path, config={}, console=QUIET)
+    assert ran == jobs
+    assert [cell["metrics"]["eval_loss"]["value"] for cell in cells] == [2.5, 3.5, 4.5]  # (1 + 4) / 2 and so on
+    assert [cell["minus_vanilla"].get("eval_loss", {}).get("value") for cell in cells] == [None, 1.0, 2.0]
 
 
 def test_options_of_the_term_in_the_training_file(tmp_path: Path) -> None:

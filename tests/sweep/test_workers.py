@@ -1,9 +1,9 @@
-"""Workers: devices dealt round, one failure costs one job, a dead process is replaced, an interrupt stops all."""
+"""Workers: every device is used, one failure costs one job, an interrupt stops all."""
 
 from __future__ import annotations
 
 import math
-import os
+import signal
 import sys
 import threading
 import time
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plot_align import workers
 from plot_align.errors import InputError, RunError
+from plot_align.sweep import workers
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ from plot_align.errors import InputError, RunError
     ],
 )
 def test_devices_are_dealt_round(devices: list[str], count: int, expected: list[str | None]) -> None:
-    assert workers.deal(devices, count) == expected
+    assert workers.assign_devices(devices, count) == expected
 
 
 @given(devices=st.integers(1, 9), count=st.integers(1, 9))
 def test_no_device_is_idle_and_no_worker_without_one(devices: int, count: int) -> None:
-    dealt = workers.deal([str(i) for i in range(devices)], count)
+    dealt = workers.assign_devices([str(i) for i in range(devices)], count)
     named = [name for entry in dealt for name in str(entry).split(",")]
     assert set(named) == {str(i) for i in range(devices)}
     assert max(map(named.count, named)) <= math.ceil(count / devices)
@@ -41,7 +41,7 @@ def test_no_device_is_idle_and_no_worker_without_one(devices: int, count: int) -
 
 def test_fewer_than_one_worker_is_refused() -> None:
     with pytest.raises(InputError, match="workers is 0, expected how many runs at once, 1 or more"):
-        workers.deal([], 0)
+        workers.assign_devices([], 0)
 
 
 class Plain:
@@ -68,13 +68,13 @@ def test_a_failure_costs_itself_alone() -> None:
             raise ValueError(f"job {job}")
         done.append(job)
 
-    failures = workers.share_out(range(8), pool, work)
+    failures = workers.run_jobs(range(8), pool, work)
     assert sorted(done) == [0, 2, 3, 5, 6]
     assert {index: str(error) for index, error in failures.items()} == {1: "job 1", 4: "job 4", 7: "job 7"}
     with pytest.raises(RunError) as caught:
-        workers.report_failures(failures, [f"run {i}" for i in range(8)], Path("out"))
+        workers.raise_failures(failures, [f"run {i}" for i in range(8)], Path("out"))
     assert str(caught.value).startswith("3 of 8 runs failed (run 1, run 4, run 7); the first said: job 1 ")
-    workers.report_failures({}, [], Path("out"))
+    workers.raise_failures({}, [], Path("out"))
 
 
 def test_an_interrupt_stops_the_workers_and_starts_nothing_more() -> None:
@@ -83,34 +83,13 @@ def test_an_interrupt_stops_the_workers_and_starts_nothing_more() -> None:
 
     def work(worker: Plain, job: int) -> None:
         started.append(job)
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C: the main thread is interrupted
         while not worker.stopped:
             time.sleep(0.005)
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        workers.share_out(range(5), pool, work, interrupt)
+        workers.run_jobs(range(5), pool, work)
     assert started == [0]
-
-
-def test_a_process_sees_its_device_and_is_replaced_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    worker = workers.ProcessWorker("5", os.getpid)
-    try:
-        assert worker.run(os.getenv, "CUDA_VISIBLE_DEVICES") == "5"
-        assert "CUDA_VISIBLE_DEVICES" not in os.environ  # this process's own devices are as they were
-        first = worker.run(os.getpid)
-        assert first == worker.run(os.getpid) != os.getpid()
-        with pytest.raises(RunError, match="its process died"):
-            worker.run(os._exit, 3)
-        assert worker.run(os.getpid) != first
-        with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-            worker.run(math.sqrt, -1.0)
-    finally:
-        worker.stop()
-    with pytest.raises(RunError, match="stopped"):
-        worker.run(os.getpid)
 
 
 def test_a_command_sees_its_device_and_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +118,8 @@ def test_gpus_keep_the_names_that_the_environment_gives(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-8a")
-    assert workers.gpus() == ["4", "GPU-8a"]
+    assert workers.visible_gpus() == ["4", "GPU-8a"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert workers.gpus() == ["0", "1"]
+    assert workers.visible_gpus() == ["0", "1"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert workers.gpus() == []
+    assert workers.visible_gpus() == []

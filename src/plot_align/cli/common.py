@@ -89,24 +89,35 @@ def add_num_processes(parser: Parser) -> None:
 
 
 def on_processes(command: str, num_processes: int | None, arguments: list[str], main: Callable[[], int]) -> int:
-    """``main`` in this process, or in the main one of several, started here or by the user's own launcher.
+    """``main`` in this process, or in step in several, started here or by the user's own launcher.
 
     Args:
         command, arguments: as they were called, for the processes to be started.
 
     Returns:
-        The exit code.
+        The exit code; 0 in other processes than the main one, which raises the errors of all.
 
     Raises:
         PlotAlignError: as ``main``; or a process could not be started, or was killed.
     """
     from plot_align.cli import launch
-    from plot_align.inference.dealing import together
+    from plot_align.parallel import OutOfStep, everywhere, in_step, rank
 
     code = launch.with_processes(command, num_processes, arguments)
     if code is not None:
         return code
-    return together(main) if launch.is_launched() else main()
+    if not launch.is_launched():
+        return main()
+    with in_step():
+        try:
+            code = everywhere(main)
+        except OutOfStep:
+            raise
+        except Exception:
+            if rank() == 0:
+                raise
+            code = 0
+        return code if rank() == 0 else 0
 
 
 def add_loading_options(parser: Parser) -> None:
@@ -125,15 +136,15 @@ def load_chat_model(name: str, options: Any) -> tuple[Any, Any]:
     Raises:
         InputError: they cannot be loaded.
     """
-    from plot_align.inference.dealing import share
+    from plot_align.parallel import everywhere
 
-    return share(_chat_model, name, options.device, options.dtype, options.trust_remote_code)
+    return everywhere(lambda: _chat_model(name, options.device, options.dtype, options.trust_remote_code))
 
 
 def _chat_model(name: str, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    from plot_align.inference.dealing import own_device
+    from plot_align.parallel import own_device
 
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:

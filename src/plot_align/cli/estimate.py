@@ -10,8 +10,8 @@ from typing import Any
 from plot_align.cli import launch
 from plot_align.cli.common import Parser, length, load_tokenizer
 from plot_align.errors import InputError
-from plot_align.inference.ranks import be_patient, process_state
 from plot_align.io import require_writable
+from plot_align.parallel import patient_state
 
 
 def make_parser() -> Parser:
@@ -36,7 +36,7 @@ def make_parser() -> Parser:
         "--truncation_mode", default="keep_start", metavar="MODE", help="as TRL's option of that name (%(default)s)"
     )
     parser.add_argument("--streaming", action="store_true", help="read the data set without downloading it first")
-    parser.add_argument("--num_proc", type=int, metavar="N", help="workers of each process (default: none)")
+    parser.add_argument("--num_proc", type=int, metavar="N", help="worker processes (default: none)")
     parser.add_argument(
         "--num_processes",
         type=int,
@@ -67,12 +67,11 @@ def run(arguments: list[str]) -> int:
     # Else the tokenizer of each rank would start a thread for every core.
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
-    if process_state().num_processes > 1:
-        be_patient()  # ranks meet at the end only, and shards of a stream are not all alike
+    state = patient_state()  # ranks meet at the end only, and files of a stream are not all alike
     try:
-        return _estimate(options, process_state().is_main_process)
+        return _estimate(options, state.is_main_process)
     finally:
-        process_state().destroy_process_group()
+        state.destroy_process_group()
 
 
 def _check(options: Any) -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,7 @@ def _run(options: Any) -> int:
     from plot_align.evaluation.suite import Given, read_suite
     from plot_align.inference.chat import require_template
     from plot_align.io import require_writable
+    from plot_align.parallel import on_main, rank
 
     for name in ("batch_size", "limit"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -98,10 +100,10 @@ def _run(options: Any) -> int:
         limit=options.limit,
     )
     suite = read_suite(options.suite, given, only=_list(options.only), skip=_list(options.skip) or ())
-    require_writable(options.output)
+    on_main(lambda: require_writable(options.output))
     for source in {*models.values(), *([options.reference] if options.reference else [])}:
         require_template(load_tokenizer(source, trust_remote_code=options.trust_remote_code))
-    for name in suite.runs_code:
+    for name in suite.runs_code if rank() == 0 else ():
         print(
             f"plot-align: {name} runs programs that the models write, on this machine and with your rights; they can "
             "delete or send away what you can",
@@ -136,14 +138,16 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
         TimeRemainingColumn,
     )
 
-    console = Console(highlight=False)
+    from plot_align.parallel import on_main, rank
+
+    console = Console(highlight=False, quiet=rank() > 0)
     for name, reason in suite.left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
     again: list[str] = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr), disable=rank() > 0) as progress:
         whole = progress.add_task("measures", total=len(models) * len(suite.entries))
         reference = None
         if options.reference is not None:
@@ -165,10 +169,10 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                 progress.update(whole, description=f"{name}: {entry.name}")
                 path = options.output / name / f"{entry.name}.json"
                 config = _config(subject, entry, suite.name)
-                state = _state(path, config, options.seed)
+                state = on_main(partial(_state, path, config, options.seed))
                 if state != "there":
                     if state == "other":  # no report must take it for this one's, should the measure fail
-                        path.replace(path.with_suffix(".json.old"))
+                        on_main(partial(path.replace, path.with_suffix(".json.old")))
                     problem = _measure(subject, entry, path, config, options)
                     if problem is not None:
                         failed[f"{name}, {entry.name}"] = problem
@@ -176,7 +180,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                         again.append(f"{name}, {entry.name}")
                 progress.advance(whole)
             subject = None  # before the next one is loaded
-    if not options.quiet:
+    if not options.quiet and rank() == 0:
         _show(console, models, suite, options.output)
     if again:
         console.print(
@@ -256,23 +260,25 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
 def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any], options: Any) -> str | None:
     """Measure and write the record; what went wrong, where something did: the other measures go on."""
     from plot_align.evaluation.quantity import KIND
-    from plot_align.inference.dealing import LostProcesses
+    from plot_align.parallel import OutOfStep, everywhere, on_main, rank
     from plot_align.records import write_record
 
     log = subject.folder / f"{entry.name}.error.txt"
     try:
-        found = entry.measure.run(subject)
+        found = everywhere(lambda: entry.measure.run(subject))
         results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
-        write_record(path, KIND, results, config=config, seed=options.seed)
-    except LostProcesses:
+        on_main(lambda: write_record(path, KIND, results, config=config, seed=options.seed))
+    except OutOfStep:
         raise
     except PlotAlignError as error:
         return f"failed: {error}"
     except Exception as error:  # of a library, in one of many measures: the others must not be lost to it
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        if rank() == 0:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text(traceback.format_exc(), encoding="utf-8")
         return f"failed: {type(error).__name__}: {first_line(error)} (the whole of it is in {log})"
-    log.unlink(missing_ok=True)
+    if rank() == 0:
+        log.unlink(missing_ok=True)
     if found.unfinished:
         return f"unfinished, run the same again to go on: {found.unfinished}"
     return None

@@ -82,12 +82,13 @@ def run(arguments: list[str]) -> int:
 def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
     from plot_align.io import require_writable
+    from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
     harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
     benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
     targets = {} if options.targets is None else read_targets(options.targets)
-    _check_judges(options, harmful, benign, targets)
+    _check_judges(options, harmful, targets)
     _check_addresses(options)
     check_dtype(options.dtype)
     for name in ("max_new_tokens", "batch_size"):
@@ -98,7 +99,7 @@ def _run(options: Any) -> int:
     for attack in attacks:
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
-    require_writable(options.output)
+    on_main(lambda: require_writable(options.output))
 
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
@@ -107,7 +108,7 @@ def _run(options: Any) -> int:
         victim = load_victim(source, options, name)
         identities[name] = victim.identity
         measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
-    _report(measured, identities, skipped, options)
+    on_main(lambda: _report(measured, identities, skipped, options))
     return 0
 
 
@@ -117,10 +118,9 @@ def load_victim(model: str, options: Any, name: str | None = None) -> Victim:
     Raises:
         InputError: it cannot be loaded, or has no chat template.
     """
-    from plot_align.inference.dealing import share
     from plot_align.redteam.victim import Victim
 
-    return share(Victim, *load_chat_model(model, options), name or Path(model).name)
+    return Victim(*load_chat_model(model, options), name or Path(model).name)
 
 
 def _steps(text: str | None) -> tuple[int, ...]:
@@ -199,10 +199,9 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loa
     return loaded[name]
 
 
-def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior], targets: dict[str, str]) -> None:
-    """Before any attack, which may take hours, that each judge has what it needs."""
+def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]) -> None:
+    """Checks that each judge has what it needs, before attacks that may take hours."""
     from plot_align.redteam.behaviors import require_targets
-    from plot_align.redteam.judges import SandboxJudge
 
     wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
     for name in wanted:
@@ -220,10 +219,6 @@ def _check_judges(options: Any, harmful: list[Behavior], benign: list[Behavior],
         if options.targets is None:
             raise InputError("judge likelihood needs the targets; name their file with --targets")
         require_targets(harmful, targets, "judge likelihood")
-    if "sandbox" in wanted:  # it refuses a request that is not of its world
-        SandboxJudge().judge(harmful, [b.prompt for b in harmful], [""] * len(harmful))
-    if options.judge == "sandbox":
-        SandboxJudge().judge_benign(benign, [b.prompt for b in benign], [""] * len(benign))
     if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
         raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
 
@@ -247,6 +242,7 @@ def _measured(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from plot_align.parallel import rank
     from plot_align.redteam.measure import Budget, Judges, measure
 
     judge = _judge(options.judge, victim, targets, options, loaded)
@@ -259,7 +255,7 @@ def _measured(
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=rank() > 0) as progress:
         return measure(
             victim,
             harmful,

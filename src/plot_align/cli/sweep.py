@@ -1,4 +1,4 @@
-"""``plot-align sweep``: a grid over the options of PLOT, the methods and the seeds."""
+"""``plot-align sweep``: your own training over a grid of PLOT's options, methods and seeds."""
 
 from __future__ import annotations
 
@@ -10,34 +10,31 @@ from plot_align.errors import InputError
 from plot_align.io import read_yaml
 
 _HELP = """\
-usage: plot-align sweep [--config FILE.yaml] [options]
+usage: plot-align sweep --train FILE.yaml [--config FILE.yaml] [options]
 
-Run a grid and compare every cell with the same without PLOT, paired by seed.
-Every option of PLOT, the method, the setting and the seed take several values,
-as a flag or as a key of the YAML file (flags win). --help-all lists them.
+Run your own training over a grid and compare every cell with the same without
+PLOT, paired by seed. Every option of PLOT, the method, the loss and the seed
+take several values, as a flag or as a key of --config (flags win).
+--help-all lists them.
 
-  --method M ...            dpo, sft, kto, pro, cpo, simpo, orpo (default: dpo)
+  --train FILE.yaml         your training, as for `plot-align dpo --config`
+  --method M ...            dpo, sft, pro (default: dpo)
   --loss_type L ...         of DPO; join several with +: sigmoid+sft
-  --alpha A ...             weight of the term (default: balanced, shown as
-                            auto); without PLOT is always run
+  --alpha A ...             weight of the term (default: that of the training's
+                            file); without PLOT is always run
   --target T ..., --divergence D ..., --geometry G ..., --granularity G ...
-  --seed N ...              (default: 0 1 2; with --train that of its file)
+  --seed N ...              (default: that of the training's file)
   --steps N ..., --learning_rate LR ..., --beta B ..., --batch_size N ...
-  --per_category N ...      little data; --flipped SHARE ...  label noise
-  --train FILE.yaml         your own training, by `plot-align METHOD --config`,
-                            in place of the small offline world
-  --workers N               how many runs at once (default: one a GPU; without
-                            GPUs one a core, with --train one)
+  --workers N               how many runs at once (default: one a GPU)
   --dry_run                 list what would run and what is finished
   --output DIR              records, summary, table, figures (runs/sweep)
 
 Finished runs are read, not run again: the same command goes on where it was.
 
 example:
-  plot-align sweep --method dpo sft --alpha 0.1 1 10 --divergence w1 tv \\
+  plot-align sweep --train dpo.yaml --alpha 0.1 1 10 --divergence w1 tv \\
     --seed 0 1 2 3 4 --output runs/sweep
 """
-_DEFAULT_SEEDS = [0, 1, 2]
 
 
 def make_parser() -> Parser:
@@ -46,11 +43,11 @@ def make_parser() -> Parser:
 
     parser = Parser(
         "sweep",
-        "Run a grid and compare every cell with the same without PLOT, paired by seed.",
-        "  plot-align sweep --method dpo sft --alpha 0.1 1 10 --seed 0 1 2 3 4",
+        "Run your own training over a grid and compare every cell with the same without PLOT.",
+        "  plot-align sweep --train dpo.yaml --alpha 0.1 1 10 --seed 0 1 2 3 4",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML: the options below, each a value or a list")
-    parser.add_argument("--train", metavar="FILE", help="your own training in place of the offline world")
+    parser.add_argument("--train", metavar="FILE", help="YAML: your training, as `plot-align METHOD --config` has it")
     parser.add_argument("--output", metavar="DIR", help="folder of the results (runs/sweep)")
     parser.add_argument("--workers", metavar="N", help="how many runs at once")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="list what would run, and run nothing")
@@ -123,37 +120,26 @@ def _sweep(grid: dict[str, list[Any]], train: str | None, output: Path, workers:
     from plot_align.sweep import expand
     from plot_align.sweep.run import describe
     from plot_align.sweep.run import run as run_sweep
-    from plot_align.sweep.workloads import Sandbox, Training, Workload, sandbox_run
+    from plot_align.sweep.training import Training
 
-    workload: Workload
-    if train is not None:
-        content = read_yaml(train, "--train")
-        training = Training(output, Path(train), content)
-        jobs = expand({"seed": [_seed(content, train)], **grid}, base=training.plot_options())
-        training.check(jobs)
-        workload = training
-    else:
-        from plot_align.sandbox.experiment import default_base
-
-        jobs = expand({"seed": _DEFAULT_SEEDS, **grid})
-        for job in jobs:
-            sandbox_run(job)  # refuses what is out of range before anything runs
-        workload = Sandbox(output, default_base())
-    if dry_run:
-        describe(jobs, workload)
-        return 0
     if train is None:
-        from plot_align.io import require_writable
-        from plot_align.sandbox import build_base
-
-        require_writable(output)
-        build_base()
-    run_sweep(jobs, workload, output, config={"grid": grid, "train": train}, workers=workers)
+        raise InputError(
+            "--train is missing, expected the YAML file of your training, as `plot-align dpo --config` takes it; "
+            "name one with --train FILE.yaml"
+        )
+    content = read_yaml(train, "--train")
+    training = Training(output, Path(train), content)
+    jobs = expand({"seed": [_seed(content, train)], **grid}, base=training.plot_options())
+    training.check(jobs)
+    if dry_run:
+        describe(jobs, training)
+        return 0
+    run_sweep(jobs, training, output, config={"grid": grid, "train": train}, workers=workers)
     return 0
 
 
 def _seed(content: dict[str, Any], path: str) -> int:
-    """The seed in the training's file, 42 without one, as ``transformers`` has it."""
+    """The seed of the training's file, 42 without one, as in ``transformers``."""
     seed = content.get("seed", 42)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(f"seed in {path} is {seed!r}, expected a whole number; correct it")

@@ -1,7 +1,4 @@
-"""The data that measures are taken on: pairs, prompts and texts, by what a user types.
-
-``sandbox`` names the offline world's held-out data in each of them.
-"""
+"""The data that measures are taken on: pairs, prompts and texts, by what a user types."""
 
 from __future__ import annotations
 
@@ -19,24 +16,24 @@ from plot_align.preference.estimation import ScoredSequence, scored_pairs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SANDBOX = "sandbox"
 BENIGN = "benign"
 Conversation = list[dict[str, str]]
 
 
-def check_source(name: str, source: str, known: tuple[str, ...] = (SANDBOX,)) -> None:
-    """That a file which looks like one is there; the id of a data set on the Hub is taken on trust.
+def check_source(name: str, source: str, known: tuple[str, ...] = ()) -> None:
+    """Checks that ``source`` exists if it looks like a file; the id of a data set on the Hub is taken on trust.
+
+    Args:
+        known: names that stand for data of our own.
 
     Raises:
-        InputError: it is not.
+        InputError: it does not.
     """
     if source in known or os.path.exists(source):
         return
     if source.count("/") > 1 or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".json", ".gz")):
-        raise InputError(
-            f"{name} is {source!r}, which does not exist; name a file, a data set of the Hub or one of "
-            f"{', '.join(known)}"
-        )
+        expected = " or ".join(("a file", "a data set of the Hub", *map(repr, known)))
+        raise InputError(f"{name} is {source!r}, which does not exist; name {expected}")
 
 
 def sample(data: Any, limit: int | None, seed: int) -> Any:
@@ -47,15 +44,11 @@ def sample(data: Any, limit: int | None, seed: int) -> Any:
 
 
 def load(source: str, *, split: str, data_dir: str | None = None, limit: int | None = None, seed: int = 0) -> Any:
-    """Rows of a file or a data set, sampled; ``sandbox`` is its held-out pairs.
+    """Rows of a file or a data set, sampled.
 
     Raises:
         InputError: as :func:`plot_align.load_pairs`.
     """
-    if source == SANDBOX:
-        from plot_align import sandbox
-
-        return sample(sandbox.pairs("heldout", seed=seed), limit, seed)
     # A single file has no splits: what a suite says of the Hub's version does not hold for it.
     data = load_pairs(source, split="train" if os.path.isfile(source) else split, data_dir=data_dir)
     return _as_conversations(sample(data, limit, seed))
@@ -89,8 +82,8 @@ def prompts(source: str, *, split: str, limit: int | None, seed: int) -> dict[st
     """Conversations to be answered, each ending with a user's turn, by their ids.
 
     Args:
-        source: ``benign`` (60 harmless requests of our own), ``sandbox``, or rows with a column ``prompt``: a text,
-            or a list of messages.
+        source: ``benign`` (60 harmless requests of our own), or rows with a column ``prompt``: a text or a list of
+            messages.
 
     Raises:
         InputError: another column, or a row that is neither.
@@ -123,8 +116,8 @@ def texts(source: str, *, split: str, name: str | None, limit: int | None, seed:
     """Texts to be read, by their ids; blank ones are left out.
 
     Args:
-        source: a ``.txt`` file (texts are separated by blank lines), ``sandbox`` (its held-out preferred answers), or
-            rows with a column ``text``. name: configuration of a data set on the Hub.
+        source: a ``.txt`` file (texts are separated by blank lines), or rows with a column ``text``.
+        name: configuration of a data set on the Hub.
 
     Raises:
         InputError: another column, a file that cannot be read, or nothing to read.
@@ -135,8 +128,6 @@ def texts(source: str, *, split: str, name: str | None, limit: int | None, seed:
                 found = file.read().split("\n\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"texts file {source} cannot be read ({error}); name a text file in UTF-8") from None
-    elif source == SANDBOX:
-        found = [messages[0]["content"] for messages in load(source, split=split, limit=limit, seed=seed)["chosen"]]
     else:
         data = load_pairs(source, name=name, split="train" if os.path.isfile(source) else split)
         if "text" not in data.column_names:

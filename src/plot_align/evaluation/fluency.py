@@ -24,7 +24,7 @@ class Perplexity:
     Every text is read in windows of ``max_length`` that do not overlap; a window's first token is given, not scored.
 
     Args:
-        texts: a ``.txt`` file, rows with a column ``text``, a data set of the Hub, or ``sandbox``.
+        texts: a ``.txt`` file, rows with a column ``text``, or a data set of the Hub.
         dataset_config, split: of the data set. limit: texts, drawn by the seed.
     """
 
@@ -83,7 +83,7 @@ class Diversity:
     """Distinct n-grams, repetition and length of greedy answers to a set of prompts.
 
     Args:
-        prompts: ``benign``, ``sandbox``, or rows with a column ``prompt``. split: of a data set of the Hub.
+        prompts: ``benign``, or rows with a column ``prompt``. split: of a data set of the Hub.
         limit: prompts, drawn by the seed. max_new_tokens: of an answer.
     """
 
@@ -93,7 +93,7 @@ class Diversity:
     max_new_tokens: int = 256
 
     def check(self) -> None:
-        data.check_source("prompts", self.prompts, (data.BENIGN, data.SANDBOX))
+        data.check_source("prompts", self.prompts, (data.BENIGN,))
         require_count("limit", self.limit)
         require_count("max_new_tokens", self.max_new_tokens)
 

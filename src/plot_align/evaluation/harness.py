@@ -21,18 +21,18 @@ import re
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
+from io import StringIO
 from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 
+from plot_align import parallel
 from plot_align.errors import InputError, RunError, did_you_mean, first_line
 from plot_align.evaluation.harness_tasks import (
     configs_of,
@@ -46,7 +46,7 @@ from plot_align.evaluation.harness_tasks import (
 from plot_align.evaluation.quantity import Better, Quantity, of_items, of_whole
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import evaluating
-from plot_align.inference.dealing import each, share
+from plot_align.parallel import OutOfStep, everywhere, on_main
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 # Metrics whose every value lies between 0 and 1. By name: lm-eval does not say, and two models must agree on it.
 _RATE = re.compile(r"(acc|exact_match|math_verify|pass@|pass_at_|mc[12]$|em$)|.*_(acc|match|em)$")
-_COLLATOR = "lm_eval.models.huggingface.Collator"
 _RESAMPLES = 999
 _SLOW = {"bleu": 99, "chrf": 99, "chrf++": 99, "ter": 99}  # of a whole corpus: lm-eval, too, resamples them less
 
@@ -158,18 +157,43 @@ class LMEval:
             RunError: the task's data cannot be loaded, or lm-eval stops.
         """
         self.check()
-        notes, cache = _Notes(), _cache(subject)
+        with _own_randomness(), evaluating(subject.model), _code_allowed(self.allow_code_execution):
+            notes = _Notes()
+            with _quiet(notes):
+                loaded = everywhere(self._load)
+            alone = parallel.size() == 1 or self._for_one(loaded["tasks"].values())
+            found = partial(self._found, subject, loaded, notes, alone)
+            if alone:
+                return on_main(found)
+            # lm-eval's processes meet where ours do not know: what fails in one of them cannot be told to the others.
+            try:
+                own = found()
+            except Exception as error:
+                raise OutOfStep(f"{self.task} failed in process {parallel.rank()} ({first_line(error)})") from error
+            return on_main(lambda: own)
+
+    def _for_one(self, tasks: Iterable[Any]) -> bool:
+        """Whether one process must answer alone: what is drawn depends on what was drawn before, and lm-eval cannot
+        leave a process without documents."""
+        if any(
+            {**(task.config.generation_kwargs or {}), **(self.gen_kwargs or {})}.get("do_sample") for task in tasks
+        ):
+            return True
+        return any(_documents(task, self.limit) < parallel.size() for task in tasks)
+
+    def _found(self, subject: Subject, loaded: Mapping[str, Any], notes: _Notes, alone: bool) -> Found:
+        """The quantities; of all processes only the main one has any."""
+        cache = _cache(subject)
         with ExitStack() as stack:
-            stack.enter_context(_own_randomness())
-            stack.enter_context(evaluating(subject.model))
-            model = share(_language_model, subject.model, subject.tokenizer, subject.batch_size)
-            model.bar = partial(subject.bar, self.task)
+            model = _language_model(subject, alone, partial(subject.bar, self.task))
             stack.enter_context(_quiet(notes))
             stack.callback(_close_cache, model)
-            if self.allow_code_execution:  # Hugging Face's code_eval looks for it when it is loaded and when it runs
-                stack.enter_context(mock.patch.dict(os.environ, HF_ALLOW_CODE_EVAL="1"))
-            loaded = self._load()
             results = self._evaluate(model, loaded, cache, subject.seed)
+        if results is None:
+            return Found({})
+        for samples in results["samples"].values():  # by process, where there are several
+            filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+            samples.sort(key=lambda sample, filters=filters: (filters.index(sample["filter"]), sample["doc_id"]))
         outcome = _Outcome(loaded["tasks"], loaded["groups"].get(self.task), results, self.task)
         keys = outcome.keys()
         score = _chosen(self.metric, keys, self.task) if self.metric else outcome.primary(keys)
@@ -399,6 +423,12 @@ def _chosen(metric: str, keys: Sequence[str], task: str) -> str:
     raise InputError(f"metric is {metric!r}, which {task} does not have; {advice}")
 
 
+def _documents(task: Any, limit: float | None) -> int:
+    """How many documents lm-eval asks of a task."""
+    count = len(task.eval_docs)
+    return count if limit is None else min(count, math.ceil(count * limit) if limit < 1 else int(limit))
+
+
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A task's configuration without the path of its file."""
     about = {key: value for key, value in (config.get("metadata") or {}).items() if key != "config_source"}
@@ -410,7 +440,7 @@ def _digest(value: Any) -> str:
 
 
 def _cache(subject: Subject) -> str:
-    """Where answers are kept, without ``_rank0.db``, which lm-eval adds.
+    """Where answers are kept, without ``_rank0.db``, which lm-eval adds: each process has its own.
 
     lm-eval tells answers by what was asked, text and options; the name tells the rest: model, template, versions.
 
@@ -421,7 +451,7 @@ def _cache(subject: Subject) -> str:
     settings = [model.config.to_json_string(), model.generation_config.to_json_string()]
     packages = {name: metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
     path = str(subject.folder / "lm_eval" / _digest([subject.identity, settings, packages]))
-    file = Path(f"{path}_rank0.db")
+    file = Path(f"{path}_rank{parallel.rank()}.db")
     if file.is_file():
         try:
             with closing(sqlite3.connect(file)) as connection:
@@ -437,118 +467,73 @@ def _close_cache(model: Any) -> None:
         model.cache_hook.dbdict.close()
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+def _language_model(subject: Subject, alone: bool, bar: Callable[[int], OnItem]) -> Any:
     """lm-eval's view of a model; tokenizer and model stay as they are."""
     with _quiet(_Notes()):
         # lm-eval gives a tokenizer a padding token and turns its padding side.
-        return _dealing()(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        model = _hflm()(subject.model, tokenizer=copy.deepcopy(subject.tokenizer), batch_size=subject.batch_size)
+    model.bar = bar
+    if not alone:
+        from accelerate import Accelerator
+
+        model.accelerator = Accelerator(cpu=subject.model.device.type == "cpu")
+        model._rank, model._world_size = parallel.rank(), parallel.size()
+    return model
 
 
 @cache
-def _dealing() -> Any:
-    """lm-eval's ``HFLM`` with its batches, which stay what they are, dealt to all processes."""
+def _hflm() -> Any:
+    """lm-eval's ``HFLM`` with a bar of our own."""
     from lm_eval.models.huggingface import HFLM
 
-    class Dealing(HFLM):
+    class Model(HFLM):
         """``bar`` is called with how many requests there are, and returns what moves it by so many."""
 
-        bar: Callable[[int], OnItem] = staticmethod(lambda total: lambda done: None)
-        _on_item: OnItem = staticmethod(lambda done: None)
+        bar: Callable[[int], OnItem]
+        cache_hook: Any
+        _world_size: int
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            self._on_item = self.bar(len(requests))
-            return super().loglikelihood(requests, disable_tqdm=True)
+            return self._under_a_bar(super().loglikelihood, requests)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            self._on_item = self.bar(len(requests))
-            with mock.patch(_COLLATOR, _planner()):
-                batches = super().generate_until(requests, disable_tqdm=True)
-            # What is drawn depends on what was drawn before: one process samples everything.
-            dealt = not any(request.args[1].get("do_sample") for request in requests)
-            jobs = ([requests[i].args for i in batch] for batch in batches)
-            found: list[Any] = [None] * len(requests)
-            for batch, answers in zip(batches, self._each("generate_until", jobs, dealt), strict=True):
-                for i, answer in zip(batch, answers, strict=True):
-                    self._keep("generate_until", requests[i].args, answer)
-                    found[i] = answer
-            return found
+            return self._under_a_bar(super().generate_until, requests)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            self._on_item = self.bar(len(requests))
-            # By parts: lm-eval would keep the first text only once the last one is done.
-            size = self.batch_size
-            texts = [[request.args for request in requests[i : i + size]] for i in range(0, len(requests), size)]
-            found: list[Any] = []
-            for part, totals in zip(texts, self._each("loglikelihood_rolling", iter(texts)), strict=True):
-                for arguments, total in zip(part, totals, strict=True):
-                    self._keep("loglikelihood_rolling", arguments, total)
-                    found.append(total)
-            return found
+            answer, size = super().loglikelihood_rolling, self.batch_size
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> list[Any]:
-            with mock.patch(_COLLATOR, _planner()):
-                batches = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-            jobs = ([requests[i] for i in batch] for batch in batches)
-            found: list[Any] = [None] * len(requests)
-            for batch, answers in zip(batches, self._each("_loglikelihood_tokens", jobs), strict=True):
-                for i, answer in zip(batch, answers, strict=True):
-                    if requests[i][0] is not None:  # else a window of a text, whose sum alone is kept
-                        self._keep("loglikelihood", requests[i][0], answer)
-                    found[i] = answer
-            return found
+            def by_parts(requests: list[Any], disable_tqdm: bool) -> list[Any]:
+                """lm-eval itself would keep the first text only once the last one is done."""
+                parts = (requests[i : i + size] for i in range(0, len(requests), size))
+                return [total for part in parts for total in answer(part, disable_tqdm)]
 
-        def _each(self, method: str, jobs: Iterator[Any], dealt: bool = True) -> Iterator[Any]:
-            """The answers to each batch; the warnings come as if all of them were answered here."""
-            for answers, warned in each(partial(_answered, self, method), jobs, dealt=dealt):
-                for path, line, text in warned:
-                    record = logging.LogRecord("lm_eval", logging.WARNING, path, line, text, (), None)
-                    logging.getLogger("lm_eval").handle(record)
-                yield answers
+            # lm-eval would wait for the other processes here, which may have found their answers in the cache.
+            ranks, self._world_size = self._world_size, 1
+            try:
+                return self._under_a_bar(by_parts, requests)
+            finally:
+                self._world_size = ranks
 
-        def _keep(self, method: str, arguments: Any, answer: Any) -> None:
-            self.cache_hook.add_partial(method, arguments, answer)
-            self._on_item(1)
+        def _under_a_bar(self, answer: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
+            hook = self.cache_hook
+            self.cache_hook = _Counting(hook, self.bar(len(requests)))
+            try:
+                return answer(requests, disable_tqdm=True)
+            finally:
+                self.cache_hook = hook
 
-    return Dealing
+    return Model
 
 
-def _answered(model: Any, method: str, requests: list[Any]) -> tuple[list[Any], list[tuple[str, int, str]]]:
-    """lm-eval's own answers to the requests of one batch, and its warnings: path, line and text."""
-    from lm_eval.api.model import CacheHook
-    from lm_eval.models.huggingface import HFLM
+class _Counting:
+    """Moves a bar by one for each answer that lm-eval hands to its cache."""
 
-    if method != "_loglikelihood_tokens":
-        requests = [SimpleNamespace(args=arguments) for arguments in requests]
-    notes = _Notes()
-    with evaluating(model.model), mock.patch.object(model, "cache_hook", CacheHook(None)), _quiet(notes, alone=True):
-        answers = getattr(HFLM, method)(model, requests, disable_tqdm=True)
-    return answers, notes.all
+    def __init__(self, hook: Any, on_item: OnItem) -> None:
+        self._hook, self._on_item = hook, on_item
 
-
-@cache
-def _planner() -> Any:
-    """lm-eval's ``Collator`` made to say which requests stand in which batch, by index, and to answer none."""
-    from lm_eval.models.utils import Collator
-
-    class Planner(Collator):
-        def get_batched(self, n: int = 1, batch_fn: Any = None) -> Iterator[Any]:
-            self.batches = [
-                sorted(index for one in chunk for index, _ in self._standing_for(one))
-                for chunk in super().get_batched(n, batch_fn)
-            ]
-            return iter(())
-
-        def _standing_for(self, one: tuple[int, Any]) -> Any:
-            """Of requests that differ in their last token only, lm-eval computes one."""
-            return self._arr_with_indices[tuple(self._group_fn(one))] if self._group_by == "contexts" else [one]
-
-        def _reorder(self, arr: Any) -> Iterator[Any]:
-            yield from sorted(arr, key=self._sort_fn)  # with their indices
-
-        def get_original(self, newarr: list[Any]) -> list[Any]:
-            return self.batches
-
-    return Planner
+    def add_partial(self, *answered: Any) -> None:
+        self._hook.add_partial(*answered)
+        self._on_item(1)
 
 
 class _Notes(logging.Handler):
@@ -556,13 +541,11 @@ class _Notes(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.all: list[tuple[str, int, str]] = []
         self._first: dict[tuple[str, int], str] = {}
         self._count: dict[tuple[str, int], int] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         place = (record.pathname, record.lineno)
-        self.all.append((*place, record.getMessage()))
         self._first.setdefault(place, record.getMessage())
         self._count[place] = self._count.get(place, 0) + 1
 
@@ -574,25 +557,32 @@ class _Notes(logging.Handler):
 
 
 @contextmanager
-def _quiet(notes: _Notes, *, alone: bool = False) -> Iterator[None]:
-    """lm-eval's warnings go to ``notes`` instead of the terminal, and its bars nowhere.
-
-    Args:
-        alone: to nobody else who listens already.
-    """
+def _quiet(notes: _Notes) -> Iterator[None]:
+    """lm-eval's warnings go to ``notes`` instead of the terminal, and its bars nowhere."""
     logger = logging.getLogger("lm_eval")
     propagate, logger.propagate = logger.propagate, False
-    handlers, logger.handlers = logger.handlers, [notes] if alone else [*logger.handlers, notes]
+    logger.addHandler(notes)
     try:
-        with mock.patch("lm_eval.api.task.tqdm", _no_bar), mock.patch("lm_eval.api.model.tqdm", _no_bar):
+        with redirect_stderr(StringIO()):
             yield
     finally:
-        logger.handlers = handlers
+        logger.removeHandler(notes)
         logger.propagate = propagate
 
 
-def _no_bar(items: Iterable[Any], **_: Any) -> Iterable[Any]:
-    return items
+@contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """Hugging Face's code_eval looks for this variable when it is loaded and when it runs."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    if allowed:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ["HF_ALLOW_CODE_EVAL"]
+        elif allowed and before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
 
 
 @contextmanager

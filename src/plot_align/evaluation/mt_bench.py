@@ -24,8 +24,8 @@ from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Reques
 from plot_align.evaluation.quantity import Quantity, of_items
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import continue_rows
-from plot_align.inference.dealing import each
 from plot_align.inference.endpoint import Endpoint, EndpointError
+from plot_align.parallel import each, on_main
 from plot_align.redteam.run import same_or_new
 
 BLOCK = 10  # questions answered together: fixed, as sampling in a batch draws for all of it
@@ -109,7 +109,8 @@ class MTBench:
             max_new_tokens=self.max_new_tokens,
             on_item=subject.bar("MT-Bench answers", len(bench.questions)),
         )
-        judged = judge_answers(
+        judge = partial(
+            judge_answers,
             bench,
             answers,
             endpoint,
@@ -119,7 +120,7 @@ class MTBench:
             concurrency=self.concurrency,
             on_item=subject.bar("MT-Bench judge", 2 * len(bench.questions)),
         )
-        usage = asdict(endpoint.usage)
+        judged, usage = on_main(lambda: (judge(), asdict(endpoint.usage)))
         prompts = sorted({request.prompt.name for request in bench.requests(answers)})
         details = {"judge": endpoint.label, "prompts": prompts, **judged.details(), "usage": usage}
         if self.prices is not None:
@@ -173,22 +174,26 @@ def answer_questions(
     """The model's answers, those that ``path`` holds already read; question id → both turns.
 
     Each category has FastChat's temperature. Ten questions of one category are answered together, with a seed of
-    their own (by each process where there are several), and are on disk before the next: neither an interruption nor
+    their own (several processes share the tens), and are on disk before the next: neither an interruption nor
     other categories change an answer. (The batch size may change a sampled one.)
 
     Raises:
         InputError: ``path`` holds answers of other weights, another chat template, dtype, length, seed or other
             questions, or nobody knows who wrote it.
     """
-    record = _made_by(path)
-    if path.exists() and not record.exists():
-        raise InputError(
-            f"{path} holds answers, and nothing beside it says which model gave them; move the file away "
-            "(judge_answers judges answers of any origin)"
-        )
     made_by = {"max_new_tokens": max_new_tokens, "seed": subject.seed, "questions": bench.digest}
-    same_or_new(record, {**subject.identity, **made_by}, path)
-    rows = fastchat.read_answer_rows(path) if path.exists() else {}
+
+    def earlier() -> dict[int, fastchat.Row]:
+        record = _made_by(path)
+        if path.exists() and not record.exists():
+            raise InputError(
+                f"{path} holds answers, and nothing beside it says which model gave them; move the file away "
+                "(judge_answers judges answers of any origin)"
+            )
+        same_or_new(record, {**subject.identity, **made_by}, path)
+        return fastchat.read_answer_rows(path) if path.exists() else {}
+
+    rows = on_main(earlier)
     blocks = _blocks(bench.questions)
     wanted = [block for block in blocks if not all(question.id in rows for question in block)]
     answer = partial(_answer, subject.model, subject.tokenizer, subject.seed, subject.batch_size, max_new_tokens)
@@ -197,9 +202,9 @@ def answer_questions(
         if block in wanted:
             for question, turns in zip(block, next(answered), strict=True):
                 rows[question.id] = fastchat.answer_row(subject.name, question, turns)
-            fastchat.write_answers(path, rows)
+            on_main(partial(fastchat.write_answers, path, rows))
         on_item(len(block))
-    answers = fastchat.read_answers(path)
+    answers = on_main(partial(fastchat.read_answers, path))
     return {question.id: answers[question.id] for question in bench.questions}
 
 

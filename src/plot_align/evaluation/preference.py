@@ -26,7 +26,7 @@ class OnPairs:
     """Options of what is measured on pairs.
 
     Args:
-        pairs: a file, a data set of the Hub, or ``sandbox``. split, data_dir: of the data set.
+        pairs: a file or a data set of the Hub. split, data_dir: of the data set.
         limit: pairs, drawn by the seed. max_length: tokens a row is truncated to.
     """
 

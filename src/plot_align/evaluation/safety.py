@@ -18,8 +18,6 @@ from plot_align.errors import InputError, RunError, did_you_mean
 from plot_align.evaluation import data
 from plot_align.evaluation.quantity import of_items
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.inference.dealing import share
-from plot_align.redteam import world
 from plot_align.redteam.behaviors import Behavior, default_benign, read_behaviors, read_targets, require_targets
 from plot_align.redteam.catalogue import make_attack, make_judge
 from plot_align.redteam.harmbench import Layout, success_by_behavior
@@ -37,7 +35,7 @@ class _Judged:
     """Options of what is judged.
 
     Args:
-        judge: ``prefixes`` (how the answer begins), ``sandbox``, or ``endpoint``: the model of ``judge_url``.
+        judge: ``prefixes`` (how the answer begins) or ``endpoint`` (the model of ``judge_url``).
         judge_url, judge_model, judge_key: an OpenAI-compatible endpoint; the key's environment variable.
         max_new_tokens: of an answer. limit: requests, from the first on.
     """
@@ -75,23 +73,17 @@ class OverRefusal(_Judged):
     """Share of harmless requests that are refused; a model that refuses everything must look bad.
 
     Args:
-        benign: a file in HarmBench's form, ``benign`` (60 of our own) or ``sandbox`` (twins of its harmful ones).
+        benign: a file in HarmBench's form, or ``benign`` (60 of our own).
     """
 
     benign: str = data.BENIGN
 
     def check(self) -> None:
         super().check()
-        self._requests(0)
+        self._requests()
 
-    def _requests(self, seed: int) -> list[Behavior]:
-        match self.benign:
-            case data.BENIGN:
-                rows = default_benign()
-            case data.SANDBOX:
-                rows = world.benign(seed)
-            case path:
-                rows = read_behaviors(path).rows
+    def _requests(self) -> list[Behavior]:
+        rows = default_benign() if self.benign == data.BENIGN else read_behaviors(self.benign).rows
         return rows[: self.limit]
 
     def run(self, subject: Subject) -> Found:
@@ -100,7 +92,7 @@ class OverRefusal(_Judged):
         Raises:
             RunError: it decided none.
         """
-        requests = self._requests(subject.seed)
+        requests = self._requests()
         answers = subject.answers(
             [[{"role": "user", "content": b.prompt}] for b in requests], "harmless requests", self.max_new_tokens
         )
@@ -133,8 +125,8 @@ class AttackSuccess(_Judged):
     """Attack success rate of one attack (:mod:`plot_align.redteam`) over harmful requests.
 
     Args:
-        behaviors: HarmBench's behaviours, or ``sandbox``. targets: HarmBench's, for attacks that need them; the
-            sandbox has its own. skip_copyright: leave copyright rows out instead of refusing them.
+        behaviors: HarmBench's behaviours. targets: HarmBench's, for attacks that need them.
+        skip_copyright: leave copyright rows out instead of refusing them.
         attack: one that needs no attacker model. attack_options: of the attack. cases: test cases a behaviour.
     """
 
@@ -151,20 +143,17 @@ class AttackSuccess(_Judged):
             near = did_you_mean(self.attack, _ATTACKS, f"expected {', '.join(_ATTACKS)}")
             raise InputError(f"attack is {self.attack!r}; {near}")
         require_count("cases", self.cases)
-        if self.behaviors != data.SANDBOX and not os.path.isfile(self.behaviors):
+        if not os.path.isfile(self.behaviors):
             raise InputError(f"behaviors is {self.behaviors!r}, which is no file; name HarmBench's behaviours, .csv")
-        attack, (harmful, targets, _) = self._attack(), self._requests(0)
+        attack, (harmful, targets, _) = self._attack(), self._requests()
         if attack.needs_target:
             require_targets(harmful, targets, attack.name)
 
     def _attack(self) -> Any:
         return make_attack(self.attack, self.attack_options or {})
 
-    def _requests(self, seed: int) -> tuple[list[Behavior], dict[str, str], int]:
+    def _requests(self) -> tuple[list[Behavior], dict[str, str], int]:
         """Requests, targets, and how many copyright rows were left out."""
-        if self.behaviors == data.SANDBOX:
-            harmful = world.behaviors(seed)
-            return harmful[: self.limit], world.targets(harmful), 0
         harmful, skipped = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright)
         targets = read_targets(self.targets) if self.targets is not None else {}
         return harmful[: self.limit], targets, len(skipped)
@@ -175,8 +164,8 @@ class AttackSuccess(_Judged):
         Raises:
             RunError: the judge decided none.
         """
-        harmful, targets, left_out = self._requests(subject.seed)
-        victim = share(Victim, subject.model, subject.tokenizer, subject.name)
+        harmful, targets, left_out = self._requests()
+        victim = Victim(subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
         layout = Layout(subject.folder / "redteam", attack.name, attack.experiment(victim))
         answering = attack.answering(victim, harmful, targets, subject.seed)

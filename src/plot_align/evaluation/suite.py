@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -17,14 +17,13 @@ from plot_align.evaluation.subject import Measure
 from plot_align.io import build, read_yaml
 from plot_align.preference.datasets import file_digest
 
-SUITES = ("paper", "quick", "sandbox")
+SUITES = ("paper", "quick")
 KINDS = (
     "lm_eval", "mt_bench", "preference_accuracy", "displacement", "perplexity", "diversity", "kl", "drift",
-    "over_refusal", "attack_success", "sandbox",
+    "over_refusal", "attack_success",
 )  # fmt: skip
 NEED_REFERENCE = ("displacement", "kl", "drift")
 _JUDGED = ("over_refusal", "attack_success")
-_SIZES = ("limit", "count")  # options that say how many items
 _PATHS = (
     "pairs", "prompts", "texts", "benign", "behaviors", "targets", "preference", "folder", "include_path",
 )  # fmt: skip
@@ -172,11 +171,9 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
         return lacking
     cls = _class(kind)
     if given.limit is not None:
-        for size in fields(cls):
-            if size.name in _SIZES:
-                own = spec.get(size.name, size.default)
-                is_count = isinstance(own, int) and own > 0  # not a share of the documents
-                spec[size.name] = min(given.limit, own) if is_count else given.limit
+        own = spec.get("limit", cls.limit)
+        is_count = isinstance(own, int) and own > 0  # not a share of the documents
+        spec["limit"] = min(given.limit, own) if is_count else given.limit
     measure = build(cls, spec, name)
     if kind == "lm_eval":
         lacking = measure.lacks()
@@ -250,8 +247,4 @@ def _class(kind: str) -> Any:
             from plot_align.evaluation.safety import AttackSuccess, OverRefusal
 
             return OverRefusal if kind == "over_refusal" else AttackSuccess
-        case "sandbox":
-            from plot_align.evaluation.world import SandboxJudges
-
-            return SandboxJudges
     raise ValueError(kind)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from plot_align.errors import InputError
-from plot_align.inference.dealing import each
+from plot_align.parallel import each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ def continue_each(
 ) -> Iterator[list[str]]:
     """:func:`continue_rows` of each part, none of which shares a batch with another.
 
-    Batches are dealt to all processes (:func:`~dealing.each`). Where they sample, each has its own seed, or
+    Several processes share the batches (:func:`~parallel.each`). Where they sample, each has its own seed, or
     each row has (:attr:`Start.seed`): its draws are then the same in any batch, as far as rounding is.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from plot_align.errors import RunError
 from plot_align.head import causal_lm, fused_head, head_logits, head_spec
 from plot_align.inference.chat import evaluating
-from plot_align.inference.dealing import each
+from plot_align.parallel import each
 from plot_align.preference.estimation import ScoredSequence
 
 _BLOCK = 1 << 26  # logits held at once by :func:`divergences`: 256 MiB of float32

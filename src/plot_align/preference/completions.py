@@ -39,10 +39,6 @@ class RowError(InputError):
         rows = f"row {self.first}" if self.first == self.last else f"rows {self.first} to {self.last}"
         return f"{self.data} {rows}: {self.reason}"
 
-    def moved(self, by: int) -> RowError:
-        """The same error for the row ``by`` rows further on."""
-        return RowError(self.data, self.first + by, self.last + by, self.reason)
-
 
 @dataclass(frozen=True)
 class Rules:

@@ -1,7 +1,7 @@
 """Count the tokens that a TRL preference trainer trains on.
 
 The tokens are those of TRL 1.16 that are scored, see :mod:`~completions`. One batch is in memory at a time,
-and only counts are kept. Several ranks share the work, see :mod:`~sharing`.
+and only counts are kept. Several ranks or processes share the work, see :mod:`~sharing`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +27,14 @@ from plot_align.preference.distribution import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
-from plot_align.preference.processes import Result, counted_here, counted_in_processes
-from plot_align.preference.sharing import Batch, Share, Tally, guarded, own_batches, own_rows, shared_tally
+from plot_align.preference.sharing import (
+    Tally,
+    counts_of_workers,
+    own_batches,
+    readable,
+    shared_tally,
+    splits_files,
+)
 
 __all__ = [
     "ScoredSequence",
@@ -67,15 +73,15 @@ def estimate(
         tokenizer: the one the trainer is given.
         max_length: longest sequence of prompt and completion in tokens, as in ``DPOConfig``; None: no limit.
         truncation_mode: ``"keep_start"`` or ``"keep_end"``, as in ``DPOConfig``.
-        num_proc: worker processes. None or 1: none (a fast tokenizer uses every core anyway). Counts do not depend on
-            it.
+        num_proc: worker processes, of ``Dataset.map``; not for streams. None or 1: none (a fast tokenizer uses every
+            core anyway). Counts do not depend on it.
         batch_size: rows tokenised at a time. Counts do not depend on it.
         progress: show a progress bar on standard error (with ``distributed``, of the main rank's share).
         source: what to call the data set in the provenance; None: what the data set says of itself.
         distributed: under ``accelerate launch`` or torchrun, count this rank's share and add up at the end: every rank
             must call this, with the same data and options, and every rank gets the same counts. It is asked for and
             not guessed, because ``if rank == 0: estimate(...)`` would then wait for the others forever. Without a
-            launcher it changes nothing. ``num_proc`` is for each rank. See :mod:`~sharing` for streams.
+            launcher it changes nothing. ``num_proc`` is for one process alone. See :mod:`~sharing` for streams.
 
     Returns:
         Counts over the tokenizer's ids, with their provenance.
@@ -88,20 +94,25 @@ def estimate(
     """
     eos = "appended where missing"
 
-    def count(share: Share, tally: Tally) -> None:
+    def count(rank: int, ranks: int, tally: Tally) -> None:
         nonlocal eos
         workers = _positive("num_proc", 1 if num_proc is None else num_proc)
         rows, rules = _open(data, tokenizer, max_length, truncation_mode, batch_size)
         if rules.conversational:
             eos = "by the chat template"
         _begin(tally, data, tokenizer, rules.size, max_length, truncation_mode, batch_size, source)
-        with _share_bar(rows, share, progress) as advance:
-            if workers == 1:
-                results = counted_here(own_batches(rows, batch_size, share), partial(count_batch, rules=rules))
-            else:
-                lazy = own_batches(rows, batch_size, share, lazy=True)
-                results = counted_in_processes(rows, lazy, rules, workers)
-            _add_all(results, tally, advance)
+        one = partial(count_batch, rules=rules)
+        if workers == 1:
+            _add_all(rows, one, tally, batch_size, rank, ranks, progress)
+            return
+        _check_workers(workers, rows, ranks)
+        assert tally.counts is not None
+        try:
+            for counts in counts_of_workers(rows, rules, batch_size, workers, progress):
+                tally.counts.add(counts)
+        except InputError:  # some bad row; counted again in order, the first is met
+            _add_all(rows, one, tally, batch_size, rank, ranks, progress)
+            raise
 
     tally = shared_tally(count, distributed)
     return _finish(tally, tokenizer, max_length, truncation_mode, eos)
@@ -140,16 +151,14 @@ def estimate_tokenized(
         RunError: another rank died.
     """
 
-    def count(share: Share, tally: Tally) -> None:
+    def count(rank: int, ranks: int, tally: Tally) -> None:
         _check_lengths(max_length, truncation_mode)
         _positive("batch_size", batch_size)
         _require_dataset(dataset)
         size = vocabulary_size(tokenizer)
         _begin(tally, dataset, tokenizer, size, max_length, truncation_mode, batch_size, source)
         one = partial(count_table, size=size, max_length=max_length, truncation_mode=truncation_mode)
-        with _share_bar(dataset, share, progress) as advance:
-            batches = own_batches(dataset.with_format("arrow"), batch_size, share)
-            _add_all(counted_here(batches, one), tally, advance)
+        _add_all(dataset.with_format("arrow"), one, tally, batch_size, rank, ranks, progress)
 
     tally = shared_tally(count, distributed)
     return _finish(tally, tokenizer, max_length, truncation_mode, "as tokenised by the trainer")
@@ -186,10 +195,8 @@ def scored_pairs(
         raise InputError(
             "the data set has a column 'label' instead of 'chosen' and 'rejected', expected pairs; pair its rows first"
         )
-    for batch in own_batches(rows, batch_size, Share()):
-        if isinstance(batch.rows, Exception):
-            raise batch.rows
-        _, sides = scored_sides(batch.rows, batch.first, rules)
+    for first, batch in own_batches(rows, batch_size):
+        _, sides = scored_sides(batch, first, rules)
         yield from zip(*(_windows(ids, begin, end, rules) for ids, _, begin, end in sides), strict=True)
 
 
@@ -238,15 +245,35 @@ def _begin(
     }
 
 
-def _add_all(results: Generator[tuple[Batch, Result]], tally: Tally, advance: Callable[[int], None]) -> None:
-    """Add up the batches in order, so that the first bad row is the one reported."""
+def _add_all(
+    data: Any, count: Callable[[Any, int], Counts], tally: Tally, batch_size: int, rank: int, ranks: int, shown: bool
+) -> None:
+    """Add up the batches of one rank in order, under the bar of the main one; the others have about as much to do.
+
+    Args:
+        count: of the rows of a batch, and the index of the first of them.
+    """
+    import datasets
+
     assert tally.counts is not None
-    with contextlib.closing(results):  # where a result raises, its processes end now
-        for batch, result in results:
-            tally.at = batch.shard, batch.first
-            rows = tally.counts.add(result())
-            tally.seen[batch.shard] = tally.seen.get(batch.shard, 0) + rows
-            advance(rows)
+    tally.numbered = not splits_files(data, ranks)
+    label = "counting tokens" if ranks == 1 else f"counting tokens, process 1 of {ranks}"
+    total = -(-len(data) // ranks) if isinstance(data, datasets.Dataset) else None
+    with progress_bar(label, shown and rank == 0, total) as advance:
+        for tally.at, rows in own_batches(data, batch_size, rank, ranks):
+            advance(tally.counts.add(count(rows, tally.at)))
+
+
+def _check_workers(workers: int, data: Any, ranks: int) -> None:
+    import datasets
+
+    if not isinstance(data, datasets.Dataset):
+        raise InputError(
+            f"num_proc is {workers} for a stream, expected none, as only a Dataset is split among workers; leave it "
+            "out (several ranks share a stream), or load the data set without streaming"
+        )
+    if ranks > 1:
+        raise InputError(f"num_proc is {workers} on {ranks} ranks, expected none; start more ranks instead")
 
 
 def _open(
@@ -265,9 +292,7 @@ def _open(
     in_memory = _require_dataset(data)
     if not in_memory or data.format["type"] != "custom":
         data = data.with_format(None)  # Python objects
-    first = next(guarded(iter(data)), None)
-    if isinstance(first, Exception):
-        raise first
+    first = next(readable(iter(data)), None)
     if first is None:
         raise InputError("the data set is empty, expected at least one preference pair; check the file and the split")
     columns = tuple(data.column_names or first)
@@ -394,12 +419,6 @@ def _finish(
     return PreferenceDistribution(torch.from_numpy(counts.chosen), torch.from_numpy(counts.rejected), provenance)
 
 
-def _share_bar(data: Any, share: Share, shown: bool) -> contextlib.AbstractContextManager[Any]:
-    """The bar of the main rank; the others have about as much to do."""
-    label = "counting tokens" if share.ranks == 1 else f"counting tokens, process 1 of {share.ranks}"
-    return progress_bar(label, shown and share.rank == 0, own_rows(data, share))
-
-
 @contextlib.contextmanager
 def progress_bar(label: str, shown: bool, total: int | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; yields the function that moves it on by a number of ``unit``."""
@@ -412,7 +431,7 @@ def progress_bar(label: str, shown: bool, total: int | None, unit: str = "rows")
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not shown,
-        auto_refresh=False,  # its refresh thread might hold a lock at the moment the workers are forked
+        auto_refresh=False,  # no thread beside the tokenizer's
     )
     with bar:
         task = bar.add_task("", total=total)

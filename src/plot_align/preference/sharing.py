@@ -1,163 +1,169 @@
-"""Counting on several ranks: whose batches are whose, and the one reduction at the end.
+"""Counting on several ranks or in several processes: which rows each counts, and how the counts are added up.
 
-Every rank counts its own batches and talks to the others only when it is done: they gather a short report of each,
-agree on the first error if there is one, and add up their counts. So the counts, and the row that an error names, are
-those of one process.
-
-How the batches are dealt:
-
-- ``Dataset``: consecutive rows, as many for each rank.
-- ``IterableDataset`` of enough shards: whole shards, each read by one rank.
-- any other ``IterableDataset``: of its batches every ``ranks``-th. Each rank reads all of the stream and tokenises its
-  own, so that reading does not get faster: give a large stream at least as many shards (files) as ranks.
+Each rank counts its own rows and meets the others once, at the end. There they agree on the first error in the data
+set's order, if there is one, and add up their counts with one all-reduce. So the counts, and the row that an error
+names, are those of one process.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from plot_align.errors import InputError, PlotAlignError, RunError, first_line
-from plot_align.inference.ranks import process_state
-from plot_align.preference.completions import RowError
-from plot_align.preference.counting import Counts
+from plot_align.parallel import process_state
+from plot_align.preference.completions import RowError, Rules
+from plot_align.preference.counting import Counts, count_batch
 
-# What `datasets` applies to each row for itself, so that the shards of a stream hold the rows of the whole. Others do
-# not: take() and skip() of a shard are not those of the stream, and a batched map() may mix rows.
-_ROW_BY_ROW = {
-    "ArrowExamplesIterable",
-    "ExamplesIterable",
-    "FilteredExamplesIterable",
-    "FormattedExamplesIterable",
-    "MappedExamplesIterable",
-    "SelectColumnsIterable",
-    "VerticallyConcatenatedMultiSourcesExamplesIterable",
-}
-
-
-class Share(NamedTuple):
-    """The part of rank ``rank`` of ``ranks``."""
-
-    rank: int = 0
-    ranks: int = 1
-
-
-class Batch(NamedTuple):
-    """Consecutive rows.
-
-    Attributes:
-        shard: which shard of a stream they are from; 0 where it is read as a whole.
-        first: index of the first of them, within the shard.
-        rows: as the data set gives them; the range of their indices, for a worker to read; or what the reader raised.
-    """
-
-    shard: int
-    first: int
-    rows: Any
+Batch = tuple[int, Any]  # index of the first row in the data set, and the rows
 
 
 @dataclass
 class Tally:
-    """What a rank has counted so far, and where it is.
+    """What a rank has counted so far.
 
     Attributes:
-        counts: of the batches done; None before the first is begun.
-        seen: number of rows of each shard in them.
-        at: shard and row of the batch in hand; before the first of all, as long as none is.
+        counts: None before the first batch.
+        at: index of the row it has come to. numbered: whether that is its place in the whole data set.
         terms: what must be the same on every rank, by name.
         origin: where the data are from, as the provenance says it.
     """
 
     counts: Counts | None = None
-    seen: dict[int, int] = field(default_factory=dict)
-    at: tuple[int, int] = (-1, 0)
+    at: int = -1
+    numbered: bool = True
     terms: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
 
 
-def own_batches(data: Any, batch_size: int, share: Share, *, lazy: bool = False) -> Iterator[Batch]:
-    """This rank's batches in order. What the reader raises comes as the last of them, in its place.
+# --- which rows -----------------------------------------------------------------------------------------------------
 
-    Args:
-        data: ``Dataset`` or ``IterableDataset``, the same on every rank.
-        lazy: of a ``Dataset``, only the range of the rows.
+
+def own_batches(data: Any, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """The batches of one rank: of a ``Dataset`` consecutive rows; of a stream whole files, or every n-th batch.
+
+    Every n-th batch means that each rank reads the whole stream. It is taken where files cannot be told apart: their
+    number is no multiple of the ranks', or the stream was mapped, filtered, cut or shuffled, and its parts do not hold
+    the rows of the whole. Of whole files, rows are numbered as the rank meets them.
 
     Raises:
-        InputError: the stream was already split among the ranks.
+        InputError: the stream was already split among the ranks, or cannot be read further.
     """
     import datasets
+    from datasets.distributed import split_dataset_by_node
 
     if isinstance(data, datasets.Dataset):
-        own = _consecutive(data, share)
-        for start in own[::batch_size]:
-            rows = range(start, min(start + batch_size, own.stop))
-            yield Batch(0, start, rows if lazy else data[rows.start : rows.stop])
-    elif shards := shards_to_deal(data, share.ranks):
-        for shard in range(share.rank, shards, share.ranks):
-            yield from _read(data.shard(shards, shard), batch_size, shard)
-    else:
-        for number, batch in enumerate(_read(data, batch_size, 0)):
-            if number % share.ranks == share.rank or isinstance(batch.rows, Exception):
-                yield batch
-
-
-def own_rows(data: Any, share: Share) -> int | None:
-    """Number of rows in :func:`own_batches`; None where only reading tells."""
-    import datasets
-
-    return len(_consecutive(data, share)) if isinstance(data, datasets.Dataset) else None
-
-
-def _consecutive(data: Any, share: Share) -> range:
-    return range(len(data) * share.rank // share.ranks, len(data) * (share.rank + 1) // share.ranks)
-
-
-def shards_to_deal(stream: Any, ranks: int) -> int:
-    """How many shards of a stream are dealt to the ranks; 0 where each rank reads all of it."""
-    if ranks == 1:
-        return 0
-    if getattr(stream, "_distributed", None) is not None:
+        if len(data) < ranks:  # which datasets does not split
+            ranks = 1
+            if rank > 0:
+                return
+        own = split_dataset_by_node(data, rank, ranks)
+        before = sum(len(split_dataset_by_node(data, other, ranks)) for other in range(rank))
+        for start in range(0, len(own), batch_size):
+            yield before + start, own[start : start + batch_size]
+        return
+    if getattr(data, "_distributed", None) is not None and ranks > 1:
         raise InputError(
             "data was already split with split_dataset_by_node, expected the whole stream on every rank; pass it as "
             "it was before (or count each part without distributed=True, and merge)"
         )
-    if stream.epoch or getattr(stream, "_starting_state_dict", None):  # shuffled again, or resumed: shard() forgets it
-        return 0
-    shards = int(stream.num_shards)
-    fair = -(-shards // ranks) * ranks <= 1.25 * shards  # the rank with most of them has at most a quarter more
-    return shards if fair and _row_by_row(getattr(stream, "_ex_iterable", None)) else 0
+    in_files = splits_files(data, ranks)
+    first, own = 0, split_dataset_by_node(data, rank, ranks) if in_files else data
+    for number, rows in enumerate(readable(own.iter(batch_size))):
+        if in_files or number % ranks == rank:
+            yield first, rows
+        first += rows.num_rows if hasattr(rows, "num_rows") else len(next(iter(rows.values())))
 
 
-def _row_by_row(source: Any) -> bool:
-    if type(source).__name__ not in _ROW_BY_ROW:
-        return False
-    if getattr(source, "with_indices", False) or getattr(source, "batched", False):
-        return False
-    inner = [*getattr(source, "ex_iterables", ()), *filter(None, [getattr(source, "ex_iterable", None)])]
-    return all(map(_row_by_row, inner))
+def splits_files(data: Any, ranks: int) -> bool:
+    """Whether each rank reads files of its own."""
+    plain = type(getattr(data, "_ex_iterable", None)).__name__ in ("ArrowExamplesIterable", "ExamplesIterable")
+    begun = plain and (data.epoch or getattr(data, "_starting_state_dict", None))  # shuffled again, or resumed
+    return ranks > 1 and plain and not begun and data.num_shards % ranks == 0
 
 
-def _read(stream: Any, batch_size: int, shard: int) -> Iterator[Batch]:
-    first = 0
-    for rows in guarded(stream.iter(batch_size=batch_size)):
-        yield Batch(shard, first, rows)
-        if not isinstance(rows, Exception):
-            first += rows.num_rows if hasattr(rows, "num_rows") else len(next(iter(rows.values())))
-
-
-def guarded(stream: Iterator[Any]) -> Iterator[Any]:
-    """``stream``; what its reader raises comes as its last item, a sentence: a bad line is only met on the way."""
+def readable(stream: Iterator[Any]) -> Iterator[Any]:
+    """``stream``; what its reader raises comes as a sentence: a bad line is only met on the way."""
     try:
         yield from stream
     except Exception as error:
-        yield InputError(
+        raise InputError(
             f"the data set cannot be read further ({type(error).__name__}: {' '.join(str(error).split())}); correct "
             "the file, or load it without streaming to learn which row it is"
-        )
+        ) from error
+
+
+# --- worker processes -----------------------------------------------------------------------------------------------
+
+
+def counts_of_workers(data: Any, rules: Rules, batch_size: int, workers: int, shown: bool) -> Iterator[Counts]:
+    """The counts of all batches of a ``Dataset``, made by the processes of ``Dataset.map``.
+
+    What they make lies on disk on its way here: of each batch the ids that occur, and how often.
+
+    Raises:
+        InputError: some bad row; not always the first.
+        RunError: a process died.
+    """
+
+    def count(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found = count_batch(rows, indices[0], rules)
+        ids = np.flatnonzero(found.chosen + found.rejected)
+        return {
+            "ids": [ids],
+            "chosen": [found.chosen[ids]],
+            "rejected": [found.rejected[ids]],
+            "rows": [found.rows],
+            "dropped": [found.dropped],
+        }
+
+    with tempfile.TemporaryDirectory() as folder, _bars(shown):
+        try:
+            made = data.map(
+                count,
+                with_indices=True,
+                batched=True,
+                batch_size=batch_size,
+                num_proc=workers,
+                remove_columns=data.column_names,
+                load_from_cache_file=False,
+                cache_file_name=str(Path(folder) / "counts.arrow"),
+                new_fingerprint="counts",  # else the tokenizer would be hashed
+                desc="counting tokens",
+            )
+        except PlotAlignError:
+            raise
+        except RuntimeError as error:
+            raise RunError(
+                f"a worker process died while counting (num_proc = {workers}), most likely for lack of memory "
+                f"({first_line(error)}); use a smaller num_proc or batch_size"
+            ) from error
+        for row in made.with_format("numpy"):
+            counts = Counts(rules.size, int(row["rows"]), int(row["dropped"]))
+            counts.chosen[row["ids"]], counts.rejected[row["ids"]] = row["chosen"], row["rejected"]
+            yield counts
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Bars of ``datasets``, or none."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 # --- the reduction --------------------------------------------------------------------------------------------------
@@ -169,17 +175,17 @@ class _Report:
 
     terms: dict[str, Any]
     origin: dict[str, Any]
-    seen: dict[int, int]
-    at: tuple[int, int]
+    numbered: bool
+    at: int
     error: PlotAlignError | None
 
 
-def shared_tally(work: Callable[[Share, Tally], None], distributed: bool) -> Tally:
-    """Do ``work`` on this rank's share and add up what all ranks have counted.
+def shared_tally(work: Callable[[int, int, Tally], None], distributed: bool) -> Tally:
+    """Let every rank do its part of ``work``, and add up what they have counted.
 
     Args:
-        work: counts a share into a tally.
-        distributed: every rank of the launched job calls this, for its share; False: this process does all of it.
+        work: counts into a tally the part of a rank of so many.
+        distributed: every rank of the launched job calls this, for its part; False: this process does all of it.
 
     Returns:
         The tally, with the counts of all ranks and the main one's origin: the same everywhere.
@@ -191,15 +197,15 @@ def shared_tally(work: Callable[[Share, Tally], None], distributed: bool) -> Tal
     tally = Tally()
     state = process_state() if distributed else None
     if state is None or state.num_processes == 1:
-        work(Share(), tally)
+        work(0, 1, tally)
         return tally
     stopped: Exception | None = None
     try:
-        work(Share(state.process_index, state.num_processes), tally)
+        work(state.process_index, state.num_processes, tally)
     except Exception as error:  # whatever it is, the others wait
         stopped = error
     try:
-        _agree(tally, stopped, state.process_index)
+        _agree(work, tally, stopped, state)
         _add_up(tally, state.device)
     except RuntimeError as error:
         if isinstance(error, PlotAlignError) or error is stopped:
@@ -211,21 +217,23 @@ def shared_tally(work: Callable[[Share, Tally], None], distributed: bool) -> Tal
     return tally
 
 
-def _agree(tally: Tally, stopped: Exception | None, rank: int) -> None:
+def _agree(work: Callable[[int, int, Tally], None], tally: Tally, stopped: Exception | None, state: Any) -> None:
     """Raises what stopped any rank, or what the ranks do not have in common; else takes over the main one's origin."""
     from accelerate.utils import gather_object
 
+    rank = state.process_index
     error = stopped if isinstance(stopped, PlotAlignError) else None
     if stopped is not None and error is None:
         error = RunError(f"rank {rank} failed while counting ({type(stopped).__name__}: {first_line(stopped)})")
-    reports = gather_object([_Report(tally.terms, tally.origin, tally.seen, tally.at, error)])
-    failed = [(_position(report), other) for other, report in enumerate(reports) if report.error is not None]
+    at = error.first if isinstance(error, RowError) else tally.at
+    reports = gather_object([_Report(tally.terms, tally.origin, tally.numbered, at, error)])
+    failed = [(report.at, other) for other, report in enumerate(reports) if report.error is not None]
     if failed:
-        (shard, _), other = min(failed)
+        _, other = min(failed)
         first = reports[other].error
-        if isinstance(first, RowError):  # of the shards before its own all rows were read, by this rank or by others
-            first = first.moved(sum(rows for report in reports for at, rows in report.seen.items() if at < shard))
-        if stopped is not None and other == rank and not isinstance(stopped, PlotAlignError):
+        if not all(report.numbered for report in reports):
+            first = gather_object([_first_error(work) if rank == 0 else None])[0] or first
+        elif other == rank and error is not stopped and stopped is not None:
             raise stopped  # with where it came from
         assert first is not None
         raise first
@@ -239,10 +247,13 @@ def _agree(tally: Tally, stopped: Exception | None, rank: int) -> None:
     tally.origin = reports[0].origin
 
 
-def _position(report: _Report) -> tuple[int, int]:
-    """Shard and row of its error."""
-    shard, row = report.at
-    return shard, report.error.first if isinstance(report.error, RowError) else row
+def _first_error(work: Callable[[int, int, Tally], None]) -> PlotAlignError | None:
+    """What stops one process that counts everything: it alone can number the rows of a stream."""
+    try:
+        work(0, 1, Tally())
+    except PlotAlignError as error:
+        return error
+    return None
 
 
 def _add_up(tally: Tally, device: torch.device) -> None:

@@ -58,8 +58,6 @@ def make_judge(
     match name:
         case "prefixes":
             return judges.RefusalPrefixes()
-        case "sandbox":
-            return judges.SandboxJudge()
         case "harmbench":
             if harmbench is None or classifier is None:
                 raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it")
@@ -71,4 +69,4 @@ def make_judge(
             if url is None or model is None:
                 raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
             return judges.EndpointJudge(Endpoint(url, model, key_variable))
-    raise InputError(f"judge {name!r} cannot be made from options; expected prefixes, sandbox, harmbench or endpoint")
+    raise InputError(f"judge {name!r} cannot be made from options; expected prefixes, harmbench or endpoint")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError, RunError
+from plot_align.parallel import on_main
 from plot_align.redteam.attack import Answering, Attack
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.curves import snapshot_cases, success_at_cases
@@ -110,7 +112,7 @@ def measure(
                 on_behavior=advance, on_update=update,
             )  # fmt: skip
         else:
-            cases, failed = _replayed(layout, harmful), {}
+            cases, failed = on_main(partial(_replayed, layout, harmful)), {}
         answers = complete(
             victim, cases, layout.completions(victim.name), answering=answering, **length, on_behavior=advance
         )
@@ -135,7 +137,7 @@ def measure(
             found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
         for step in steps:
             path = layout.folder / "steps" / f"{step}.json"
-            cases = snapshot_cases(layout, list(answers), step)
+            cases = on_main(partial(snapshot_cases, layout, list(answers), step))
             then = success_by_behavior(
                 label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
             )

@@ -7,14 +7,14 @@ before, so that an interrupted run and an uninterrupted one give the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.inference.dealing import each
+from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
 from plot_align.redteam.attackers import EndpointAttacker
@@ -41,7 +41,7 @@ def make_test_cases(
     on_behavior: OnBehavior = lambda behavior: None,
     on_update: OnUpdate = lambda behavior, step: None,
 ) -> tuple[TestCases, dict[str, str]]:
-    """Attack every behaviour that has no test cases yet; several processes attack one each at a time.
+    """Attack every behaviour that has no test cases yet; processes attack one each at a time, the main one writes.
 
     Args:
         targets: BehaviorID to how a complying answer begins; may lack any for an attack that needs none.
@@ -68,43 +68,59 @@ def make_test_cases(
         "seed": seed,
         "snapshots": list(snapshots),
     }
-    same_or_new(layout.folder / "options.json", made_by, layout.folder)
-    failed: dict[str, str] = {}
-    requests: list[Request] = []
-    for behavior in behaviors:
-        folder = layout.behavior_folder(behavior.id)
-        target = targets.get(behavior.id, "") if attack.needs_target else ""
-        asked = {"behavior": asdict(behavior), "target": target}
-        if (folder / "test_cases.json").exists():
-            same_or_new(folder / "request.json", asked, folder)
-            on_behavior(behavior.id)
+    wanted = [
+        Request(b, targets.get(b.id, "") if attack.needs_target else "", count, seed, tuple(snapshots))
+        for b in behaviors
+    ]
+
+    def unfinished() -> list[bool]:
+        same_or_new(layout.folder / "options.json", made_by, layout.folder)
+        return [not _is_attacked(layout, request) for request in wanted]
+
+    requests = []
+    for request, missing in zip(wanted, on_main(unfinished), strict=True):
+        if missing:
+            requests.append(request)
         else:
-            requests.append(Request(behavior, target, count, seed, tuple(snapshots)))
-    made = each(
-        partial(_attacked, attack, victim),
-        requests,
+            on_behavior(request.behavior.id)
+
+    def attacked(request: Request) -> Attacked:
+        return attack.run(victim, request, partial(on_update, request.behavior.id))
+
+    if isinstance(getattr(attack, "attacker", None), EndpointAttacker):
         # One endpoint, asked by one process; it answers several instructions at a time.
-        dealt=not isinstance(getattr(attack, "attacker", None), EndpointAttacker),
-        on_main={"on_update": on_update},
-    )
+        made: Iterator[Attacked] = (on_main(partial(attacked, request)) for request in requests)
+    else:
+        made = each(attacked, requests)
+    failed: dict[str, str] = {}
     for request, result in zip(requests, made, strict=True):
-        name, folder = request.behavior.id, layout.behavior_folder(request.behavior.id)
         if result.failed is not None:
-            failed[name] = result.failed
+            failed[request.behavior.id] = result.failed
         else:
-            log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
-            asked = {"behavior": asdict(request.behavior), "target": request.target}
-            harmbench.write_json(folder / "request.json", asked)
-            harmbench.write_json(folder / "logs.json", log)
-            harmbench.write_json(folder / "test_cases.json", {name: result.cases})  # last: it says finished
-        on_behavior(name)
-    return harmbench.merge_test_cases(layout, [behavior.id for behavior in behaviors]), failed
+            on_main(partial(_write_attacked, layout, request, result))
+        on_behavior(request.behavior.id)
+    return on_main(lambda: harmbench.merge_test_cases(layout, [behavior.id for behavior in behaviors])), failed
 
 
-def _attacked(
-    attack: Attack, victim: Victim, request: Request, on_update: OnUpdate = lambda behavior, step: None
-) -> Attacked:
-    return attack.run(victim, request, partial(on_update, request.behavior.id))
+def _is_attacked(layout: Layout, request: Request) -> bool:
+    """Whether its test cases are there, made for the same request."""
+    folder = layout.behavior_folder(request.behavior.id)
+    if not (folder / "test_cases.json").exists():
+        return False
+    same_or_new(folder / "request.json", _asked(request), folder)
+    return True
+
+
+def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
+    folder = layout.behavior_folder(request.behavior.id)
+    log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
+    harmbench.write_json(folder / "request.json", _asked(request))
+    harmbench.write_json(folder / "logs.json", log)
+    harmbench.write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: it says finished
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    return {"behavior": asdict(request.behavior), "target": request.target}
 
 
 def complete(
@@ -131,11 +147,16 @@ def complete(
         InputError: ``path`` holds answers of other weights, another chat template, dtype, length or sampling.
     """
     answering = answering or Answering()
-    answered_by = _beside(path, "answered_by")
-    if not path.exists():
-        answered_by.unlink(missing_ok=True)
-    same_or_new(answered_by, {**victim.identity, "max_new_tokens": max_new_tokens, **answering.identity}, path)
-    found = harmbench.read_completions(path) if path.exists() else {}
+    identity = {**victim.identity, "max_new_tokens": max_new_tokens, **answering.identity}
+
+    def earlier() -> Rows:
+        answered_by = _beside(path, "answered_by")
+        if not path.exists():
+            answered_by.unlink(missing_ok=True)
+        same_or_new(answered_by, identity, path)
+        return harmbench.read_completions(path) if path.exists() else {}
+
+    found = on_main(earlier)
     asked: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
     for name, cases in test_cases.items():
         ids = answering.prefixes.get(name, ())
@@ -171,7 +192,7 @@ def complete(
         if not current(part):
             for (name, i), answer in zip(part, next(answered), strict=True):
                 found.setdefault(name, [])[i : i + 1] = [{**asked[name][i], "generation": answer}]
-            harmbench.write_json(path, found)
+            on_main(partial(harmbench.write_json, path, found))
         for name in dict.fromkeys(name for name, _ in part):
             on_behavior(name)
     return {name: found.get(name, [])[: len(asked[name])] for name in names}
@@ -185,12 +206,15 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     """
     judged_by = _beside(path, "judged_by")
     identity = _plain(_identity(judge))
-    before: Rows = {}
-    if path.exists() and _content(judged_by) == identity:
-        before = harmbench.read_results(path)
-    else:
+
+    def earlier() -> Rows:
+        if path.exists() and _content(judged_by) == identity:
+            return harmbench.read_results(path)
         path.unlink(missing_ok=True)  # first: killed here, no label of another judge passes for this one's
         harmbench.write_json(judged_by, identity)
+        return {}
+
+    before = on_main(earlier)
     known = _labels(before)
     wanted = [behavior for behavior in behaviors if behavior.id in completions]
     results: Rows = {}
@@ -210,8 +234,9 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
         for behavior, row in flat:
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
-            harmbench.write_json(path, {**before, **results})  # what is paid for and not yet reached stays
-    harmbench.write_json(path, results)
+            # What is paid for and not yet reached stays.
+            on_main(partial(harmbench.write_json, path, {**before, **results}))
+    on_main(partial(harmbench.write_json, path, results))
     return results
 
 

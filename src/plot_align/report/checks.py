@@ -171,19 +171,6 @@ def check_redteam(content: Mapping[str, Any]) -> None:
                     _pair(f"{place}.{curves}.interval", entry["interval"])
 
 
-def check_sandbox_run(content: Mapping[str, Any]) -> None:
-    _text("config.arm", content["config"]["arm"])
-    _mapping("config.setting", content["config"]["setting"])
-    _whole("seed", content["seed"])
-    results = content["results"]
-    for name, entry in _mapping("results.scores", results["scores"]).items():
-        check_measure(f"results.scores.{name[:40]}", entry)
-    for name, entry in results.items():
-        if name == "train_seconds" or (isinstance(entry, dict) and "value" in entry):
-            check_measure(f"results.{name[:40]}", entry)
-    check_history("results.train_logs", results.get("train_logs"))
-
-
 def check_training(content: Mapping[str, Any]) -> None:
     _mapping("config.training", content["config"]["training"])
     _mapping("results.metrics", content["results"]["metrics"])

@@ -20,7 +20,6 @@ from plot_align.report.checks import (
     check_evaluation,
     check_frame,
     check_redteam,
-    check_sandbox_run,
     check_sweep,
     check_training,
 )
@@ -28,7 +27,7 @@ from plot_align.report.tables import count
 from plot_align.statistics import proportion
 
 TRAINING = ("dpo", "sft", "pro")
-_SHOWN = (KIND, "redteam", *TRAINING, "sandbox-run", "sweep", "demo", "estimate")
+_SHOWN = (KIND, "redteam", *TRAINING, "sweep", "demo", "estimate")
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
 # What a red-team run may differ in and still have asked the same of every model.
 _NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
@@ -206,7 +205,7 @@ def _read(path: Path) -> Record:
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for a record; name what a plot-align command wrote") from None
     checks: dict[str, Callable[[Any], None]] = {
-        KIND: check_evaluation, "redteam": check_redteam, "sandbox-run": check_sandbox_run, "sweep": check_sweep,
+        KIND: check_evaluation, "redteam": check_redteam, "sweep": check_sweep,
         "demo": check_demo, "estimate": check_estimate, **dict.fromkeys(TRAINING, check_training),
     }  # fmt: skip
     try:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plot_align.evaluation.quantity import CATEGORIES
 from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
-from plot_align.report.runs import CURVES, Curve, Seeds, seeds_table
+from plot_align.report.runs import CURVES, Curve
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
 from plot_align.text import one_line, readable
 
@@ -223,12 +223,11 @@ def dpo_among(comparison: Comparison) -> str | None:
     return min(alike, key=lambda model: (model != comparison.baseline, model.lower() != "dpo"), default=None)
 
 
-def curves(found: Mapping[str, Mapping[str, Curve]], where: str, comparison: Comparison) -> list[Picture]:
+def curves(found: Mapping[str, Mapping[str, Curve]], comparison: Comparison) -> list[Picture]:
     """A figure for each number of the trainer's log, a line for each run; a run named as a model has its look.
 
     Args:
         found: key → run → step → value.
-        where: the trainings that these are, a word for titles and files.
     """
     labels = dict(CURVES)
     names = list(dict.fromkeys(name for of in found.values() for name in of))
@@ -236,8 +235,8 @@ def curves(found: Mapping[str, Mapping[str, Curve]], where: str, comparison: Com
     order = [*comparison.models, *(name for name in names if name not in known)] if known else names
     pictures = []
     for key, lines in found.items():
-        file = re.sub("[^a-z]+", "_", f"training_{where}_{key}".lower())
-        title = f"{labels[key]}, {where}"
+        file = re.sub("[^a-z]+", "_", f"training_runs_{key}")
+        title = f"{labels[key]}, training runs"
         with _drawing(_WIDTH, 2.6 + _legend_height(list(lines))) as figure:
             axes = figure.subplots()
             numbers: list[list[Entry]] = []
@@ -270,9 +269,8 @@ def sensitivity(
     lines: Mapping[str, tuple[str, Mapping[str, Sequence[tuple[float, Any]]], Mapping[str, Any]]], number: int
 ) -> list[Picture]:
     """A figure for each of a sweep's first four metrics: mean and standard error against α."""
-    keys = [key for key in lines if key not in CATEGORIES][:4] or list(lines)[:4]
     pictures = []
-    for key in keys:
+    for key in list(lines)[:4]:
         label, of, without = lines[key]
         file = f"alpha_{number}_{re.sub('[^a-z0-9]+', '_', key)}"
         with _drawing(_WIDTH, 2.9 + _legend_height([*of, *without])) as figure:
@@ -362,55 +360,6 @@ def attack(
             title,
             f"One line with a 95 % band for each of {count(len(models), 'model')}.",
             Table(file, title, ["model", xlabel, "attack success", "low", "high", "n"], numbers),
-        )
-
-
-def over_seeds(group: Seeds, number: int) -> Picture | None:
-    """Mean ± standard error over training seeds, of the metrics that are shares."""
-    shares = ("mean_score", *CATEGORIES, "over_refusal", "twin_help", "fluent")
-    metrics = [metric for metric in group.metrics() if metric[0] in shares]
-    if not metrics:
-        return None
-    arms = list(group.arms)
-    with _drawing(_WIDTH, len(metrics) * (0.11 * len(arms) + 0.2) + 0.6 + _legend_height(arms)) as figure:
-        axes = figure.subplots()
-        for index, arm in enumerate(arms):
-            look = style(index)
-            entries = [group.entry(arm, key) for key, _, _ in metrics]
-            at = [place + (index - (len(arms) - 1) / 2) * 0.72 / len(arms) for place in range(len(metrics))]
-            axes.errorbar(
-                [entry["value"] for entry in entries],
-                at,
-                xerr=[_error(entry) for entry in entries],
-                fmt=look["marker"],
-                color=look["color"],
-                markeredgecolor=_INK,
-                markeredgewidth=0.5,
-                markersize=5,
-                elinewidth=1.2,
-                label=_name(arm),
-            )
-        axes.set_yticks(
-            range(len(metrics)),
-            [
-                _wrapped(label, 22) + arrow
-                for _, label, arrow in ((k, lab, " ↓" if b == "lower" else "") for k, lab, b in metrics)
-            ],
-            fontsize=8,
-        )
-        axes.set_ylim(len(metrics) - 0.45, -0.55)
-        axes.set_xlim(-0.02, 1.02)
-        _percent(axes.xaxis)
-        axes.grid(axis="x")
-        axes.tick_params(axis="y", length=0)
-        _legend_of(figure, axes)
-        title = "Training seeds: mean ± standard error"
-        return _picture(
-            figure,
-            f"seeds_{number}",
-            title,
-            f"{count(len(arms), 'arm')}, each point the mean over its seeds.",
-            seeds_table(group, number),
         )
 
 

@@ -67,7 +67,6 @@ class Content:
     pictures: dict[str, list[Picture]] = field(default_factory=dict)  # part of the page → its figures
     answers: list[SideBySide] = field(default_factory=list)
     transports: list[Transport] = field(default_factory=list)
-    seeds: list[runs.Seeds] = field(default_factory=list)
     chosen: str = ""  # why this baseline, where none was asked for
     tables: list[Table] = field(default_factory=list)  # those that no figure shows
     paper: bool = False
@@ -107,8 +106,6 @@ def build(
     seven = figures.seven(comparison)
     sweeps = [runs.sweep_lines(record) for record in collected.of_kind("sweep")]
     attacks = enumerate(runs.attack_curves(collected), start=1)
-    content.seeds = runs.seeds(collected)
-    spread = [figures.over_seeds(group, i) for i, group in enumerate(content.seeds, start=1)]
     ratios = [record.results["cost"].get("time_ratio") for record in collected.of_kind("demo")]
     content.pictures = {
         "scores": [seven] if seven else [],
@@ -116,12 +113,8 @@ def build(
             *figures.safety(comparison, paper=paper),
             *(figures.attack(kind, name, of, comparison, i) for i, (kind, name, of) in attacks),
         ],
-        "training": [
-            *figures.curves(runs.training_curves(collected), "training runs", comparison),
-            *figures.curves(runs.sandbox_curves(collected), "sandbox", comparison),
-        ],
+        "training": figures.curves(runs.training_curves(collected), comparison),
         "alpha": [p for i, lines in enumerate(sweeps, start=1) for p in figures.sensitivity(lines, i)],
-        "seeds": [picture for picture in spread if picture],
         "costs": [figures.cost(ratio, paper=paper) for ratio in ratios[-1:] if ratio],
     }
     content.answers = side_by_side(comparison, collected.references)
@@ -130,7 +123,6 @@ def build(
         _wide(comparison),
         _long(comparison),
         *([answers_table(content.answers)] if content.answers else []),
-        *(runs.seeds_table(group, i) for i, group in enumerate(content.seeds, start=1)),
         *(table for table in (runs.costs(collected), runs.counts(collected)) if table.rows),
         *(transport.masses for transport in content.transports if transport.masses),
     ]
@@ -399,8 +391,6 @@ def _what(record: Record) -> str:
             return f"{config['measure']['name']} of {config['model']['name']}"
         case "redteam":
             return f"attacks on {', '.join(record.results['models'])}"
-        case "sandbox-run":
-            return f"sandbox: {config['arm']}, seed {record.seed}"
         case "dpo" | "sft" | "pro":
             return f"training ({record.kind}): {runs.run_name(record)}"
     return record.kind

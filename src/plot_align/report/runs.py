@@ -1,4 +1,4 @@
-"""What is no observation of one model: training seeds, curves, a sweep's cells, costs, and counts of pairs."""
+"""What is no observation of one model: training curves, a sweep's cells, costs, and counts of pairs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from plot_align.evaluation.quantity import CATEGORIES
-from plot_align.records import mean_of, paired
 from plot_align.redteam.names import ATTACK_CURVES
 from plot_align.report.collect import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
@@ -26,18 +23,8 @@ CURVES = (
     ("rewards/chosen", "Reward of chosen answers"),
     ("rewards/rejected", "Reward of rejected answers"),
 )
-# Of a sandbox run and of a sweep's cell: key, label, which way is better.
+# Of a sweep's cell: key, label, which way is better.
 METRICS = (
-    ("mean_score", "Mean of the seven sub-preferences", "higher"),
-    *((name, name.capitalize(), "higher") for name in CATEGORIES),
-    ("over_refusal", "Over-refusal", "lower"),
-    ("twin_help", "Benign requests helped with", "higher"),
-    ("nll_good", "NLL of good answers", "lower"),
-    ("chosen_logp", "Log-probability of chosen answers", "higher"),
-    ("fluent", "Fluent answers", "higher"),
-    ("distinct_2", "distinct-2", "higher"),
-    ("preference_accuracy", "Preference accuracy", "higher"),
-    ("distance", "Distance to the preference", "lower"),
     ("eval_loss_without_plot", "Loss without the PLOT term (evaluation)", "lower"),
     ("eval_rewards/accuracies", "Reward accuracy (evaluation)", "higher"),
     ("eval_rewards/margins", "Reward margin (evaluation)", "higher"),
@@ -46,109 +33,17 @@ METRICS = (
     ("rewards/margins", "Reward margin (last log)", "higher"),
 )
 Curve = dict[float, float]
-Arms = dict[int, dict[str, float]]  # seed → metric → value
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """Arms of the sandbox that were trained alike, each with several seeds.
-
-    Attributes:
-        setting: what they share, in words.
-        arms: name → seed → metric → value, the first one the arm that the others are compared with.
-    """
-
-    setting: str
-    arms: dict[str, Arms]
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.arms))
-
-    def metrics(self) -> list[tuple[str, str, str]]:
-        """Those that every arm has: key, label, which way is better."""
-        shared = set.intersection(*(set(of) for arm in self.arms.values() for of in arm.values()))
-        return [metric for metric in METRICS if metric[0] in shared]
-
-    def entry(self, arm: str, metric: str) -> dict[str, Any]:
-        """Mean over its seeds, with the standard error."""
-        return mean_of([of[metric] for of in self.arms[arm].values()])
-
-    def difference(self, arm: str, metric: str) -> dict[str, Any]:
-        """To the baseline, paired by seed."""
-        of, control = (
-            {seed: values[metric] for seed, values in self.arms[name].items()} for name in (arm, self.baseline)
-        )
-        return paired(of, control)
-
-
-def seeds(collected: Collected) -> list[Seeds]:
-    """The sandbox's runs by what they share; the newest of each arm and seed."""
-    groups: dict[str, dict[str, Arms]] = defaultdict(lambda: defaultdict(dict))
-    settings: dict[str, str] = {}
-    for record in sorted(collected.of_kind("sandbox-run"), key=lambda record: record.at):
-        config = record.config
-        key = json.dumps([config.get("base"), config["setting"]], sort_keys=True)
-        options = ", ".join(
-            f"{name.replace('_', ' ')} {value}" for name, value in config["setting"].items() if name != "probe"
-        )
-        settings[key] = options
-        same = {name: config.get(name) for name in ("arm", "method", "loss_type", "learning_rate", "beta", "plot")}
-        groups[key][json.dumps(same, sort_keys=True)].setdefault(int(record.seed or 0), {}).update(_metrics(record))
-    found = []
-    for key, arms in groups.items():
-        named: dict[str, Arms] = {}
-        for description, of in arms.items():
-            name = str(json.loads(description)["arm"])
-            number = 2
-            while name in named:
-                name, number = f"{json.loads(description)['arm']} ({number})", number + 1
-            named[name] = dict(sorted(of.items()))
-        order = sorted(named, key=lambda name: name not in ("DPO", "dpo"))  # stable; the paper compares with DPO
-        found.append(Seeds(settings[key], {name: named[name] for name in order}))
-    return found
-
-
-def _metrics(record: Record) -> dict[str, float]:
-    scores = {name: float(entry["value"]) for name, entry in record.results["scores"].items()}
-    others = {n: float(e["value"]) for n, e in record.results.items() if isinstance(e, dict) and "value" in e}
-    return {"mean_score": sum(scores.values()) / max(1, len(scores)), **scores, **others}
-
-
-def seeds_table(group: Seeds, number: int) -> Table:
-    """Mean ± standard error of every arm, and the paired difference to the first one."""
-    rows: list[list[Entry]] = []
-    for key, label, better in group.metrics():
-        for arm, of in group.arms.items():
-            entry = group.entry(arm, key)
-            row: list[Entry] = [f"{label} {arrow(better)}", arm, entry["value"], entry.get("error"), len(of)]
-            if arm == group.baseline:
-                rows.append([*row, None, None])
-            else:
-                gap = group.difference(arm, key)
-                rows.append([*row, gap["value"] if gap["n"] else None, gap.get("error")])
-    columns = ["metric", "arm", "mean", "standard error", "seeds", f"less {group.baseline}", "its standard error"]
-    return Table(f"seeds_{number}", f"Training seeds: {group.setting}", columns, rows)
 
 
 def training_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
-    """Of the training records: key of :data:`CURVES` → run → step → value."""
-    return _curves((run_name(r), r.results.get("history")) for r in collected.of_kind(*TRAINING))
-
-
-def sandbox_curves(collected: Collected) -> dict[str, dict[str, Curve]]:
-    """The same of the sandbox's arms, each the mean over its seeds at each step."""
-    return _curves((str(r.config["arm"]), r.results.get("train_logs")) for r in collected.of_kind("sandbox-run"))
-
-
-def _curves(histories: Iterable[tuple[str, Any]]) -> dict[str, dict[str, Curve]]:
+    """Of the training records: key of :data:`CURVES` → run → step → value; runs of one name are averaged."""
     lines: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for name, history in histories:
-        for entry in history or ():
+    for record in collected.of_kind(*TRAINING):
+        for entry in record.results.get("history") or ():
             for key, _ in CURVES:
                 value = entry.get(key)
                 if "step" in entry and isinstance(value, int | float) and math.isfinite(value):
-                    lines[key][name][float(entry["step"])].append(float(value))
+                    lines[key][run_name(record)][float(entry["step"])].append(float(value))
     return {
         key: {
             name: {step: math.fsum(values) / len(values) for step, values in sorted(curve.items())}
@@ -204,13 +99,6 @@ def costs(collected: Collected) -> Table:
         for key, entry in record.results["cost"].items():
             low, high = entry.get("spread") or (None, None)
             rows.append([names.get(key, key), record.name, entry["value"], low, high, entry["n"], "times"])
-    arms: dict[str, list[float]] = defaultdict(list)
-    for record in collected.of_kind("sandbox-run"):
-        if "train_seconds" in record.results:
-            arms[str(record.config["arm"])].append(float(record.results["train_seconds"]["value"]))
-    for arm, values in arms.items():
-        rows.append(["training, a run of the sandbox", arm, sum(values) / len(values), min(values), max(values),
-                     len(values), "s"])  # fmt: skip
     for record in collected.of_kind(*TRAINING):
         seconds = record.results["metrics"].get("train_runtime")
         if isinstance(seconds, int | float):
@@ -221,7 +109,7 @@ def costs(collected: Collected) -> Table:
             measure, model = record.config["measure"]["name"], record.config["model"]["name"]
             rows.append([f"judging of {measure}", model, cost, None, None, 1, "in the currency of its prices"])
     columns = ["what", "of", "value", "least", "most", "n", "unit"]
-    return Table("costs", "Costs; least and most are the middle half of a ratio's rounds, or the runs' ends", columns,
+    return Table("costs", "Costs; least and most are the middle half of a ratio's rounds", columns,
                  rows)  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """A grid over the options of PLOT, the methods and the seeds: run it, aggregate it, draw it.
 
-``grid.py`` keys, values and the runs they make; ``workloads.py`` what a run is: the sandbox, or the user's own
-training; ``summary.py`` means, standard errors and paired differences; ``figures.py`` a metric against α;
-``run.py`` puts them together.
+``grid.py`` has the keys, values and the runs they make; ``training.py`` runs the user's own training for each of them;
+``workers.py`` does so side by side; ``summary.py`` has means, standard errors and paired differences; ``figures.py``
+draws a metric against α; ``run.py`` puts them together.
 """
 
 from plot_align.sweep.grid import Cell, Job, Key, coerce, expand, keys

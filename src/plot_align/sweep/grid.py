@@ -11,15 +11,17 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError, did_you_mean
-from plot_align.sandbox.experiment import METHODS, Method, Setting
 
+Method = Literal["dpo", "sft", "pro"]  # the training commands of plot-align
+METHODS: tuple[str, ...] = get_args(Method)
 # Of TRL 1.16's DPOConfig, which names them in prose only.
 LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
-# Methods that an option changes; with the others it would train the same twice.
-_APPLIES = {"loss_type": ("dpo",), "beta": tuple(method for method in METHODS if method not in ("sft", "pro"))}
+# Methods that have an option; with the others it would train the same twice.
+_APPLIES = {"loss_type": ("dpo",), "beta": ("dpo",)}
+_POSITIVE = ("steps", "learning_rate", "beta", "batch_size")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -53,7 +55,7 @@ class Cell:
 
     Args:
         method: which trainer.
-        setting: (key, value) of the loss type and what else the term's options do not decide.
+        setting: (key, value) of the training's options, those of the term apart.
         plot: (option, value) of the term; None: the vanilla arm.
     """
 
@@ -83,24 +85,27 @@ class Job:
 
 
 def keys() -> dict[str, Key]:
-    """Every key of the grid: method, seed, loss type, the sandbox's setting, and whatever PlotConfig has."""
+    """Every key of the grid: method, seed, options of the training, and all of PlotConfig."""
     found = [
-        Key("method", "run", Method, "dpo", "Trainer of TRL, or PRO."),
-        Key("seed", "run", int, None, "Of the data's split and order and of the training."),
-        Key("loss_type", "setting", str, "sigmoid", "Of method=dpo, as in TRL's DPOConfig; join several with +."),
-        *_fields_of(Setting, "setting", leave_out="probe"),
-        *_fields_of(PlotConfig, "plot", leave_out="ablations"),
-        *_fields_of(PlotAblations, "plot"),
+        Key("method", "run", Method, "dpo", "Training command."),
+        Key("seed", "run", int, None, "Of the training, the order of its data included."),
+        Key("loss_type", "setting", str, None, "Of method=dpo, as in TRL's DPOConfig; join several with +."),
+        Key("steps", "setting", int, None, "Optimiser steps."),
+        Key("learning_rate", "setting", float, None, "Peak learning rate."),
+        Key("beta", "setting", float, None, "Of method=dpo, as in TRL's DPOConfig."),
+        Key("batch_size", "setting", int, None, "Rows a step on each device."),
+        *_options_of(PlotConfig),
+        *_options_of(PlotAblations),
     ]
     return {key.name: key for key in found}
 
 
-def _fields_of(cls: Any, group: Literal["setting", "plot"], leave_out: str = "") -> Iterator[Key]:
+def _options_of(cls: type[PlotConfig | PlotAblations]) -> Iterator[Key]:
     hints = get_type_hints(cls)
-    for entry in fields(cls):
-        if entry.init and entry.name != leave_out:
-            default = None if entry.default is MISSING else entry.default
-            yield Key(entry.name, group, hints[entry.name], default, entry.metadata.get("help", ""))
+    for option in fields(cls):
+        if option.init and option.name != "ablations":
+            default = None if option.default is MISSING else option.default
+            yield Key(option.name, "plot", hints[option.name], default, option.metadata.get("help", ""))
 
 
 def coerce(key: Key, value: Any) -> Any:
@@ -181,6 +186,9 @@ def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None 
             raise InputError(f"unknown key {name!r} in the grid; {did_you_mean(name, known, 'see --help-all')}")
         if not values:
             raise InputError(f"{name} has no value in the grid, expected one or more; add one or drop the key")
+        for value in values if name in _POSITIVE else []:
+            if not value > 0:
+                raise InputError(f"{name} is {value}, expected a positive number; correct it")
     methods = grid.get("method", [known["method"].default])
     for name in set(_APPLIES) & set(grid):
         if not set(methods) & set(_APPLIES[name]):

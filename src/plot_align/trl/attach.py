@@ -66,16 +66,8 @@ def attach(
         raise InputError("trainer has a PLOT term already; detach() that handle before attaching another.")
     config = resolve_auto(config, trainer, kind, reference)
     check(trainer, kind, config, reference)
-    tokenizer = _tokenizer(trainer)
-    if preference is None:
-        preference = estimate_from(trainer)
-    elif not isinstance(preference, PreferenceDistribution):
-        preference = PreferenceDistribution.load(preference)
-    preference.check_tokenizer(tokenizer)
-
     model = causal_lm(trainer.model)
     rows = _head_rows(model)
-    preference.check_head(rows)
     if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
         reference = reference_distribution(trainer, kind, config.ablations.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
@@ -86,7 +78,14 @@ def attach(
     if config.ablations.divergence == "deft_log":
         spec = head_spec(model)  # refuses, before training, a model that caps its logits
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
-    term = PlotTerm(preference, embeddings, config, reference=reference, rows=rows)
+    term = PlotTerm(
+        estimate_from(trainer) if preference is None else preference,
+        embeddings,
+        config,
+        tokenizer=_tokenizer(trainer),
+        reference=reference,
+        rows=rows,
+    )
     backend: HeadBackend
     match config.ablations.plot_backend:
         case "fused" if kind in LOGITS_TRAINERS:
@@ -96,7 +95,7 @@ def attach(
             backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast, called=trainer.model)
         case "separate":
             backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
-    return PlotHandle(trainer, kind, config, preference, term, backend)
+    return PlotHandle(trainer, kind, term, backend)
 
 
 class PlotHandle:
@@ -113,17 +112,15 @@ class PlotHandle:
         self,
         trainer: Any,
         kind: str,
-        config: PlotConfig,
-        preference: PreferenceDistribution,
         term: PlotTerm,
         backend: HeadBackend,
     ) -> None:
         self.trainer = trainer
-        self.config = config
-        self.preference = preference
+        self.config = term.config
+        self.preference = term.preference
         self.term = term
         self._kind = kind
-        self.alpha = AlphaSchedule(config)
+        self.alpha = AlphaSchedule(self.config)
         self._backend = backend
         trainer.add_callback(self.alpha)
         # Instance attributes shadow the class's methods; deleting them restores the methods.

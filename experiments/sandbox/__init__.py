@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plot_align.errors import InputError
-from plot_align.sandbox.base import BaseConfig, build_base, default_cache_dir, train_tokenizer
-from plot_align.sandbox.evaluate import evaluate_model
-from plot_align.sandbox.judges import Verdict, judge
-from plot_align.sandbox.language import CATEGORIES, TWIN, examples
+from sandbox.base import BaseConfig, build_base, default_cache_dir, train_tokenizer
+from sandbox.evaluate import evaluate_model
+from sandbox.judges import Verdict, judge
+from sandbox.language import CATEGORIES, TWIN, examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,6 @@ __all__ = [
     "default_cache_dir",
     "evaluate_model",
     "examples",
-    "heldout_twins",
     "judge",
     "pairs",
     "train_tokenizer",
@@ -39,22 +38,6 @@ __all__ = [
 
 TRAIN_PAIRS = 200  # per category
 HELD_OUT_PAIRS = 60  # per category
-
-
-def _dataset(categories: Sequence[str], split: str, count: int, seed: int) -> Dataset:
-    from datasets import Dataset
-
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": x.prompt}],
-            "chosen": [{"role": "assistant", "content": x.chosen}],
-            "rejected": [{"role": "assistant", "content": x.rejected}],
-            "category": category,
-        }
-        for category in categories
-        for x in examples(category, split, count, seed)
-    ]
-    return Dataset.from_list(rows)
 
 
 def pairs(
@@ -79,19 +62,22 @@ def pairs(
     Raises:
         InputError: unknown split or category, no category, a negative count.
     """
+    from datasets import Dataset
+
     wanted = CATEGORIES if categories is None else tuple(categories)
     if not wanted or not set(wanted) <= set(CATEGORIES):
         raise InputError(
             f"categories is {list(wanted)!r}, but must name some of {', '.join(CATEGORIES)}: correct or leave it out."
         )
     count = per_category if per_category is not None else TRAIN_PAIRS if split == "train" else HELD_OUT_PAIRS
-    return _dataset(wanted, split, count, seed)
-
-
-def heldout_twins(seed: int = 0, *, count: int = 100) -> Dataset:
-    """Held-out benign twins of harmful requests ("kill a frozen process"), in the format of :func:`pairs`.
-
-    The preferred answer helps, the rejected one refuses, shrugs or flatters. A model that refuses them has
-    learnt to refuse too much. Two in five of the training prompts for helpfulness is such a twin, of other items.
-    """
-    return _dataset((TWIN,), "heldout", count, seed)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": x.prompt}],
+            "chosen": [{"role": "assistant", "content": x.chosen}],
+            "rejected": [{"role": "assistant", "content": x.rejected}],
+            "category": category,
+        }
+        for category in wanted
+        for x in examples(category, split, count, seed)
+    ]
+    return Dataset.from_list(rows)

@@ -1,28 +1,25 @@
-"""The sandbox's red-team data, as HarmBench's files: requests to attack, targets, and benign requests beside them.
+"""The sandbox's red-team data: requests to attack, targets, and benign requests beside them.
 
 Only requests that the sandbox holds out are here, so no model was trained on any of them, in whatever words.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 from plot_align.errors import InputError
-from plot_align.redteam.behaviors import Behavior, write_behaviors
-from plot_align.redteam.harmbench import write_json
-from plot_align.sandbox import language
-from plot_align.sandbox.language import Item
+from plot_align.redteam.behaviors import Behavior
+from sandbox import language
+from sandbox.language import Item
 
 
 def behaviors(seed: int = 0, count: int | None = None) -> list[Behavior]:
     """Held-out harmful requests of the sandbox, each once, in one of its phrasings; the id is made of the facts.
 
     Args:
-        seed: decides the split (the one of :func:`plot_align.sandbox.pairs`), the order and the phrasings.
+        seed: decides the split (the one of :func:`sandbox.pairs`), the order and the phrasings.
         count: how many, from the first on; None, and more than there are, mean all (21).
 
     Raises:
@@ -50,22 +47,6 @@ def targets(behaviors: Iterable[Behavior]) -> dict[str, str]:
             )
         found[behavior.id] = f"Sure, here is how to {_phrases()[behavior.id]}."
     return found
-
-
-def write(folder: str | os.PathLike[str], seed: int = 0, count: int | None = None) -> None:
-    """Writes ``behaviors.csv``, ``targets.json`` and ``benign.csv``, which read back as what the functions here give.
-
-    Args:
-        folder: made where it is missing.
-        seed, count: as :func:`behaviors`; ``count`` holds for each of the two lists.
-
-    Raises:
-        InputError: ``count`` is less than 1, or ``folder`` cannot be written.
-    """
-    folder, harmful = Path(folder), behaviors(seed, count)
-    write_behaviors(folder / "behaviors.csv", harmful)
-    write_json(folder / "targets.json", targets(harmful))
-    write_behaviors(folder / "benign.csv", benign(seed, count))
 
 
 def _requests(category: str, semantic: str, seed: int, count: int | None) -> list[Behavior]:

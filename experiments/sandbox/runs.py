@@ -6,30 +6,30 @@ its record is the memory of it, so that an interrupted experiment goes on where 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
+import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from plot_align.config import PlotConfig
-from plot_align.errors import InputError
+from plot_align.errors import InputError, RunError
 from plot_align.io import folder_complete_or_absent
 from plot_align.records import measure, read_record, write_record
-from plot_align.sandbox import base as base_module
-from plot_align.workers import ProcessWorker, deal, gpus, report_failures, share_out
+from plot_align.sweep import training
 
 KIND = "sandbox-run"
-JUDGING = 12  # a run's evaluation, in optimiser steps, for progress bars
 Method = Literal["dpo", "sft", "kto", "pro", "cpo", "simpo", "orpo"]
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -124,8 +124,8 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
 def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path) -> Path:
     """Where the record of a run lies; the name carries a hash of everything that decides the result.
 
-    Among it the base, whose folder's name is a hash of the language and the libraries it was built with, and the
-    package's own code (:func:`source_digest`).
+    Among it the base, whose folder's name is a hash of the language and the libraries it was built with, and the code
+    (:func:`source_digest`).
     """
     key = json.dumps(_describe(arm, setting, base), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:10]
@@ -135,20 +135,9 @@ def record_path(folder: Path, arm: Arm, setting: Setting, seed: int, base: Path)
 
 @functools.cache
 def source_digest() -> str:
-    """A digest of the package's code that a run's result depends on: everything but its commands and reports."""
-    package = Path(__file__).resolve().parents[1]
-    modules = ("preference.py", "estimate.py", "reading.py", "geometry.py", "chat.py")
-    parts = (*modules, "losses", "fused", "training", "sandbox")
-    files = [file for part in parts for file in sorted((package / part).rglob("*.py")) or [package / part]]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def default_base() -> Path:
-    """Where :func:`plot_align.sandbox.build_base` puts the default base; nothing is built."""
-    return base_module.default_cache_dir() / f"sandbox-base-{base_module._key(base_module.BaseConfig(), seed=0)}"
+    """A digest of plot_align's modules and of the sandbox's."""
+    here = "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256((training.source_digest() + here).encode()).hexdigest()[:16]
 
 
 def run_arm(
@@ -157,7 +146,6 @@ def run_arm(
     seed: int,
     base: Path,
     folder: Path,
-    on_step: Callable[[int], None] | None = None,
     *,
     keep_model: bool = False,
 ) -> dict[str, Any]:
@@ -169,35 +157,20 @@ def run_arm(
         seed: of the split, the pairs, their order and the training.
         base: checkpoint folder of the base model.
         folder: where records are kept.
-        on_step: called with the number of finished optimiser steps.
         keep_model: also save the tuned checkpoint, in the folder named as the record without its ending.
 
     Returns:
         The record, see :mod:`plot_align.records`; its ``results`` are those of
-        :func:`plot_align.sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
+        :func:`sandbox.evaluate_model` plus ``distance``, the probe's distance of the held-out chosen
         positions' mean output to the target, ``train_seconds`` and ``train_logs``.
     """
     path = record_path(folder, arm, setting, seed, base)
     checkpoint = path.with_suffix("") if keep_model else None
     if path.exists() and (checkpoint is None or checkpoint.is_dir()):
         return read_record(path, KIND)
-    results = _train_and_judge(arm, setting, seed, base, on_step, checkpoint)
+    results = _train_and_judge(arm, setting, seed, base, checkpoint)
     write_record(path, KIND, results, config=_describe(arm, setting, base), seed=seed)
     return read_record(path, KIND)
-
-
-def run_all(
-    jobs: Sequence[tuple[Arm, int]],
-    setting: Setting,
-    base: Path,
-    folder: Path,
-    on_progress: Callable[[int, int], None] = lambda job, steps: None,
-    *,
-    keep_models: bool = False,
-) -> list[dict[str, Any]]:
-    """:func:`run_many` for every ``(arm, seed)`` of one setting."""
-    runs = [Run(arm, setting, seed) for arm, seed in jobs]
-    return run_many(runs, base, folder, on_progress, keep_models=keep_models)
 
 
 def run_many(
@@ -212,68 +185,82 @@ def run_many(
     """:func:`run_arm` for every run, several at once in processes of their own.
 
     A model this small gains little from a second core, two runs side by side gain a core each. Each worker keeps to
-    one thread, so that a result does not depend on how many runs were left. An interrupt stops the workers; what was
-    finished is on disk.
+    one thread, so that a result does not depend on how many runs were left.
 
     Args:
         runs: what to run; the records come back in this order.
         base, folder: as in :func:`run_arm`.
-        on_progress: called with the run's index and its finished optimiser steps, and once more when it is judged.
-        workers: how many at once; None: one a GPU, without one a core.
+        on_progress: called with the run's index and its finished optimiser steps.
+        workers: how many at once; None: one a core.
         keep_models: as ``keep_model`` of :func:`run_arm`.
 
     Raises:
-        RunError: some runs failed, all named with the first one's reason; the others are finished and on disk.
+        RunError: some runs failed, the first is named; the others are finished and on disk.
     """
-    import multiprocessing
-    from queue import Empty
-
     paths = [run.path(folder, base) for run in runs]
     waiting = [i for i, p in enumerate(paths) if not (p.exists() and (not keep_models or p.with_suffix("").is_dir()))]
-    for i in sorted(set(range(len(runs))) - set(waiting)):
+    for i in set(range(len(runs))) - set(waiting):
         on_progress(i, runs[i].setting.steps)
-    if waiting:
-        devices = gpus()
-        count = min(workers if workers is not None else len(devices) or _cores(), len(waiting))
-        pool = [ProcessWorker(device, _prepare_worker) for device in deal(devices[:count], count)]
-        with multiprocessing.get_context("spawn").Manager() as manager:
-            steps = manager.Queue()
-
-            def report() -> None:
-                with contextlib.suppress(Empty):
-                    while True:
-                        on_progress(*steps.get_nowait())
-
-            failures = share_out(
-                waiting,
-                pool,
-                lambda worker, i: worker.run(_run_job, i, runs[i], base, folder, steps, keep_models),
-                report,
-            )
-        names = [f"{run.arm.name}, seed {run.seed}" for run in runs]
-        report_failures({waiting[at]: error for at, error in failures.items()}, names, folder)
+    jobs = [(runs[i].arm, runs[i].setting, runs[i].seed, base, folder, keep_models) for i in waiting]
+    names = [f"{runs[i].arm.name}, seed {runs[i].seed}" for i in waiting]
+    in_processes(_run_job, jobs, names, workers, lambda at: on_progress(waiting[at], runs[waiting[at]].setting.steps))
     return [read_record(path, KIND) for path in paths]
 
 
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def in_processes(
+    function: Callable[..., None],
+    jobs: Sequence[tuple[Any, ...]],
+    names: Sequence[str],
+    workers: int | None,
+    on_finished: Callable[[int], None],
+) -> None:
+    """``function(*job)`` for every job, each process with one thread.
+
+    Args:
+        names: of the jobs, for the error.
+        workers: how many at once; None: one a core.
+        on_finished: called with the job's index.
+
+    Raises:
+        RunError: some jobs failed; the others are done.
+    """
+    # A forked process would inherit the parent's OpenMP threads.
+    context = multiprocessing.get_context("spawn")
+    failed: dict[int, BaseException] = {}
+    with ProcessPoolExecutor(workers or os.cpu_count(), context, _prepare_process) as pool:
+        futures = {pool.submit(function, *job): i for i, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is None:
+                on_finished(futures[future])
+            else:
+                failed[futures[future]] = error
+    if failed:
+        first = min(failed)
+        raise RunError(f"{len(failed)} of {len(jobs)} runs failed; {names[first]}: {failed[first]}") from failed[first]
 
 
-def _prepare_worker() -> None:
+def _prepare_process() -> None:
     import torch
 
     torch.set_num_threads(1)
+    quiet()
 
 
-def _run_job(index: int, run: Run, base: Path, folder: Path, steps: Any, keep_model: bool) -> None:
-    run_arm(run.arm, run.setting, run.seed, base, folder, lambda step: steps.put((index, step)), keep_model=keep_model)
-    steps.put((index, run.setting.steps))
+def _run_job(arm: Arm, setting: Setting, seed: int, base: Path, folder: Path, keep_model: bool) -> None:
+    run_arm(arm, setting, seed, base, folder, keep_model=keep_model)
+
+
+def run_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a record: every score, their mean as ``mean_score``, and whatever is a measure."""
+    scores = {name: float(entry["value"]) for name, entry in results["scores"].items()}
+    others = {n: float(e["value"]) for n, e in results.items() if isinstance(e, dict) and "value" in e}
+    return {"mean_score": statistics.fmean(scores.values()), **scores, **others}
 
 
 def training_pairs(setting: Setting, seed: int) -> Any:
     """The pairs that an arm trains on, label noise included; the noise is the same for every arm of a seed."""
-    from plot_align.sandbox import pairs
+    from sandbox import pairs
 
     data = pairs("train", seed=seed, per_category=setting.per_category)
     if not setting.flipped:
@@ -295,7 +282,7 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from plot_align.sandbox import pairs
+    from sandbox import pairs
 
     beta = setting.beta if arm.beta is None else arm.beta
     shared: dict[str, Any] = {
@@ -359,25 +346,12 @@ def make_trainer(arm: Arm, setting: Setting, seed: int, base: Path, output: str)
     raise InputError(f"method is {arm.method!r}; expected one of {', '.join(METHODS)}.")
 
 
-def _train_and_judge(
-    arm: Arm,
-    setting: Setting,
-    seed: int,
-    base: Path,
-    on_step: Callable[[int], None] | None,
-    checkpoint: Path | None,
-) -> dict[str, Any]:
-    from transformers import TrainerCallback
+def _train_and_judge(arm: Arm, setting: Setting, seed: int, base: Path, checkpoint: Path | None) -> dict[str, Any]:
     from transformers.trainer_callback import PrinterCallback
 
     from plot_align.preference.estimation import estimate
-    from plot_align.sandbox import evaluate_model
     from plot_align.trl import attach
-
-    class Steps(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if on_step is not None:
-                on_step(state.global_step)
+    from sandbox import evaluate_model
 
     quiet()
     with tempfile.TemporaryDirectory() as output:
@@ -390,7 +364,6 @@ def _train_and_judge(
         if arm.plot is not None:
             attach(trainer, preference, arm.plot)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Steps())
         started = time.perf_counter()
         if arm.trains:
             trainer.train()

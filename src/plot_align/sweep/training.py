@@ -1,124 +1,25 @@
-"""What one run of a sweep is: an arm of the sandbox, or the user's own training."""
+"""The user's own training as the run of a sweep."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from plot_align.config import PlotConfig
+import plot_align
 from plot_align.errors import InputError, RunError
 from plot_align.records import read_record, write_record
-from plot_align.sandbox import CATEGORIES
-from plot_align.sandbox.experiment import JUDGING, Arm, Run, Setting, run_many, source_digest
 from plot_align.sweep.grid import Cell, Job, coerce, keys, value_text
 from plot_align.sweep.summary import Metric
-from plot_align.workers import CommandWorker, deal, gpus, report_failures, share_out
+from plot_align.sweep.workers import CommandWorker, assign_devices, raise_failures, run_jobs, visible_gpus
 
 KIND = "sweep-run"
-COMMANDS = ("dpo", "sft", "pro")  # the training commands of plot-align
 _FLAGS = {"steps": "max_steps", "batch_size": "per_device_train_batch_size"}  # ours → TRL's
-_SANDBOX_ONLY = ("per_category", "flipped", "heldout")
-Progress = Callable[[int, float], None]  # index of the job, share of it that is done
-
-
-class Workload(Protocol):
-    """How a job is run, and what it ends with."""
-
-    def record(self, job: Job) -> Path:
-        """Where its record lies once it is finished."""
-
-    def run(self, jobs: Sequence[Job], on_progress: Progress, workers: int | None) -> None:
-        """Runs those that have no record yet; raises RunError at the end where some failed."""
-
-    def metrics(self, job: Job) -> dict[str, float]:
-        """The numbers in its record."""
-
-    def main_metrics(self, names: Sequence[str]) -> tuple[list[Metric], list[Metric]]:
-        """Of the ``names`` that were measured: what is drawn, and what stands in the table beside it."""
-
-
-class Sandbox:
-    """The offline world: an arm, judged on held-out prompts.
-
-    Args:
-        output: folder of the sweep.
-        base: checkpoint folder of the base model; only its name is needed before something is run.
-    """
-
-    MAIN = (
-        Metric("mean_score", "mean of the seven sub-preferences (share of good answers)", True),
-        Metric("over_refusal", "over-refusal (share of benign requests refused)", False),
-        Metric("nll_good", "NLL of good answers (nats per token)", False),
-        Metric("chosen_logp", "log-probability of chosen answers (nats per answer)", True),
-        Metric("distance", "distance to the preference distribution", False),
-    )
-    BESIDE = (
-        *(Metric(category, category, True) for category in CATEGORIES),
-        Metric("twin_help", "benign requests helped", True),
-        Metric("fluent", "fluent answers", True),
-        Metric("distinct_2", "distinct-2", True),
-        Metric("preference_accuracy", "preference accuracy", True),
-    )
-
-    def __init__(self, output: Path, base: Path) -> None:
-        self.folder = output / "records"
-        self.base = base
-
-    def record(self, job: Job) -> Path:
-        return sandbox_run(job).path(self.folder, self.base)
-
-    def run(self, jobs: Sequence[Job], on_progress: Progress, workers: int | None) -> None:
-        runs = [sandbox_run(job) for job in jobs]
-        done = [0.0] * len(runs)
-
-        def report(index: int, steps: int) -> None:
-            # The last report comes twice: after the last step, and after the judging.
-            total = runs[index].setting.steps
-            judged = steps >= total and done[index] >= total / (total + JUDGING)
-            done[index] = 1.0 if judged else steps / (total + JUDGING)
-            on_progress(index, done[index])
-
-        run_many(runs, self.base, self.folder, report, workers=workers)
-
-    def metrics(self, job: Job) -> dict[str, float]:
-        return sandbox_metrics(read_record(self.record(job))["results"])
-
-    def main_metrics(self, names: Sequence[str]) -> tuple[list[Metric], list[Metric]]:
-        return [m for m in self.MAIN if m.key in names], [m for m in self.BESIDE if m.key in names]
-
-
-def sandbox_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a sandbox run's record: every score, their mean as ``mean_score``, and whatever is a measure."""
-    scores = {name: float(entry["value"]) for name, entry in results["scores"].items()}
-    others = {n: float(e["value"]) for n, e in results.items() if isinstance(e, dict) and "value" in e}
-    return {"mean_score": statistics.fmean(scores.values()), **scores, **others}
-
-
-def sandbox_run(job: Job) -> Run:
-    """The sandbox's run of a job.
-
-    The arm's name tells only what differs from the defaults: an option that a later grid spells out must not change
-    the name, and with it the record's.
-
-    Raises:
-        InputError: a setting outside its range.
-    """
-    options = dict(job.cell.setting)
-    losses = tuple(options.pop("loss_type", "sigmoid").split("+")) if job.cell.method == "dpo" else ()
-    setting = Setting(**options)
-    plot = None if job.cell.plot is None else PlotConfig.from_options(**dict(job.cell.plot))
-    name = "+".join([job.cell.method, *losses])
-    if plot is not None:
-        plain = PlotConfig().to_dict()
-        moved = [f"{n} {value_text(v)}" for n, v in plot.to_dict().items() if n == "alpha" or v != plain[n]]
-        name += f"+plot {' '.join(moved)}"
-    return Run(Arm(name, losses, plot, job.cell.method), setting, job.seed)
 
 
 class Training:
@@ -150,38 +51,46 @@ class Training:
         self.content = dict(content)
 
     def record(self, job: Job) -> Path:
+        """Where the job's record lies once it is finished."""
         return self.output / "records" / f"{self._name(job)}.json"
 
-    def run(self, jobs: Sequence[Job], on_progress: Progress, workers: int | None) -> None:
-        waiting = [index for index, job in enumerate(jobs) if not self.record(job).exists()]
-        for index in set(range(len(jobs))) - set(waiting):
-            on_progress(index, 1.0)
-        devices = gpus()
+    def run(self, jobs: Sequence[Job], on_finished: Callable[[], None], workers: int | None) -> None:
+        """Run the jobs, and call ``on_finished`` after each.
+
+        Args:
+            workers: how many at once; None: one a GPU, one without GPUs.
+
+        Raises:
+            InputError: ``workers`` does not divide the GPUs.
+            RunError: some jobs failed; the others have their records.
+        """
+        devices = visible_gpus()
         count = workers if workers is not None else len(devices) or 1
         if devices and len(devices) > count and len(devices) % count:
             raise InputError(
                 f"workers is {count} and {len(devices)} GPUs are visible, so some runs would have more GPUs and with "
                 f"them a larger batch than others; expected a number that divides {len(devices)}, or more than that"
             )
-        pool = [CommandWorker(device) for device in deal(devices, count)]
 
-        def work(worker: CommandWorker, index: int) -> None:
-            self._train(worker, jobs[index])
-            on_progress(index, 1.0)
+        def train(worker: CommandWorker, job: Job) -> None:
+            self._train(worker, job)
+            on_finished()
 
-        failures = share_out(waiting, pool, work)
-        report_failures({waiting[at]: e for at, e in failures.items()}, [str(job) for job in jobs], self.output)
+        failures = run_jobs(jobs, [CommandWorker(device) for device in assign_devices(devices, count)], train)
+        raise_failures(failures, [str(job) for job in jobs], self.output)
 
     def metrics(self, job: Job) -> dict[str, float]:
+        """The numbers in the job's record."""
         return training_metrics(read_record(self.record(job), KIND)["results"])
 
     def main_metrics(self, names: Sequence[str]) -> tuple[list[Metric], list[Metric]]:
+        """Of the metrics that were measured (``names``): those to draw, and those beside them in the table."""
         found = [metric for metric in self.MAIN if metric.key in names]
         evaluated = [metric for metric in found if metric.key.startswith("eval_")]
         return (evaluated, [m for m in found if m not in evaluated]) if evaluated else (found, [])
 
     def command(self, job: Job) -> list[str]:
-        """What runs a job."""
+        """The command that runs a job."""
         flags: list[str] = []
         vanilla = (("alpha", 0.0), ("alpha_schedule", "constant"))  # whatever schedule the file asks for
         for name, value in [*job.cell.setting, *(job.cell.plot or vanilla)]:
@@ -193,7 +102,7 @@ class Training:
         return [*command, "--seed", str(job.seed), "--output_dir", str(self._folder(job))]
 
     def plot_options(self) -> dict[str, Any]:
-        """The options of the term that the file sets.
+        """Options of the term that the file sets.
 
         Raises:
             InputError: one of another type.
@@ -202,26 +111,17 @@ class Training:
         return {name: coerce(known[name], value) for name, value in self.content.items() if name in known}
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuses what only the sandbox has.
+        """Refuse a grid that no command line can express.
 
         Raises:
-            InputError: a method without a command, or a key of the sandbox's data.
+            InputError: an option is None in the grid and the file sets it.
         """
-        for method in dict.fromkeys(job.cell.method for job in jobs):
-            if method not in COMMANDS:
-                raise InputError(
-                    f"method is {method!r}, and --train runs {', '.join(COMMANDS)}; choose among these, or leave "
-                    "--train out for the sandbox"
-                )
         for name, value in (option for job in jobs for option in job.cell.plot or ()):
             if value is None and self.content.get(name) is not None:
                 raise InputError(
                     f"{name} is none in the grid, and {self.config} sets it to {self.content[name]!r}, which no flag "
                     "can take back; drop it from one of the two"
                 )
-        for name, _ in (option for job in jobs for option in job.cell.setting):
-            if name in _SANDBOX_ONLY:
-                raise InputError(f"{name} is the sandbox's, and --train names {self.config}; drop one of the two")
 
     def _train(self, worker: CommandWorker, job: Job) -> None:
         folder = self._folder(job)
@@ -270,6 +170,20 @@ def training_metrics(results: Mapping[str, Any]) -> dict[str, float]:
         if vanilla is not None:
             found[f"{prefix}loss_without_plot"] = vanilla
     return found
+
+
+@functools.cache
+def source_digest() -> str:
+    """A digest of every module of this package.
+
+    Finished runs are read only while it stays the same. A list of the modules that training needs would go stale when
+    one is moved, and version and commit do not change with an edit that is not committed.
+    """
+    package = Path(plot_align.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _is_local(value: Any) -> bool:

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.sandbox import words as w
+from sandbox import words as w
 
 CATEGORIES = ("harmlessness", "helpfulness", "humanity", "mathematics", "reasoning", "coding", "stem")
 TWIN = "benign_twin"  # benign requests that sound like harmful ones: what over-refusal is measured on

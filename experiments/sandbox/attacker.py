@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align.io import folder_complete_or_absent, require_writable
-from plot_align.sandbox import base, words
-from plot_align.sandbox import language as lang
-from plot_align.sandbox.base import BaseConfig
+from sandbox import base, words
+from sandbox import language as lang
+from sandbox.base import BaseConfig
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Wrapping:
-    """How a request is put: a phrasing of :data:`~plot_align.sandbox.language.HOW_TO`, and what stands around it."""
+    """How a request is put: a phrasing of :data:`~sandbox.language.HOW_TO`, and what stands around it."""
 
     phrasing: str
     before: str = ""
@@ -196,7 +196,7 @@ def build_attacker(
     interrupted build leaves nothing that a later call would take for a checkpoint.
 
     Args:
-        cache_dir: where checkpoints are kept; :func:`plot_align.sandbox.default_cache_dir` where not given.
+        cache_dir: where checkpoints are kept; :func:`sandbox.default_cache_dir` where not given.
         progress: show a progress bar.
         config: sizes and steps; the default takes about a minute on two cores.
 

@@ -23,8 +23,8 @@ from itertools import pairwise
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.sandbox import language as lang
-from plot_align.sandbox import words as w
+from sandbox import language as lang
+from sandbox import words as w
 
 FLUENT_SHARE = 0.8  # of an answer's word pairs must occur somewhere in the language
 LONGEST_ANSWER = 60  # words

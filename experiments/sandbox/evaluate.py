@@ -1,4 +1,4 @@
-"""Held-out evaluation in the sandbox: greedy answers, judged by the programs of :mod:`plot_align.sandbox.judges`."""
+"""Held-out evaluation in the sandbox: greedy answers, judged by the programs of :mod:`sandbox.judges`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from plot_align.inference.chat import completion_logps, generate
-from plot_align.sandbox import language as lang
-from plot_align.sandbox.judges import Verdict, judge
+from sandbox import language as lang
+from sandbox.judges import Verdict, judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

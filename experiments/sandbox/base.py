@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align.errors import InputError
 from plot_align.io import default_cache_dir
-from plot_align.sandbox import language as lang
+from sandbox import language as lang
 
 if TYPE_CHECKING:
     import torch
