@@ -222,7 +222,7 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None where one is not installed."""
+    """Versions of Python and of the packages that affect results; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "plot-align": __version__}
     for name in _PACKAGES:
         try:

@@ -161,7 +161,7 @@ class PROTrainer(_BaseTrainer):
     - pairs: ``chosen`` and ``rejected``, with ``prompt`` or with the prompt implicit in both, with the rewards
       ``score_chosen`` and ``score_rejected`` if these columns exist, and 1 and 0 otherwise.
 
-    Logged besides the loss: ``loss/ranking`` and ``loss/sft`` (their sum is the loss), ``rank_accuracy`` (the
+    Logged metrics, besides the loss: ``loss/ranking`` and ``loss/sft`` (their sum is the loss), ``rank_accuracy`` (the
     fraction of pairs with different rewards whose better completion has the larger log-probability per token),
     ``logps/best`` (mean log-probability of the best completion), ``entropy``, ``mean_token_accuracy`` (of the best
     completions), ``num_tokens``.

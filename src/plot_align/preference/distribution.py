@@ -125,7 +125,7 @@ class PreferenceDistribution:
         ).sqrt()  # (V,)
 
     def confidence(self) -> Tensor:
-        """z-score of d for each token, float64, shape (V,), zero where the token was never seen.
+        """z-score of d for each token, float64, shape (V,), zero for tokens never seen.
 
         The two-proportion z test with the pooled frequency ``q = (Q⁺ + Q⁻)/(ΣQ⁺ + ΣQ⁻)``:
         ``z = d / sqrt(q(1 − q)(1/ΣQ⁺ + 1/ΣQ⁻))``. Its square is Pearson's χ² of the token's 2×2 table. As in

@@ -1,6 +1,6 @@
 """Token embeddings → one coordinate per token, so that optimal transport becomes a sorted one-dimensional problem.
 
-Every coordinate made from embeddings is 1-Lipschitz under the cost it stands for, ``|x_i - x_j| <= C_ij``; by duality
+Every coordinate made from embeddings is 1-Lipschitz under its cost, ``|x_i - x_j| <= C_ij``; by duality
 the transport cost on the line never exceeds the exact cost on the embeddings. Equations: ``docs/mathematics.md``.
 """
 

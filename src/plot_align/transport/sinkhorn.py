@@ -157,14 +157,14 @@ class Sinkhorn(Divergence):
         value = (T * C).sum() + epsilon * (T * (T / (p[:, None] * P)).log()).sum()    # the naive lines, V x V
 
     Subclasses choose the support: :class:`SinkhornTopK`, :class:`SinkhornClusters`. The unit
-    is the mean cost between two random tokens (of a seeded sample of 2,048 where there are more), so that moving all
+    is the mean cost between two random tokens (of a seeded sample if there are more than 2,048), so that moving all
     mass from one random token to another costs 1 on average, and epsilon means the same on every model. p and P are
     divided by their sums first. Potential: the dual potential of a token's atom (envelope theorem), finite where
     p = 0.
 
-    The value is not 0 at p = P, and it is smaller somewhere else: entropy pulls p towards the centre of P, the more so
-    the larger epsilon is. The self-transports that would take this bias away are not offered: their iterations
-    converge many times more slowly than those for p and P.
+    The value is not 0 at p = P, and P is not its minimum: entropy pulls p towards the centre of P, more so for larger
+    epsilon. Self-transport terms would remove this bias, but their iterations converge many times more slowly than
+    those for p and P, so they are not implemented.
 
     All of it runs in float64 (float32 on devices without it), whatever p's dtype. Where the marginals are not met
     within ``max_iterations`` a :class:`SinkhornConvergenceWarning` says so, and the value and potential are those of
@@ -313,7 +313,7 @@ class SinkhornTopK(Sinkhorn):
     """:class:`Sinkhorn` on the ``size`` largest tokens of p and the ``size`` largest of P.
 
     What is left of each side is one atom at the mean of all embeddings; a token of the remainder gets that atom's
-    potential. The support follows p, so value and gradient jump by a little where a token enters or leaves it.
+    potential. The support follows p, so value and gradient jump slightly when a token enters or leaves it.
 
     Each row of p has a cost matrix of ``(2 size + 1)^2`` numbers of its own.
     """

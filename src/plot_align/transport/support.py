@@ -24,7 +24,7 @@ def mean_token(embeddings: Tensor, valid: int) -> Tensor:
 
 
 def mean_cost(embeddings: Tensor, valid: int, seed: int) -> float:
-    """Mean of ``||e_i - e_j||_2`` over all pairs i != j of tokens; of a sample of 2,048 tokens where there are more.
+    """Mean of ``||e_i - e_j||_2`` over all pairs i != j of tokens; of a sample if there are more than 2,048 tokens.
 
     Raises:
         InputError: it is zero.
