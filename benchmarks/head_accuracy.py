@@ -37,7 +37,7 @@ _SEGMENTS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One head: its vocabulary, dtype, way from products to logits, and what is swept up."""
+    """One head: its vocabulary, dtype, way from products to logits, and its optional outputs."""
 
     vocab: int
     dtype: torch.dtype
@@ -122,18 +122,18 @@ class _Problem:
         """All results and both gradients of ``head`` in ``dtype``."""
         hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight))
         out = head(hidden, weight, None, self.targets, spec, **self._plot())
-        if out.marginals is None or out.entropy is None:
+        if out.distributions is None or out.entropy is None:
             raise ValueError("the head was run without weights")
         loss = (out.log_probs * self.up[0]).sum() + (out.entropy * self.up[1]).sum()
         if out.values is not None:
             loss = loss + (out.values * self.up[2]).sum()
         else:
-            loss = loss + (out.marginals * self.potential[: len(out.marginals)]).sum()
+            loss = loss + (out.distributions * self.potential[: len(out.distributions)]).sum()
         loss.backward()
         found = {
             "log_probs": out.log_probs,
             "entropy": out.entropy,
-            "marginals": out.marginals,
+            "marginals": out.distributions,
             "values": out.values,
             "grad_hidden": hidden.grad,
             "grad_weight": weight.grad,

@@ -31,8 +31,8 @@ class HeadProblem:
     """One head pass over a micro-batch, forward and backward: mean log-probability, plus the term.
 
     The first half of the sequences is chosen, the other rejected, as in a batch of pairs; all their tokens are
-    completions. Where the term's target is anchored on the reference's output, that output is given: what its sweep
-    costs shows in whole steps.
+    completions. If the term's target is anchored on the reference's output, that output is given: the cost of its head
+    pass shows in whole steps.
 
     Args:
         vocab, hidden: size of the head.
@@ -85,7 +85,7 @@ class HeadProblem:
         """A step of this arm, as :func:`plot_align.bench.timing.interleaved` wants it.
 
         ``off``: the same kernel without the term. ``two-pass``: a second head pass for the first term of ``plots``.
-        ``materialised``: whole logits. Any other: that term, in the head's own sweep.
+        ``materialised``: whole logits. Any other: that term, in the head's own pass.
         """
         yield functools.partial(self.step, name)
 
@@ -130,10 +130,10 @@ class HeadProblem:
         divergence = term.head_divergence()
         head = run(hidden, self.weight, None, self.targets[rows], self.spec, divergence=divergence, **parts)
         head = replace(head, reward=term.reward(hidden, self.weight, None, self.spec, **parts))
-        swept = HeadResult(head, pooling, hidden, rows)
+        result = HeadResult(head, pooling, hidden, rows)
         if term.config.needs_reference:
-            swept.reference = self.reference.expand(pooling.counts.numel(), -1)
-        return head, term.loss(swept, self.batch)
+            result.reference = self.reference.expand(pooling.counts.numel(), -1)
+        return head, term.loss(result, self.batch)
 
     def own_peaks(self, samples: Mapping[str, Samples]) -> dict[str, Samples]:
         """``samples`` with the memory of the head and of each arm's own term.

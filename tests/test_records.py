@@ -160,7 +160,7 @@ def test_a_missing_record_and_one_of_another_kind_are_refused(tmp_path: Path) ->
 @given(n=st.integers(1, 500), data=st.data())
 def test_shares_have_scipys_wilson_interval(n: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, n))
-    found = records.share_of(hits, n)
+    found = records.proportion_of(hits, n)
     expected = binomtest(hits, n).proportion_ci(method="wilson")
     assert found["value"] == hits / n
     assert found["n"] == n
@@ -169,11 +169,11 @@ def test_shares_have_scipys_wilson_interval(n: int, data: st.DataObject) -> None
 
 
 def test_no_observation_has_no_value() -> None:
-    assert math.isnan(records.share_of(0, 0)["value"])
-    assert records.share_of(0, 0)["interval"] == [0.0, 1.0]
+    assert math.isnan(records.proportion_of(0, 0)["value"])
+    assert records.proportion_of(0, 0)["interval"] == [0.0, 1.0]
     assert math.isnan(records.mean_of([])["value"])
     with pytest.raises(InputError, match="hits is 3, expected 0 to n = 2"):
-        records.share_of(3, 2)
+        records.proportion_of(3, 2)
 
 
 def test_a_mean_comes_with_its_smallest_and_largest_run() -> None:

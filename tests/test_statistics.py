@@ -14,22 +14,22 @@ from hypothesis import strategies as st
 
 from plot_align import records, statistics
 from plot_align.errors import InputError
-from plot_align.statistics import holm, mean, paired_difference, share
+from plot_align.statistics import holm, mean, paired_difference, proportion
 
 _RATES = st.floats(0, 1)
 
 
 @given(hits=st.lists(st.booleans(), max_size=60))
-def test_a_share_of_single_cases_is_share_of(hits: list[bool]) -> None:
-    found, expected = share(hits), records.share_of(sum(hits), len(hits))
+def test_a_proportion_of_single_cases_is_proportion_of(hits: list[bool]) -> None:
+    found, expected = proportion(hits), records.proportion_of(sum(hits), len(hits))
     assert found["interval"] == expected["interval"]
     assert found["n"] == expected["n"]
     assert found["value"] == expected["value"] or (not hits and math.isnan(found["value"]))
 
 
-def test_a_share_of_rates_by_hand() -> None:
+def test_a_proportion_of_rates_by_hand() -> None:
     """Mean of 0, ½, 1, ½ is ½. With p = ½ Wilson's interval is ½ ± ½ z / sqrt(n + z²), z = 1.959964, n = 4."""
-    found = share([0.0, 0.5, 1.0, 0.5])
+    found = proportion([0.0, 0.5, 1.0, 0.5])
     half = 0.5 * 1.959963984540054 / math.sqrt(4 + 1.959963984540054**2)
     assert found["value"] == 0.5
     assert found["n"] == 4
@@ -37,14 +37,14 @@ def test_a_share_of_rates_by_hand() -> None:
 
 
 @given(values=st.lists(_RATES, min_size=1, max_size=30))
-def test_a_share_lies_in_its_interval_within_0_and_1(values: list[float]) -> None:
-    found = share(values)
+def test_a_proportion_lies_in_its_interval_within_0_and_1(values: list[float]) -> None:
+    found = proportion(values)
     low, high = found["interval"]
     assert 0 <= low <= found["value"] <= high <= 1
 
 
 @pytest.mark.parametrize("cases", [1, 3])
-def test_the_interval_of_a_share_covers_as_often_as_it_says(cases: int) -> None:
+def test_the_interval_of_a_proportion_covers_as_often_as_it_says(cases: int) -> None:
     """Over 4,000 runs of 20 behaviours whose own rates vary around 0.3: at least 93.5 % of the intervals hold 0.3.
 
     The coverage of Wilson's interval oscillates around 95 %; with several cases a behaviour it can only grow.
@@ -52,14 +52,14 @@ def test_the_interval_of_a_share_covers_as_often_as_it_says(cases: int) -> None:
     rng = np.random.default_rng(0)
     own = rng.beta(0.6, 1.4, size=(4000, 20))  # mean 0.3
     rates = rng.binomial(cases, own) / cases  # (run, behaviour)
-    intervals = [share(row)["interval"] for row in rates]
+    intervals = [proportion(row)["interval"] for row in rates]
     assert np.mean([low <= 0.3 <= high for low, high in intervals]) >= 0.935
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, 30.0])
-def test_a_share_wants_rates(value: float) -> None:
-    with pytest.raises(InputError, match=r"share: values\[1\] is .*, expected a number from 0 to 1; pass rates"):
-        share([0.0, value])
+def test_a_proportion_wants_rates(value: float) -> None:
+    with pytest.raises(InputError, match=r"proportion: values\[1\] is .*, expected a number from 0 to 1; pass rates"):
+        proportion([0.0, value])
 
 
 def _by_name(values: list[float]) -> dict[str, float]:
@@ -238,7 +238,7 @@ def test_no_spread_within_bounds_is_the_rule_of_three_and_without_them_what_is_k
         ([0.5, 11.0], {"bounds": (1.0, 10.0)}, r"values\[0\] is 0.5, expected 1 to 10"),
         ([1.0, 2.0], {"weights": [1.0]}, "weights has 1 entries for 2 values"),
         ([1.0, 2.0], {"weights": [1.0, -1.0]}, "0 or more"),
-        ([1.0, 2.0], {"weights": [0.0, 0.0]}, "weights are 0 throughout"),
+        ([1.0, 2.0], {"weights": [0.0, 0.0]}, "all weights are 0"),
     ],
 )
 def test_a_mean_refuses(values: list[float], options: dict[str, Any], message: str) -> None:
@@ -252,8 +252,8 @@ def test_weights_move_a_paired_difference() -> None:
     assert found["value"] == pytest.approx(0.75)
 
 
-def test_shares_have_the_quantiles_and_p_values_of_the_binomial() -> None:
-    """A resampled share of n items is binomial; with equal sizes the sign-flip test is the sign test."""
+def test_proportions_have_the_quantiles_and_p_values_of_the_binomial() -> None:
+    """A resampled proportion of n items is binomial; with equal sizes the sign-flip test is the sign test."""
     n, right = 400, 130
     entry = mean([1.0] * right + [0.0] * (n - right))
     expected = [float(scipy.stats.binom.ppf(q, n, right / n)) / n for q in (0.025, 0.975)]

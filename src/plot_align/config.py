@@ -1,4 +1,4 @@
-"""The options of the PLOT term: those that users turn, and those that experiments turn."""
+"""The options of the PLOT term: :class:`PlotConfig` for users, :class:`PlotAblations` for experiments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class PlotAblations:
-    """Other distances, targets and implementations: what an experiment changes, and a training run leaves alone.
+    """Other distances, targets and implementations, for experiments; a training run needs none of them.
 
     Raises:
         InputError: an option outside its range; the message names it.
@@ -84,7 +84,7 @@ class PlotAblations:
 
 @dataclass
 class PlotConfig:
-    """``L = L_vanilla + α·L_PLOT``: how the term is built, and how much it weighs.
+    """The term of ``L = L_vanilla + α·L_PLOT`` and its weight.
 
     Raises:
         InputError: an option outside its range, or options that exclude each other; the message names them.
@@ -180,7 +180,7 @@ class PlotConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> PlotConfig:
-        """From the options of both classes by name, as YAML files, flags and saved models have them.
+        """Builds a config from the options of both classes by name, as in YAML files, flags and saved models.
 
         Raises:
             InputError: as the constructors do.
@@ -191,27 +191,27 @@ class PlotConfig:
 
     @classmethod
     def paper(cls, **options: Any) -> PlotConfig:
-        """Our reading of the paper: a constant α (0.1 unless given), the ``relu`` target of the whole data set, W1 of
-        embedding norms, the mean output of a micro-batch. ``options`` of either class go over it."""
+        """Our reading of the paper: a constant α (0.1 by default), the ``relu`` target of the whole data set, W1 of
+        embedding norms, the mean output of a micro-batch. ``options`` of either class override it."""
         reading = {"alpha": 0.1, "target": "relu", "target_scope": "dataset", "geometry": "norm"}
         return cls.from_options(**{**reading, **options})
 
     def replace(self, **options: Any) -> PlotConfig:
-        """A copy with other values for ``options`` of either class."""
+        """A copy with changed ``options`` of either class."""
         return self.from_options(**{**self._flat(), **options})
 
     def resolve_auto(self, *, reference_forward: bool | None, reference: bool = False) -> PlotConfig:
-        """The options without ``auto``: what is compared with a target has its target from the same positions.
+        """The options with ``auto`` resolved.
 
-        ``target="auto"`` becomes ``anchored`` on the micro-batch where the training step runs the reference model,
-        else ``chosen`` from the micro-batch's tokens. Where one target serves all (``granularity="token"``,
-        ``target_scope="dataset"``, or a ``reference`` distribution was passed), it becomes ``anchored`` on that, else
-        ``relu``. With any other target ``target_scope="auto"`` is ``dataset``.
+        ``target="auto"`` becomes, for a target of the micro-batch, ``anchored`` if the training step runs the
+        reference model, else ``chosen``. For a target of the data set (``granularity="token"``,
+        ``target_scope="dataset"``, or a given ``reference`` distribution), it becomes ``anchored`` on that
+        distribution, else ``relu``. With any other target, ``target_scope="auto"`` becomes ``dataset``.
 
         Args:
-            reference_forward: whether the step yields the reference's output; ``None``: each call will tell, and a
-                target of the micro-batch stays ``auto``.
-            reference: whether the reference's mean output over the data set was passed.
+            reference_forward: whether the step yields the reference's output; ``None``: not known before the call, so
+                a target of the micro-batch stays ``auto``.
+            reference: whether the reference's mean output over the data set is given.
         """
         scope = self.ablations.target_scope
         if self.is_reward:
@@ -229,17 +229,17 @@ class PlotConfig:
 
     @property
     def has_batch_target(self) -> bool:
-        """Whether every micro-batch has a target of its own, made of the positions that are compared with it."""
+        """Whether every micro-batch has its own target."""
         return self.ablations.target_scope == "batch" and not self.is_reward
 
     @property
     def needs_reference(self) -> bool:
-        """Whether every step's target is anchored on the reference model's output over the same positions."""
+        """Whether every micro-batch's target is anchored on the reference model's output at its positions."""
         return self.target == "anchored" and self.has_batch_target
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What these options say of :class:`plot_align.head.HeadSpec`."""
+        """The arguments of :class:`plot_align.head.HeadSpec` that these options set."""
         block = self.ablations.plot_block_mib
         return {"impl": self.ablations.plot_impl, "block_bytes": block and block << 20}
 
@@ -250,22 +250,22 @@ class PlotConfig:
 
     @property
     def is_off(self) -> bool:
-        """Whether the term never weighs anything: α is 0 and no schedule raises it."""
+        """Whether α is 0 throughout."""
         return self.alpha == 0 and (self.schedule not in ("linear", "cosine") or self.alpha_end == 0)
 
     @property
     def schedule(self) -> str:
-        """``alpha_schedule``; where none is given ``balance`` without an ``alpha``, else ``constant``."""
+        """``alpha_schedule``; if not given, ``balance`` without an ``alpha``, else ``constant``."""
         return self.alpha_schedule or ("balance" if self.alpha is None else "constant")
 
     @property
     def ratio(self) -> float:
-        """``balance_ratio``; where none is given 0.5, and 0.1 for DEFT's reward."""
+        """``balance_ratio``; if not given, 0.5, or 0.1 for DEFT's reward."""
         return self.balance_ratio if self.balance_ratio is not None else 0.1 if self.is_reward else 0.5
 
     @property
     def unused(self) -> frozenset[str]:
-        """Names of the options that change nothing with the others as they are."""
+        """Names of the options that have no effect, given the others."""
         divergence, geometry = self.ablations.divergence, self.ablations.geometry
         on_lines = divergence == "w1"
         on_directions = on_lines and geometry in ("sliced", "max_sliced")
@@ -288,7 +288,7 @@ class PlotConfig:
         return frozenset(names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Both classes' options by name, JSON-able, with the schedule and ratio that apply; an infinite
+        """The options of both classes by name, JSON-able, with the resolved schedule and ratio; an infinite
         ``norm_order`` becomes ``"inf"``."""
         options = {**self._flat(), "alpha_schedule": self.schedule, "balance_ratio": self.ratio}
         if math.isinf(self.ablations.norm_order):
@@ -310,7 +310,7 @@ def _check_choices(options: Any) -> None:
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """The values of a ``Literal``, also of one that may be ``None``; else empty."""
+    """The values of a ``Literal`` or of an optional one; else empty."""
     for kind in (hint, *get_args(hint)):
         if get_origin(kind) is Literal:
             return get_args(kind)

@@ -1,7 +1,7 @@
-"""What goes wrong, in one sentence a user can act on.
+"""The errors this package raises, each with one sentence that a user can act on.
 
-Every message says which argument, what came, what was expected and what to do. The command line prints it
-without a traceback (``--debug`` shows one).
+A message names the argument, what came, what was expected and what to do. The command line prints it without a
+traceback (``--debug`` shows one).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 
 class PlotAlignError(Exception):
-    """Base class of every error this package raises on purpose; ``exit_code`` is what the command returns."""
+    """Base class of the errors that this package raises; ``exit_code`` is the exit code of the command."""
 
     exit_code = 1
 
@@ -24,24 +24,24 @@ class InputError(PlotAlignError, ValueError):
 
 
 class RunError(PlotAlignError, RuntimeError):
-    """The input was right and the run failed all the same, e.g. NaN logits (exit code 1)."""
+    """The input is valid, but the run failed, e.g. with NaN logits (exit code 1)."""
 
 
 def first_line(error: BaseException) -> str:
-    """The message of a foreign exception, shortened to one line for the user."""
+    """The first line of another library's error message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".;") if lines else type(error).__name__
 
 
 def require_packages(what: str, *packages: str, extra: str) -> None:
-    """Refuse early what needs optional packages.
+    """Refuses a feature whose optional packages are not installed.
 
     Args:
-        what: needs them, as it stands in a sentence. packages: as they are imported. extra: of plot-align that brings
-            them.
+        what: the feature, the subject of the message. packages: names to import. extra: the extra of plot-align that
+            installs them.
 
     Raises:
-        InputError: one of them is not installed.
+        InputError: one of the packages is not installed.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -49,7 +49,7 @@ def require_packages(what: str, *packages: str, extra: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """How an error about an unknown ``name`` ends: with the nearest of ``known``, else with ``otherwise``."""
+    """The end of an error about an unknown ``name``: the nearest of ``known``, or else ``otherwise``."""
     plain = {entry.lstrip("-").replace("-", "_"): entry for entry in sorted(known)}
     wanted = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(wanted, plain, n=1) or [entry for entry in plain if entry.startswith(wanted)]

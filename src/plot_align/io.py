@@ -1,4 +1,4 @@
-"""Files: YAML, JSON, digests, files that are never half-written, and the folder where models are kept."""
+"""Files: writing whole files or none, JSON, YAML, dataclasses built from it, digests, the model cache."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from plot_align.errors import InputError, did_you_mean
 
 
 def default_cache_dir() -> Path:
-    """Where models are kept: ``$PLOT_ALIGN_CACHE``, or ``~/.cache/plot-align``."""
+    """The folder of downloaded models: ``$PLOT_ALIGN_CACHE``, or ``~/.cache/plot-align``."""
     return Path(os.environ.get("PLOT_ALIGN_CACHE") or Path.home() / ".cache" / "plot-align").expanduser()
 
 
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside ``path``, and renames it there once the block has written all of it.
+    """Yields a temporary file beside ``path`` and renames it to ``path`` at the end of the block.
 
     Raises:
         InputError: the folder does not exist or cannot be written.
@@ -51,9 +51,9 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``, and renames it there once the block has filled it.
+    """Yields an empty folder beside ``path`` and renames it to ``path`` at the end of the block.
 
-    A folder that stands there already is left as it is.
+    An existing folder is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
@@ -127,10 +127,10 @@ def digest(path: Path) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Writes to ``folder`` and leaves no trace, so that a long run does not find out at its end that it cannot.
+    """Checks that ``folder`` can be written and leaves no trace, so that a long run does not fail at its end.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be created or written.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -144,7 +144,7 @@ def require_writable(folder: Path) -> None:
 
 
 def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> dict[str, Any]:
-    """The options in a YAML file, read safely; ``option`` is what named it. ``unique``: no key may stand twice."""
+    """The options in a YAML file. ``option``: the flag that named it. ``unique``: refuse duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -152,7 +152,7 @@ def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> d
             seen = set()
             for key, _ in node.value if unique else ():
                 if not isinstance(key, yaml.ScalarNode):
-                    continue  # refused below: a mapping or a list is no key
+                    continue  # YAML's own constructor refuses it
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise InputError(f"{option} {path}, line {line}, has {key.value!r} twice; rename or remove one")
@@ -175,15 +175,15 @@ def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> d
 
 
 def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
-    """``kind(**given, **extra)``, lists as tuples where the class says so.
+    """``kind(**given, **extra)``; turns lists into tuples where the class declares tuples.
 
     Args:
         kind: a dataclass whose annotations are strings (``from __future__ import annotations``).
-        given: from the user. what: how errors call it. extra: from the program; a user cannot set these.
+        given: options from the user. what: their name in errors. extra: options from the program; a user cannot set
+        these.
 
     Raises:
-        InputError: an option that ``kind`` does not have, the nearest right one named, a value of another type, or one
-            that is missing.
+        InputError: an option that ``kind`` does not have, a value of another type, or a missing option.
     """
     known = {field.name: str(field.type) for field in fields(kind) if field.init and field.name not in extra}
     types = get_type_hints(kind, localns={"float": int | float})
@@ -204,7 +204,7 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type such as ``int | None``, ``tuple[str, ...]`` or ``Literal["a", "b"]``."""
+    """Whether ``value`` has a type such as ``int | None``, ``tuple[str, ...]`` or ``Literal["a", "b"]``."""
     from huggingface_hub.dataclasses import type_validator
 
     try:

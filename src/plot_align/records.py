@@ -1,7 +1,7 @@
-"""One JSON file for everything that was measured: what ran, on what, from which versions, and the results.
+"""Records: one JSON file per run, with its configuration, seed, versions, hardware, commit and results.
 
-Reports read these files and nothing else. The file is strict JSON (RFC 8259). JSON has no NaN and no infinity, and a
-divergence that is infinite must stay infinite in the report, so a float that is not finite is written as the object
+Reports read only these files. A record is strict JSON (RFC 8259), which has neither NaN nor infinity. An infinite
+divergence must stay infinite in the report, so a float that is not finite is written as the object
 ``{"$float": "NaN"}`` (or ``"Infinity"``, ``"-Infinity"``) and read back as that float.
 """
 
@@ -54,15 +54,15 @@ def measure(
     error: float | None = None,
     unit: str | None = None,
 ) -> dict[str, Any]:
-    """One measured number as it stands in a record.
+    """The entry of one measured number in a record.
 
     Args:
-        value: the number itself, in ``unit``.
-        n: how many observations it rests on.
+        value: the number, in ``unit``.
+        n: number of observations.
         interval: 95 % confidence interval (low, high).
-        spread: smallest and largest single observation, where an interval would pretend too much (three seeds).
+        spread: smallest and largest observation, if there are too few for an interval (three seeds).
         error: standard error of ``value``, in ``unit``.
-        unit: e.g. ``"s"``, ``"MiB"``; None for a plain number or a share.
+        unit: e.g. ``"s"``, ``"MiB"``; None for a plain number or a proportion.
 
     Raises:
         InputError: ``n`` is negative.
@@ -82,7 +82,7 @@ def measure(
 
 
 def mean_of(values: Sequence[float], *, unit: str | None = None) -> dict[str, Any]:
-    """Mean of repeated runs, their spread (smallest, largest) and, from two runs on, its standard error."""
+    """Mean of repeated runs, their spread (smallest, largest) and, for two or more runs, the standard error."""
     if not values:
         return measure(math.nan, 0, unit=unit)
     low, high = min(values), max(values)
@@ -93,10 +93,7 @@ def mean_of(values: Sequence[float], *, unit: str | None = None) -> dict[str, An
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """``s / sqrt(n)`` of the mean, s the sample standard deviation (n - 1); NaN where it is not defined.
-
-    That is with fewer than two values, or with one that is not finite.
-    """
+    """``s / sqrt(n)`` of the mean, s the sample standard deviation (n - 1); NaN if it is undefined."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
@@ -105,44 +102,44 @@ def standard_error(values: Sequence[float]) -> float:
 def paired(treated: Mapping[int, float], control: Mapping[int, float], *, unit: str | None = None) -> dict[str, Any]:
     """Mean of ``treated - control`` over the seeds that both have, with the standard error of that mean.
 
-    Both share the seed's data and order of batches, so what varies with the seed alone cancels. An infinity on both
-    sides is a difference of NaN.
+    Both arms of a seed see the same data in the same order, so variation between seeds cancels. Two infinities have
+    the difference NaN.
 
     Args:
         treated, control: seed to value.
-        unit: of the values.
+        unit: unit of the values.
     """
     return mean_of([treated[seed] - control[seed] for seed in treated if seed in control], unit=unit)
 
 
-def share_of(hits: int, n: int) -> dict[str, Any]:
-    """Share ``hits / n`` with its 95 % Wilson score interval (:func:`wilson`).
+def proportion_of(hits: int, n: int) -> dict[str, Any]:
+    """``hits / n`` with its 95 % Wilson score interval (:func:`wilson`).
 
     Raises:
         InputError: ``hits`` is not between 0 and ``n``.
     """
     if not 0 <= hits <= n:
-        raise InputError(f"share_of: hits is {hits}, expected 0 to n = {n}; count hits among the n cases only")
-    share = hits / n if n else math.nan
-    return measure(share, n, interval=wilson(share, n))
+        raise InputError(f"proportion_of: hits is {hits}, expected 0 to n = {n}; count hits among the n cases only")
+    proportion = hits / n if n else math.nan
+    return measure(proportion, n, interval=wilson(proportion, n))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval (low, high) of a share of ``n`` cases; (0, 1) where there are none.
+def wilson(proportion: float, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval (low, high) of a proportion of ``n`` cases; (0, 1) if there are none.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
 
     Args:
-        share: in [0, 1]; not looked at where ``n`` is 0.
+        proportion: in [0, 1]; not used if ``n`` is 0.
         n: number of independent cases.
     """
     if n == 0:
         return 0.0, 1.0
     z = NORMAL_95
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # Rounding can leave 1e-17 beyond the share or beyond the ends.
-    return min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share)
+    middle = (proportion + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
+    # Rounding can move an end by 1e-17 past the proportion, or out of [0, 1].
+    return min(max(middle - half, 0.0), proportion), max(min(middle + half, 1.0), proportion)
 
 
 def write_record(
@@ -153,15 +150,15 @@ def write_record(
     config: Mapping[str, Any],
     seed: int | None = None,
 ) -> Path:
-    """Write one record; the file is complete or it is not there.
+    """Write one record, never a partial file.
 
     Args:
-        path: the JSON file; its folder is made where it is missing.
-        kind: which command measured, e.g. ``"estimate"``.
+        path: the JSON file; its folder is created if missing.
+        kind: the command that measured, e.g. ``"estimate"``.
         results: name to number, string, list, nested mapping, or an entry made by :func:`measure`.
-        config: what was run: every option that decides the result. Paths, dataclasses, tuples, zero-dimensional
+        config: every option that decides the result. Paths, dataclasses, tuples, zero-dimensional
             arrays and tensors are converted.
-        seed: the seed the run used, None where nothing was random.
+        seed: the seed of the run, None if nothing was random.
 
     Returns:
         The path written.
@@ -169,7 +166,6 @@ def write_record(
     Raises:
         InputError: a value that JSON cannot hold (named by its place), or a folder that cannot be written.
     """
-
     path = Path(path)
     record = {
         "format": FORMAT,
@@ -226,7 +222,7 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None where one is not installed."""
+    """Versions of Python and of the packages that affect results; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "plot-align": __version__}
     for name in _PACKAGES:
         try:
@@ -237,10 +233,10 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, accelerators and memory; whatever the system does not tell is None. Memory in bytes."""
+    """Processor, accelerators and memory in bytes; None for what the system does not report."""
     affinity = getattr(os, "sched_getaffinity", None)
     gpus: list[dict[str, Any]] = []
-    torch = sys.modules.get("torch")  # nothing that ran without torch ran on a GPU
+    torch = sys.modules.get("torch")  # a run without torch used no GPU
     if torch is not None and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -316,7 +312,7 @@ def _encode(value: Any, place: str) -> Any:
 
 
 def _decode(mapping: dict[str, Any]) -> Any:
-    """Called by the JSON reader on every object, innermost first."""
+    """The JSON reader's ``object_hook``: turns ``{"$float": …}`` back into a float."""
     if mapping.keys() != {_FLOAT}:
         return mapping
     if mapping[_FLOAT] not in _SPECIAL:

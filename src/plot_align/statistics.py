@@ -1,8 +1,8 @@
-"""Means with their intervals, paired arms, several tests at once.
+"""Means with confidence intervals, paired differences, corrections for multiple tests.
 
-The unit is the item (a behaviour, a question, a text), never the single case: cases of one behaviour are alike.
-A report compares hundreds of pairs, so where SciPy's resampling takes ten times longer it is a matrix product here;
-the tests hold it against SciPy's, and docs/LOG.md has the times.
+The unit is the item (a behaviour, a question, a text), not the single case, because cases of one behaviour are alike.
+A report compares hundreds of pairs. Where SciPy's resampling takes ten times longer, a matrix product replaces it; the
+tests compare the two, and docs/LOG.md has the times.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from scipy.stats import t as student
 from plot_align.errors import InputError
 from plot_align.records import NORMAL_95, measure, wilson
 
-_RESAMPLES = 9999  # SciPy's default; sign flips are enumerated where 2^n is no more
-_LARGE = 1000  # unlike items from which on the normal law is as good as resampling, which would take seconds
-_BATCH = 1_000_000  # numbers that SciPy draws at once
-_SAME = 1e-12  # differences of rates closer than this differ by rounding only
+_RESAMPLES = 9999  # SciPy's default; if 2^n is no larger, all sign flips are enumerated
+_LARGE = 1000  # from this many different items on, the normal law is as good as resampling, which would take seconds
+_BATCH = 1_000_000  # random numbers that SciPy draws at a time
+_SAME = 1e-12  # differences of rates closer than this are equal but for rounding
 
 
-def share(values: Sequence[float]) -> dict[str, Any]:
+def proportion(values: Sequence[float]) -> dict[str, Any]:
     """Mean of one rate per behaviour, with a 95 % Wilson interval over the behaviours.
 
-    With one case a behaviour this is :func:`plot_align.records.share_of`. With several, the interval is conservative:
-    the variance of a variable in [0, 1] is at most p(1 − p), which is what Wilson's interval takes it for.
+    With one case per behaviour this is :func:`plot_align.records.proportion_of`. With several, the interval is
+    conservative: the variance of a variable in [0, 1] is at most p(1 − p), the variance that Wilson's interval
+    assumes.
 
     Args:
         values: the rate of each behaviour, in [0, 1].
 
     Returns:
-        A :func:`plot_align.records.measure`; NaN with the interval [0, 1] where there are no values.
+        A :func:`plot_align.records.measure`; NaN with the interval [0, 1] if there are no values.
 
     Raises:
         InputError: a value is outside [0, 1] or not a number.
     """
-    rates = [_rate("share", f"values[{index}]", value) for index, value in enumerate(values)]
-    # Rounding must not carry the mean past the ends.
+    rates = [_rate("proportion", f"values[{index}]", value) for index, value in enumerate(values)]
+    # Rounding must not move the mean out of [0, 1].
     middle = _within(statistics.fmean(rates), 0.0, 1.0) if rates else math.nan
     return measure(middle, len(rates), interval=wilson(middle, len(rates)))
 
@@ -56,26 +57,26 @@ def mean(
 ) -> dict[str, Any]:
     """(Weighted) mean of one value per item with its 95 % percentile bootstrap interval over the items.
 
-    Of 1,000 unlike items and more the interval is the one that the bootstrap tends to: mean ± 1.96·s, s the standard
-    error of the ratio Σwv / Σw.
+    From 1,000 different items on, the interval is the bootstrap's limit: mean ± 1.96·s, s the standard error of the
+    ratio Σwv / Σw.
 
-    Where all values are equal (v) the bootstrap knows no spread. Of values within ``bounds`` the rule of three takes
-    its place: items of another kind, up to a share of q = min(1, 3 / n) of them, could lie anywhere within the bounds,
-    which puts the mean between v − q(v − low) and v + q(high − v). Without bounds one item says nothing (the interval
-    is all numbers), and several equal ones are taken as they are.
+    If all values are equal (v), the bootstrap has no spread. With ``bounds`` the rule of three replaces it: a fraction
+    of up to q = min(1, 3 / n) of the population could be other items with any value within the bounds, so the mean
+    lies between v − q(v − low) and v + q(high − v). Without bounds the interval of one item is all numbers, and that
+    of several equal items is their value.
 
     Args:
-        values: one an item, finite.
-        weights: one an item, not negative and not all 0, e.g. its number of tokens; resampled with it.
-        bounds: (smallest, largest) possible value; None where there are none.
-        unit: of the values.
-        seed: of the resampling.
+        values: one per item, finite.
+        weights: one per item, not negative and not all 0, e.g. its number of tokens; resampled with it.
+        bounds: (smallest, largest) possible value; None if there are none.
+        unit: unit of the values.
+        seed: seed of the resampling.
 
     Returns:
-        A :func:`plot_align.records.measure`; NaN, with all numbers (or the bounds) as interval, without values.
+        A :func:`plot_align.records.measure`; without values NaN, and the interval is the bounds or all numbers.
 
     Raises:
-        InputError: a value that is not finite or outside the bounds, or weights that are none.
+        InputError: a value that is not finite or outside the bounds, or invalid weights.
     """
     found = np.array([_finite("mean", f"values[{i}]", value, bounds) for i, value in enumerate(values)])  # (n,)
     heavy = np.ones(len(found)) if weights is None else np.array(weights, dtype=float)  # (n,)
@@ -86,7 +87,7 @@ def mean(
     if not len(found):
         return measure(math.nan, 0, interval=bounds or (-math.inf, math.inf), unit=unit)
     if not heavy.any():
-        raise InputError("mean: weights are 0 throughout, expected a positive one among them; count the items again")
+        raise InputError("mean: all weights are 0, expected a positive one among them; count the items again")
     middle = _within(float((heavy * found).sum() / heavy.sum()), float(found.min()), float(found.max()))
     return measure(middle, len(found), interval=_interval(found, heavy, bounds, seed), unit=unit)
 
@@ -101,10 +102,10 @@ def paired_difference(
 ) -> dict[str, Any]:
     """(Weighted) mean of ``treated − control`` over the items that both have, its interval and its p-value.
 
-    The interval is that of :func:`mean`, the differences lying within ±(high − low) of ``bounds``. The p-value is that
-    of the two-sided sign-flip permutation test: exact where the 2ⁿ sign flips are few enough to be enumerated
-    (n ≤ 13), from 9,999 random ones and the observed one otherwise, and from the normal law that they tend to where
-    1,000 differences or more are unlike.
+    The interval is that of :func:`mean`; the differences lie within ±(high − low) of ``bounds``. The p-value is that
+    of the two-sided sign-flip permutation test. It is exact if the 2ⁿ sign flips can be enumerated (n ≤ 13); otherwise
+    it comes from 9,999 random flips and the observed one, or, with 1,000 or more different values, from their normal
+    limit.
 
     Sources: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993); R. A. Fisher, "The Design of
     Experiments" (1935); J. A. Hanley and A. Lippman-Hand, "If nothing goes wrong, is everything all right?",
@@ -112,12 +113,12 @@ def paired_difference(
 
     Args:
         treated, control: item (e.g. a behaviour) to value.
-        bounds: (smallest, largest) possible value; rates by default; None where there are none.
+        bounds: (smallest, largest) possible value, by default those of rates; None if there are none.
         weights: item to weight, as in :func:`mean`.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        A :func:`plot_align.records.measure` (value, n, interval) with the entry ``p`` besides.
+        A :func:`plot_align.records.measure` (value, n, interval) with the further entry ``p``.
 
     Raises:
         InputError: no item is in both, or a value is not finite or outside the bounds.
@@ -146,8 +147,8 @@ def paired_difference(
 def jackknife_interval(value: float, without: Sequence[float]) -> tuple[float, float]:
     """``value ± t·s``, ``s² = (m − 1) / m · Σ (θ_i − mean θ)²`` over the m values θ_i that leave one part out.
 
-    t is Student's with m − 1 degrees of freedom. For what is no mean over items, where drawing items with
-    replacement would change more than the sample. Fewer than two parts say nothing: all numbers.
+    t is Student's with m − 1 degrees of freedom. For statistics that are no mean over items, which drawing items with
+    replacement would bias. With fewer than two parts the interval is all numbers.
     Source: B. Efron, "The Jackknife, the Bootstrap and Other Resampling Plans" (1982), chapter 2.
     """
     m = len(without)
@@ -161,7 +162,7 @@ def jackknife_interval(value: float, without: Sequence[float]) -> tuple[float, f
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p-values: rejecting those below α keeps the chance of any false rejection below α.
 
-    The smallest of m p-values is multiplied by m, the next by m − 1, and so on; none may fall below one before it.
+    The smallest of m p-values is multiplied by m, the next by m − 1, and so on; none may fall below a previous one.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979).
 
@@ -183,7 +184,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rate(function: str, name: str, value: float) -> float:
-    if not 0 <= value <= 1:  # NaN is not, either
+    if not 0 <= value <= 1:  # also true of NaN
         raise InputError(f"{function}: {name} is {value}, expected a number from 0 to 1; pass rates, not per cent")
     return float(value)
 
@@ -199,7 +200,7 @@ def _finite(function: str, name: str, value: float, bounds: tuple[float, float] 
 
 
 def _within(value: float, low: float, high: float) -> float:
-    """``value``, which rounding may have carried past the ends."""
+    """``value`` clipped to [low, high], because rounding may have moved it out."""
     return min(max(value, low), high)
 
 
@@ -209,11 +210,11 @@ def _interval(
     """95 % interval of the weighted mean of ``values`` (n,)."""
     n = len(values)
     if np.ptp(values) < _SAME:
-        middle, share_of_others = float(values.mean()), min(1.0, 3 / n)
+        middle, others = float(values.mean()), min(1.0, 3 / n)
         if bounds is None:
             return (middle, middle) if n > 1 else (-math.inf, math.inf)
         low, high = bounds
-        return middle - share_of_others * (middle - low), middle + share_of_others * (high - middle)
+        return middle - others * (middle - low), middle + others * (high - middle)
     rows, counts = np.unique(np.stack([weights * values, weights], axis=1), axis=0, return_counts=True)  # (k, 2), (k,)
     if len(rows) >= _LARGE:
         middle = float((weights * values).sum() / weights.sum())
@@ -239,14 +240,14 @@ def _interval(
 
 
 def _few(counts: np.ndarray) -> bool:
-    """Whether drawing how many there are of each kind is quicker than drawing every item."""
+    """Whether drawing the number of items of each kind is faster than drawing every item."""
     return 2 * len(counts) < counts.sum()
 
 
 def _sign_flip_p(differences: np.ndarray, seed: int) -> float:
-    """Two-sided p-value of the mean of ``differences`` (n,) when every sign could as well be the other.
+    """Two-sided p-value of the mean of ``differences`` (n,) if every sign is random.
 
-    Twice the smaller tail, as SciPy's ``permutation_test`` has it; a sum within rounding of the observed one is a tie.
+    Twice the smaller tail, as in SciPy's ``permutation_test``; a sum within rounding of the observed one is a tie.
     """
     observed, total = float(differences.sum()), float(np.abs(differences).sum())
     sizes = np.abs(differences[differences != 0])  # (n,); flipping a zero changes nothing

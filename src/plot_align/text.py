@@ -1,4 +1,4 @@
-"""Foreign text (tokens, names of models, answers) with nothing in it that a screen would obey."""
+"""Makes foreign text (tokens, model names, answers) safe to print: no control characters, and a limited length."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ def _any(character: str) -> bool:
 
 
 def one_line(text: str, has_glyph: Callable[[str], bool] = _any, *, space: str = " ", longest: int = 80) -> str:
-    """``text`` with control characters, marks of direction and what cannot be drawn as escapes, cut to fit.
+    """``text`` on one line, cut to length; control, direction and undrawable characters are escaped.
 
     Args:
         text: any text.
         has_glyph: whether a character can be drawn.
-        space: what stands for a space.
-        longest: characters, the ellipsis of a cut included.
+        space: replaces a space.
+        longest: number of characters, including the ellipsis.
     """
     return _fitted(text, {" ": space}, has_glyph, longest)
 
 
 def passage(text: str, *, longest: int = 600, lines: int = 20) -> str:
-    """``text`` with its line breaks, the rest as :func:`one_line` has it, without the white space around it.
+    """``text`` with its line breaks, stripped; otherwise escaped as in :func:`one_line`.
 
     Args:
-        text: any text; a tab stands for four spaces.
-        longest: characters. lines: what is cut at either ends in an ellipsis.
+        text: any text; a tab becomes four spaces.
+        longest: number of characters. lines: number of lines. A cut ends in an ellipsis.
     """
     rows = text.strip().replace("\r\n", "\n").split("\n")
     kept = rows if len(rows) <= lines else [*rows[: lines - 1], "…"]
@@ -35,7 +35,7 @@ def passage(text: str, *, longest: int = 600, lines: int = 20) -> str:
 
 
 def _fitted(text: str, instead: Mapping[str, str], has_glyph: Callable[[str], bool], longest: int) -> str:
-    """``text`` cut to fit, what is not printable as escapes unless ``instead`` says what stands for it."""
+    """``text`` cut to length; ``instead`` replaces some characters, and unprintable ones are escaped."""
     shown, length = [], 0
     for character in text:
         if character in instead:
@@ -56,7 +56,7 @@ def _fitted(text: str, instead: Mapping[str, str], has_glyph: Callable[[str], bo
 
 
 def readable(text: str, has_glyph: Callable[[str], bool] = _any) -> str:
-    """A token on one line: spaces as ␣, the rest as :func:`one_line` has it.
+    """A token on one line: spaces as ␣, otherwise escaped as in :func:`one_line`.
 
     Args:
         text: any token.

@@ -73,7 +73,7 @@ def test_bench_measures_a_checkpoint(bench, tiny_llama, tmp_path):
 
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     ranges = results["profile"]["ranges"]
-    assert {"plot_align/marginal", "plot_align/potential", "plot_align/loss"} <= set(ranges) <= names
+    assert {"plot_align/output_distribution", "plot_align/potential", "plot_align/loss"} <= set(ranges) <= names
     assert 0 < results["profile"]["plot_share"] < 1
     assert 0 < results["profile"]["head_share"] < 1
 
@@ -206,13 +206,13 @@ def test_bf16_is_autocast_over_the_weights_dtype(monkeypatch):
     """The products of policy, reference and backward in bfloat16, in every arm; nothing of it is left afterwards."""
     from plot_align.head import fused as chunked
 
-    dtypes, sweep = [], chunked._Sweep.__init__
+    dtypes, init = [], chunked._HeadPass.__init__
 
     def watched(self, *args, **kwargs):
-        sweep(self, *args, **kwargs)
+        init(self, *args, **kwargs)
         dtypes.append(self.tile.dtype)
 
-    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    monkeypatch.setattr(chunked._HeadPass, "__init__", watched)
     model = tiny_model()
     problem = StepProblem(model, word_tokenizer(VOCAB), 4, 8, bf16=True)
     forward, gradients = model.forward, {}
@@ -261,7 +261,7 @@ def test_profile_shares_are_those_of_the_ranges(tmp_path):
     def step():
         with torch.profiler.record_function("plot_align/head_forward"):
             time.sleep(0.04)
-            with torch.profiler.record_function("plot_align/marginal"):
+            with torch.profiler.record_function("plot_align/output_distribution"):
                 time.sleep(0.02)
         with torch.profiler.record_function("plot_align/loss"):
             time.sleep(0.01)
@@ -271,8 +271,8 @@ def test_profile_shares_are_those_of_the_ranges(tmp_path):
     assert found["seconds"] == pytest.approx(0.1, rel=0.2)
     assert found["head_share"] == pytest.approx(0.6, abs=0.06)
     assert found["plot_share"] == pytest.approx(0.3, abs=0.06)
-    assert found["ranges"]["plot_align/marginal"]["calls"] == 1
-    assert "plot_align/marginal" in (tmp_path / "trace.json").read_text()
+    assert found["ranges"]["plot_align/output_distribution"]["calls"] == 1
+    assert "plot_align/output_distribution" in (tmp_path / "trace.json").read_text()
 
 
 def test_profile_without_a_range_says_so(tmp_path):

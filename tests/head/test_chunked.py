@@ -36,8 +36,8 @@ def scalar(out, weights, upstream):
         loss = loss + (out.entropy * upstream[: out.entropy.numel()].flip(0)).sum()
     if out.values is not None:
         loss = loss + (out.values * weights).sum()
-    elif out.marginals is not None:
-        loss = loss + (out.marginals.square() * upstream[0]).sum() + out.marginals[-1, 3]
+    elif out.distributions is not None:
+        loss = loss + (out.distributions.square() * upstream[0]).sum() + out.distributions[-1, 3]
     return loss
 
 
@@ -72,13 +72,13 @@ def test_equals_materialised(spec, granularity, block_rows):
 
 
 def test_gradcheck():
-    """Finite differences in float64, through log-probabilities, entropy and a non-linear function of the marginals."""
+    """Finite differences in float64, through log-probabilities, entropy and a non-linear function of p̄."""
     hidden, weight, bias, targets, weights, segments, _ = problem()
 
     def function(h, w, b):
         spec = HeadSpec(temperature=1.5, softcap=4.0, outputs=("entropy",))
         out = fused_head(h, w, b, targets, spec, weights=weights, segments=segments, num_segments=S)
-        return out.log_probs, out.entropy, out.marginals.sqrt()
+        return out.log_probs, out.entropy, out.distributions.sqrt()
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias), fast_mode=True)
 
@@ -92,15 +92,15 @@ def test_marginal_by_hand():
     hidden = torch.tensor([[torch.log(torch.tensor(3.0))], [0.0], [9.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]])
     out = fused_head(hidden, weight, None, torch.zeros(3, dtype=torch.long), weights=torch.tensor([0.5, 0.5, 0.0]))
-    torch.testing.assert_close(out.marginals, torch.tensor([[5 / 8, 3 / 8]]))
-    out.marginals[0, 0].backward()
+    torch.testing.assert_close(out.distributions, torch.tensor([[5 / 8, 3 / 8]]))
+    out.distributions[0, 0].backward()
     torch.testing.assert_close(hidden.grad, torch.tensor([[3 / 32], [1 / 8], [0.0]]))
 
 
 def test_unselected_rows_are_free_of_plot():
     hidden, weight, bias, targets, weights, _, _ = problem()
     out = fused_head(hidden, weight, bias, targets, weights=weights)
-    (grad,) = torch.autograd.grad(out.marginals.square().sum(), hidden)
+    (grad,) = torch.autograd.grad(out.distributions.square().sum(), hidden)
     assert (grad[weights == 0] == 0).all()
     assert (grad[weights > 0].abs().sum(-1) > 0).all()
 
@@ -112,8 +112,8 @@ def test_no_rows():
         torch.zeros(0, dtype=torch.long), HeadSpec(outputs=OPTIONAL_OUTPUTS), weights=torch.zeros(0),
     )  # fmt: skip
     assert out.log_probs.shape == (0,)
-    assert out.marginals.shape == (1, V)
-    (out.marginals.sum() + out.log_probs.sum()).backward()
+    assert out.distributions.shape == (1, V)
+    (out.distributions.sum() + out.log_probs.sum()).backward()
     assert weight.grad is not None
     assert (weight.grad == 0).all()
 
@@ -140,7 +140,7 @@ def test_low_precision_error_is_no_larger_than_eager(dtype):
         out = head(hidden, weight, bias, targets, **plot)
         grads = torch.autograd.grad(scalar(out, weights, upstream.float()), (hidden, weight, bias))
         pairs = [
-            (out.marginals, truth.marginals),
+            (out.distributions, truth.distributions),
             (out.log_probs, truth.log_probs),
             *zip(grads, true_grads, strict=True),
         ]
@@ -166,7 +166,7 @@ def test_error_over_blocks_is_no_larger_than_eager(rows):
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
             out = head(*leaves, None, targets, spec, weights=weights.to(dtype))
-        loss = -out.log_probs.mean() + 100 * out.marginals.square().sum()
+        loss = -out.log_probs.mean() + 100 * out.distributions.square().sum()
         return torch.autograd.grad(loss, leaves)
 
     exact = gradients(reference_head, torch.float64)
@@ -180,12 +180,12 @@ def test_autocast_keeps_fp32_masters():
     hidden, weight, bias, targets, weights, _, _ = problem(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fused_head(hidden, weight, bias, targets, weights=weights)
-    assert out.marginals.dtype == torch.float32
+    assert out.distributions.dtype == torch.float32
     rounded = [hidden.detach().bfloat16(), weight.detach().bfloat16(), bias.detach()]
     torch.testing.assert_close(
-        out.marginals, fused_head(*rounded, targets, weights=weights).marginals, rtol=1e-6, atol=1e-7
+        out.distributions, fused_head(*rounded, targets, weights=weights).distributions, rtol=1e-6, atol=1e-7
     )
-    out.marginals.square().sum().backward()
+    out.distributions.square().sum().backward()
     assert weight.grad.dtype == torch.float32
 
 
@@ -199,7 +199,7 @@ def test_cast_in_groups_of_rows(monkeypatch):
         hidden, weight, bias, targets, weights, _, _ = problem(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = fused_head(hidden, weight, bias, targets, weights=weights)
-        grads = torch.autograd.grad(out.log_probs.sum() + out.marginals.square().sum(), (hidden, weight, bias))
-        results.append((out.log_probs, out.marginals, *grads))
+        grads = torch.autograd.grad(out.log_probs.sum() + out.distributions.square().sum(), (hidden, weight, bias))
+        results.append((out.log_probs, out.distributions, *grads))
     for a, b in itertools.zip_longest(*results):
         assert (a - b).norm() <= 1e-2 * b.norm()

@@ -29,12 +29,12 @@ def materialised(logits, weights, segments, divergence=None):
     """The specification: ``softmax`` of everything in the logits' own precision (fp32 at least), then one sum."""
     p = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (B, T, V)
     count = 1 if segments is None else B
-    marginals = p.new_zeros(count, V)
+    distributions = p.new_zeros(count, V)
     for b in range(B):
         for t in range(T):
             if weights[b, t] > 0:
-                marginals[0 if segments is None else segments[b, t]] += weights[b, t].to(p.dtype) * p[b, t]
-    return marginals, None if divergence is None else divergence.value(p) * (weights > 0)
+                distributions[0 if segments is None else segments[b, t]] += weights[b, t].to(p.dtype) * p[b, t]
+    return distributions, None if divergence is None else divergence.value(p) * (weights > 0)
 
 
 def upstream(shape):
@@ -66,7 +66,7 @@ def test_equals_materialised(monkeypatch, granularity, rows):
 
 
 def test_gradcheck():
-    """Finite differences through a non-linear function of the marginals; a flat (N, V) batch."""
+    """Finite differences through a non-linear function of the distributions; a flat (N, V) batch."""
     logits, weights, segments, _ = problem()
     flat = logits.detach().flatten(0, 1).requires_grad_()
 
@@ -82,10 +82,10 @@ def test_by_hand():
     ∂p̄_0/∂z_t = w·p_0·(1 − p_0)·(1, −1): 1/2·3/16 = 3/32 at the first position, 1/2·1/4 = 1/8 at the second.
     """
     logits = torch.tensor([[3.0, 1.0], [1.0, 1.0], [9.0, 9.0]]).log().requires_grad_()
-    marginals, values = output_distribution(logits, torch.tensor([0.5, 0.5, 0.0]))
+    distributions, values = output_distribution(logits, torch.tensor([0.5, 0.5, 0.0]))
     assert values is None
-    torch.testing.assert_close(marginals, torch.tensor([[5 / 8, 3 / 8]]))
-    marginals[0, 0].backward()
+    torch.testing.assert_close(distributions, torch.tensor([[5 / 8, 3 / 8]]))
+    distributions[0, 0].backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[3 / 32, -3 / 32], [1 / 8, -1 / 8], [0.0, 0.0]]))
 
 
@@ -97,19 +97,19 @@ def test_unselected_rows_are_not_read(granularity, junk):
     spoilt = logits.detach().masked_fill((weights == 0).unsqueeze(-1), junk).requires_grad_()
     results = []
     for z in (logits, spoilt):
-        marginals, values = output_distribution(z, weights, divergence=divergence)
-        value = marginals if values is None else values
+        distributions, values = output_distribution(z, weights, divergence=divergence)
+        value = distributions if values is None else values
         (gradient,) = torch.autograd.grad((value * upstream(value.shape)).sum(), z)
-        results.append((marginals, value, gradient))
+        results.append((distributions, value, gradient))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
 
 
 def test_nothing_selected():
     logits, weights, _, _ = problem()
-    marginals, _ = output_distribution(logits, weights * 0)
-    assert torch.equal(marginals, torch.zeros(1, V, dtype=torch.float64))
-    marginals.sum().backward()
+    distributions, _ = output_distribution(logits, weights * 0)
+    assert torch.equal(distributions, torch.zeros(1, V, dtype=torch.float64))
+    distributions.sum().backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
@@ -124,10 +124,10 @@ def test_low_precision_error_is_no_larger_than_eager(dtype):
     errors = []
     for function in (lambda: output_distribution(logits, weights, segments, B), lambda: eager(logits)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            marginals = function()[0]
-            (gradient,) = torch.autograd.grad((marginals * weight.float()).sum(), logits)
+            distributions = function()[0]
+            (gradient,) = torch.autograd.grad((distributions * weight.float()).sum(), logits)
         assert gradient.dtype == dtype
-        pairs = ((marginals, truth), (gradient, true_gradient))
+        pairs = ((distributions, truth), (gradient, true_gradient))
         errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in pairs])
 
     for ours, theirs in zip(*errors, strict=True):
@@ -145,16 +145,16 @@ def test_backward_keeps_the_logits_and_numbers_a_row():
     logits, weights, segments, _ = problem()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        marginals, _ = output_distribution(logits, weights, segments, B)
+        distributions, _ = output_distribution(logits, weights, segments, B)
     assert [x.data_ptr() for x in saved if x.numel() > B * T] == [logits.data_ptr()]
-    marginals.sum().backward()
+    distributions.sum().backward()
 
 
 def test_second_derivatives_are_refused():
     logits, weights, _, _ = problem()
-    marginals, _ = output_distribution(logits, weights)
+    distributions, _ = output_distribution(logits, weights)
     with pytest.raises(InputError, match="create_graph is True"):
-        torch.autograd.grad(marginals[0, 0], logits, create_graph=True)
+        torch.autograd.grad(distributions[0, 0], logits, create_graph=True)
 
 
 @pytest.mark.parametrize("rows_a_slice", [1, 1000])

@@ -63,10 +63,10 @@ def test_the_block_is_gone_before_the_gradient_is_rounded(monkeypatch):
 
     blocks: list[StorageWeakRef] = []
     alive: list[int] = []
-    sweep, restore = chunked._Sweep.__init__, chunked._Columns.restore
+    init, restore = chunked._HeadPass.__init__, chunked._Columns.restore
 
     def watched(self, *args, **kwargs):
-        sweep(self, *args, **kwargs)
+        init(self, *args, **kwargs)
         blocks.append(StorageWeakRef(self.tile.untyped_storage()))
 
     def counted(self, rows, dtype):
@@ -74,12 +74,12 @@ def test_the_block_is_gone_before_the_gradient_is_rounded(monkeypatch):
         alive.append(sum(not block.expired() for block in blocks))
         return restore(self, rows, dtype)
 
-    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    monkeypatch.setattr(chunked._HeadPass, "__init__", watched)
     monkeypatch.setattr(chunked._Columns, "restore", counted)
     hidden = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(50, 8, dtype=torch.bfloat16, requires_grad=True)
     out = fused_head(hidden, weight, None, torch.zeros(6, dtype=torch.long), HeadSpec(), weights=torch.ones(6) / 6)
-    (out.log_probs.sum() + out.marginals.square().sum()).backward()
+    (out.log_probs.sum() + out.distributions.square().sum()).backward()
     assert len(blocks) == 2
     assert alive == [0]
 
@@ -101,7 +101,7 @@ def step(arguments, workspace: Workspace | None, dtype: torch.dtype):
         out = fused_head(*arguments, spec, weights=torch.ones(rows) / rows)
         with torch.no_grad():
             other = fused_head(*arguments, spec).log_probs
-    loss = out.log_probs.sum() + out.marginals.square().sum()
+    loss = out.log_probs.sum() + out.distributions.square().sum()
     return (loss, other, *torch.autograd.grad(loss, arguments[:2]))
 
 
@@ -177,11 +177,11 @@ def tiles(monkeypatch):
     from plot_align.head import fused as chunked
 
     found: list[torch.Tensor] = []
-    sweep = chunked._Sweep.__init__
+    init = chunked._HeadPass.__init__
 
     def watched(self, *args, **kwargs):
-        sweep(self, *args, **kwargs)
+        init(self, *args, **kwargs)
         found.append(self.tile)
 
-    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    monkeypatch.setattr(chunked._HeadPass, "__init__", watched)
     return found

@@ -25,7 +25,7 @@ def difference_of(generator, vocab, zeros=0.4):
 
 
 def problem(seed, n=7, vocab=11, size=5, segments=3, dtype=torch.float64, bias=True):
-    """Hidden states, head, d, and the shares of positions in segments, one of which has none."""
+    """Hidden states, head, d, and the weights of positions in segments, one of which has none."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -50,17 +50,17 @@ def gradients(function, inputs, *args, **options):
 def test_by_hand():
     """Two tokens, H = 1: logits (h, 0), so log p = h − log(1 + e^h), −log(1 + e^h); with d = (a, −a): R = a·h.
 
-    Two positions, h = 1 and 5, at shares 3/4 and 1/4: R = a·(3/4 + 5/4) = 2a, twice that at scale 2. A bias of 10 on
+    Two positions, h = 1 and 5, weighted 3/4 and 1/4: R = a·(3/4 + 5/4) = 2a, twice that at scale 2. A bias of 10 on
     the first token adds 10a.
     """
     hidden = torch.tensor([[1.0], [5.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     d = torch.tensor([0.3, -0.3], dtype=torch.float64)
-    shares = torch.tensor([0.75, 0.25], dtype=torch.float64)
-    assert log_reward(hidden, weight, None, d, weights=shares).tolist() == pytest.approx([0.6], rel=1e-15)
-    assert log_reward(hidden, weight, None, d, weights=shares, scale=2.0).tolist() == pytest.approx([1.2], rel=1e-15)
+    weights = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    assert log_reward(hidden, weight, None, d, weights=weights).tolist() == pytest.approx([0.6], rel=1e-15)
+    assert log_reward(hidden, weight, None, d, weights=weights, scale=2.0).tolist() == pytest.approx([1.2], rel=1e-15)
     bias = torch.tensor([10.0, 0.0], dtype=torch.float64)
-    assert log_reward(hidden, weight, bias, d, weights=shares).tolist() == pytest.approx([3.6], rel=1e-15)
+    assert log_reward(hidden, weight, bias, d, weights=weights).tolist() == pytest.approx([3.6], rel=1e-15)
     log_p = [h - math.log1p(math.exp(h)) for h in (1.0, 5.0)]
     log_q = [-math.log1p(math.exp(h)) for h in (1.0, 5.0)]
     by_definition = 0.3 * (0.75 * log_p[0] + 0.25 * log_p[1]) - 0.3 * (0.75 * log_q[0] + 0.25 * log_q[1])
@@ -121,9 +121,9 @@ def test_second_derivatives_are_refused():
 
 def test_one_segment_is_the_default():
     (hidden, weight, bias), d, where = problem(5)
-    shares = where["weights"] / where["weights"].sum()
-    value = log_reward(hidden, weight, bias, d, weights=shares)
-    expected = shares @ ((hidden @ weight.T + bias).log_softmax(-1) @ d)
+    weights = where["weights"] / where["weights"].sum()
+    value = log_reward(hidden, weight, bias, d, weights=weights)
+    expected = weights @ ((hidden @ weight.T + bias).log_softmax(-1) @ d)
     torch.testing.assert_close(value, expected.unsqueeze(0))
 
 
@@ -162,10 +162,10 @@ def test_padding_rows_change_nothing():
     weight = torch.randn(6, 3, generator=generator, dtype=torch.float64)
     weight[4:] *= 100
     weight.requires_grad_()
-    shares = torch.full((5,), 0.2, dtype=torch.float64)
-    value = log_reward(hidden, weight, None, padded, weights=shares)
-    torch.testing.assert_close(value, log_reward(hidden, weight[:4], None, d, weights=shares))
-    torch.testing.assert_close(value, materialised_log_reward(hidden, weight, None, padded, weights=shares))
+    weights = torch.full((5,), 0.2, dtype=torch.float64)
+    value = log_reward(hidden, weight, None, padded, weights=weights)
+    torch.testing.assert_close(value, log_reward(hidden, weight[:4], None, d, weights=weights))
+    torch.testing.assert_close(value, materialised_log_reward(hidden, weight, None, padded, weights=weights))
     value.sum().backward()
     assert weight.grad[4:].abs().max() == 0
     assert weight.grad[:4].abs().max() > 0
@@ -183,16 +183,16 @@ def test_low_precision(dtype):
     hidden = torch.randn(n, size, generator=generator).to(dtype)
     weight = (torch.randn(vocab, size, generator=generator) + 3).to(dtype)  # d sums to zero: the 3 must drop out
     d = difference_of(generator, vocab)
-    shares = torch.full((n,), 1 / n)
+    weights = torch.full((n,), 1 / n)
     inputs = hidden.requires_grad_(), weight.requires_grad_(), None
     exact_inputs = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
-    value, grads = gradients(log_reward, inputs, d, weights=shares)
-    exact, exact_grads = gradients(materialised_log_reward, exact_inputs, d, weights=shares.double())
+    value, grads = gradients(log_reward, inputs, d, weights=weights)
+    exact, exact_grads = gradients(materialised_log_reward, exact_inputs, d, weights=weights.double())
     largest = float((exact_inputs[0] @ exact_inputs[1].T).detach().abs().max())
     error = float((value.double() - exact).abs())
     assert value.dtype == torch.float32
     assert error < 1e-6 * float(d.abs().sum()) * largest
-    eager = float((materialised_log_reward(*inputs, d, weights=shares).double() - exact).abs())
+    eager = float((materialised_log_reward(*inputs, d, weights=weights).double() - exact).abs())
     assert error <= eager + 1e-7 * largest
     rounding = torch.finfo(dtype).eps
     for found, wanted in zip(grads, exact_grads, strict=True):

@@ -81,8 +81,8 @@ class Problem:
         loss = (out.log_probs * up[0]).sum() + (out.entropy * up[1]).sum()
         if out.values is not None:
             loss = loss + (out.values * up[2]).sum()
-        elif out.marginals is not None:
-            loss = loss + (out.marginals * self.potential[: len(out.marginals)].to(DEVICE)).sum()
+        elif out.distributions is not None:
+            loss = loss + (out.distributions * self.potential[: len(out.distributions)].to(DEVICE)).sum()
         loss.backward()
         found = {name: x for name, x in vars(out).items() if x is not None and name != "is_top1"}
         found |= {f"grad {i}": leaf.grad for i, leaf in enumerate(leaves)}

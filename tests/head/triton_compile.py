@@ -18,7 +18,7 @@ KERNELS = ("statistics", "column_sums", "potential", "gradient", "line_values", 
 OPTIONAL = {
     "HAS_BIAS": ("bias_ptr",), "HAS_TOKENS": ("tokens_ptr",), "ENTROPY": ("entropy_ptr", "of_entropy_ptr"),
     "SUM_SQ": ("sum_sq_ptr",), "MEAN": ("mean_ptr",), "TOP1": ("top1_ptr",), "HAS_SOFTCAP": (),
-    "PLOT": ("share_ptr", "segments_ptr", "potential_ptr"),
+    "PLOT": ("weights_ptr", "segments_ptr", "potential_ptr"),
 }  # fmt: skip
 TYPES = {
     "targets_ptr": "*i64", "segments_ptr": "*i64", "tokens_ptr": "*i64", "top1_ptr": "*i1", "stride": "i32",

@@ -2,7 +2,7 @@
 
     z = softcap(logit_scale · (hidden @ weight.T + bias)) / temperature           # (N, V)
     p = softmax(z)                                                                # (N, V)
-    marginals[s] = Σ_{t in segment s} weights[t] · p[t]                           # (S, V)
+    distributions[s] = Σ_{t in segment s} weights[t] · p[t]                           # (S, V)
 
 Slow and hungry on purpose; :func:`plot_align.head.fused_head` must match it in value and gradient.
 """
@@ -38,14 +38,14 @@ def reference_head(
     log_p = z.log_softmax(-1)  # (N, V)
     p = log_p.exp()  # (N, V)
 
-    marginals = values = None
+    distributions = values = None
     if weights is not None:
         segments = torch.zeros_like(targets) if segments is None else segments
         weighted = weights.to(p.dtype).unsqueeze(-1) * p  # (N, V)
-        marginals = p.new_zeros(num_segments, p.size(-1)).index_add(0, segments, weighted)  # (S, V)
+        distributions = p.new_zeros(num_segments, p.size(-1)).index_add(0, segments, weighted)  # (S, V)
         if divergence is not None:
             values = divergence.value(p) * (weights > 0)  # (N,)
-            marginals = marginals.detach()
+            distributions = distributions.detach()
     wanted = spec.outputs
     return HeadOutput(
         log_probs=log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1),  # (N,)
@@ -53,6 +53,6 @@ def reference_head(
         log_sum_sq_probs=p.square().sum(-1).log().detach() if "log_sum_sq_probs" in wanted else None,
         mean_logits=z.mean(-1).detach() if "mean_logits" in wanted else None,
         is_top1=z.argmax(-1) == targets if "is_top1" in wanted else None,
-        marginals=marginals,
+        distributions=distributions,
         values=values,
     )

@@ -76,7 +76,7 @@ def plot_loss(config: Any, world: World) -> Tensor:
             config.granularity, mask, world, both,
             lambda pq: distance(pq[:size], anchored(pq[size:].detach(), config.target_strength, world)),
         )  # fmt: skip
-    target = counted(kind, *shares_in_batch(kind, config, world), options.target_temperature, world)
+    target = counted(kind, *frequencies_in_batch(kind, config, world), options.target_temperature, world)
     if target is None:
         return world.p.sum() * 0
     return mean_of(config.granularity, mask, world, world.p, lambda p: distance(p, target))
@@ -118,8 +118,8 @@ def dataset_target(config: Any, world: World) -> Tensor:
         reference[world.valid :] = 0
         return anchored(reference / reference.sum(), config.target_strength, world)
     total = world.chosen.sum(), world.rejected.sum()
-    shares = (world.chosen.double() / total[0], world.rejected.double() / total[1])
-    target = counted(kind, *shares, config.ablations.target_temperature, world)
+    frequencies = (world.chosen.double() / total[0], world.rejected.double() / total[1])
+    target = counted(kind, *frequencies, config.ablations.target_temperature, world)
     assert target is not None
     return target
 
@@ -131,7 +131,7 @@ def anchored(reference: Tensor, strength: float, world: World) -> Tensor:
 
 
 def counted(kind: str, chosen: Tensor, rejected: Tensor, temperature: float, world: World) -> Tensor | None:
-    """φ of token shares (V ids), padded to the head; ``None`` where a side has no token or both are equal."""
+    """φ of token frequencies (V ids), padded to the head; ``None`` where a side has no token or both are equal."""
     d = chosen - rejected
     if (kind != "chosen" and (rejected.sum() == 0 or d.abs().max() == 0)) or chosen.sum() == 0:
         return None
@@ -152,14 +152,14 @@ def counted(kind: str, chosen: Tensor, rejected: Tensor, temperature: float, wor
     return padded
 
 
-def shares_in_batch(kind: str, config: Any, world: World) -> tuple[Tensor, Tensor]:
-    shares = []
+def frequencies_in_batch(kind: str, config: Any, world: World) -> tuple[Tensor, Tensor]:
+    frequencies = []
     for role in ("all" if kind == "chosen" and config.positions == "all" else "chosen", "rejected"):
         tokens = world.tokens[world.masks[role]].tolist()
-        shares.append(
+        frequencies.append(
             torch.tensor([tokens.count(v) / max(1, len(tokens)) for v in range(world.valid)], dtype=torch.float64)
         )
-    return shares[0], shares[1]
+    return frequencies[0], frequencies[1]
 
 
 def distance_of(options: Any, world: World) -> Callable[[Tensor, Tensor], Tensor]:

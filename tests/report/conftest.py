@@ -149,7 +149,7 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a record of every kind that is shown, and one that is not."""
     from plot_align.records import mean_of, measure
     from plot_align.results import of_whole
-    from plot_align.statistics import share
+    from plot_align.statistics import proportion
 
     folder = tmp_path_factory.mktemp("all") / "records"
     evaluation = functools.partial(write_evaluation, folder)
@@ -181,7 +181,7 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = {"rows": 9, "chosen_tokens": 90, "rejected_tokens": 80, "preferred_ids": 4, "rejected_ids": 3,
               "total_variation": 0.1}  # fmt: skip
     write_record(folder / "estimate.json", "estimate", counts, config={})
-    curve = {"1": share([0.0, 1.0]), "2": share([1.0, 1.0])}
+    curve = {"1": proportion([0.0, 1.0]), "2": proportion([1.0, 1.0])}
     attacked = {
         "attacks": {"GCG": {"a": 1.0, "b": 0.5}}, "refused": {"c": 0.0, "d": 1.0}, "helped": {"c": 1.0, "d": 0.0},
         "by_cases": {"GCG": curve}, "by_steps": {"GCG": curve}, "by_samples": {"BestOfN": curve},

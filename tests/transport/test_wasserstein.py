@@ -347,12 +347,12 @@ def test_slices_refuse_what_does_not_fit(make):
         make(target, [on_line([0.0, 1.0, 2.0]), on_line([0.0, 1.0])])
 
 
-def test_in_its_order_is_the_same_distance():
+def test_sorted_form_is_the_same_distance():
     """What the head asks per token, its rows permuted once: value and potential of p[order], without a gather."""
     p = random_distributions(3, 5, 40)
     target = random_distributions(4, 1, 40)[0]
     w1 = Wasserstein1(target, on_line(torch.randn(40, generator=torch.Generator().manual_seed(5))))
-    order, line_ = w1.in_its_order()
+    order, line_ = w1.sorted_form()
     torch.testing.assert_close(line_.value(p[:, order]), w1.value(p), rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(line_.potential(p[:, order]), w1.potential(p)[:, order], rtol=0, atol=0)
     leaf = p[:, order].clone().requires_grad_()

@@ -76,12 +76,12 @@ def test_balance_holds_the_ratio(make_trainer, preference, monkeypatch, method):
     handle = attach(trainer, preference, config)
     measure, wanted = handle._measure, []
 
-    def measured_twice(vanilla, loss, swept):
+    def measured_twice(vanilla, loss, result):
         norms = [
-            torch.autograd.grad(x, swept.hidden, retain_graph=True)[0].norm().item() for x in (vanilla, loss)
+            torch.autograd.grad(x, result.hidden, retain_graph=True)[0].norm().item() for x in (vanilla, loss)
         ]  # fmt: skip
         wanted.append(0.3 * norms[0] / norms[1])
-        return measure(vanilla, loss, swept)
+        return measure(vanilla, loss, result)
 
     monkeypatch.setattr(handle, "_measure", measured_twice)
     trainer.train()
@@ -172,26 +172,26 @@ def test_sampled_rows_estimate_the_norms(make_trainer, preference, monkeypatch):
     trainer = make_trainer("dpo")
     handle = attach(trainer, preference, PlotConfig(alpha=1.0))
     kept = {}
-    sweep = handle._backend.sweep
+    run_head = handle._backend.run_head
 
     def keep(*args):
-        head = sweep(*args)
-        kept["swept"] = handle._backend.result
+        head = run_head(*args)
+        kept["result"] = handle._backend.result
         return head
 
-    monkeypatch.setattr(handle._backend, "sweep", keep)
+    monkeypatch.setattr(handle._backend, "run_head", keep)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     total = trainer.compute_loss(trainer.model, dict(inputs))
-    swept = kept["swept"]
-    rows = swept.hidden.size(0)
+    result = kept["result"]
+    rows = result.hidden.size(0)
     monkeypatch.setattr(gradients, "_SAMPLED_ROWS", 10_000)
-    exact = gradients.gradient_norms(total, swept.head.marginals.square().sum(), swept).double()
+    exact = gradients.gradient_norms(total, result.head.distributions.square().sum(), result).double()
     stride = next(k for k in range(2, rows + 1) if rows % k == 0)
     monkeypatch.setattr(gradients, "_SAMPLED_ROWS", rows // stride)
-    loss = swept.head.marginals.square().sum()
-    squares = [gradients.gradient_norms(total, loss, swept, offset=k).double().square() for k in range(stride)]
+    loss = result.head.distributions.square().sum()
+    squares = [gradients.gradient_norms(total, loss, result, offset=k).double().square() for k in range(stride)]
     torch.testing.assert_close(torch.stack(squares).mean(0).sqrt(), exact, rtol=1e-5, atol=0)
     assert max(squares[0][0] / squares[1][0], squares[1][0] / squares[0][0]) > 1.001  # they are different rows
 

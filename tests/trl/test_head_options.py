@@ -41,13 +41,13 @@ def test_kernels_train_as_torch_does(make_trainer, preference, monkeypatch, plot
 
 def test_block_size_is_what_was_asked_for(make_trainer, preference, monkeypatch):
     sizes = []
-    sweep = chunked._Sweep.__init__
+    init = chunked._HeadPass.__init__
 
     def watched(self, *args, **kwargs):
-        sweep(self, *args, **kwargs)
+        init(self, *args, **kwargs)
         sizes.append(self.tile.untyped_storage().nbytes())
 
-    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    monkeypatch.setattr(chunked._HeadPass, "__init__", watched)
     monkeypatch.setattr(chunked, "block_bytes", lambda *args, **kwargs: pytest.fail("chosen, though given"))
     trainer = make_trainer("dpo", max_steps=1, per_device_train_batch_size=12)
     attach(trainer, preference, PlotConfig.from_options(plot_block_mib=1))
@@ -60,13 +60,13 @@ def test_block_size_is_what_was_asked_for(make_trainer, preference, monkeypatch)
 def tiles(monkeypatch):
     """The block of every head pass, which keeps its memory alive: no address is used twice."""
     found: list[torch.Tensor] = []
-    sweep = chunked._Sweep.__init__
+    init = chunked._HeadPass.__init__
 
     def watched(self, *args, **kwargs):
-        sweep(self, *args, **kwargs)
+        init(self, *args, **kwargs)
         found.append(self.tile)
 
-    monkeypatch.setattr(chunked._Sweep, "__init__", watched)
+    monkeypatch.setattr(chunked._HeadPass, "__init__", watched)
     return found
 
 

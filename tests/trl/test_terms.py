@@ -29,36 +29,36 @@ TERMS = [
 ]
 
 
-def first_sweep(trainer, handle, monkeypatch):
+def first_head_pass(trainer, handle, monkeypatch):
     """The losses of the first micro-batch and what its head pass left, still with their graph."""
     found = {}
     measure = handle._measure
 
-    def keep(vanilla, loss, swept):
-        found.update(vanilla=vanilla, loss=loss, swept=swept)
-        return measure(vanilla, loss, swept)
+    def keep(vanilla, loss, result):
+        found.update(vanilla=vanilla, loss=loss, result=result)
+        return measure(vanilla, loss, result)
 
     monkeypatch.setattr(handle, "_measure", keep)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.compute_loss(trainer.model, dict(inputs))
-    return found["vanilla"], found["loss"], found["swept"]
+    return found["vanilla"], found["loss"], found["result"]
 
 
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize(("options", "cls"), TERMS)
 def test_every_term(make_trainer, preference, monkeypatch, options, cls, granularity):
-    """The norms of the rows swept again, all of them here, are those of autograd through the whole head."""
+    """The norms of the rows result again, all of them here, are those of autograd through the whole head."""
     monkeypatch.setattr("plot_align.trl.gradients._SAMPLED_ROWS", 10_000)
     trainer = make_trainer("dpo")
     handle = attach(trainer, preference, PlotConfig.paper(alpha=2.0, granularity=granularity, **options))
     assert type(handle.term.divergence) is cls
-    vanilla, loss, swept = first_sweep(trainer, handle, monkeypatch)
+    vanilla, loss, result = first_head_pass(trainer, handle, monkeypatch)
     assert loss.item() != 0
-    found = gradient_norms(vanilla, loss, swept)
-    swept.recompute_rows = None
-    torch.testing.assert_close(found, gradient_norms(vanilla, loss, swept), rtol=1e-4, atol=1e-9)
+    found = gradient_norms(vanilla, loss, result)
+    result.recompute_rows = None
+    torch.testing.assert_close(found, gradient_norms(vanilla, loss, result), rtol=1e-4, atol=1e-9)
     assert ("plot/sinkhorn_error" in trainer._metrics["train"]) == issubclass(cls, transport.Sinkhorn)
 
 

@@ -1,4 +1,4 @@
-"""What the term costs on the user's machine: whole training steps, timed in turn, and a profile of one."""
+"""The cost of the term on the user's machine: interleaved timings of whole training steps, and a profile of one."""
 
 from plot_align.bench.baseline import without_plot
 from plot_align.bench.ratios import compare, mixed, paired, paired_ratio

@@ -1,4 +1,4 @@
-"""The arm that PLOT is compared with: TRL's own loss on our kernel, in every head pass that PLOT's arm makes."""
+"""The baseline of the benchmark: TRL's own loss on our kernel, without the term."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from plot_align.trl.term import HeadResult
 
 
 class _WithoutPlot(FusedBackend):
-    """Our kernel in TRL's place with nothing to sweep up: what PLOT is compared with."""
+    """Runs our kernel in place of TRL's, without output distributions."""
 
-    def sweep(
+    def run_head(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         head = fused_head(hidden, weight, bias, targets, replace(spec, workspace=self.workspace))
@@ -31,7 +31,7 @@ class _WithoutPlot(FusedBackend):
         self.result = HeadResult(head, nothing, hidden, rows)  # once a step, as with PLOT
         return head
 
-    def sweep_reference(
+    def run_reference_head(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         self.reference = hidden.new_zeros(0)
@@ -40,11 +40,11 @@ class _WithoutPlot(FusedBackend):
 
 @contextmanager
 def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[None]:
-    """While open, the head passes of a trainer without PLOT run on our kernel, the policy's and the reference's.
+    """Within this context, a trainer without PLOT runs our kernel in the policy's and the reference's head passes.
 
     Args:
-        trainer: without a term.
-        config: the options whose kernel it is (``plot_impl``, ``plot_block_mib``); ``None`` takes the defaults.
+        trainer: a trainer without the term.
+        config: ``plot_impl`` and ``plot_block_mib`` choose the kernel; ``None`` takes the defaults.
     """
     kind = trainer_kind(trainer)
     anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None

@@ -1,4 +1,4 @@
-"""One step under torch's profiler: a trace to look at, and PLOT's share of it by the named ranges."""
+"""Profile one step with torch's profiler: a trace, and the fraction of time in each of PLOT's named ranges."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from plot_align.io import complete_or_absent
 
 PREFIX = "plot_align/"
 _STEP = PREFIX + "step"
-_HEAD = (PREFIX + "head_forward", PREFIX + "head_backward")  # the whole head, PLOT's part of it among it
+_HEAD = (PREFIX + "head_forward", PREFIX + "head_backward")  # the whole head, including PLOT's part
 
 
 def profile(step: Callable[[], object], device: torch.device, path: Path) -> dict[str, Any]:
     """Runs ``step`` once to warm up and once under the profiler.
 
-    On a GPU a range's seconds are those of the kernels that it launched, and the step's those of all its kernels; on
-    a CPU both are wall-clock time.
+    On a GPU the seconds of a range, and of the step, are those of the kernels that it launched. On a CPU they are
+    wall-clock time.
 
     Args:
-        step: what is profiled, with the term on.
-        device: where it runs.
-        path: the Chrome trace (chrome://tracing, ui.perfetto.dev) is written here.
+        step: the step to profile, with the term on.
+        device: the device of the step.
+        path: file of the Chrome trace (chrome://tracing, ui.perfetto.dev).
 
     Returns:
-        ``seconds`` of the step, ``ranges``: name → seconds, calls and share of the step, ``head_share`` of the whole
-        head, ``plot_share`` of what runs for PLOT alone.
+        ``seconds`` of the step; ``ranges``: name → seconds, calls and share of the step; ``head_share`` of the whole
+        head; ``plot_share`` of the ranges that run for PLOT alone.
 
     Raises:
-        RunError: the step named no range, so there is nothing to tell PLOT by.
+        RunError: the step ran none of PLOT's named ranges.
     """
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as torch_profile

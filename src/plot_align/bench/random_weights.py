@@ -1,4 +1,4 @@
-"""A model without its checkpoint: a step takes as long whatever the weights say."""
+"""A model with random weights: the time of a step does not depend on the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def word_tokenizer(size: int) -> Any:
-    """A tokenizer of ``size`` words, as many as the head has rows, so that no row of it is padding."""
+    """A tokenizer of ``size`` words; with one word per row of the head, no row is padding."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Arms of one experiment against each other, round by round: median, quartiles, bootstrap interval."""
+"""Compare arms round by round: median ratio, quartiles, bootstrap interval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RESAMPLES = 9999
 
 
 def paired_ratio(ours: list[float] | list[int], base: list[float] | list[int]) -> tuple[float, float, float]:
-    """Median of the rounds' ratios and their lower and upper quartile; NaN where the base was not measured."""
+    """Median, lower and upper quartile of the rounds' ratios; NaN if the base was not measured."""
     if not base or min(base) <= 0:
         return (float("nan"),) * 3
     ratios = [a / b for a, b in zip(ours, base, strict=True)]
@@ -30,7 +30,7 @@ def paired(ours: Sequence[float], base: Sequence[float], *, seed: int = 0) -> di
     """Median of the rounds' ratios ``ours / base`` as an entry of a record.
 
     Its ``interval`` is the 95 % percentile bootstrap interval of the median over the rounds, its ``spread`` the
-    smallest and largest ratio, ``quartiles`` the middle half. NaN where the base was not measured.
+    smallest and largest ratio, ``quartiles`` the middle half. NaN if the base was not measured.
     """
     middle, low, high = paired_ratio(list(ours), list(base))
     rounds = len(ours)
@@ -44,9 +44,9 @@ def paired(ours: Sequence[float], base: Sequence[float], *, seed: int = 0) -> di
 
 
 def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
-    """Each arm against ``base``: ratios of time and of peak memory, and both themselves.
+    """Each arm against ``base``: ratios of time and of peak memory, with their medians.
 
-    Beside them, where they were counted, the page ``faults`` of a step and its seconds in the system's ``kernel``.
+    If they were counted, also the page ``faults`` of a step and its seconds in the system's ``kernel``.
     """
     result = {}
     for name, sample in samples.items():
@@ -65,7 +65,7 @@ def compare(samples: Mapping[str, Samples], base: str) -> dict[str, Any]:
 
 
 def mixed(usual: Samples, other: Samples, share: float) -> Samples:
-    """The mean step of a training of which ``share`` are ``other`` steps; the peak is that of the hungrier."""
+    """The mean step of a training in which ``share`` of the steps are ``other`` ones; the peak is the larger one."""
     pairs = zip(usual.seconds, other.seconds, strict=True)
     return Samples(
         [(1 - share) * a + share * b for a, b in pairs],

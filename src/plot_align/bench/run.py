@@ -1,4 +1,4 @@
-"""``plot-align bench``: whole training steps, and a profile of one."""
+"""Run ``plot-align bench``: whole training steps, and a profile of one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from plot_align.bench.timing import Arm, Samples, interleaved
 from plot_align.config import PlotConfig
 from plot_align.errors import RunError, first_line
 
-# How an arm's rounds are run: what runs, its arms → their samples.
+# Runs the rounds of all arms: (title, arms) → samples.
 Rounds = Callable[[str, Mapping[str, Arm]], dict[str, Samples]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a micro-batch, a method, a device, the term.
+    """The setting of a benchmark: micro-batch, method, device, options of the term.
 
-    ``dtype`` is that of the weights; with ``bf16`` the products are taken in bfloat16 under autocast.
+    ``dtype`` is that of the weights; with ``bf16``, autocast computes products in bfloat16.
     """
 
     rows: int
@@ -42,16 +42,16 @@ class Setting:
 
 
 def bench(load: Callable[[], tuple[Any, Any]], setting: Setting, rounds: Rounds, trace: Path | None) -> dict[str, Any]:
-    """The results of a record: whole steps, and a profile where ``trace`` names a file.
+    """Measures whole steps, and profiles one if ``trace`` names a file; returns the results of a record.
 
     Args:
-        load: makes model and tokenizer.
-        setting: the micro-batch and the rest.
-        rounds: how arms are run, e.g. with a progress bar.
-        trace: the profiler's trace, or None.
+        load: returns model and tokenizer.
+        setting: see :class:`Setting`.
+        rounds: runs the arms, e.g. with a progress bar.
+        trace: file of the profiler's trace, or None.
 
     Raises:
-        RunError: the memory is not enough.
+        RunError: out of memory.
     """
     device = setting.device
     with out_of_memory(f"{setting.rows} x {setting.length} tokens", device, _smaller(setting)):
@@ -74,7 +74,7 @@ def bench(load: Callable[[], tuple[Any, Any]], setting: Setting, rounds: Rounds,
 
 
 def _smaller(setting: Setting) -> str:
-    """What would need less memory."""
+    """Advice for a setting that needs less memory."""
     advice = ["a smaller --rows or --length"]
     if not setting.checkpointing:
         advice.append("--gradient_checkpointing")
@@ -84,9 +84,9 @@ def _smaller(setting: Setting) -> str:
 
 
 def measure_step(problem: StepProblem, plot: PlotConfig, rounds: Rounds) -> dict[str, Any]:
-    """Whole steps: ``trl``, ``off``, ``on``, ``measured``, and ``training``, the mean step of a training.
+    """Measures whole steps: ``trl``, ``off``, ``on``, ``measured``, and ``training``, the mean step of a training.
 
-    ``arms`` are against ``off``; ``against_trl`` are ``on`` and ``training`` against TRL as it ships.
+    ``arms`` compares each with ``off``; ``against_trl`` compares ``on`` and ``training`` with unchanged TRL.
     """
     arms = {name: functools.partial(problem.arm, name, plot) for name in ("trl", "off", "on", "measured")}
     samples = rounds("whole steps", arms)
@@ -110,7 +110,7 @@ def measure_step(problem: StepProblem, plot: PlotConfig, rounds: Rounds) -> dict
 
 
 def plain_rounds(setting: Setting, on_round: Callable[[str, int], None], *, budget: float = float("inf")) -> Rounds:
-    """Rounds of ``setting.repeats``; ``on_round`` is told what runs and how many rounds are done."""
+    """Runs ``setting.repeats`` rounds; calls ``on_round`` with the title and the number of finished rounds."""
 
     def run(what: str, arms: Mapping[str, Arm]) -> dict[str, Samples]:
         return interleaved(
@@ -126,10 +126,10 @@ def plain_rounds(setting: Setting, on_round: Callable[[str, int], None], *, budg
 
 @contextlib.contextmanager
 def out_of_memory(what: str, device: torch.device, remedy: str) -> Iterator[None]:
-    """Turns an allocator's failure into one sentence: ``what`` did not fit on ``device``, so take ``remedy``.
+    """Turns an out-of-memory error into one sentence: ``what`` did not fit on ``device``; take ``remedy``.
 
     Raises:
-        RunError: the memory is not enough. Whatever else is raised passes through.
+        RunError: out of memory. Other errors pass through.
     """
     try:
         yield

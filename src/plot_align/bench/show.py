@@ -1,4 +1,4 @@
-"""The results of a bench as tables and as one line to paste into an issue."""
+"""Show the results of a benchmark as tables and as one line to paste into an issue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEP_ARMS = {
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """Rich tables: steps, and the profile where there is one."""
+    """Rich tables of the steps and, if there is one, the profile."""
     from rich.table import Table
 
     step = results["step"]
@@ -37,7 +37,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def arms_table(title: str, arms: Mapping[str, Any], names: Mapping[str, str]) -> Table:
-    """Arms against ``off``."""
+    """A table of all arms against ``off``."""
     from rich.table import Table
 
     rounds = next(iter(arms.values()))["time"]["n"]
@@ -60,7 +60,7 @@ def arms_table(title: str, arms: Mapping[str, Any], names: Mapping[str, str]) ->
 
 
 def profile_table(profile: Mapping[str, Any]) -> Table:
-    """The named ranges of a profiled step."""
+    """A table of the named ranges of a profiled step."""
     from rich.table import Table
 
     table = Table("range", title=f"one profiled step of {milliseconds(profile['seconds'])}")

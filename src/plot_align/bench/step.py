@@ -1,4 +1,4 @@
-"""Whole training steps of a TRL trainer, with the term and without it, and as TRL ships it."""
+"""Training steps of a TRL trainer to measure: with the term, without it, and with TRL unchanged."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from plot_align.trl.alpha import AlphaSchedule
 class StepProblem:
     """A trainer's step on one micro-batch of random tokens: forward, the reference's forward, backward; no optimiser.
 
-    Without the optimiser's step the step is shorter than in training, so ratios are, if anything, too large. All
-    tokens are completions, half of the sequences chosen. The reference model of DPO shares the policy's weights
+    Without the optimiser the step is shorter than in training, so ratios are, if anything, too large. All tokens are
+    completions, and half of the sequences are chosen. The reference model of DPO shares the policy's weights
     (:func:`sharing_weights`); with PEFT it is the policy without its adapters.
 
     Args:
         model, tokenizer: the policy, on its device.
-        rows, length: sequences (for DPO an even number, half of them chosen), tokens each.
+        rows, length: number of sequences (even for DPO, half of them chosen), and tokens of each.
         method: ``"dpo"`` or ``"sft"``.
         checkpointing: gradient checkpointing.
         use_peft: LoRA on all linear layers but the head.
-        bf16: bfloat16 autocast over the model's weights, as the Trainer's ``--bf16`` has it.
+        bf16: bfloat16 autocast, as with the Trainer's ``--bf16``.
 
     Raises:
         InputError: an odd number of rows for DPO, or PEFT is not installed.
@@ -71,7 +71,7 @@ class StepProblem:
         with _quietly():
             self.trainer, examples = _trainer(method, model, tokenizer, tokens, options, peft)
         trainer = self.trainer
-        if trainer.args.gradient_checkpointing:  # Trainer.train() does this, and is not called here
+        if trainer.args.gradient_checkpointing:  # done in Trainer.train(), which is not called here
             options = dict(trainer.args.activation_checkpointing_kwargs or {})
             trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
         trainer.current_gradient_accumulation_steps = 1
@@ -82,10 +82,10 @@ class StepProblem:
 
     @contextlib.contextmanager
     def arm(self, name: str, config: PlotConfig | None = None) -> Iterator[Callable[[], None]]:
-        """The trainer with this arm's head for the duration of the block.
+        """Yields the step of this arm; the trainer has the arm's head for the duration of the block.
 
-        ``trl``: as TRL ships it. ``off``: without the term, on our kernel. ``on``: with the term of ``config``, a step
-        that measures no gradient norms. ``measured``: one that does, to balance α anew, as one in five by default.
+        ``trl``: TRL unchanged. ``off``: without the term, on our kernel. ``on``: with the term of ``config``, a step
+        that measures no gradient norms. ``measured``: a step that measures them, one in five by default.
         """
         head: contextlib.AbstractContextManager[None]
         match name:
@@ -103,7 +103,7 @@ class StepProblem:
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:
-        """The model as accelerate prepares it when training starts, so after :func:`attach`: in autocast's wrapper."""
+        """Prepares the model with accelerate (autocast's wrapper), as training does after :func:`attach`."""
         trainer, model = self.trainer, self.trainer.model
         before = dict(vars(model))
         trainer.model_wrapped = trainer.accelerator.prepare(model)
@@ -122,7 +122,7 @@ class StepProblem:
         described = {"fingerprint": vocabulary_fingerprint(self.tokenizer), "size": size}
         handle = attach(self.trainer, random_preference(size, described), config)
         try:
-            handle.alpha.observe(0, 1.0, 1.0)  # a step whose α is known
+            handle.alpha.observe(0, 1.0, 1.0)  # so that α is known
             yield
         finally:
             handle.detach()
@@ -136,7 +136,7 @@ class StepProblem:
 def _trainer(
     method: str, model: Any, tokenizer: Any, tokens: list[list[int]], options: dict[str, Any], peft: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """The trainer, and the micro-batch of ``tokens`` as rows for its collator."""
+    """The trainer, and ``tokens`` as rows for its collator."""
     from datasets import Dataset
 
     rows = len(tokens)
@@ -172,9 +172,9 @@ def _trainer(
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
-    """A second, frozen model on the same weights: a reference that costs its forward and no memory of its own.
+    """A second, frozen model on the same weights: a reference that needs no further memory.
 
-    A reference with weights of its own would only add to the memory that PLOT's share is measured against.
+    A reference with its own weights would add the same memory to every arm and bring the memory ratios closer to 1.
     """
     memo: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()
@@ -183,7 +183,7 @@ def sharing_weights(model: nn.Module) -> nn.Module:
 
 
 def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> PreferenceDistribution:
-    """Token counts of nobody's preference: every token is used, and each side prefers others."""
+    """Made-up token counts in which every token occurs, and half of them are preferred."""
     counts = torch.arange(1, size + 1)
     return PreferenceDistribution(
         counts, counts.flip(0), {"tokenizer": tokenizer or {"fingerprint": "", "size": size}}
@@ -192,7 +192,7 @@ def random_preference(size: int, tokenizer: dict[str, Any] | None = None) -> Pre
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the bars of a data set of three words."""
+    """Hides the progress bars of ``datasets``."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     were_disabled = are_progress_bars_disabled()
@@ -205,7 +205,7 @@ def _quietly() -> Iterator[None]:
 
 
 def measured_share(config: PlotConfig, steps: int = 1000) -> float:
-    """Share of a training's steps that measure gradient norms, to balance α or to log them; not the first ones."""
+    """The fraction of steps that measure gradient norms, to balance α or to log them, after the first ``steps``."""
     schedule = AlphaSchedule(config)
     schedule.observe(0, 1.0, 1.0)
     every = config.grad_ratio_steps

@@ -1,4 +1,4 @@
-"""Arms of an experiment run in turn: seconds, peak memory and page faults of each one's step, round by round."""
+"""Measure the steps of several arms in turn: seconds, peak memory and page faults, round by round."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 class Samples:
     """Measurements of one arm, round by round.
 
-    ``seconds`` of a step; bytes that it held at its ``peak``; its page ``faults`` and the processors' seconds in the
-    operating system's ``kernel``, most of which are those faults: what memory costs that is given back and asked for
-    anew. What an arm frees is given back before the next one, so that peaks compare: a training has fewer faults. The
-    last two are empty where the system does not count them.
+    ``seconds`` of a step; its ``peak`` memory in bytes; its page ``faults``; and the processor seconds in the
+    operating system's ``kernel``, most of which are spent on those faults. Memory that an arm frees is returned to the
+    system before the next arm, so that peaks are comparable; a training therefore has fewer faults. ``faults`` and
+    ``kernel`` are empty if the system does not count them.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -41,18 +41,18 @@ def interleaved(
     budget: float = math.inf,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Samples]:
-    """Runs every arm once a round, the order rotating, so that a machine that slows down slows all of them.
+    """Runs every arm once per round in rotating order, so that a slow phase of the machine affects all arms alike.
 
-    An arm is a context that yields its step; only the step is measured, not what the context sets up. The first
-    round warms up and is dropped. Peak memory is the allocator's on CUDA, the process's resident set
-    elsewhere on Linux, and not measured on other systems.
+    An arm is a context that yields its step; only the step is measured, not the set-up. The first round warms up and
+    is dropped. Peak memory is the allocator's on CUDA, the process's resident set elsewhere on Linux, and not measured
+    on other systems.
 
     Args:
         arms: name → arm.
-        repeats: rounds that are kept, at most.
-        device: where the steps run.
-        budget: seconds after which no further round begins, once one is kept.
-        on_round: is told how many rounds are done, the first one among them.
+        repeats: maximal number of rounds that are kept.
+        device: the device of the steps.
+        budget: seconds after which no further round begins; at least one round is kept.
+        on_round: called with the number of finished rounds, including the first.
     """
     names = list(arms)
     samples = {name: Samples() for name in names}
@@ -80,7 +80,7 @@ def interleaved(
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -102,7 +102,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _usage() -> Any:
-    """What the system has counted of this process; None on Windows."""
+    """The system's resource usage of this process; None on Windows."""
     try:
         import resource
     except ModuleNotFoundError:
@@ -111,7 +111,7 @@ def _usage() -> Any:
 
 
 def held(device: torch.device) -> int:
-    """Bytes that are held now, of the memory whose peaks :func:`interleaved` takes; 0 where it takes none."""
+    """Bytes of memory in use, of the kind whose peak :func:`interleaved` measures; 0 if it measures none."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     _trim()
@@ -119,13 +119,13 @@ def held(device: torch.device) -> int:
 
 
 def _trim() -> None:
-    """Gives freed memory back to the system, where glibc keeps it: else a peak would count what another arm left."""
-    with suppress(OSError, AttributeError):  # another C library
+    """Returns freed memory that glibc keeps to the system: otherwise a peak would include another arm's memory."""
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int:
-    """Bytes that Linux tells of this process under ``name``; 0 elsewhere."""
+    """The field ``name`` of this process's status in bytes on Linux; 0 elsewhere."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

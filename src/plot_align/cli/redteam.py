@@ -283,16 +283,16 @@ def _report(
 
     from plot_align.records import write_record
     from plot_align.redteam.measure import balance
-    from plot_align.statistics import holm, paired_difference, share
+    from plot_align.statistics import holm, paired_difference, proportion
 
     console = Console(highlight=False)
     table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
     for attack, title in first["titles"].items():
-        shown[f"ASR, {title}"] = {m: share(list(r["attacks"][attack].values())) for m, r in measured.items()}
+        shown[f"ASR, {title}"] = {m: proportion(list(r["attacks"][attack].values())) for m, r in measured.items()}
     for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
-        shown[heading] = {m: share(list(r[key].values())) for m, r in measured.items()}
+        shown[heading] = {m: proportion(list(r[key].values())) for m, r in measured.items()}
     for heading, entries in shown.items():
         table.add_row(heading, *(_cell(entry) for entry in entries.values()))
     balances = {

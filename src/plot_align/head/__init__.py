@@ -1,7 +1,7 @@
-"""The language-model head and PLOT's output distribution in one sweep over the logits.
+"""The language-model head and PLOT's output distribution in one pass over the logits.
 
-``fused.py`` never holds more than one block of the ``(N, V)`` logits; it must equal ``tests/oracles/head.py``, which
-materialises them. ``logits.py`` starts from logits that exist already.
+``fused.py`` holds one block of the ``(N, V)`` logits at a time; the tests compare it with ``tests/oracles/head.py``,
+which materialises them all. ``logits.py`` starts from logits that already exist.
 """
 
 from plot_align.head.fused import HeadOutput, HeadSpec, fused_head

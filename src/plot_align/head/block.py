@@ -1,9 +1,8 @@
-"""What the elementwise implementations share: how raw products become logits, and what a pass reads and writes.
+"""The data that both elementwise implementations work on: logits, statistics, weights and gradients of a block.
 
 A block is ``(T, V)`` raw products h W^T of T rows of the head's input with the whole vocabulary, in the compute dtype.
-Between the matrix products two things happen to it: ``forward`` takes statistics of it, ``backward`` overwrites it
-with the gradient of the loss. ``block_torch.py`` says what they compute; ``block_triton.py`` does the same in fewer
-passes over memory on a GPU.
+``forward`` computes statistics of it; ``backward`` overwrites it with the gradient of the loss. ``block_torch.py``
+defines both; ``block_triton.py`` does the same on a GPU in fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ Run = tuple[int, int, int]  # rows [start, end) of one segment
 class Logits:
     """``z = softcap(logit_scale · (raw + bias)) / temperature``, in the statistics' dtype.
 
-    ``bias (V,)`` is added here and not in the compute dtype, where it would be rounded a second time. ``tokens (V,)``
-    is the token of each column; ``None`` where column j is token j.
+    ``bias (V,)`` is added in this dtype because the compute dtype would round a second time. ``tokens (V,)`` is the
+    token of each column; ``None`` if column j is token j.
     """
 
     bias: Tensor | None
@@ -42,7 +41,7 @@ class Logits:
 
 @dataclass
 class Statistics:
-    """Per-token results of a forward pass, ``(N,)`` each; ``None`` where nobody asked."""
+    """Per-token results of a forward pass, ``(N,)`` each; ``None`` if not requested."""
 
     log_z: Tensor
     target_logit: Tensor
@@ -55,12 +54,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Plot:
-    """What a pass needs to know of the output distributions.
+    """The inputs of a pass that yields output distributions.
 
-    ``share (N,)`` in the statistics' dtype, ``segments (N,)`` or ``None`` for one, ``runs`` with the selected rows.
+    ``weights (N,)`` of the positions in the statistics' dtype; ``segments (N,)``, or ``None`` for one segment; the
+    ``runs`` of selected rows.
     """
 
-    share: Tensor
+    weights: Tensor
     segments: Tensor | None
     runs: list[Run]
     divergence: Divergence | None
@@ -68,10 +68,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What flows back, and what is left of the forward pass; in the statistics' dtype.
+    """The gradients that enter a backward pass, and what it needs of the forward pass; in the statistics' dtype.
 
-    ``log_z (N,)``, ``entropy (N,)`` of the forward; gradients of the loss with respect to ``log_prob (N,)``,
-    ``entropy (N,)``, the marginals (the ``potential (S, V)``) and each position's own ``value (N,)``.
+    ``log_z (N,)`` and ``entropy (N,)`` of the forward; gradients of the loss with respect to ``log_prob (N,)``,
+    ``entropy (N,)``, the output distributions (the ``potential (S, V)``) and each position's own ``value (N,)``.
     """
 
     log_z: Tensor
@@ -83,7 +83,7 @@ class Gradients:
 
 
 def runs_of(weights: Tensor, segments: Tensor | None) -> list[Run]:
-    """``(start, end, segment)`` of the stretches of positive weight: what is not selected costs nothing."""
+    """``(start, end, segment)`` of each run of rows with positive weight; rows that are not selected cost nothing."""
     selected = weights > 0  # (N,)
     label = torch.where(selected, 0 if segments is None else segments, -1)  # (N,)
     values, counts = torch.unique_consecutive(label, return_counts=True)
@@ -96,7 +96,7 @@ def runs_of(weights: Tensor, segments: Tensor | None) -> list[Run]:
 
 
 def overlaps(runs: list[Run], start: int, end: int) -> Iterator[tuple[slice, slice, int]]:
-    """The parts of ``runs`` within rows [start, end): as rows of all, as rows of the slice, and their segment."""
+    """The parts of ``runs`` within rows [start, end): as rows of the batch and of the slice, and their segment."""
     for run_start, run_end, segment in runs:
         low, high = max(run_start, start), min(run_end, end)
         if low < high:

@@ -1,4 +1,4 @@
-"""The elementwise part of the head in plain torch, on slices of a block that fit a CPU's cache."""
+"""The elementwise part of the head in plain torch, on slices of a block that fit into a CPU's cache."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.autograd.profiler import record_function
 from plot_align.head.block import Gradients, Logits, Plot, Run, Statistics, overlaps, runs_of
 from plot_align.transport import Divergence
 
-# A divergence may gather p into an order of its own. Permuting the head's rows instead, as `block_triton` does, was
-# slower on a CPU: 1.4 times the head where the gather costs 1.1 to 1.3 (docs/log/2026-11-28.md).
-IN_ITS_ORDER = False
+# W1 gathers p into the order of its line. Permuting the head's rows instead, as `block_triton` does, was slower on a
+# CPU: 1.4 times the head's time, against 1.1 to 1.3 with the gather (docs/log/2026-11-28.md).
+SORTS_COLUMNS = False
 
-# On a GPU large enough to fill it, small enough that a handful of fp32 temporaries stay far below the block.
+# Large enough to fill a GPU, small enough that a few fp32 temporaries stay far below the block.
 _SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def rows_per_slice(device: torch.device, vocab: int) -> int:
-    """How many rows of V elements one step of elementwise work takes."""
+    """The number of rows of V elements in one step of elementwise work."""
     return max(1, _SLICE_ELEMENTS.get(device.type, _SLICE_ELEMENTS["cuda"]) // vocab)
 
 
 def runs(weights: Tensor, segments: Tensor | None, num_segments: int, divergence: Divergence | None) -> list[Run]:
-    """The stretches of rows to sum up: those of positive weight, segment by segment."""
+    """The runs of rows to sum up: those with positive weight, segment by segment."""
     return runs_of(weights, segments)
 
 
@@ -34,14 +34,14 @@ def forward(
     first: int,
     logits: Logits,
     targets: Tensor,  # (N,)
-    found: Statistics,
+    statistics: Statistics,
     plot: Plot | None,
-    marginals: Tensor | None,  # (S, V)
+    distributions: Tensor | None,  # (S, V)
 ) -> None:
-    """Fills in the block's rows of ``found``, and adds its weighted softmaxes to ``marginals``.
+    """Fills in the block's rows of ``statistics`` and adds its weighted softmaxes to ``distributions``.
 
     Args:
-        raw: the block, which is overwritten where its dtype is that of the statistics.
+        raw: the block; overwritten if its dtype is that of the statistics.
         first: the block's first row among all N.
         targets: column of each row's next token.
     """
@@ -50,30 +50,33 @@ def forward(
         z, _ = transform(part, logits, keep=False)  # (R, V)
         top, index = z.max(-1)  # the first maximum, as argmax: a tie with an earlier token is no hit
         target_logit = z.gather(-1, targets[r].unsqueeze(-1)).squeeze(-1)
-        found.target_logit[r] = target_logit
-        if found.top1 is not None:
-            found.top1[r] = index == targets[r]
-        if found.mean is not None:
-            found.mean[r] = z.mean(-1)
+        statistics.target_logit[r] = target_logit
+        if statistics.top1 is not None:
+            statistics.top1[r] = index == targets[r]
+        if statistics.mean is not None:
+            statistics.mean[r] = z.mean(-1)
         e = torch.sub(z, top.unsqueeze(-1)).exp_()  # (R, V)
         total = e.sum(-1)  # (R,)
         log_z = top + total.log()
-        found.log_z[r] = log_z
-        if found.entropy is not None:
-            found.entropy[r] = log_z - z.mul_(e).sum(-1) / total
-        if found.sum_sq is not None:
-            found.sum_sq[r] = torch.mul(e, e, out=z).sum(-1).log() - 2 * total.log()
-        if plot is None or marginals is None:
+        statistics.log_z[r] = log_z
+        if statistics.entropy is not None:
+            statistics.entropy[r] = log_z - z.mul_(e).sum(-1) / total
+        if statistics.sum_sq is not None:
+            statistics.sum_sq[r] = torch.mul(e, e, out=z).sum(-1).log() - 2 * total.log()
+        if plot is None or distributions is None:
             continue
-        for everywhere, here, segment in overlaps(plot.runs, r.start, r.stop):
-            # `addmv` is a sweep over e, not a product of the head's size.
-            with record_function("plot_align/marginal"):
+        for batch_rows, block_rows, segment in overlaps(plot.runs, r.start, r.stop):
+            # `addmv` reads e once; it is no product of the head's size.
+            with record_function("plot_align/output_distribution"):
                 torch.addmv(
-                    marginals[segment], e[here].T, plot.share[everywhere] / total[here], out=marginals[segment]
+                    distributions[segment],
+                    e[block_rows].T,
+                    plot.weights[batch_rows] / total[block_rows],
+                    out=distributions[segment],
                 )
-            if plot.divergence is not None and found.values is not None:
-                p = e[here].div_(total[here].unsqueeze(-1))  # (R', V); nobody reads e after this
-                found.values[everywhere] = plot.divergence.value(p).to(found.values.dtype)
+            if plot.divergence is not None and statistics.values is not None:
+                p = e[block_rows].div_(total[block_rows].unsqueeze(-1))  # (R', V); e is not needed any more
+                statistics.values[batch_rows] = plot.divergence.value(p).to(statistics.values.dtype)
 
 
 def backward(
@@ -88,7 +91,7 @@ def backward(
 
         p ⊙ (−g_t + w_t·(s − ⟨p_t, s⟩)) + g_t·1[target] − h_t·p ⊙ (log p + H)        times ∂z/∂raw
 
-    with g, h, s the gradients of log-probability, entropy and marginal (or of each position's own value).
+    with g, h, s the gradients of log-probability, entropy and output distribution (or of each position's own value).
     """
     for start, part in _slices(raw):
         r = slice(first + start, first + start + part.size(0))
@@ -102,23 +105,23 @@ def backward(
             from_entropy.mul_(gradients.of_entropy[r].unsqueeze(-1))
         else:
             p = log_p.exp_()
-        # The gradient of the logits is p ⊙ factor + g·1[target]: a number a row where PLOT has no share.
+        # The gradient of the logits is p ⊙ factor + g·1[target]: one number per row where PLOT has no weight.
         g = gradients.of_log_prob  # (N,)
         done = 0
-        for everywhere, here, segment in overlaps([] if plot is None else plot.runs, r.start, r.stop):
+        for batch_rows, block_rows, segment in overlaps([] if plot is None else plot.runs, r.start, r.stop):
             if plot is None:
                 break
-            p[done : here.start].mul_(-g[r.start + done : everywhere.start].unsqueeze(-1))
+            p[done : block_rows.start].mul_(-g[r.start + done : batch_rows.start].unsqueeze(-1))
             with record_function("plot_align/potential"):
                 times_plot_factor(
-                    p[here],
-                    -g[everywhere],
-                    plot.share[everywhere],
+                    p[block_rows],
+                    -g[batch_rows],
+                    plot.weights[batch_rows],
                     None if gradients.potential is None else gradients.potential[segment],
-                    None if gradients.of_value is None else gradients.of_value[everywhere],
+                    None if gradients.of_value is None else gradients.of_value[batch_rows],
                     plot.divergence,
                 )
-            done = here.stop
+            done = block_rows.stop
         p[done:].mul_(-g[r.start + done : r.stop].unsqueeze(-1))
         if from_entropy is not None:
             p.sub_(from_entropy)
@@ -132,7 +135,7 @@ def backward(
 
 
 def transform(raw: Tensor, logits: Logits, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """(R, V) final logits in the statistics' dtype, over ``raw`` unless ``keep``; and 1 − tanh² where capped."""
+    """(R, V) final logits in the statistics' dtype, in place unless ``keep``; and 1 − tanh² if capped."""
     z = raw.to(logits.dtype, copy=keep)
     if logits.bias is not None:
         z = z.add_(logits.bias)
@@ -151,20 +154,20 @@ def transform(raw: Tensor, logits: Logits, *, keep: bool) -> tuple[Tensor, Tenso
 def times_plot_factor(
     p: Tensor,  # (R, V), changed in place
     row: Tensor,  # (R,) the rest of the factor
-    share: Tensor,  # (R,)
-    potential: Tensor | None,  # (V,) gradient of the loss with respect to this segment's marginal
+    weights: Tensor,  # (R,)
+    potential: Tensor | None,  # (V,) gradient of the loss with respect to this segment's output distribution
     g_value: Tensor | None,  # (R,) gradient of the loss with respect to each position's value
     divergence: Divergence | None,
 ) -> None:
-    """``p ⊙ (row + w_t·(s − ⟨p_t, s⟩))``, s the potential shared by a segment or the position's own."""
+    """``p ⊙ (row + w_t·(s − ⟨p_t, s⟩))``, s the potential of the segment or of the position."""
     if g_value is not None and divergence is not None:
         factor = divergence.potential(p).to(p.dtype)  # (R, V)
         mean = torch.linalg.vecdot(p, factor)  # (R,)
         factor.mul_(g_value.unsqueeze(-1)).add_((row - g_value * mean).unsqueeze(-1))
         p.mul_(factor)
     elif potential is not None:
-        row = row - share * torch.mv(p, potential)  # (R,)
-        p.mul_(torch.addr(row.unsqueeze(-1), share, potential))  # one pass builds the factor, one applies it
+        row = row - weights * torch.mv(p, potential)  # (R,)
+        p.mul_(torch.addr(row.unsqueeze(-1), weights, potential))  # one pass builds the factor, one applies it
 
 
 def _slices(block: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,9 +1,9 @@
-"""Log-probabilities and output distribution from hidden states in one sweep and one backward, without the logits.
+"""Log-probabilities and output distribution from hidden states in one forward and one backward, without the logits.
 
-TRL's fused head (``trl.kernels.ChunkedLogProbFunction``) sweeps tiles over tokens *and* vocabulary, so that a token's
-log-sum-exp is known only after its last tile: too late to sum its softmax into the output distribution. Here a block
-holds a few tokens and the *whole* vocabulary. The log-sum-exp is then known before the column sums, ⟨p_t, s⟩ before
-the gradient, and PLOT needs no matrix product that the head does not make anyway:
+TRL's fused head (``trl.kernels.ChunkedLogProbFunction``) works on tiles of tokens *and* vocabulary, so it knows a
+token's log-sum-exp only after its last tile: too late to sum its softmax into the output distribution. Here a block
+holds a few tokens and the *whole* vocabulary. The log-sum-exp is then known before the column sums, and ⟨p_t, s⟩
+before the gradient, so PLOT needs no further matrix product:
 
     forward    z = h W^T                                   p̄ += w_t · softmax(z_t)
     backward   z = h W^T (recomputed)                      ∂/∂z_t = g_t·(1[target] − p_t) + w_t·p_t ⊙ (s − ⟨p_t, s⟩)
@@ -34,29 +34,28 @@ from plot_align.transport import Divergence
 Impl = Literal["auto", "torch", "triton"]
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# Where the head must be cast (fp32 master weights under bf16 autocast), or a frozen one permuted, a GPU does that this
-# many vocabulary rows at a time. Elsewhere it is done at once: see `_Sweep` for why products are not to be split.
+# Vocabulary rows that a GPU casts (fp32 master weights under bf16 autocast) or permutes (a frozen head) at a time. A
+# CPU does it at once, because splitting its products would round more often: see `_HeadPass`.
 _CAST_ROWS = {"cuda": 32768}
-# Bytes of the weight's gradient that one product yields where it is rounded: they stay in a CPU's cache till they are
-# added up.
+# Bytes of one product of the weight's gradient on a CPU: they stay in the cache until they are added up.
 _PRODUCT_BYTES = 8 << 20
-# Rows of a block begin at multiples of this many elements: odd vocabularies would slow the matrix products down.
+# Rows of a block begin at multiples of this many elements: an odd vocabulary would slow the matrix products down.
 _ALIGN = 64
 
 
 class Gather(Protocol):
-    """Makes sharded parameters whole for the duration of a ``with`` block (TRL's ``maybe_gather_lm_head_ctx``)."""
+    """Gathers sharded parameters for the duration of a ``with`` block (TRL's ``maybe_gather_lm_head_ctx``)."""
 
     def __call__(self, *parameters: Tensor | None) -> AbstractContextManager[Any]: ...
 
 
-def _whole(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+def _no_gather(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a model does to its logits, and what a caller wants to know of them.
+    """The model's transformation of its logits, the outputs to compute, and how to compute them.
 
     Args:
         temperature: the logits are divided by it.
@@ -66,11 +65,10 @@ class HeadSpec:
         block_bytes: bound on the one block of logits; ``None`` chooses it from the free memory
             (:func:`plot_align.head.memory.block_bytes`).
         gather: see :class:`Gather`.
-        frozen: the caller wants no gradient of weight and bias, whatever they ask for: spares a matrix product.
-        impl: of the elementwise work between the matrix products. ``auto``: Triton kernels on a GPU where Triton is
-            installed, else torch.
-        workspace: memory that is shared with other passes of the same step; ``None`` shares it between this pass and
-            its backward.
+        frozen: compute no gradient of weight and bias, even if they require one; saves a matrix product.
+        impl: implementation of the elementwise work between the matrix products. ``auto``: Triton kernels on a GPU if
+            Triton is installed, else torch.
+        workspace: memory shared with other passes of the same step; ``None``: only between this pass and its backward.
 
     Raises:
         InputError: ``impl`` is none of these, or ``block_bytes`` below 1.
@@ -81,7 +79,7 @@ class HeadSpec:
     logit_scale: float = 1.0
     outputs: tuple[str, ...] = ()
     block_bytes: int | None = None
-    gather: Gather = _whole
+    gather: Gather = _no_gather
     frozen: bool = False
     impl: Impl = "auto"
     workspace: Workspace | None = field(default=None, compare=False, repr=False)
@@ -95,12 +93,12 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Per-token statistics, each ``(N,)``, and what PLOT needs; fields that were not asked for are ``None``.
+    """Per-token statistics, each ``(N,)``, and the inputs of L_PLOT; fields that were not requested are ``None``.
 
-    ``marginals (S, V)``: ``Σ_t weights[t]·p_t`` of every segment, in fp32 (fp64 for fp64 inputs). ``values (N,)``: the
-    divergence of each position with a positive weight (the ``token`` granularity), 0 elsewhere; the marginals carry
-    no gradient then. ``reward (S,)``: DEFT's reward of every segment in its log reading; no sweep yields it, whoever
-    wants it adds it (:func:`plot_align.head.reward.log_reward`).
+    ``distributions (S, V)``: the output distribution ``Σ_t weights[t]·p_t`` of every segment, in fp32 (fp64 for fp64
+    inputs). ``values (N,)``: the divergence at each position with a positive weight (the ``token`` granularity), 0
+    elsewhere; no gradient flows through the distributions then. ``reward (S,)``: DEFT's reward of every segment over
+    log-probabilities; :func:`fused_head` leaves it ``None``, :func:`plot_align.head.reward.log_reward` computes it.
     """
 
     log_probs: Tensor
@@ -108,7 +106,7 @@ class HeadOutput:
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
-    marginals: Tensor | None = None
+    distributions: Tensor | None = None
     values: Tensor | None = None
     reward: Tensor | None = None
 
@@ -133,14 +131,15 @@ def fused_head(
         bias: the head's bias, or ``None``.
         targets: the next token of each position.
         spec: temperature, soft cap, scale and optional outputs.
-        weights: share of each position in its segment's distribution; ``None`` leaves PLOT out altogether. A
-            distribution results where the weights of a segment sum to one.
-        segments: which marginal a position belongs to, e.g. its sequence. Rows of one segment must be adjacent.
-        num_segments: number of marginals S.
-        divergence: asks for its value at every position instead of a gradient through the marginals.
+        weights: weight of each position in its segment; ``None``: no output distributions. The result is a
+            distribution if the weights of a segment sum to one.
+        segments: the segment of each position, e.g. its sequence. Rows of one segment must be adjacent.
+        num_segments: number of segments S.
+        divergence: if given, its value is computed at every position, and no gradient flows through the
+            distributions.
 
-    The matrix products run in the autocast dtype where autocast is on, else in ``hidden``'s dtype; every statistic
-    and every accumulation is fp32, or fp64 for fp64 inputs.
+    The matrix products run in the autocast dtype if autocast is on, else in ``hidden``'s dtype. Statistics and
+    accumulation are in fp32, or in fp64 for fp64 inputs.
     """
     outputs = _FusedHead.apply(
         hidden, weight, bias, targets, weights, segments, num_segments, divergence, spec or HeadSpec()
@@ -149,10 +148,10 @@ def fused_head(
 
 
 def _implementation(spec: HeadSpec, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that does the elementwise work on ``device`` with statistics of ``dtype``.
+    """The module for the elementwise work on ``device`` with statistics of ``dtype``.
 
     Raises:
-        InputError: ``impl="triton"`` where its kernels cannot run.
+        InputError: ``impl="triton"``, and its kernels cannot run.
     """
     if spec.impl == "torch" or (spec.impl == "auto" and (device.type != "cuda" or dtype != torch.float32)):
         return block_torch
@@ -174,19 +173,19 @@ def _implementation(spec: HeadSpec, device: torch.device, dtype: torch.dtype) ->
     return block_triton
 
 
-class _Sweep:
-    """The blocks of one pass over the logits; shared by forward and backward so that they agree.
+class _HeadPass:
+    """The blocks of one pass over the logits; forward and backward both use it, so that their logits agree.
 
-    Products of bf16 (or fp16) matrices end in fp32 on a GPU. A CPU has none such, and copies in fp32 would take three
-    times as long, so there each is rounded once, as eager's are: ∂h is one product over the whole vocabulary, ∂W one a
-    block, and the blocks are added up in fp32, as micro-batches are.
+    A GPU accumulates products of bf16 (or fp16) matrices into fp32. A CPU cannot, and copies in fp32 would take three
+    times as long, so there each product is rounded once, as in eager mode: ∂h is one product over the vocabulary,
+    ∂W one product per block, and the blocks are added up in fp32.
 
     Args:
-        dtype: of the matrix products.
-        order: ``(V,)`` the token of each column of a block; ``None`` for the vocabulary's own order.
-        tile: ``(T, V)`` the block.
+        dtype: dtype of the matrix products.
+        order: ``(V,)`` the token of each column of a block; ``None``: the vocabulary's own order.
+        tile: ``(T, V)`` the memory of a block.
         group: vocabulary rows of the head that are cast or permuted at a time.
-        cast: ``(group, H)`` where they are cast to, or ``None``.
+        cast: ``(group, H)`` the memory for cast rows, or ``None``.
     """
 
     def __init__(
@@ -220,15 +219,12 @@ class _Sweep:
         *,
         order: Tensor | None,
         trained: bool,
-    ) -> Iterator[_Sweep]:
-        """A sweep, whose memory is lent for the duration of the block.
-
-        ``trained``: whether the pass needs the weight's gradient.
-        """
+    ) -> Iterator[_HeadPass]:
+        """A head pass that borrows its memory from ``workspace``; ``trained``: it needs the weight's gradient."""
         casts = weight.dtype != dtype
         if order is not None and trained and not casts:
-            # Once for all blocks. The copy is as large as the weight's finished gradient, and gone before that is
-            # made; where there is no such gradient, it would raise the peak.
+            # Permute once for all blocks. The copy is as large as the weight's finished gradient and is freed before
+            # that is made; without such a gradient, it would raise the peak.
             weight, order = weight[order], None
         rows, vocab, device = hidden.size(0), weight.size(0), hidden.device
         budget = spec.block_bytes or block_bytes(
@@ -237,7 +233,7 @@ class _Sweep:
         width = -(-vocab // _ALIGN) * _ALIGN
         most = max(1, budget // (width * dtype.itemsize))
         blocks = -(-rows // most)
-        # Equal blocks: a last block of three rows would read the whole head for three rows.
+        # Equal blocks: a small last block would read the whole head for a few rows.
         block = -(-rows // blocks) if blocks else 0
         with ExitStack() as lent:
             tile = lent.enter_context(workspace.lend("block", block, width, dtype=dtype, device=device))[:, :vocab]
@@ -251,14 +247,14 @@ class _Sweep:
             yield cls(hidden, weight, dtype, order=order, tile=tile, group=group, cast=cast)
 
     def head(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the head in the compute dtype: once where it has that dtype, else a group of rows at a time."""
+        """Yields the head in the compute dtype: at once if it has that dtype, else a group of rows at a time."""
         for start in range(0, self.weight.size(0), self.group):
             columns = slice(start, start + self.group)
             rows = self.weight[columns] if self.order is None else self.weight[self.order[columns]]
             yield columns, rows if self.cast is None else self.cast[: rows.size(0)].copy_(rows)
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields the block's first row, its hidden states (T, H) and the raw products h W^T (T, V)."""
+        """Yields each block's first row, its hidden states (T, H) and its raw products h W^T (T, V)."""
         for start in range(0, self.hidden.size(0), self.tile.size(0) or 1):
             hidden = self.hidden[start : start + self.tile.size(0)].to(self.dtype)  # (T, H)
             tile = self.tile[: hidden.size(0)]  # (T, V)
@@ -282,7 +278,7 @@ class _Sweep:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
-    """``out = a @ b``, or ``out += a @ b``, in ``out``'s fp32 (or fp64); how exactly, :class:`_Sweep` says."""
+    """``out = a @ b``, or ``out += a @ b``, in ``out``'s fp32 (or fp64), rounded as :class:`_HeadPass` says."""
     beta = 1.0 if add else 0.0
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
@@ -299,30 +295,30 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
 
 @dataclass(frozen=True)
 class _Columns:
-    """In which order a pass lays the vocabulary out: its own, or the one in which the divergence needs no gather."""
+    """The order of the vocabulary in a block: its own, or the one in which the divergence needs no gather."""
 
     order: Tensor | None = None  # (V,) token of each column
     rank: Tensor | None = None  # (V,) column of each token
 
     @classmethod
     def of(cls, divergence: Divergence | None) -> tuple[_Columns, Divergence | None]:
-        """The order that ``divergence`` wants, and the divergence for columns in that order."""
-        found = None if divergence is None else divergence.in_its_order()
-        if found is None:
+        """The order of ``divergence``, and the divergence for columns in that order."""
+        sorted_form = None if divergence is None else divergence.sorted_form()
+        if sorted_form is None:
             return cls(), divergence
-        order, sorted_divergence = found
+        order, sorted_divergence = sorted_form
         return cls(order, order.argsort()), sorted_divergence
 
-    def place(self, vector: Tensor | None) -> Tensor | None:
+    def permute(self, vector: Tensor | None) -> Tensor | None:
         """(V,) by token → by column."""
         return vector if vector is None or self.order is None else vector[self.order]
 
-    def targets(self, targets: Tensor) -> Tensor:
-        """(N,) tokens → their columns."""
+    def of_tokens(self, targets: Tensor) -> Tensor:
+        """(N,) tokens → (N,) columns."""
         return targets if self.rank is None else self.rank[targets]
 
     def restore(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """(V, …) by column → by token, in ``dtype``, without a second copy in the wider dtype."""
+        """(V, …) by column → by token, in ``dtype``; makes no second copy in the wider dtype."""
         if self.rank is None:
             return rows.to(dtype)
         out = torch.empty_like(rows, dtype=dtype)
@@ -348,7 +344,7 @@ class _FusedHead(torch.autograd.Function):
         divergence: Divergence | None,
         spec: HeadSpec,
     ) -> tuple[Tensor | None, ...]:
-        # Entropy and marginals are often asked for without anything flowing back: spare their zero gradients.
+        # Entropy and distributions often receive no gradient: do not materialise zeros for them.
         ctx.set_materialize_grads(False)
         device = hidden.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
@@ -358,13 +354,13 @@ class _FusedHead(torch.autograd.Function):
         columns = _Columns()
         if weights is None:
             divergence = None
-        elif implementation.IN_ITS_ORDER:
+        elif implementation.SORTS_COLUMNS:
             columns, divergence = _Columns.of(divergence)
 
         def per_token(wanted: bool, dtype: torch.dtype = stat) -> Tensor | None:
             return torch.zeros(rows, device=device, dtype=dtype) if wanted else None
 
-        found = Statistics(
+        statistics = Statistics(
             log_z=torch.zeros(rows, device=device, dtype=stat),
             target_logit=torch.zeros(rows, device=device, dtype=stat),
             entropy=per_token("entropy" in spec.outputs),
@@ -377,27 +373,39 @@ class _FusedHead(torch.autograd.Function):
         if weights is not None:
             runs = implementation.runs(weights, segments, num_segments, divergence)
             plot = Plot(weights.to(stat), segments, runs, divergence)
-        # The Function runs under the caller's autocast; the products are cast by hand, so it must not interfere.
+        # The products are cast by hand, so the caller's autocast must not interfere.
         with spec.gather(weight, bias), torch.autocast(device.type, enabled=False):
-            marginals = None
+            distributions = None
             if weights is not None:
-                marginals = torch.zeros(num_segments, weight.size(0), device=device, dtype=stat)  # (S, V)
+                distributions = torch.zeros(num_segments, weight.size(0), device=device, dtype=stat)  # (S, V)
             logits = _logits(bias, spec, stat, columns)
             trained = ctx.needs_input_grad[1] and not spec.frozen
             workspace = spec.workspace or Workspace()
-            places = columns.targets(targets)
-            with _Sweep.over(hidden, weight, dtype, spec, workspace, order=columns.order, trained=trained) as sweep:
-                for first, _, tile in sweep.blocks():
-                    implementation.forward(tile, first, logits, places, found, plot, marginals)
-        if marginals is not None and columns.rank is not None:
-            marginals = marginals[:, columns.rank]
-        # Entropy is an output: kept on `ctx` itself it would hold its own graph, and never be freed.
-        ctx.save_for_backward(hidden, weight, bias, targets, found.log_z, found.entropy)
+            target_columns = columns.of_tokens(targets)
+            with _HeadPass.over(
+                hidden, weight, dtype, spec, workspace, order=columns.order, trained=trained
+            ) as head_pass:
+                for first, _, tile in head_pass.blocks():
+                    implementation.forward(tile, first, logits, target_columns, statistics, plot, distributions)
+        if distributions is not None and columns.rank is not None:
+            distributions = distributions[:, columns.rank]
+        # Entropy is an output: as an attribute of `ctx` it would hold its own graph, and never be freed.
+        ctx.save_for_backward(hidden, weight, bias, targets, statistics.log_z, statistics.entropy)
         ctx.spec, ctx.dtype, ctx.plot, ctx.columns, ctx.workspace = spec, dtype, plot, columns, workspace
-        fixed = [found.sum_sq, found.mean, found.top1] + ([marginals] if divergence is not None else [])
-        ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
-        log_probs = found.target_logit - found.log_z
-        return log_probs, found.entropy, found.sum_sq, found.mean, found.top1, marginals, found.values
+        constant = [statistics.sum_sq, statistics.mean, statistics.top1] + (
+            [distributions] if divergence is not None else []
+        )
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
+        log_probs = statistics.target_logit - statistics.log_z
+        return (
+            log_probs,
+            statistics.entropy,
+            statistics.sum_sq,
+            statistics.mean,
+            statistics.top1,
+            distributions,
+            statistics.values,
+        )
 
     @staticmethod
     @record_function("plot_align/head_backward")
@@ -419,22 +427,22 @@ class _FusedHead(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=stat) if needs_weight else None  # (V, H)
             grad_bias = torch.zeros_like(bias, dtype=stat) if needs_bias else None  # (V,)
 
-            def sweep_up() -> None:
-                """A function of its own, so that the block is freed before the gradients are rounded."""
+            def run_blocks() -> None:
+                # A function, so that the block is freed before the gradients are rounded.
                 logits = _logits(bias, spec, stat, columns)
-                places = columns.targets(targets)
-                with _Sweep.over(
+                target_columns = columns.of_tokens(targets)
+                with _HeadPass.over(
                     hidden, weight, ctx.dtype, spec, ctx.workspace, order=columns.order, trained=needs_weight
-                ) as sweep:
-                    for first, hidden_block, tile in sweep.blocks():
-                        implementation.backward(tile, first, logits, places, gradients, plot)
+                ) as head_pass:
+                    for first, hidden_block, tile in head_pass.blocks():
+                        implementation.backward(tile, first, logits, target_columns, gradients, plot)
                         of_block = None if grad_hidden is None else grad_hidden[first : first + tile.size(0)]
-                        sweep.add_gradients(tile, hidden_block, of_block, grad_weight)
+                        head_pass.add_gradients(tile, hidden_block, of_block, grad_weight)
                         if grad_bias is not None:
                             grad_bias.add_(tile.sum(0, dtype=stat))
 
-            sweep_up()
-            if not spec.frozen:  # else some rows were swept again, and the step goes on
+            run_blocks()
+            if not spec.frozen:  # a frozen pass repeats some rows in the middle of a step
                 ctx.workspace.clear()
         return (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
@@ -445,5 +453,5 @@ class _FusedHead(torch.autograd.Function):
 
 
 def _logits(bias: Tensor | None, spec: HeadSpec, dtype: torch.dtype, columns: _Columns) -> Logits:
-    bias = None if bias is None else columns.place(bias.to(dtype))
+    bias = None if bias is None else columns.permute(bias.to(dtype))
     return Logits(bias, columns.order, spec.logit_scale, spec.softcap, spec.temperature, dtype)

@@ -1,9 +1,9 @@
-"""The output distribution from logits that a trainer has built anyway: no matrix product and no copy of them.
+"""The output distribution from logits that the trainer builds anyway: no matrix product, and no copy of the logits.
 
-Only the selected rows are read, a slice at a time. Forward keeps the logits themselves and one number a row; backward
-makes the softmax again and returns the gradient of the logits. That is one buffer of their size. It does not raise
-the peak: autograd runs the newest nodes first, so the vanilla loss, whose own gradients of slices of the logits are
-as large, is done by then, and the buffer is freed as soon as it is added.
+Only the selected rows are read, a slice at a time. Forward saves the logits themselves and one number per row;
+backward recomputes the softmax and returns the gradient of the logits, one buffer of their size. This does not raise
+the peak: autograd runs the newest nodes first, and the gradients of the vanilla loss are just as large, so the buffer
+is freed, as soon as it is added, at a time when the vanilla loss is done.
 """
 
 from __future__ import annotations
@@ -30,28 +30,27 @@ def output_distribution(
 ) -> tuple[Tensor, Tensor | None]:
     """Output distributions of the selected positions, differentiable once in the logits.
 
-        marginals[s] = (weights[..., None] * softmax(logits, -1))[segments == s].sum(0)        # the naive line
+        distributions[s] = (weights[..., None] * softmax(logits, -1))[segments == s].sum(0)        # the naive line
 
-    Its gradient is ``w_t · p_t ⊙ (s − ⟨p_t, s⟩)``, s the gradient with respect to the segment's marginal.
+    Its gradient is ``w_t · p_t ⊙ (s − ⟨p_t, s⟩)``, s the gradient with respect to the segment's distribution.
 
     Args:
-        logits: ``(N, V)`` or ``(B, T, V)``, any float dtype, contiguous (else they are copied). Rows of weight 0 are
-            not read, and may hold anything.
-        weights: share of each position in its segment's distribution, 0 or more. A distribution results where the
-            weights of a segment sum to one.
-        segments: which marginal a position belongs to; ``None`` for one of all. Selected rows of one segment that
-            are adjacent are swept together.
-        num_segments: number of marginals S.
-        divergence: asks for its value at every position instead of a gradient through the marginals; it must be on
-            the device of the logits.
+        logits: ``(N, V)`` or ``(B, T, V)``, any float dtype; copied unless contiguous. Rows of weight 0 are not read,
+            and may hold anything.
+        weights: weight of each position in its segment, 0 or more. The result is a distribution if the weights of a
+            segment sum to one.
+        segments: the segment of each position; ``None``: one segment.
+        num_segments: number of segments S.
+        divergence: if given, its value is computed at every position, and no gradient flows through the
+            distributions. It must be on the device of the logits.
 
     Returns:
-        ``marginals (S, V)`` in fp32 (fp64 for fp64 logits), without gradient where ``divergence`` is given; and
-        ``values``, in the shape of ``weights``: the divergence at each position with a positive weight, 0 elsewhere,
+        ``distributions (S, V)`` in fp32 (fp64 for fp64 logits), without gradient if ``divergence`` is given; and
+        ``values`` in the shape of ``weights``, the divergence at each position with a positive weight and 0 elsewhere,
         or ``None`` without ``divergence``.
 
     Raises:
-        InputError: in backward, where ``create_graph`` asks for second derivatives.
+        InputError: in backward, if ``create_graph`` is on.
     """
     return _OutputDistribution.apply(logits, weights, segments, num_segments, divergence)
 
@@ -62,14 +61,14 @@ def target_log_probs(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: ``(..., V)``.
-        rows: ``(M,)`` int64, places in the flattened leading dimensions.
+        rows: ``(M,)`` int64, indices into the flattened leading dimensions.
         targets: ``(M,)`` int64.
 
     Returns:
-        ``(M,)``, NaN or infinite where the row's logits are.
+        ``(M,)``, NaN or infinite if the row's logits are.
     """
     flat = logits.reshape(-1, logits.size(-1))  # (N, V)
-    found = torch.empty(rows.numel(), device=logits.device, dtype=_statistics(logits))
+    found = torch.empty(rows.numel(), device=logits.device, dtype=_statistics_dtype(logits))
     step = rows_per_slice(logits.device, logits.size(-1))
     for start in range(0, rows.numel(), step):
         r = slice(start, start + step)
@@ -78,12 +77,12 @@ def target_log_probs(logits: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     return found
 
 
-def _statistics(logits: Tensor) -> torch.dtype:
+def _statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _slices(runs: list[Run], rows: int) -> Iterator[tuple[slice, int]]:
-    """The runs in slices of at most ``rows``, each with its segment."""
+    """The runs in slices of at most ``rows`` rows, each with its segment."""
     for first, end, segment in runs:
         for start in range(first, end, rows):
             yield slice(start, min(start + rows, end)), segment
@@ -91,7 +90,7 @@ def _slices(runs: list[Run], rows: int) -> Iterator[tuple[slice, int]]:
 
 class _OutputDistribution(torch.autograd.Function):
     @staticmethod
-    @record_function("plot_align/marginal")
+    @record_function("plot_align/output_distribution")
     def forward(
         ctx: Any,
         logits: Tensor,  # (..., V)
@@ -101,27 +100,27 @@ class _OutputDistribution(torch.autograd.Function):
         divergence: Divergence | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        stat, vocab = _statistics(logits), logits.size(-1)
+        stat, vocab = _statistics_dtype(logits), logits.size(-1)
         flat = logits.detach().reshape(-1, vocab)  # (N, V)
-        share = weights.detach().flatten().to(logits.device, stat)  # (N,)
-        runs = runs_of(share, None if segments is None else segments.flatten().to(logits.device))
-        log_z = torch.zeros_like(share)
-        marginals = torch.zeros(num_segments, vocab, device=logits.device, dtype=stat)  # (S, V)
-        values = torch.zeros_like(share) if divergence is not None else None  # (N,)
+        flat_weights = weights.detach().flatten().to(logits.device, stat)  # (N,)
+        runs = runs_of(flat_weights, None if segments is None else segments.flatten().to(logits.device))
+        log_z = torch.zeros_like(flat_weights)
+        distributions = torch.zeros(num_segments, vocab, device=logits.device, dtype=stat)  # (S, V)
+        values = torch.zeros_like(flat_weights) if divergence is not None else None  # (N,)
         with torch.autocast(logits.device.type, enabled=False):
             for r, segment in _slices(runs, rows_per_slice(logits.device, vocab)):
                 top = flat[r].amax(-1, keepdim=True).to(stat)  # (R, 1)
                 e = torch.sub(flat[r], top).exp_()  # (R, V) in `stat`, which `top` promotes to
                 total = e.sum(-1)  # (R,)
                 log_z[r] = top.squeeze(-1) + total.log()
-                torch.addmv(marginals[segment], e.T, share[r] / total, out=marginals[segment])
+                torch.addmv(distributions[segment], e.T, flat_weights[r] / total, out=distributions[segment])
                 if divergence is not None and values is not None:
                     values[r] = divergence.value(e.div_(total.unsqueeze(-1))).to(stat)
-        ctx.save_for_backward(logits, share, log_z)
+        ctx.save_for_backward(logits, flat_weights, log_z)
         ctx.runs, ctx.divergence = runs, divergence
         if divergence is not None:
-            ctx.mark_non_differentiable(marginals)
-        return marginals, None if values is None else values.view(weights.shape)
+            ctx.mark_non_differentiable(distributions)
+        return distributions, None if values is None else values.view(weights.shape)
 
     @staticmethod
     @record_function("plot_align/potential")
@@ -133,7 +132,7 @@ class _OutputDistribution(torch.autograd.Function):
                 "create_graph is True, but the output distribution can be differentiated only once: leave "
                 "create_graph off, or use an optimiser that needs no second derivatives."
             )
-        logits, share, log_z = ctx.saved_tensors
+        logits, weights, log_z = ctx.saved_tensors
         flat = logits.reshape(-1, logits.size(-1))  # (N, V)
         gradient = torch.zeros_like(flat)  # (N, V)
         with torch.autocast(logits.device.type, enabled=False):
@@ -141,8 +140,8 @@ class _OutputDistribution(torch.autograd.Function):
                 p = torch.sub(flat[r], log_z[r].unsqueeze(-1)).exp_()  # (R, V)
                 times_plot_factor(
                     p,
-                    torch.zeros_like(share[r]),  # nothing but PLOT flows through these rows
-                    share[r],
+                    torch.zeros_like(weights[r]),  # no other gradient flows through these rows
+                    weights[r],
                     None if potential is None else potential[segment].to(p.dtype),
                     None if g_value is None else g_value.flatten()[r].to(p.dtype),
                     ctx.divergence,

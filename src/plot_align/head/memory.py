@@ -1,4 +1,4 @@
-"""How large a block of logits may be, and where its memory comes from."""
+"""The size of a block of logits, and the memory it lives in."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import psutil
 import torch
 from torch import Tensor
 
-# A larger block means fewer passes over the head's weight and its gradient. On a CPU one four times as large is no
-# faster; on a GPU 1 GiB is some thousand rows of the largest vocabularies, where the products are bound by arithmetic.
+# A larger block means fewer passes over the head's weight and its gradient. On a CPU a block four times as large is no
+# faster; on a GPU 1 GiB is about a thousand rows of the largest vocabularies, enough for the products to be bound by
+# arithmetic.
 _MOST = {"cpu": 256 << 20, "cuda": 1 << 30}
 _LEAST = 16 << 20
-# TRL's head works on tiles of so many tokens and vocabulary rows (`trl.kernels.chunked_logprob`, TRL 1.16).
+# Tokens and vocabulary rows in a tile of TRL's head (`trl.kernels.chunked_logprob`, TRL 1.16).
 _TRL_TILE = (4096, 32768)
 
 
 def block_bytes(
     rows: int, vocab: int, hidden: int, itemsize: int, device: torch.device, *, converts_gradient: bool
 ) -> int:
-    """Bytes of one block of logits: as much as costs no memory that a step without PLOT does not use as well.
+    """Bytes of one block of logits: as many as a step without PLOT would use as well.
 
-    At most 1 GiB (256 MiB on a CPU) and half (a quarter) of what is free. On a GPU also no more than TRL's own tile of
-    4,096 tokens by 32,768 vocabulary rows, or than the head's finished gradient: it is accumulated in float32, and by
-    the time it is rounded to the weight's dtype, which TRL does as well, the block is freed.
+    At most 1 GiB (256 MiB on a CPU) and half (a quarter) of the free memory. On a GPU also no more than TRL's own tile
+    of 4,096 tokens by 32,768 vocabulary rows, or the head's finished gradient, whichever is larger: the gradient is
+    accumulated in float32 and rounded to the weight's dtype, as in TRL, only after the block is freed.
 
-    Gradients that are summed over blocks of another size differ by roundings: where memory is so scarce that it
-    decides, a run repeats to the bit only with a size that is given (``plot_block_mib``).
+    The block size changes the rounding of summed gradients. If the free memory decides the size, a run is reproducible
+    to the bit only with a given size (``plot_block_mib``).
 
     Args:
         rows, vocab, hidden: N, V, H.
@@ -47,15 +48,14 @@ def block_bytes(
 
 
 class Workspace:
-    """Buffers that the head's passes of one step lend each other: forward, the reference's forward, backward.
+    """Buffers that the head passes of one step reuse: forward, the reference's forward, backward.
 
-    On a CPU only. There glibc maps every allocation above 32 MiB anew and unmaps it when it is freed, so each of its
-    pages costs a fault and is filled with zeros, in every pass again. torch's allocator for GPUs keeps what is freed,
-    and nothing is held here.
+    On a CPU only: glibc maps every allocation above 32 MiB anew and unmaps it when it is freed, so each pass would pay
+    a page fault and a page of zeros again. torch's GPU allocator keeps freed memory, so nothing is held there.
 
-    A workspace belongs to one step. The graph keeps it from the forward to the backward, which empties it; the
-    backward would take as much memory itself, so nothing is held that would not be there at the step's peak. What is
-    lent is taken out: who asks meanwhile, another thread for one, gets memory of their own.
+    A workspace belongs to one step. The graph keeps it from the forward to the backward, which empties it. The
+    backward would need as much memory itself, so the workspace does not raise the step's peak. A lent buffer is
+    taken out, so a second caller, such as another thread, gets its own memory.
     """
 
     def __init__(self) -> None:
@@ -63,8 +63,8 @@ class Workspace:
 
     @contextmanager
     def lend(self, name: str, *shape: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """A buffer of this shape for the duration of the block, holding anything; it is the last one of that ``name``
-        where that is large enough."""
+        """An uninitialised buffer of this shape for the duration of the block; reuses the last buffer of that ``name``
+        if it is large enough."""
         if device.type != "cpu":
             yield torch.empty(shape, dtype=dtype, device=device)
             return
@@ -76,5 +76,5 @@ class Workspace:
         self._kept[name] = memory
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the buffers."""
         self._kept.clear()

@@ -1,4 +1,4 @@
-"""A Hugging Face model seen from its head: the causal language model itself, and what it does to its logits."""
+"""The head of a Hugging Face model: the causal language model itself, and how its forward changes the logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from plot_align.head.fused import HeadSpec
 
 
 def causal_lm(model: Any) -> Any:
-    """The causal language model itself, out of a PEFT wrapper where there is one."""
+    """The causal language model itself, without a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def head_spec(model: Any, temperature: float = 1.0) -> HeadSpec:
-    """What the model's own forward does to its logits, read from its configuration as TRL reads it."""
+    """The scale and soft cap of the model's own forward, read from its configuration as TRL reads them."""
     config = model.config.get_text_config()
     scale = None
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

@@ -1,4 +1,4 @@
-"""DEFT's distribution reward over log-probabilities, from the head's inputs: no logits, one product with a vector.
+"""DEFT's distribution reward over log-probabilities, from the head's inputs: one product with a vector, no logits.
 
 ``L = L_vanilla − ω·R`` (arXiv 2604.01787) with d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻
 (:meth:`~plot_align.PreferenceDistribution.difference`); R over probabilities is a divergence,
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plot_align.errors import InputError
 
-# A bf16 head is read in float32 this many rows at a time, never copied as a whole.
+# Rows of a bf16 head that are converted to float32 at a time.
 _CAST_ROWS = 16384
 
 
@@ -29,7 +29,7 @@ def log_reward(
     num_segments: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """R in the log reading, from the head's inputs, without logits.
+    """R over log-probabilities, from the head's inputs, without logits.
 
         R = weights @ ((scale * (hidden @ weight.T + bias)).log_softmax(-1) @ difference)    # the naive line
 
@@ -45,10 +45,10 @@ def log_reward(
         bias: (V,) the head's bias, or None.
         difference: (V,) d, a constant that sums to zero (its sum is not checked: that would stop a GPU on every
             step). Rows of the head beyond the tokenizer have d = 0: ``preference.difference(size=V)``.
-        weights: (N,) share of each position in its segment, constants; those of a segment sum to one.
-        segments: (N,) int64, which segment a position belongs to, e.g. its sequence; None: one for all.
+        weights: (N,) weight of each position in its segment, constants; those of a segment sum to one.
+        segments: (N,) int64, the segment of each position, e.g. its sequence; None: one segment.
         num_segments: number of segments S.
-        scale: what multiplies the logits before the softmax, from :func:`reward_scale`.
+        scale: the factor on the logits before the softmax, from :func:`reward_scale`.
 
     Returns:
         (S,) R of every segment in nats, 0 for one without positions; float32, or float64 for float64 ``hidden``. Sums
@@ -60,7 +60,7 @@ def log_reward(
     """
     for name, tensor, shape, rows in (
         ("difference", difference, (weight.size(0),), "row of the head: use preference.difference(size=rows)"),
-        ("weights", weights, (hidden.size(0),), "position: pass the share of each"),
+        ("weights", weights, (hidden.size(0),), "position: pass the weight of each"),
     ):
         if tensor.shape != shape:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, but {shape} is needed, one entry a {rows}.")
@@ -68,7 +68,7 @@ def log_reward(
 
 
 def reward_scale(*, logit_scale: float = 1.0, temperature: float = 1.0, softcap: float | None = None) -> float:
-    """The ``scale`` of :func:`log_reward` for what a model does to its logits.
+    """The ``scale`` of :func:`log_reward` for a model that scales its logits like this.
 
     Raises:
         InputError: the model caps its logits, so that they are not linear in the hidden states.
@@ -98,18 +98,18 @@ class _LogReward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             d = difference.to(hidden.device, stat)  # (V,)
             rows = torch.arange(hidden.size(0), device=hidden.device)  # (N,)
-            shares = torch.zeros(num_segments, hidden.size(0), device=hidden.device, dtype=stat)  # (S, N)
+            by_segment = torch.zeros(num_segments, hidden.size(0), device=hidden.device, dtype=stat)  # (S, N)
             # A product rather than index_add, whose order of summation is not fixed on a GPU.
-            shares[torch.zeros_like(rows) if segments is None else segments, rows] = weights.to(stat)
-            pooled = shares @ hidden.to(stat)  # (S, H)
+            by_segment[torch.zeros_like(rows) if segments is None else segments, rows] = weights.to(stat)
+            pooled = by_segment @ hidden.to(stat)  # (S, H)
             direction = hidden.new_zeros(hidden.size(1), dtype=stat)  # (H,) Wᵀd
             for start in range(0, weight.size(0), _CAST_ROWS):
                 part = slice(start, start + _CAST_ROWS)
                 direction += d[part] @ weight[part].to(stat)
             rewards = pooled @ direction  # (S,)
             if bias is not None:
-                rewards = rewards + shares.sum(-1) * (bias.to(stat) @ d)
-        ctx.save_for_backward(shares, pooled, direction, d)
+                rewards = rewards + by_segment.sum(-1) * (bias.to(stat) @ d)
+        ctx.save_for_backward(by_segment, pooled, direction, d)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.scale = scale
         return scale * rewards
@@ -121,13 +121,13 @@ class _LogReward(torch.autograd.Function):
                 "create_graph is True, but the distribution reward can be differentiated only once: leave "
                 "create_graph off, or use an optimiser that needs no second derivatives."
             )
-        shares, pooled, direction, d = ctx.saved_tensors
+        by_segment, pooled, direction, d = ctx.saved_tensors
         hidden_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_hidden = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
-            each = ctx.scale * grad.to(shares.dtype)  # (S,)
+            each = ctx.scale * grad.to(by_segment.dtype)  # (S,)
             if ctx.needs_input_grad[0]:
-                grad_hidden = torch.outer(each @ shares, direction).to(hidden_dtype)  # (N, H)
+                grad_hidden = torch.outer(each @ by_segment, direction).to(hidden_dtype)  # (N, H)
             if ctx.needs_input_grad[1]:
                 mean = each @ pooled  # (H,)
                 grad_weight = torch.empty(d.numel(), mean.numel(), device=d.device, dtype=weight_dtype)  # (V, H)
@@ -135,5 +135,5 @@ class _LogReward(torch.autograd.Function):
                     part = slice(start, start + _CAST_ROWS)
                     grad_weight[part] = torch.outer(d[part], mean)
             if bias_dtype is not None and ctx.needs_input_grad[2]:
-                grad_bias = (d * (each @ shares.sum(-1))).to(bias_dtype)  # (V,)
+                grad_bias = (d * (each @ by_segment.sum(-1))).to(bias_dtype)  # (V,)
         return grad_hidden, grad_weight, grad_bias, *(None,) * 5

@@ -1,8 +1,8 @@
-"""The kernels of ``block_triton.py``. A block of raw products is ``(T, V)`` with rows ``stride`` elements apart.
+"""The kernels of ``block_triton.py``. A block of raw products is ``(T, V)``, its rows ``stride`` elements apart.
 
-Arguments of one name mean the same everywhere: ``bias_ptr (V,)``; per row ``log_z``, ``share`` (its weight in the
-output distribution), ``segments``, ``targets`` (a column); ``scale``, ``softcap`` and ``inv_t`` make logits of raw
-products. A pointer that a flag switches off is ``None``.
+An argument means the same in every kernel: ``bias_ptr (V,)``; per row ``log_z``, ``weights`` (the row's weight in its
+output distribution), ``segments`` and ``targets`` (a column); ``scale``, ``softcap`` and ``inv_t`` turn raw products
+into logits. A pointer that a flag switches off is ``None``.
 """
 
 import triton
@@ -42,7 +42,7 @@ def statistics(
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TOKENS: tl.constexpr,
     ENTROPY: tl.constexpr, SUM_SQ: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program a row: an online log-sum-exp, and whatever else one read of the row gives.
+    # One program per row: an online log-sum-exp, and all other statistics that one read of the row yields.
     row = tl.program_id(0)
     raw_ptr += row.to(tl.int64) * stride
     target = tl.load(targets_ptr + row)
@@ -95,12 +95,12 @@ def statistics(
 
 @triton.jit
 def column_sums(
-    raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, partial_ptr, rows,
+    raw_ptr, stride, bias_ptr, log_z_ptr, weights_ptr, partial_ptr, rows,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program for BLOCK columns of ROWS rows: their weighted softmax, summed into a line of its own. A row without
-    # a share is not read, here and below: finding such rows beforehand would make the GPU wait for the CPU.
+    # One program for BLOCK columns of ROWS rows: their weighted softmax, summed into a row of `partial`. A row of
+    # weight 0 is not read, here and below: finding such rows beforehand would make the GPU wait for the CPU.
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
     split = tl.program_id(1)
@@ -108,26 +108,26 @@ def column_sums(
     for start in range(0, ROWS, STEP):
         row = split * ROWS + start + tl.arange(0, STEP)
         exists = row < rows
-        share = tl.load(share_ptr + row, mask=exists, other=0.0)
-        mask = (share > 0)[:, None] & inside[None, :]
+        weight = tl.load(weights_ptr + row, mask=exists, other=0.0)
+        mask = (weight > 0)[:, None] & inside[None, :]
         raw = tl.load(raw_ptr + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
         z, _slope = _logits(
             raw, bias_ptr, columns[None, :], inside[None, :], scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP
         )
         log_z = tl.load(log_z_ptr + row, mask=exists, other=0.0)
-        total += tl.sum(tl.where(mask, share[:, None] * tl.exp(z - log_z[:, None]), 0.0), axis=0)
+        total += tl.sum(tl.where(mask, weight[:, None] * tl.exp(z - log_z[:, None]), 0.0), axis=0)
     tl.store(partial_ptr + split.to(tl.int64) * vocab + columns, total, mask=inside)
 
 
 @triton.jit
 def potential(
-    raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, segments_ptr, potential_ptr, factor_ptr,
+    raw_ptr, stride, bias_ptr, log_z_ptr, weights_ptr, segments_ptr, potential_ptr, factor_ptr,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program a row: factor −= w·⟨p, s⟩.
+    # One program per row: factor −= w·⟨p, s⟩.
     row = tl.program_id(0)
-    share = tl.load(share_ptr + row)
-    if share > 0:
+    weight = tl.load(weights_ptr + row)
+    if weight > 0:
         raw_ptr += row.to(tl.int64) * stride
         potential_ptr += tl.load(segments_ptr + row) * vocab
         log_z = tl.load(log_z_ptr + row)
@@ -138,7 +138,7 @@ def potential(
             raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
             z, _slope = _logits(raw, bias_ptr, columns, mask, scale, softcap, inv_t, HAS_BIAS, HAS_SOFTCAP)
             mean += tl.sum(tl.exp(z - log_z) * tl.load(potential_ptr + columns, mask=mask, other=0.0), axis=0)
-        tl.store(factor_ptr + row, tl.load(factor_ptr + row) - share * mean)
+        tl.store(factor_ptr + row, tl.load(factor_ptr + row) - weight * mean)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def _to_gradient(
 @triton.jit
 def gradient(
     raw_ptr, stride, bias_ptr, targets_ptr, log_z_ptr, of_log_prob_ptr, entropy_ptr, of_entropy_ptr,
-    factor_ptr, share_ptr, segments_ptr, potential_ptr, vocab, scale, softcap, inv_t, outer,
+    factor_ptr, weights_ptr, segments_ptr, potential_ptr, vocab, scale, softcap, inv_t, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, PLOT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -172,10 +172,10 @@ def gradient(
     )
     factor = tl.load(factor_ptr + row) + tl.zeros((BLOCK,), tl.float32)
     if PLOT:
-        share = tl.load(share_ptr + row)
+        weight = tl.load(weights_ptr + row)
         potential_ptr += tl.load(segments_ptr + row) * vocab
-        wanted = tl.where(share > 0, vocab, 0)  # a row without a share reads nothing
-        factor += share * tl.load(potential_ptr + columns, mask=columns < wanted, other=0.0)
+        wanted = tl.where(weight > 0, vocab, 0)  # a row of weight 0 reads nothing
+        factor += weight * tl.load(potential_ptr + columns, mask=columns < wanted, other=0.0)
     entropy = 0.0
     of_entropy = 0.0
     if ENTROPY:
@@ -193,8 +193,8 @@ def _along_line(
     raw_ptr, bias_ptr, log_z, target_ptr, gaps_ptr, before, start, vocab, scale, softcap, inv_t,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of a row along its line, ``before = F_p − F_P`` ahead of them: their places, z and its slope, p,
-    F_p − F_P and the gap at each, and F_p − F_P behind them."""
+    """BLOCK columns of a row along its line, given ``before``, F_p − F_P ahead of them. Returns the columns, z and its
+    slope, p, F_p − F_P and the gap at each, and F_p − F_P behind them."""
     columns = start + tl.arange(0, BLOCK)
     mask = columns < vocab
     raw = tl.load(raw_ptr + columns, mask=mask, other=0.0)
@@ -213,12 +213,12 @@ def _signed(tail, gaps):
 
 @triton.jit
 def line_values(
-    raw_ptr, stride, bias_ptr, log_z_ptr, share_ptr, target_ptr, gaps_ptr, values_ptr,
+    raw_ptr, stride, bias_ptr, log_z_ptr, weights_ptr, target_ptr, gaps_ptr, values_ptr,
     vocab, scale, softcap, inv_t, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program a row: W1 = Σ_k |F_p(k) − F_P(k)|·gap_k along the line, the cumulative sum carried from step to step.
+    # One program per row: W1 = Σ_k |F_p(k) − F_P(k)|·gap_k along the line, the cumulative sum carried along.
     row = tl.program_id(0)
-    if tl.load(share_ptr + row) > 0:
+    if tl.load(weights_ptr + row) > 0:
         raw_ptr += row.to(tl.int64) * stride
         log_z = tl.load(log_z_ptr + row)
         before = 0.0
@@ -238,7 +238,7 @@ def line_gradient(
     of_value_ptr, target_ptr, gaps_ptr, vocab, scale, softcap, inv_t, outer,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program a row, whose own potential is s_j = Σ_{k ≥ j} c_k with c_k = sign(F_p(k) − F_P(k))·gap_k.
+    # One program per row, whose own potential is s_j = Σ_{k ≥ j} c_k with c_k = sign(F_p(k) − F_P(k))·gap_k.
     # First Σ c_k and ⟨p, s⟩ = Σ_k c_k·F_p(k); then the row again, from the cache, with s_j = Σ c_k − Σ_{k < j} c_k.
     row = tl.program_id(0)
     raw_ptr += row.to(tl.int64) * stride

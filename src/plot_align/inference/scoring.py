@@ -60,9 +60,9 @@ def score(
     total = torch.zeros(causal_lm(model).get_output_embeddings().weight.size(0), dtype=torch.float64)  # (V,)
     batches = list(_batches(sequences, batch_size))
     jobs = ([sequences[i] for i in batch] for batch in batches)
-    for batch, (sums, marginal) in zip(batches, each(partial(_score, model), jobs), strict=True):
+    for batch, (sums, distribution) in zip(batches, each(partial(_score, model), jobs), strict=True):
         logps[batch] = sums
-        total += marginal  # in the order of the batches, whichever process computed them
+        total += distribution  # in the order of the batches, whichever process computed them
         advance(len(batch))
     return Scores(logps, tokens, total)
 
@@ -74,15 +74,15 @@ def _score(model: Any, batch: list[ScoredSequence]) -> tuple[Tensor, Tensor]:
     with evaluating(base):
         hidden, targets, rows = _hidden(base, batch)
         ones = torch.ones(len(targets), device=hidden.device)  # (n,)
-        head_output = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
-    assert head_output.marginals is not None
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, head_output.log_probs.double().cpu())
+        result = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
+    assert result.distributions is not None
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, result.log_probs.double().cpu())
     if not bool(torch.isfinite(sums).all()):
         raise RunError(
             "the model gives a log-probability that is not finite, expected numbers; it overflows in its "
             "dtype: use bfloat16 or float32, or check its weights"
         )
-    return sums, head_output.marginals[0].double().cpu()
+    return sums, result.distributions[0].double().cpu()
 
 
 def divergences(

@@ -1,1 +1,1 @@
-"""The methods that PLOT is combined and compared with: PRO and DEFT."""
+"""PRO and DEFT, the methods that PLOT is combined and compared with."""

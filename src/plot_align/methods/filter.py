@@ -1,7 +1,7 @@
-"""DEFT's data filter (arXiv 2604.01787): keep the few pairs that the distribution reward of a model picks out.
+"""DEFT's data filter (arXiv 2604.01787): keep the pairs with the highest distribution reward under a model.
 
-The reward is that of :mod:`plot_align.head.reward`, taken for each completion under the reference model, before any
-training. Scoring a large set takes long, so its scores are kept as they come and an interrupted run goes on.
+The reward is that of :mod:`plot_align.head.reward`, computed for each completion under the reference model before
+training. Scoring a large set takes long, so scores are journalled and an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -65,26 +65,27 @@ def score_pairs(
 
         log:  R = Σ_v d_v · mean_t log p(v | x, y_<t)          prob:  R = Σ_v d_v · mean_t p(v | x, y_<t)
 
-    t runs over the positions that predict the completion's scored tokens, those that :func:`plot_align.estimate`
-    counts. Logits are never held for a batch.
+    t runs over the positions that predict the completion's scored tokens, which are those that
+    :func:`plot_align.estimate` counts. The logits of a batch are never held as a whole.
 
     Args:
-        model: a causal language model, or a PEFT wrapper of one, on the device to score on; left in the mode it was.
-        tokenizer: the model's, with which ``preference`` was counted.
+        model: a causal language model, or a PEFT wrapper of one, on the device to score on; its training mode is
+        restored.
+        tokenizer: the model's tokenizer, with which ``preference`` was counted.
         pairs: ``datasets.Dataset`` or ``IterableDataset`` of pairs, as :func:`plot_align.estimate` takes it.
         preference: gives d.
         reading: ``"log"`` or ``"prob"``.
-        batch_size: completions a forward pass. They are sorted by length, longest first, so that a batch holds
-            little padding and one that does not fit fails at once.
+        batch_size: completions per forward pass. They are sorted by length, longest first, so that batches have
+            little padding and a batch that does not fit into memory fails at once.
         max_length: see :func:`plot_align.estimate`.
         truncation_mode: see :func:`plot_align.estimate`.
-        partial: where scores are kept as they come: ``partial`` with a fingerprint of the tokens, the weights, d and
-            every option appended to its name, so that no other run's scores are ever taken for this one's. Whoever
-            has stored the result calls :func:`forget_partial`. None: an interrupted run starts again.
+        partial: journal of finished batches. A fingerprint of the tokens, the weights, d and every option is appended
+            to its name, so that a run never resumes another run's scores. Call :func:`forget_partial` once the result
+            is stored. None: an interrupted run starts again.
         progress: show progress bars on standard error.
 
     Returns:
-        (N, 2) float64 on the CPU: chosen, rejected. NaN for a completion without a scored token, among them those of
+        (N, 2) float64 on the CPU: chosen, rejected. NaN for a completion without a scored token, including
         rows that TRL's length filter drops. In nats (``log``) or probability (``prob``).
 
     Raises:
@@ -138,7 +139,7 @@ def score_pairs(
 
 
 def pair_scores(scores: Tensor, score: str = "chosen") -> Tensor:
-    """One number a pair: (N, 2) → (N,), NaN where it cannot be had.
+    """One score per pair: (N, 2) → (N,), NaN if a completion has none.
 
     Args:
         scores: from :func:`score_pairs`.
@@ -158,13 +159,14 @@ def pair_scores(scores: Tensor, score: str = "chosen") -> Tensor:
 def keep_pairs(scores: Tensor, share: float, direction: str = "highest") -> Tensor:
     """Which pairs to keep: (N,) → (N,) bool.
 
-    The share is of the pairs with a score, rounded up, so at least one is kept. Of equal scores the earlier row wins.
+    ``share`` is the fraction of the pairs with a score, rounded up, so at least one is kept. Of equal scores the
+    earlier row wins.
 
     Args:
         scores: (N,) from :func:`pair_scores`; pairs with NaN are never kept.
         share: in (0, 1].
-        direction: keep the ``"highest"`` or the ``"lowest"`` scores. Our reading of the paper, which does not say, is
-            the highest.
+        direction: keep the ``"highest"`` or the ``"lowest"`` scores. The paper does not say; we read it as the
+            highest.
 
     Raises:
         InputError: a share or direction out of range, or no pair has a score.
@@ -188,17 +190,17 @@ def keep_pairs(scores: Tensor, share: float, direction: str = "highest") -> Tens
 
 
 def write_pairs(pairs: Any, scores: Tensor, kept: Tensor, path: Path) -> Path:
-    """Write the kept rows with all their columns, in their order, and beside them the scores of all rows.
+    """Write the kept rows with all their columns, in their order, and a second file with the scores of all rows.
 
     Args:
         pairs: the ``datasets.Dataset`` of N rows that was scored.
         scores: (N, 2) from :func:`score_pairs`.
         kept: (N,) bool from :func:`keep_pairs`.
-        path: JSON lines, ``.jsonl`` or ``.jsonl.gz``. Both files are complete or not there, and the same bytes for the
-            same content.
+        path: JSON lines, ``.jsonl`` or ``.jsonl.gz``. Neither file is ever partial, and the same content gives the
+            same bytes.
 
     Returns:
-        The path of the scores (:func:`scores_path`): one line a row with ``row``, ``chosen``, ``rejected`` (null where
+        The path of the scores (:func:`scores_path`): one line per row with ``row``, ``chosen``, ``rejected`` (null if
         there is no score) and ``kept``.
 
     Raises:
@@ -218,7 +220,7 @@ def write_pairs(pairs: Any, scores: Tensor, kept: Tensor, path: Path) -> Path:
 
 
 def scores_path(path: Path) -> Path:
-    """``kept.jsonl`` → ``kept.scores.jsonl``, and so with ``.gz``.
+    """``kept.jsonl`` → ``kept.scores.jsonl``, and the same with ``.gz``.
 
     Raises:
         InputError: the path does not end in ``.jsonl`` or ``.jsonl.gz``.
@@ -237,14 +239,14 @@ def partial_path(path: Path) -> Path:
 
 
 def forget_partial(partial: Path) -> None:
-    """Remove what interrupted runs of :func:`score_pairs` left at ``partial``."""
+    """Remove the journals that interrupted runs of :func:`score_pairs` left at ``partial``."""
     for path in partial.parent.iterdir():
         if re.fullmatch(re.escape(partial.name) + r"\.[0-9a-f]{16}", path.name):
             path.unlink(missing_ok=True)
 
 
 def require_json(pairs: Any) -> None:
-    """Refuse, before the scoring, rows that :func:`write_pairs` could not write; the first row stands for all.
+    """Refuse, before the scoring, rows that :func:`write_pairs` could not write; checks only the first row.
 
     Raises:
         InputError: a value that JSON cannot hold.
@@ -256,7 +258,7 @@ def require_json(pairs: Any) -> None:
 def _scorer(
     model: Any, tokenizer: Any, preference: PreferenceDistribution, reading: str
 ) -> Callable[[Sequence[ScoredSequence]], list[float]]:
-    """The function that scores one batch of sequences; everything that does not fit is refused here."""
+    """Checks the model and returns the function that scores one batch of sequences."""
     from plot_align.head import causal_lm, fused_head, head_spec
 
     base = causal_lm(model)
@@ -271,7 +273,7 @@ def _scorer(
     if reading == "log":
         scale = reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
     cost = DistributionReward(difference).to(device)
-    difference = cost.difference  # on the device, as wide as it can be there
+    difference = cost.difference  # on the device, in its widest dtype
 
     def score(batch: Sequence[ScoredSequence]) -> list[float]:
         inputs, rows, columns, weights = (part.to(device) for part in collate(batch))
@@ -285,9 +287,9 @@ def _scorer(
             )
         else:
             unused = torch.zeros_like(rows)  # targets
-            swept = fused_head(hidden, weight, bias, unused, spec, weights=weights, segments=rows, num_segments=count)
-            assert swept.marginals is not None  # (B, V)
-            rewards = -cost.value(swept.marginals)
+            result = fused_head(hidden, weight, bias, unused, spec, weights=weights, segments=rows, num_segments=count)
+            assert result.distributions is not None  # (B, V)
+            rewards = -cost.value(result.distributions)
         return rewards.tolist()  # (B,)
 
     return score
@@ -308,7 +310,7 @@ def _require_finite(values: list[float], batch: list[int]) -> None:
 def _fingerprint(
     model: Any, sequences: Sequence[ScoredSequence], difference: Tensor, reading: str, batch_size: int
 ) -> str:
-    """16 hex digits of everything that decides a score, rounding included."""
+    """16 hex digits that identify everything a score depends on, including its rounding."""
     from plot_align.records import versions
 
     device = next(model.parameters()).device
@@ -333,7 +335,7 @@ def _fingerprint(
 
 @contextmanager
 def _journal(path: Path | None) -> Iterator[Callable[[int, list[float]], None]]:
-    """Yields the function that appends the scores of a batch to ``path``, out of this process before it returns."""
+    """Yields a function that appends the scores of a batch to ``path`` and flushes the file."""
     if path is None:
         yield lambda number, values: None
         return
@@ -354,7 +356,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[float]], None]]:
 
 
 def _read_journal(path: Path | None) -> dict[int, list[float]]:
-    """Scores of the batches that an interrupted run has finished; a line that was cut off is passed over."""
+    """Scores of the batches that an interrupted run finished; an incomplete line is ignored."""
     done: dict[int, list[float]] = {}
     if path is None:
         return done
@@ -379,7 +381,7 @@ def _stem(path: Path) -> str:
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with complete_or_absent(path) as temporary, temporary.open("wb") as raw:
-        # Without a name and a time the same rows are the same bytes.
+        # Without a name and a time in the gzip header, the same rows give the same bytes.
         packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else nullcontext(raw)
         with packed as file:
             for row in rows:

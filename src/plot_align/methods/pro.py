@@ -1,7 +1,7 @@
-"""Preference Ranking Optimization as a trainer on TRL's conventions: ranked lists of completions, one forward a batch.
+"""A trainer for Preference Ranking Optimization (PRO): ranked lists of completions, one forward per batch.
 
-It is built as :class:`trl.DPOTrainer` is: the same tokens, EOS, chat template and truncation, the fused LM head in
-place of logits, the same metrics where they mean something. PRO needs no reference model.
+It follows :class:`trl.DPOTrainer`: the same tokens, EOS, chat template and truncation, the fused LM head instead of
+logits, and the same metrics where they make sense. PRO needs no reference model.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class PROConfig(_BaseConfig):
     num_train_epochs: float = field(default=2.0, metadata={"help": "Total number of training epochs to perform."})
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Keyword arguments of `from_pretrained`, where the model is given by its name."},
+        metadata={"help": "Keyword arguments of `from_pretrained`, if the model is given by its name."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Whether to run Python code that a model or tokenizer brings along."}
+        default=False, metadata={"help": "Whether to run Python code that comes with a model or tokenizer."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to disable dropout in the model."})
     dataset_num_proc: int | None = field(
@@ -106,13 +106,13 @@ class PROConfig(_BaseConfig):
 
 @dataclass
 class DataCollatorForRanking:
-    """Pads the ranked lists of a batch; the completions of all prompts stand one after another, best first.
+    """Pads the ranked lists of a batch; the lists of all prompts follow one another, best completion first.
 
     Examples have ``prompt_ids``, ``ranked_ids`` (token ids of each completion, best first) and descending ``rewards``.
     With S completions of P prompts, lists of at most n and sequences of at most T tokens, a batch has
 
-    - ``rewards`` ``(P, n)`` float32, each list's less its smallest: only differences matter, and large rewards would
-      lose theirs; 0 in the padding,
+    - ``rewards`` ``(P, n)`` float32, minus the smallest of each list: only differences matter, and large rewards would
+      lose them to rounding; 0 in the padding,
     - ``list_lengths`` ``(P,)`` int64, completions of each prompt,
     - ``input_ids``, ``attention_mask``, ``completion_mask`` ``(S, T)`` int64, truncated as TRL's DPO collator does.
     """
@@ -152,17 +152,17 @@ class PROTrainer(_BaseTrainer):
     """Trainer for Preference Ranking Optimization (Song et al., AAAI 2024, arXiv 2306.17492); see
     :func:`plot_align.pro_loss` for the loss.
 
-    Rows of the data sets are, in text or as messages, and ``tools`` and ``chat_template_kwargs`` beside them where the
-    chat template takes them:
+    Rows of the data sets are text or messages, with optional ``tools`` and ``chat_template_kwargs`` for the chat
+    template, in one of these formats:
 
     - ``prompt``, ``completions`` (a list of two or more, the number may differ between rows) and ``rewards`` (as many
       numbers, in any order);
     - ``prompt`` and ``completions`` without rewards, from best to worst: the rewards are then n − 1, …, 0;
     - pairs: ``chosen`` and ``rejected``, with ``prompt`` or with the prompt implicit in both, with the rewards
-      ``score_chosen`` and ``score_rejected`` where these columns are there, and 1 and 0 otherwise.
+      ``score_chosen`` and ``score_rejected`` if these columns exist, and 1 and 0 otherwise.
 
-    Logged beside the loss: ``loss/ranking`` and ``loss/sft`` (their sum is the loss), ``rank_accuracy`` (share of the
-    pairs of completions with different rewards whose better one has the larger log-probability per token),
+    Logged metrics, besides the loss: ``loss/ranking`` and ``loss/sft`` (their sum is the loss), ``rank_accuracy`` (the
+    fraction of pairs with different rewards whose better completion has the larger log-probability per token),
     ``logps/best`` (mean log-probability of the best completion), ``entropy``, ``mean_token_accuracy`` (of the best
     completions), ``num_tokens``.
 
@@ -174,8 +174,8 @@ class PROTrainer(_BaseTrainer):
         eval_dataset: one data set, or several by name.
         processing_class: the tokenizer; ``None`` loads the model's own. Without a pad token it pads with EOS.
         callbacks: more callbacks for the training loop.
-        optimizers: optimizer and scheduler, in place of those that ``args`` describe.
-        quantization_config: how to quantise a model given by its name.
+        optimizers: optimizer and scheduler, instead of those that ``args`` describe.
+        quantization_config: quantisation of a model given by its name.
         peft_config: adapters to train instead of the model's own weights.
 
     Raises:
@@ -224,7 +224,7 @@ class PROTrainer(_BaseTrainer):
             # Accelerate's dispatch would cut a batch along its first dimension, which lists of different length lack.
             args.accelerator_config.dispatch_batches = False
 
-        # Before the model, so that a bad row is found before gigabytes are loaded.
+        # Before the model, so that a bad row is found before the model is loaded.
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(
                 name, revision=_model_options(args).get("revision"), trust_remote_code=args.trust_remote_code
@@ -247,7 +247,7 @@ class PROTrainer(_BaseTrainer):
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.pad_token_id = processing_class.pad_token_id
         if args.use_liger_kernel:
-            # Its fused loss would replace the forward that the fused head is installed on.
+            # Liger's fused loss would replace the forward that the fused head patches.
             args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
         super().__init__(
             model=model,
@@ -299,8 +299,8 @@ class PROTrainer(_BaseTrainer):
         # Prompt-learning PEFT prepends virtual tokens to the outputs; the last positions are the real ones.
         log_probs = outputs.log_probs[:, -scored.size(1) :].masked_fill(~scored, 0)  # (S, T-1)
         rewards, list_lengths = inputs["rewards"], inputs["list_lengths"]  # (P, n), (P,)
-        places = torch.arange(rewards.size(1), device=rewards.device)  # (n,)
-        present = places < list_lengths.unsqueeze(1)  # (P, n)
+        ranks = torch.arange(rewards.size(1), device=rewards.device)  # (n,)
+        present = ranks < list_lengths.unsqueeze(1)  # (P, n)
 
         def by_prompt(values: Tensor) -> Tensor:
             return values.new_zeros(present.shape).masked_scatter(present, values)  # (S,) → (P, n)
@@ -338,7 +338,7 @@ class PROTrainer(_BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _log_batch(self, **sums: Tensor) -> None:
-        """Turns sums over the batch, added up over all ranks, into the metrics of the next log: one transfer."""
+        """Adds up sums of the batch over all ranks, in one transfer, and turns them into metrics."""
         local = torch.stack([value.float() for value in sums.values()])  # (11,)
         total = self.accelerator.gather(local.unsqueeze(0)).sum(0).tolist()
         found = dict(zip(sums, total, strict=True))
@@ -360,7 +360,7 @@ class PROTrainer(_BaseTrainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The loss alone: there are no logits to return."""
+        """Returns only the loss: there are no logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
@@ -368,7 +368,7 @@ class PROTrainer(_BaseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Takes what the constructor takes; the name of one of its evaluation sets; or ``None`` for all of them."""
+        """``eval_dataset``: as in the constructor, or the name of one of its sets; ``None``: all of them."""
         if isinstance(eval_dataset, dict):
             eval_dataset = {
                 key: _prepare(data, self.processing_class, self.args, key) for key, data in eval_dataset.items()
@@ -421,7 +421,7 @@ def _check_arguments(
 
 
 def _model_options(args: PROConfig) -> dict[str, Any]:
-    """``model_init_kwargs``; where they came as JSON, ``TrainingArguments`` has read them by now."""
+    """``model_init_kwargs`` as a mapping; ``TrainingArguments`` has already parsed JSON."""
     return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
 
 
@@ -457,7 +457,7 @@ def _build_model(model: Any, args: PROConfig, quantization_config: Any, peft_con
 
 
 def _prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig, name: str) -> Any:
-    """``dataset`` tokenised: ``prompt_ids``, ``ranked_ids`` (best first) and ``rewards`` (descending)."""
+    """Tokenises ``dataset``: ``prompt_ids``, ``ranked_ids`` (best first) and ``rewards`` (descending)."""
     first = next(iter(dataset), None)
     if first is None:
         raise InputError(f"the {name} data set is empty, expected ranked completions; check the file and the split.")
@@ -483,7 +483,7 @@ def _prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PROConfig, 
 
 
 def _fits(row: dict[str, Any], max_length: int) -> bool:
-    """Whether a completion token is left where the start is kept: TRL drops the other rows."""
+    """Whether any completion token is left after ``keep_start``: TRL drops the other rows."""
     return len(row["prompt_ids"]) < max_length
 
 
@@ -511,7 +511,7 @@ def _tokenise(row: dict[str, Any], index: int, name: str, tokenizer: PreTrainedT
         }
         prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)["input_ids"]
         joined = tokenizer.apply_chat_template([prompt + answer for answer in completions], **options)["input_ids"]
-    # As TRL: the completion starts where the prompt alone and prompt + completion diverge, for any of them.
+    # As in TRL, the completion starts where the tokens of the prompt and of any prompt + completion diverge.
     start = min(common_prefix_length(prompt_ids, ids) for ids in joined)
     if start < len(prompt_ids):
         warnings.warn(
@@ -524,11 +524,11 @@ def _tokenise(row: dict[str, Any], index: int, name: str, tokenizer: PreTrainedT
 
 
 def ranked_row(row: dict[str, Any], where: str) -> tuple[Any, list[Any], list[float]]:
-    """Prompt, completions from best to worst, and their rewards, of a row in any of :class:`PROTrainer`'s formats.
+    """The prompt of a row in any of :class:`PROTrainer`'s formats, its completions from best to worst, their rewards.
 
     Args:
         row: a row of the data set.
-        where: what to call it in an error.
+        where: name of the row in an error.
 
     Raises:
         InputError: see :class:`PROTrainer`.
@@ -557,7 +557,7 @@ def ranked_row(row: dict[str, Any], where: str) -> tuple[Any, list[Any], list[fl
             f"{where}: all rewards are {rewards[0]:g}, so there is nothing to rank; remove the row, or drop the "
             "rewards and order the completions from best to worst."
         )
-    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])  # stable: ties stay in the order of the data
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])  # stable: ties keep the order of the data
     return prompt, [completions[i] for i in order], [float(rewards[i]) for i in order]
 
 

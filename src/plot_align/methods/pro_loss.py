@@ -1,4 +1,4 @@
-"""Preference Ranking Optimization: the loss of a ranked list of completions."""
+"""The loss of Preference Ranking Optimization on ranked lists of completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plot_align.errors import InputError
 
 
 class ProLoss(NamedTuple):
-    """PRO's loss ``()`` and, without their gradient, its two terms ``(P,)`` for each prompt."""
+    """PRO's loss ``()``, and its two terms ``(P,)`` per prompt without gradient."""
 
     loss: Tensor
     ranking: Tensor
@@ -32,16 +32,16 @@ def pro_loss(
 
         L_k = −log( exp(s_k·Δ_k) / (exp(s_k·Δ_k) + Σ_{i>k} exp(s_i·(r_k − r_i))) ),    Δ_k = max_{i>k} (r_k − r_i),
 
-    and the best one is imitated as well: ``L = Σ_{k<n} L_k + w·(n − 1)²·NLL(y_1)``. The NLL is summed over tokens, not
-    divided by their number. Completions stand in any order; of equal rewards the one that stands first counts as the
-    better. Such a tie adds the constant exp(0) to the denominator of L_k, and where only ties are below, L_k is the
-    constant log(1 + their number), without gradient. Only differences of rewards matter.
+    and the best one is imitated as well: ``L = Σ_{k<n} L_k + w·(n − 1)²·NLL(y_1)``. The NLL is a sum over tokens, not
+    a mean. Completions may come in any order; of two with equal rewards, the first counts as the better. Such a tie
+    adds the constant exp(0) to the denominator of L_k; if all completions below k are ties, L_k is the constant
+    log(1 + their number), without gradient. Only differences of rewards matter.
 
     Args:
         logps: ``(P, n)`` log p(y|x) summed over the tokens of each completion, in nats.
         lengths: ``(P, n)`` their number of tokens; 0 counts as 1.
         rewards: ``(P, n)`` any unit.
-        present: ``(P, n)`` bool, False where a shorter list is padded; what stands there is not looked at.
+        present: ``(P, n)`` bool, False in the padding of shorter lists, which is not read.
         sft_weight: w.
 
     Returns:
@@ -72,11 +72,11 @@ def pro_loss(
     widest = gaps.masked_fill(~below, 0).amax(2)  # (P, n): Δ_k
     rivals = (scores.unsqueeze(1) * gaps).masked_fill(~below, -math.inf)  # (P, n, n): s_i·(r_k − r_i)
     # log(e^a + Σe^b) − a as a softplus of logsumexp(b) − a: nothing overflows, and a loss near 0 keeps its digits.
-    # Where nobody is below, the margin is infinite: no loss, no gradient.
+    # If no completion is below, the margin is infinite: no loss, no gradient.
     margins = scores * widest - rivals.logsumexp(2)  # (P, n)
     ranking = -logsigmoid(margins).sum(1)  # (P,)
 
-    best = present & ~below.any(1)  # (P, n): nobody is above
+    best = present & ~below.any(1)  # (P, n): no completion is above
     pairs = (present.sum(1) - 1).to(dtype).square()  # (P,): (n − 1)²
     sft = -sft_weight * pairs * logps.masked_fill(~best, 0).sum(1)  # (P,)
     return ProLoss((ranking + sft).mean(), ranking.detach(), sft.detach())

@@ -1,4 +1,4 @@
-"""Which tokens of a micro-batch are completions, whose they are, and how their positions are pooled."""
+"""The completion tokens of a micro-batch: preferred or rejected, and how their positions are pooled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pooling:
     """How N positions are pooled into S output distributions.
 
     Attributes:
-        weights: ``(N,)`` of each position; those of a distribution with a selected position sum to one.
+        weights: ``(N,)`` the weight of each position; the weights of a distribution sum to one if it has any position.
         segments: ``(N,)`` int64, the distribution of each position; ``None``: one for all.
         counts: ``(S,)`` selected positions of each distribution.
     """
@@ -26,20 +26,20 @@ class Pooling:
     counts: Tensor
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
-        """As arguments of a head pass on ``device``."""
+        """Keyword arguments of a head pass on ``device``."""
         segments = None if self.segments is None else self.segments.to(device)
         return {"weights": self.weights.to(device), "segments": segments, "num_segments": self.counts.numel()}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The policy's forward of one micro-batch.
+    """The labels of one micro-batch, as the policy's forward sees it.
 
     Args:
         labels: ``(B, T)`` as a causal model takes them: not shifted, −100 outside the completions.
         roles: ``(B,)`` +1 chosen, −1 rejected, 0 neither.
-        keep: ``(B, T)`` bool, False where the model did not write the completion itself (tool results); or ``None``.
-        segments: ``(B, T)`` the document of each token where several are packed into a row; or ``None``.
+        keep: ``(B, T)`` bool, False for completion tokens that the model did not write (tool results); or ``None``.
+        segments: ``(B, T)`` the document of each token if several are packed into a row; or ``None``.
     """
 
     labels: Tensor
@@ -48,7 +48,7 @@ class Batch:
     segments: Tensor | None = None
 
     def selected(self, positions: str) -> Tensor:
-        """``(B, T − 1)`` bool: position t is selected where it predicts a completion token of the wanted role."""
+        """``(B, T − 1)`` bool: whether position t predicts a completion token of the role."""
         mask = self.labels[:, 1:] != -100  # (B, T-1)
         if self.keep is not None:
             mask = mask & self.keep[:, 1:]
@@ -60,6 +60,10 @@ class Batch:
             case "all":
                 return mask
         raise InputError(f"positions is {positions!r}; expected chosen, rejected or all.")
+
+    def token_counts(self, positions: str, size: int) -> Tensor:
+        """``(size,)`` int64: how often each token is predicted at the selected positions."""
+        return torch.bincount(self.labels[:, 1:][self.selected(positions)], minlength=size)
 
     def sequence_ids(self) -> Tensor:
         """``(B, T − 1)`` int64, non-decreasing along the flattened batch: the sequence of each predicted token."""
@@ -75,7 +79,7 @@ class Batch:
     def pooling(self, positions: str, granularity: str, rows: Tensor | None = None) -> Pooling:
         """The selected positions pooled over the batch (``batch``, ``token``) or within each sequence (``sequence``).
 
-        ``rows (N,)`` are the places of the N positions in the flattened ``(B, T − 1)`` batch; ``None``: all of them.
+        ``rows (N,)``: indices of the N positions in the flattened ``(B, T − 1)`` batch; ``None``: all of them.
         """
         selected = self.selected(positions).flatten()  # (B*(T-1),)
         selected = selected if rows is None else selected[rows]  # (N,)
@@ -92,3 +96,23 @@ class Batch:
 def _exact(selected: Tensor) -> Tensor:
     """Ones and zeros in float64, except on Apple's GPUs, which have none."""
     return selected.to(torch.float32 if selected.device.type == "mps" else torch.float64)
+
+
+def check_shapes(logits: Tensor, labels: Tensor, reference_logits: Tensor | None, *, rows: int) -> None:
+    """Refuses tensors that are not one batch of a model whose head has ``rows`` rows.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    if logits.ndim != 3 or not logits.is_floating_point() or logits.size(-1) != rows:
+        raise InputError(
+            f"logits is {logits.dtype} of shape {tuple(logits.shape)}, expected (B, T, {rows}), one entry per row of "
+            "the head: pass the model's logits, and rows= to PlotLoss if the head is larger than the embeddings."
+        )
+    shapes = {"labels": (labels, logits.shape[:2]), "reference_logits": (reference_logits, logits.shape)}
+    for name, (given, expected) in shapes.items():
+        if given is not None and given.shape != expected:
+            raise InputError(
+                f"{name} has shape {tuple(given.shape)}, expected {tuple(expected)} for these logits: pass labels "
+                "that are not shifted, and the reference model's logits of the same batch."
+            )

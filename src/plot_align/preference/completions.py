@@ -1,8 +1,8 @@
-"""The rows of a preference set as TRL 1.16 tokenises them, and which of their tokens it scores.
+"""Tokenise the rows of a preference set as TRL 1.16 does, and find the completion tokens that it scores.
 
-The same prompt extraction, EOS, chat template, tokenisation, boundary between prompt and completion, dropped rows and
-truncation as ``DPOTrainer._prepare_dataset`` followed by ``DataCollatorForPreference`` (``KTOTrainer`` for rows with a
-``label``). The loss is shifted by one, so a completion token at position 0, which nothing predicts, is not scored.
+Prompt extraction, EOS, chat template, tokenisation, boundary between prompt and completion, dropped rows and
+truncation are those of ``DPOTrainer._prepare_dataset`` and ``DataCollatorForPreference`` (``KTOTrainer`` for rows with
+a ``label``). The loss is shifted by one, so a completion token at position 0 is not scored: nothing predicts it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class RowError(InputError):
     """A row that cannot be used.
 
     Args:
-        data: what the row is of, ``"data"`` or ``"dataset"``. first, last: the row, or the first and last of those
-            it is among. reason: the rest of the sentence.
+        data: ``"data"`` or ``"dataset"``. first, last: the rows among which it is; equal if the row is known.
+            reason: the rest of the sentence.
     """
 
     def __init__(self, data: str, first: int, last: int, reason: str) -> None:
-        super().__init__(data, first, last, reason)  # as they came, so that it can be sent to another process
+        super().__init__(data, first, last, reason)  # keeps the arguments, so that the error can be pickled
         self.data, self.first, self.last, self.reason = data, first, last, reason
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class RowError(InputError):
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides how a batch of rows is counted; picklable, for the worker processes."""
+    """The settings that decide how rows are counted; picklable, for the worker processes."""
 
     tokenizer: Any
     size: int  # V
@@ -56,7 +56,7 @@ class Rules:
 def scored_range(
     prompt: np.ndarray, completion: np.ndarray, max_length: int | None, truncation_mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of a row's completion tokens TRL scores: those from ``start`` up to ``stop``.
+    """The range of completion tokens that TRL scores, from ``start`` up to ``stop``.
 
     Args:
         prompt: number of prompt tokens of each row, int64 (R,).
@@ -70,29 +70,30 @@ def scored_range(
     start = (prompt == 0).astype(np.int64)  # nothing predicts the first token of a sequence
     stop = completion
     if max_length is not None and truncation_mode == "keep_start":
-        stop = np.clip(max_length - prompt, 0, completion)  # 0 where the prompt fills max_length: TRL drops the row
+        stop = np.clip(max_length - prompt, 0, completion)  # 0 if the prompt fills max_length: TRL drops the row
     elif max_length is not None:
         start = np.maximum(start, completion - (max_length - 1))
     return np.minimum(start, stop), stop
 
 
 def scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tuple[np.ndarray, list[Side]]:
-    """What TRL scores of a batch of raw rows.
+    """Tokenises a batch of raw rows and finds the tokens that TRL scores.
 
     Args:
         batch: columns of R rows. first: index of its first row, for errors.
 
     Returns:
-        Number of prompt tokens of each row (R,); and of each side the ids of prompt and completion (R rows), whether
-        it is the chosen one (R,), and from where to where in these ids TRL scores (R,) each.
+        Number of prompt tokens of each row (R,); and for each side the ids of prompt and completion (R rows), whether
+        it is the chosen one (R,), and the start and stop of the scored range in these ids (R,) each.
 
     Raises:
-        RowError: the first row that cannot be used, however the rows fall into batches.
+        RowError: the first row that cannot be used, for any batch size.
     """
     try:
         return _scored_sides(batch, first, rules)
     except RowError:
-        for index in range(len(next(iter(batch.values())))):  # it looked at a column or a group of rows at a time
+        # The error may name a later row, found in a whole column or group: find the first one.
+        for index in range(len(next(iter(batch.values())))):
             _scored_sides({name: column[index : index + 1] for name, column in batch.items()}, first + index, rules)
         raise
 
@@ -100,7 +101,7 @@ def scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tuple
 def _scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tuple[np.ndarray, list[Side]]:
     prompts, sides, liked = _texts(batch, first, rules)
     ids = _tokenise(prompts, sides, batch, first, rules)
-    # The boundary is the trainer's: where the prompt alone and prompt + completion diverge, for any of its answers.
+    # As in the trainer, the completion starts where the tokens of the prompt and of any prompt + completion diverge.
     length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
     found = []
     for side_ids, side_liked in zip(ids[1:], liked, strict=True):
@@ -111,7 +112,7 @@ def _scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tupl
 
 
 def dropped_rows(prompt: np.ndarray, max_length: int | None, truncation_mode: str) -> int:
-    """How many rows TRL's length filter drops."""
+    """The number of rows that TRL's length filter drops."""
     return int((prompt >= max_length).sum()) if max_length is not None and truncation_mode == "keep_start" else 0
 
 
@@ -121,7 +122,7 @@ def _boundary(row: tuple[list[int], ...]) -> int:
 
     prompt, answers = row[0], row[1:]
     if all(answer[: len(prompt)] == prompt for answer in answers):
-        return len(prompt)  # what common_prefix_length would return, found at C speed
+        return len(prompt)  # the result of common_prefix_length, but faster
     return min(common_prefix_length(prompt, answer) for answer in answers)
 
 
@@ -175,7 +176,7 @@ def _texts(
 
 
 def _extract(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """TRL's ``extract_prompt`` (prompt, chosen, rejected), with most of the prompt found at C speed beforehand."""
+    """TRL's ``extract_prompt`` (prompt, chosen, rejected), sped up: compares blocks of the prompt beforehand."""
     from trl.data_utils import extract_prompt
 
     block = 64

@@ -1,4 +1,4 @@
-"""Open a preference data set by what a user types: a file, a folder or the id of a data set on the Hub."""
+"""Open a preference data set from a file, a folder or the Hub, and check its columns."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def load_pairs(
     revision: str | None = None,
     data_dir: str | None = None,
 ) -> Any:
-    """Open a preference data set by what a user types.
+    """Open a preference data set from a file, a folder or the Hub.
 
     Args:
         source: a local ``.jsonl``, ``.json`` or ``.csv`` file (each also with ``.gz``), a ``.parquet`` file, a folder
             written by ``datasets.save_to_disk``, a folder of data files, or the id of a data set on the Hub.
         name: configuration of a Hub data set.
-        split: which split of a Hub data set or of a saved ``DatasetDict``. A single file has no splits.
+        split: split of a Hub data set or of a saved ``DatasetDict``. A single file has no splits.
         streaming: read row by row instead of converting to Arrow first.
         revision: branch, tag or commit of a Hub data set.
         data_dir: folder inside a Hub data set, e.g. ``"harmless-base"`` of ``Anthropic/hh-rlhf``.
 
     Returns:
-        ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming. Its ``info.download_checksums`` says what
-        was read (file name and SHA-256, or Hub id and commit), and :func:`plot_align.estimate` puts it into the
+        ``datasets.Dataset``, or ``datasets.IterableDataset`` when streaming. Its ``info.download_checksums`` holds its
+        origin (file name and SHA-256, or Hub id and commit), which :func:`plot_align.estimate` copies into the
         provenance.
 
     Raises:
-        InputError: no such file or data set, an unknown file type, a file that cannot be parsed (the row is named
-            where it can be found), an unknown split.
+        InputError: no such file or data set, an unknown file type, a file that cannot be parsed (with the row, if
+            it can be found), an unknown split.
     """
     import datasets
 
@@ -79,7 +79,7 @@ def load_pairs(
 
 
 def _load(source: str, **options: Any) -> Any:
-    """``datasets.load_dataset`` of a Hub data set or a folder, its errors as one sentence."""
+    """``datasets.load_dataset`` of a Hub data set or a folder; turns its errors into one sentence."""
     import datasets
 
     try:
@@ -109,23 +109,23 @@ def _load_saved(path: Path, split: str, streaming: bool) -> Any:
 
 
 def _with_origin(data: Any, identity: str, details: dict[str, Any]) -> Any:
-    """``data`` with where it came from in ``info.download_checksums``, which every transformation carries on."""
+    """Stores the origin of ``data`` in ``info.download_checksums``, which every transformation keeps."""
     data.info.download_checksums = {identity: {key: value for key, value in details.items() if value is not None}}
     return data
 
 
 def _commit(source: str, revision: str | None) -> str | None:
-    """Commit that a Hub revision stands for; None where the Hub cannot be asked."""
+    """The commit of a Hub revision; offline, the revision itself."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(source, revision=revision, timeout=10).sha
-    except Exception:  # offline, from the cache: the data set is there all the same
+    except Exception:  # offline: the data set came from the cache
         return revision
 
 
 def _diagnose(path: Path, kind: str, error: Exception) -> str:
-    """Why a file cannot be parsed: the first bad row where it can be found, else what the reader said."""
+    """Why a file cannot be parsed: its first bad row, or else the reader's error."""
     reason = " ".join(str(error.__cause__ or error).split())[:300]
     if _READERS[kind] == "json":
         opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
@@ -140,7 +140,7 @@ def _diagnose(path: Path, kind: str, error: Exception) -> str:
 
 
 def _bad_json_row(file: Iterable[str]) -> str | None:
-    """What is wrong with the first bad line of JSON lines; None for a file of another shape."""
+    """The error in the first bad line of a JSON-lines file; None if there is none, or for a file with one array."""
     for number, text in enumerate(file, start=1):
         if not text.strip():
             continue
@@ -156,7 +156,7 @@ def _bad_json_row(file: Iterable[str]) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: its kind, without its text (which may be anything)."""
+    """Describes a value in an error message by its type, without its text, which may be anything."""
     if value is None:
         return "missing"
     if isinstance(value, bool | int | float):
@@ -165,10 +165,10 @@ def shown(value: Any) -> str:
 
 
 def require_pairs(data: Any) -> None:
-    """Refuses, before a model is loaded, what a trainer would fail on with an error of its own.
+    """Refuses, before a model is loaded, data that a trainer would fail on.
 
     Args:
-        data: a ``datasets`` object; of a stream only the columns are looked at, where they are known.
+        data: a ``datasets`` object; of a stream only the columns are checked, if they are known.
 
     Raises:
         InputError: no ``chosen`` or no ``rejected`` column, no rows, or a row where one of them is missing.
@@ -176,7 +176,7 @@ def require_pairs(data: Any) -> None:
     _require_columns(
         data,
         ("chosen", "rejected"),
-        "expected chosen and rejected (and prompt, where they do not contain it)",
+        "expected chosen and rejected (and prompt, if they do not contain it)",
         "preference pairs",
     )
 

@@ -1,7 +1,7 @@
-"""Raw dialogues as conversations: Anthropic's HH-RLHF, whose rows hold both sides as text of many turns.
+"""Convert the raw dialogues of Anthropic's HH-RLHF to conversations.
 
-Each side of a row is a whole dialogue, ``\\n\\nHuman: …\\n\\nAssistant: …`` by turns;
-the two differ in the last answer.
+Each side of a row is a whole dialogue, ``\\n\\nHuman: …\\n\\nAssistant: …`` in turns. The sides differ only in the
+last answer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Malformed(ValueError):
-    """Why a row is dropped."""
+    """A row that cannot be converted; its message is the reason."""
 
 
 def turns(dialogue: str) -> list[Turn]:
     """The turns of a raw dialogue, stripped.
 
     Raises:
-        Malformed: it does not begin with a human turn, does not alternate, does not end with the assistant, or a
-            turn is empty.
+        Malformed: a dialogue that does not begin with a human turn, alternate, and end with the assistant, or has an
+            empty turn.
     """
     before, *parts = _TURN.split(dialogue)
     found = [
@@ -44,15 +44,15 @@ def turns(dialogue: str) -> list[Turn]:
 
 
 def is_dialogue(text: object) -> bool:
-    """Whether it begins as a raw dialogue does."""
+    """Whether ``text`` begins like a raw dialogue."""
     return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 
 def convert(chosen: str, rejected: str) -> dict[str, list[Turn]]:
-    """One raw row as a pair in TRL's conversational format with an explicit prompt.
+    """Converts one raw row to a pair in TRL's conversational format with an explicit prompt.
 
     Raises:
-        Malformed: as :func:`turns`, or the two dialogues differ before the last answer, or not at all.
+        Malformed: as :func:`turns`; dialogues that differ before the last answer, or not at all.
     """
     *prompt, preferred = turns(chosen)
     *other_prompt, other = turns(rejected)

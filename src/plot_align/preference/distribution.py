@@ -1,7 +1,7 @@
-"""Token counts over chosen and rejected completions, and the target distributions made of them.
+"""Token counts over chosen and rejected completions, and target distributions computed from them.
 
-``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻`` says how much more often people's preferred answers use a token than the rejected ones do. The
-counts are integers, so that two estimates merge by addition and a file says exactly what was seen.
+``d = Q⁺/ΣQ⁺ − Q⁻/ΣQ⁻`` is how much more often a token occurs in preferred answers than in rejected ones. Counts are
+integers, so two estimates merge exactly, by addition.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class PreferenceDistribution:
     """Counts of completion tokens in chosen and in rejected answers, over one tokenizer's vocabulary of V ids.
 
     Attributes:
-        chosen_counts: Q⁺, int64, shape (V,): how often each token is trained on in chosen completions.
+        chosen_counts: Q⁺, int64, shape (V,): how often chosen completions train each token.
         rejected_counts: Q⁻, int64, shape (V,): the same for rejected completions.
         provenance: JSON-able. ``tokenizer``: ``fingerprint`` (:func:`vocabulary_fingerprint`) and ``size``.
-            ``policy``: what decides which tokens are counted (``template`` hash, ``eos``, ``max_length``,
+            ``policy``: the settings that decide which tokens are counted (``template`` hash, ``eos``, ``max_length``,
             ``truncation_mode``). ``sources``: one entry for each data set counted: its ``id``, ``split``,
             ``revision`` and ``fingerprint``, the ``tokenizer`` it was read with, ``rows``, ``dropped_rows``,
             ``tokens`` and package ``versions``.
@@ -83,7 +83,7 @@ class PreferenceDistribution:
 
     @property
     def rows(self) -> int:
-        """Rows counted, those dropped by the trainer's length filter left out."""
+        """Rows counted, without those that the trainer's length filter drops."""
         return sum(source["rows"] for source in self.sources)
 
     def difference(self, size: int | None = None) -> Tensor:
@@ -92,7 +92,7 @@ class PreferenceDistribution:
         Raises:
             InputError: no token was counted on one side, or ``size`` is smaller than V.
         """
-        chosen, rejected = self._shares()
+        chosen, rejected = self._frequencies()
         return self._padded(chosen - rejected, size)  # (size,)
 
     def preferred(self, size: int | None = None) -> Tensor:
@@ -114,22 +114,22 @@ class PreferenceDistribution:
     def standard_error(self) -> Tensor:
         """Standard error of d, float64, shape (V,): ``sqrt(q⁺(1 − q⁺)/ΣQ⁺ + q⁻(1 − q⁻)/ΣQ⁻)``.
 
-        Tokens are taken as independent draws. Within one answer they are not, so the true error is somewhat larger.
+        Tokens count as independent draws. Within one answer they are not, so the true error is somewhat larger.
 
         Raises:
             InputError: no token was counted on one side.
         """
-        chosen, rejected = self._shares()
+        chosen, rejected = self._frequencies()
         return (
             chosen * (1 - chosen) / self.chosen_counts.sum() + rejected * (1 - rejected) / self.rejected_counts.sum()
         ).sqrt()  # (V,)
 
     def confidence(self) -> Tensor:
-        """z-score of d for each token, float64, shape (V,), zero where the token was never seen.
+        """z-score of d for each token, float64, shape (V,), zero for tokens never seen.
 
-        The two-proportion z test with the pooled share ``q = (Q⁺ + Q⁻)/(ΣQ⁺ + ΣQ⁻)``:
+        The two-proportion z test with the pooled frequency ``q = (Q⁺ + Q⁻)/(ΣQ⁺ + ΣQ⁻)``:
         ``z = d / sqrt(q(1 − q)(1/ΣQ⁺ + 1/ΣQ⁻))``. Its square is Pearson's χ² of the token's 2×2 table. As in
-        :meth:`standard_error`, tokens are taken as independent draws; read it as a ranking rather than as a test.
+        :meth:`standard_error`, tokens count as independent draws; read z as a ranking rather than as a test.
 
         Raises:
             InputError: no token was counted on one side.
@@ -149,21 +149,21 @@ class PreferenceDistribution:
         reference: Tensor | None = None,
         size: int | None = None,
     ) -> Tensor:
-        """Target distribution ``P = φ(d)/Σφ(d)``, float64, shape (size or V,); rows from V on get no mass.
+        """Target distribution ``P = φ(d)/Σφ(d)``, float64, shape (size or V,); rows from V on have no mass.
 
         Args:
             transform: φ.
 
-                - ``"relu"``: ``max(d, 0)``: keep what people prefer (our reading of the paper).
+                - ``"relu"``: ``max(d, 0)``, the preferred tokens (our reading of the paper).
                 - ``"shift"``: ``d − min d``. Every unseen token gets ``−min d``, so with a large vocabulary this is
-                  close to uniform.
+                  almost uniform.
                 - ``"softmax"``: ``exp(d / (temperature · max|d| / ln V))``. In this unit the scale of d, which
                   shrinks as data and vocabulary grow, drops out: at temperature 1 a token with ``d = max|d|`` weighs
                   as much as V neutral tokens together, above 1 the target becomes flatter and below 1 sharper.
                 - ``"chosen"``: Q⁺, the preferred answers' own token frequencies.
-                - ``"anchored"``: ``max(p_ref + strength · d, 0)``: the reference model's own distribution, moved
-                  towards what people prefer.
-            temperature: of ``softmax``, > 0.
+                - ``"anchored"``: ``max(p_ref + strength · d, 0)``, the reference model's own distribution, shifted
+                  by the preferences.
+            temperature: temperature of ``softmax``, > 0.
             strength: λ of ``anchored``, ≥ 0.
             reference: p_ref of ``anchored``, shape (V,) or (size,): the reference model's mean output distribution.
             size: number of rows of the model's head, at least V. None: V.
@@ -174,7 +174,7 @@ class PreferenceDistribution:
         """
         if transform not in TRANSFORMS:
             raise InputError(f"transform is {transform!r}, expected one of {', '.join(TRANSFORMS)}")
-        chosen, rejected = self._shares()  # (V,), (V,)
+        chosen, rejected = self._frequencies()  # (V,), (V,)
         require_preference(chosen - rejected)
         if transform == "anchored":
             weights = anchored(self._anchor(reference, size), chosen - rejected, strength)  # (V,)
@@ -183,7 +183,7 @@ class PreferenceDistribution:
         return self._padded(weights / weights.sum(), size)  # (size,)
 
     def merge(self, other: PreferenceDistribution) -> PreferenceDistribution:
-        """Both counts added, as if the two data sets had been counted as one. Associative and commutative.
+        """Adds the counts, as if both data sets had been counted as one. Associative and commutative.
 
         Raises:
             InputError: the two come from different vocabularies, or were counted under different policies.
@@ -208,7 +208,7 @@ class PreferenceDistribution:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: both counts, and the provenance as JSON in its metadata. Returns the path.
 
-        The file is complete or it is not there; the same counts and provenance make the same bytes.
+        The file is never partial; the same counts and provenance give the same bytes.
 
         Raises:
             InputError: ``path`` does not end in ``.safetensors`` or cannot be written.
@@ -235,8 +235,8 @@ class PreferenceDistribution:
         """Read a file written by :meth:`save`, onto the CPU.
 
         Raises:
-            InputError: there is no such file, it is truncated or damaged, it holds something else, or it was
-                written by a newer version of this package.
+            InputError: a file that is missing, truncated, damaged, no preference distribution, or written by another
+                version of this package.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -298,7 +298,7 @@ class PreferenceDistribution:
                 "ids; resize the model's embeddings to the tokenizer, or estimate with the model's own tokenizer"
             )
 
-    def _shares(self) -> tuple[Tensor, Tensor]:
+    def _frequencies(self) -> tuple[Tensor, Tensor]:
         """Q⁺/ΣQ⁺ and Q⁻/ΣQ⁻, float64, shape (V,) each."""
         for side, counts in (("chosen", self.chosen_counts), ("rejected", self.rejected_counts)):
             if not counts.any():
@@ -331,13 +331,13 @@ class PreferenceDistribution:
                 f"reference has entries from {float(anchor.min()):.3g} and sums to {total:.6g}, expected a "
                 "probability distribution; pass the softmax, averaged over the positions"
             )
-        anchor = anchor[: self.vocab_size]  # what a padding row has cannot be asked for
+        anchor = anchor[: self.vocab_size]  # drop the mass of padding rows
         if float(anchor.sum()) == 0:
             raise InputError("reference puts no mass on the tokenizer's ids, expected the model's output distribution")
         return anchor / anchor.sum()
 
     def _padded(self, values: Tensor, size: int | None) -> Tensor:
-        """``values`` (V,) followed by zeros (False) up to ``size`` rows."""
+        """``values`` (V,) padded with zeros (False) to ``size`` rows."""
         if size is None:
             return values
         self.check_head(size)
@@ -346,7 +346,7 @@ class PreferenceDistribution:
         return padded
 
     def _digest(self) -> str:
-        """Digest of the counts and the provenance: safetensors itself would not notice a flipped bit."""
+        """Digest of the counts and the provenance, because safetensors has no checksum."""
         digest = hashlib.sha256(_canonical(self.provenance).encode())
         for counts in (self.chosen_counts, self.rejected_counts):
             digest.update(counts.cpu().numpy().astype("<i8").tobytes())
@@ -359,7 +359,7 @@ class PreferenceDistribution:
 
 
 def _with_sorted_header(content: bytes) -> bytes:
-    """A safetensors file with its JSON header in sorted order: the library writes metadata in a random one."""
+    """Sorts the JSON header of a safetensors file: the library writes metadata in random order."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
@@ -367,7 +367,7 @@ def _with_sorted_header(content: bytes) -> bytes:
 
 
 def require_preference(difference: Tensor) -> None:
-    """Refuse d = 0 everywhere: it prefers nothing.
+    """Refuse d = 0 everywhere.
 
     Raises:
         InputError: every entry of ``difference`` (V,) is zero.
@@ -380,21 +380,21 @@ def require_preference(difference: Tensor) -> None:
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary itself, added tokens included: equal exactly when every token has the same id."""
+    """SHA-256 of the vocabulary with added tokens: equal if and only if every token has the same id."""
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Largest token id plus one, added tokens included: more than ``len(tokenizer)`` where ids have holes."""
+    """Largest token id plus one, including added tokens; more than ``len(tokenizer)`` if ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """What to call a tokenizer in a message: its hub id, the last part of its folder, or else its class."""
+    """The name of a tokenizer in messages: its hub id, the last part of its folder, or else its class."""
     name = str(getattr(tokenizer, "name_or_path", "") or "")
     if os.path.isabs(name) or Path(name).exists():
-        name = Path(name).name  # a file that is passed on need not tell where its maker keeps things
+        name = Path(name).name  # do not leak a local path into a file that others get
     return name or type(tokenizer).__name__
 
 

@@ -1,4 +1,4 @@
-"""What a preference distribution prefers: its most preferred and most rejected tokens, as a table and as a figure."""
+"""The most preferred and most rejected tokens of a preference distribution, as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from plot_align.text import readable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# What leaves the date out of each kind of figure, so that the same preference gives the same file.
+# Metadata that leaves the date out of a figure, so that the same preference gives the same file.
 _UNDATED: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 @dataclass(frozen=True)
 class TokenPreference:
-    """One token: its counts, and how sure its preference is.
+    """One token: its counts, and its preference d with a confidence interval.
 
     Attributes:
         id: token id.
-        text: what the token stands for, e.g. ``" sorry"``.
-        chosen, rejected: how often it stands in chosen and in rejected completions.
-        difference: d, share of the chosen tokens minus share of the rejected ones.
-        low, high: 95 % confidence interval of d (normal approximation, tokens taken as independent).
+        text: the token's text, e.g. ``" sorry"``.
+        chosen, rejected: its count in chosen and in rejected completions.
+        difference: d, its frequency among the chosen tokens minus that among the rejected ones.
+        low, high: 95 % confidence interval of d (normal approximation; tokens count as independent).
         z: two-proportion z-score of d.
     """
 
@@ -48,7 +48,7 @@ class TokenPreference:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The extremes of a preference distribution, and what it rests on.
+    """The extremes of a preference distribution, and the size of its data.
 
     Attributes:
         preferred: tokens with the largest d > 0, largest first.
@@ -57,9 +57,9 @@ class Inspection:
         chosen_tokens, rejected_tokens: ΣQ⁺ and ΣQ⁻.
         vocab_size: V.
         seen: tokens seen on either side.
-        preferred_ids, rejected_ids: how many tokens have d > 0, and d < 0.
+        preferred_ids, rejected_ids: number of tokens with d > 0 and d < 0.
         distance: total variation ``½ Σ|d|`` between the chosen and the rejected tokens, 0 to 1.
-        sources: what was counted, from the provenance.
+        sources: the data sets counted, from the provenance.
     """
 
     preferred: list[TokenPreference]
@@ -75,7 +75,7 @@ class Inspection:
     sources: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-able values."""
+        """All fields as JSON-able values."""
         return asdict(self)
 
 
@@ -83,9 +83,9 @@ def inspect(preference: PreferenceDistribution, tokenizer: Any, *, n: int = 20) 
     """The ``n`` most preferred and the ``n`` most rejected tokens (fewer where fewer have a preference), by d.
 
     Args:
-        preference: what to look at.
+        preference: the preference distribution.
         tokenizer: the tokenizer it was counted with.
-        n: tokens on each side, at least 1.
+        n: number of tokens on each side, at least 1.
 
     Raises:
         InputError: another tokenizer, d = 0 everywhere, an empty side, or ``n`` below 1.
@@ -128,7 +128,7 @@ def inspect(preference: PreferenceDistribution, tokenizer: Any, *, n: int = 20) 
 
 
 def token_text(tokenizer: Any, index: int) -> str:
-    """The text a token stands for; its raw form where it is only a part of a character."""
+    """The text of a token; its raw form if it is only a part of a character."""
     raw = tokenizer.convert_ids_to_tokens(index)
     if raw is None:
         return f"<no token {index}>"
@@ -141,7 +141,7 @@ def token_text(tokenizer: Any, index: int) -> str:
 
 
 def render(inspection: Inspection) -> RenderableType:
-    """Two tables (most preferred, most rejected) under a line that says what was counted, for a rich console."""
+    """Two tables (most preferred, most rejected) below a summary of the data, for a rich console."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -169,7 +169,7 @@ def render(inspection: Inspection) -> RenderableType:
         Text(),
         table("most rejected", inspection.rejected, "dark_orange3"),
         Text(),
-        Text("d: share of the chosen tokens minus share of the rejected ones; z takes tokens as independent draws."),
+        Text("d: frequency among chosen minus frequency among rejected tokens; z takes tokens as independent draws."),
     )
 
 
@@ -178,7 +178,7 @@ def write_figure(inspection: Inspection, path: str | os.PathLike[str]) -> Path:
 
     Args:
         inspection: what to draw.
-        path: ``.png``, ``.svg`` or ``.pdf``. The file is complete or it is not there.
+        path: ``.png``, ``.svg`` or ``.pdf``. The file is never partial.
 
     Raises:
         InputError: another ending, or a folder that cannot be written.
@@ -193,7 +193,7 @@ def write_figure(inspection: Inspection, path: str | os.PathLike[str]) -> Path:
         raise InputError(f"figure is {str(path)!r}, expected a name ending in {', '.join(_UNDATED)}; rename it")
     glyphs = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono")).get_charmap()
     panels = [
-        ("Most rejected", inspection.rejected, "#D55E00"),  # Okabe and Ito: told apart by every kind of eye
+        ("Most rejected", inspection.rejected, "#D55E00"),  # Okabe and Ito's colours, safe for colour-blind readers
         ("Most preferred", inspection.preferred, "#0072B2"),
     ]
     bars = max(len(inspection.rejected), len(inspection.preferred))
@@ -224,7 +224,7 @@ def write_figure(inspection: Inspection, path: str | os.PathLike[str]) -> Path:
             for side in ("top", "right", "left"):
                 axes.spines[side].set_visible(False)
         figure.supxlabel(
-            "d: share of the chosen tokens minus share of the rejected tokens, in percentage points (95 % interval)",
+            "d: frequency among chosen minus frequency among rejected tokens, in percentage points (95 % interval)",
             fontsize=9,
         )
         title = "\n".join(textwrap.fill(line, width=150) for line in _summary(inspection))
@@ -235,7 +235,7 @@ def write_figure(inspection: Inspection, path: str | os.PathLike[str]) -> Path:
 
 
 def _summary(inspection: Inspection) -> list[str]:
-    """What was counted, and how much the two sides differ: two lines."""
+    """Two lines: the data counted, and the difference between the two sides."""
     names = ", ".join(str(source.get("id")) for source in inspection.sources) or "unknown data"
     return [
         f"{names}: {inspection.rows:,} rows, {inspection.chosen_tokens:,} chosen and "

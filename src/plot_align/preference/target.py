@@ -1,4 +1,4 @@
-"""φ: from token preferences to the weights of a target distribution, which are then divided by their sum."""
+"""φ: turns token preferences into the weights of a target distribution. The callers divide them by their sum."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRANSFORMS = (*COUNTED, "anchored")
 
 
 def anchored(reference: Tensor, difference: Tensor, strength: float) -> Tensor:
-    """``max(p_ref + λ·d, 0)``, (..., V): the reference model's own output, moved by what people prefer.
+    """``max(p_ref + λ·d, 0)``, (..., V): the reference model's own output, shifted by the preferences.
 
     Raises:
         InputError: λ is negative or not finite.
@@ -25,10 +25,10 @@ def anchored(reference: Tensor, difference: Tensor, strength: float) -> Tensor:
 
 
 def counted(kind: str, chosen: Tensor, rejected: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Weights (V,) from each token's share of the preferred and of the rejected answers, (V,) each, summing to one.
+    """Weights (V,) from the token frequencies in the preferred and in the rejected answers, (V,) each, summing to one.
 
     With ``d = chosen − rejected``: ``relu`` is ``max(d, 0)``, ``shift`` is ``d − min d``, ``softmax`` is
-    ``exp(d / (temperature · max|d| / ln V))``, ``chosen`` is the preferred answers' own shares.
+    ``exp(d / (temperature · max|d| / ln V))``, ``chosen`` is the preferred answers' own frequencies.
 
     Raises:
         InputError: an unknown kind, or a temperature out of range.
@@ -47,3 +47,20 @@ def counted(kind: str, chosen: Tensor, rejected: Tensor, *, temperature: float =
         case "chosen":
             return chosen
     raise InputError(f"target is {kind!r}, expected one of {', '.join(COUNTED)} where tokens are counted")
+
+
+def counted_in_batch(kind: str, counts: Tensor, *, valid: int, temperature: float = 1.0) -> Tensor:
+    """:func:`counted` for one micro-batch; all zero if a side has no token or both sides are equal.
+
+    Args:
+        counts: (2, V) how often each token is preferred and rejected; rows from ``valid`` on are padding of the head.
+
+    Returns:
+        (1, V) weights.
+    """
+    totals = counts.sum(-1, keepdim=True)  # (2, 1)
+    chosen, rejected = counts / totals.clamp(min=1)  # (V,), (V,)
+    weights = torch.zeros_like(chosen)  # (V,)
+    if totals[0] > 0 and (kind == "chosen" or (totals[1] > 0 and not torch.equal(chosen, rejected))):
+        weights[:valid] = counted(kind, chosen[:valid], rejected[:valid], temperature=temperature)
+    return weights.unsqueeze(0)

@@ -11,7 +11,7 @@ from typing import Any
 from plot_align.errors import InputError
 from plot_align.io import complete_or_absent
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
-from plot_align.statistics import share
+from plot_align.statistics import proportion
 
 
 def success_at_cases(results: Rows) -> dict[int, dict[str, Any]]:
@@ -25,7 +25,7 @@ def success_at_cases(results: Rows) -> dict[int, dict[str, Any]]:
     """
     counts = [(len(rows), sum(row["label"] == 1 for row in rows)) for rows in results.values()]
     most = min((n for n, _ in counts), default=0)
-    return {k: share([1 - comb(n - c, k) / comb(n, k) for n, c in counts]) for k in range(1, most + 1)}
+    return {k: proportion([1 - comb(n - c, k) / comb(n, k) for n, c in counts]) for k in range(1, most + 1)}
 
 
 def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestCases:

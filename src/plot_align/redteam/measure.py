@@ -20,7 +20,7 @@ from plot_align.redteam.judges import Judge, agreement
 from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
 from plot_align.redteam.victim import Victim
 from plot_align.results import ATTACK_CURVES
-from plot_align.statistics import share
+from plot_align.statistics import proportion
 
 Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
 
@@ -191,14 +191,14 @@ def measure(
         found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(done.results)
         for tokens, other in attack.by_tokens.items():
             then = rates if other == attack else success_by_behavior(run(other).results)
-            found["by_tokens"].setdefault(attack.name, {})[tokens] = share(list(then.values()))
+            found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
         for step in done.steps:
             path = done.layout.folder / "steps" / f"{step}.json"
             cases = on_main(partial(snapshot_cases, done.layout, list(done.answers), step))
             then = success_by_behavior(
                 label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
             )
-            found["by_steps"].setdefault(attack.name, {})[step] = share(list(then.values()))
+            found["by_steps"].setdefault(attack.name, {})[step] = proportion(list(then.values()))
         if judges.second is not None:
             path = done.layout.results(victim.name, judges.second.name)
             other_results = label(judges.second, harmful, done.answers, path)

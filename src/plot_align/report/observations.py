@@ -24,7 +24,7 @@ from plot_align.report.checks import (
 )
 from plot_align.report.tables import count
 from plot_align.results import EVALUATION, GUARDS, Quantity
-from plot_align.statistics import share
+from plot_align.statistics import proportion
 
 TRAINING = ("dpo", "sft", "pro")
 _SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate")
@@ -316,7 +316,7 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
     ) -> Observation:
         alike = json.dumps([shared, record.seed, made], sort_keys=True)
         quantity = {
-            "title": title, "better": better, **share(list(items.values())), "bounds": [0.0, 1.0], "items": items,
+            "title": title, "better": better, **proportion(list(items.values())), "bounds": [0.0, 1.0], "items": items,
             "weights": None,
         }  # fmt: skip
         return Observation(model, section, measure, name, quantity, True, alike, record, gaps)

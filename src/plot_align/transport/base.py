@@ -1,4 +1,4 @@
-"""What every divergence shares: one primitive without a graph, and its differentiable value."""
+"""The base class of all divergences: one primitive without a graph, and its differentiable value."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SUM_TOLERANCE = 1e-6  # a float32 target is off by 6e-8 at most; a bfloat16 one 
 
 
 class Constants(nn.Module):
-    """A module whose constants are float64 (float32 on devices without it), whatever ``.to(dtype)`` asks for.
+    """A module whose constants stay float64 (float32 on devices without it), even under ``.to(dtype)``.
 
-    They are buffers, so ``.to(device)`` moves them, but not part of ``state_dict``.
+    They are buffers, so ``.to(device)`` moves them, but they are not part of ``state_dict``.
     """
 
     def _constant(self, name: str, tensor: Tensor) -> None:
@@ -26,9 +26,9 @@ class Constants(nn.Module):
         for name, buffer in self._buffers.items():
             if buffer is None:
                 continue
-            device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # where to, without the requested dtype
+            device = fn(buffer.new_empty(0, dtype=torch.float32)).device  # the target device; its dtype is ignored
             dtype = widest_dtype(device) if buffer.is_floating_point() else buffer.dtype
-            # the narrower side converts: neither leaving nor reaching MPS may pass through float64 on it
+            # MPS has no float64: convert before moving there, and after moving away
             self._buffers[name] = buffer.to(dtype).to(device) if device.type == "mps" else buffer.to(device).to(dtype)
         for child in self.children() if recurse else ():
             child._apply(fn)
@@ -36,18 +36,16 @@ class Constants(nn.Module):
 
 
 class Divergence(Constants, ABC):
-    """A distance of distributions over V tokens to a target P: the one given here, or one given with the call.
+    """A distance of distributions over V tokens to a target P, given here or with each call.
 
-    Subclasses implement :meth:`value_and_potential`; nothing else.
+    Subclasses need to implement only :meth:`value_and_potential`.
 
-    A target per call is for targets made from the batch at hand. It is a constant, no gradient flows into it, and only
-    its shape is checked: finding out that it is a distribution would stop a GPU on every step. Whoever makes it
-    answers for that.
+    A target of the current batch is passed with the call. It is a constant without gradient. Only its shape is
+    checked: a check that it is a distribution would synchronise a GPU on every step.
 
-    All arithmetic is done in p's dtype when that is float32 or float64, in float32 for anything narrower. The
-    constants are kept in float64 (float32 on devices without it) whatever ``.to(dtype)`` or ``.half()`` ask for: a
-    target rounded to bfloat16 would be another target. They are buffers, so ``.to(device)`` moves them, but not part
-    of ``state_dict``: a checkpoint must not depend on the term it was trained with.
+    Arithmetic is in p's dtype, but in float32 at least. The constants stay in float64 (see :class:`Constants`),
+    because a target rounded to bfloat16 would be another target, and out of ``state_dict``, because a checkpoint must
+    not depend on the term it was trained with.
 
     Args:
         target: (V,) P, non-negative, finite, sum 1 within 1e-6; zero entries are allowed. Any float dtype and device.
@@ -73,13 +71,13 @@ class Divergence(Constants, ABC):
 
         Args:
             p: (..., V), never modified.
-            target: P of this call, (V,) or broadcastable to p's shape (one row for each of p's), on p's device; a
-                distribution (not checked), never modified. None: the target given at construction.
+            target: P of this call, (V,) or broadcastable to p's shape, on p's device; a distribution (not checked),
+                never modified. None: the target given at construction.
 
         Returns:
             value (...) and potential (..., V), both in the dtype of the arithmetic. The potential is the derivative
-            of the value's formula in each p_j, as if p were free (not tied to sum 1); on the simplex any additive
-            constant is equivalent, and ``p_t * (s - <p_t, s>)`` does not depend on it.
+            of the value in each p_j without the constraint sum p = 1. On the simplex an additive constant does not
+            matter, and ``p_t * (s - <p_t, s>)`` does not depend on it.
 
         Raises:
             InputError: the last dimension of p is not V, or target's shape does not broadcast to p's.
@@ -92,7 +90,7 @@ class Divergence(Constants, ABC):
         return self._value_alone(p, target)
 
     def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
-        """The value where nobody wants its derivative; subclasses that can spare the potential override it."""
+        """The value without a derivative; subclasses override it if they can save the potential."""
         return self.value_and_potential(p, target)[0]
 
     def potential(self, p: Tensor, target: Tensor | None = None) -> Tensor:
@@ -103,9 +101,9 @@ class Divergence(Constants, ABC):
         """Same as :meth:`value`."""
         return self.value(p, target)
 
-    def in_its_order(self) -> tuple[Tensor, Divergence] | None:
+    def sorted_form(self) -> tuple[Tensor, Divergence] | None:
         """An order (V,) of the tokens in which this divergence needs neither a sort nor a gather, and the same
-        divergence for p given in that order; ``None`` where there is no such order."""
+        divergence for p in that order; ``None`` if there is no such order."""
         return None
 
     def _prepare(self, p: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ class ExpectedCost(Divergence):
     direction: it is at distance 1 from every token, itself included. Source: Ren et al., "EMO: Earth Mover Distance
     Optimization for Auto-Regressive Language Modeling" (ICLR 2024).
 
-    The target given here costs two sweeps over the embeddings, once; a target per call two sweeps with each call, in
-    chunks of 32 MiB. They are in float64 on a GPU, where reading the table is what costs (and TF32 cannot round
-    them); on a CPU in the table's own dtype, float32 at least, summed in float64 from chunk to chunk: within 1e-5. The
-    embeddings are held by reference, see :class:`plot_align.transport.table.Table`.
+    A target costs two passes over the embeddings, in chunks of 32 MiB: once for the target given here, on each call
+    for a target of that call. On a GPU they run in float64, because there reading the table dominates and TF32 must
+    not round the products. On a CPU they run in the table's dtype, float32 at least, and sums over chunks in float64,
+    which is accurate to 1e-5. The embeddings are held by reference, see :class:`plot_align.transport.table.Table`.
 
     Args:
         target: (V,) P, see :class:`Divergence`.
@@ -62,13 +62,13 @@ class ExpectedCost(Divergence):
         weights = (target * self.inverse_norms).split(rows_per_chunk(self._table.weight), dim=-1)  # (..., n) each
         with torch.autocast(target.device.type, enabled=False):
             direction = target.new_zeros(*target.shape[:-1], self._table.weight.shape[1])  # (..., H) E^T P
-            for share, rows in zip(weights, self._chunks(), strict=True):
-                direction += share.to(rows) @ rows
+            for part, rows in zip(weights, self._chunks(), strict=True):
+                direction += part.to(rows) @ rows
             cosine = torch.cat([direction.to(rows) @ rows.T for rows in self._chunks()], dim=-1)  # (..., V)
         return target.sum(-1, keepdim=True) - cosine * self.inverse_norms
 
     def _chunks(self) -> Iterator[Tensor]:
-        """The table in blocks of (n, H), in the dtype of the sweep."""
+        """The table in blocks of (n, H), in the dtype of the products."""
         weight = self._table.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         for rows in weight.split(rows_per_chunk(weight)):

@@ -1,6 +1,6 @@
 """Token embeddings → one coordinate per token, so that optimal transport becomes a sorted one-dimensional problem.
 
-Every coordinate made from embeddings is 1-Lipschitz under the cost it stands for, ``|x_i - x_j| <= C_ij``; by duality
+Every coordinate made from embeddings is 1-Lipschitz under its cost, ``|x_i - x_j| <= C_ij``; by duality
 the transport cost on the line never exceeds the exact cost on the embeddings. Equations: ``docs/mathematics.md``.
 """
 
@@ -29,10 +29,10 @@ class Geometry:
         kind: ``"norm"``, ``"principal"`` or ``"vocabulary"`` when made by :func:`line`, ``"slice"`` by
             :func:`slices`; any name for coordinates of your own.
         norm_order: the l of the cost ``||e_i - e_j||_l`` under which ``unit * coordinates`` is 1-Lipschitz, or None
-            where there is no such cost.
-        unit: what the raw coordinates were divided by, in the embeddings' own unit (1.0 when they were not scaled).
+            if there is no such cost.
+        unit: the divisor of the raw coordinates, in the embeddings' own unit (1.0 when they were not scaled).
             ``unit * W1`` is the lower bound of the exact cost.
-        valid: how many leading rows are tokenizer ids; the rest is padding of the head. None: all V.
+        valid: number of leading rows that are tokenizer ids; the rest is padding of the head. None: all V.
 
     Raises:
         InputError: the coordinates are not a finite floating-point vector, or ``unit`` is not positive.
@@ -81,7 +81,7 @@ def line(
 
     ``norm`` is a lower bound under ``C_ij = ||e_i - e_j||_l`` by the reverse triangle inequality; ``principal`` is one
     under the Euclidean cost because u is a unit vector (Cauchy-Schwarz). ``vocabulary`` is the token id, ``x_i = i``:
-    optimal transport without the embeddings (an ablation), and a bound of nothing.
+    optimal transport without the embeddings (an ablation), which bounds no cost.
 
     Scale: the coordinates are divided by Gini's mean difference, the mean of ``|x_i - x_j|`` over all pairs of
     different tokenizer ids. Moving all mass from one random token to another then costs 1 on average on every model,

@@ -1,4 +1,4 @@
-"""The divergences by name."""
+"""Make a divergence from its name or from the options of the term."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 DIVERGENCES = ("w1", "max_w1", "sinkhorn", "emo", "kl", "js", "tv")
 
 
-def distance_of(options: PlotAblations, target: Tensor, embeddings: Tensor, *, valid: int) -> Divergence:
-    """The distance that ``options`` describe, to ``target (V,)``, with ``embeddings (V, H)`` as the geometry.
+def divergence_from_options(options: PlotAblations, target: Tensor, embeddings: Tensor, *, valid: int) -> Divergence:
+    """The divergence that ``options`` describe, to ``target (V,)``, with the geometry of ``embeddings (V, H)``.
 
     Args:
         valid: leading rows that are token ids; the rest is padding of the head.
@@ -68,7 +68,7 @@ def make_divergence(
 ) -> Divergence:
     """The divergence called ``name`` from a distribution to ``target``.
 
-    Each divergence looks at the arguments it needs, and at no other.
+    Each divergence uses only the arguments it needs.
 
     Args:
         name: ``"w1"`` (transport on a line; on several lines their mean), ``"max_w1"`` (the largest over several
@@ -82,7 +82,7 @@ def make_divergence(
         sinkhorn_epsilon: strength of the entropy, relative to the cost of a random move.
         sinkhorn_iterations: at most.
         valid: for ``sinkhorn``: number of tokenizer ids; None: V.
-        seed: for ``sinkhorn``: of its samples and clusters.
+        seed: for ``sinkhorn``: seed of its samples and clusters.
 
     Raises:
         InputError: an unknown name, a geometry or embeddings missing, a target that is no distribution, sizes that

@@ -10,18 +10,18 @@ from plot_align.transport.base import SUM_TOLERANCE, Divergence, widest_dtype
 
 
 class DistributionReward(Divergence):
-    """−R in the prob reading, as a cost: ``L + ω·value`` is DEFT's loss.
+    """−R over probabilities, as a cost: ``L + ω·value`` is DEFT's loss.
 
         value = -(difference * p).sum()    # the naive line
 
-    Potential −d, the same everywhere. It has the interface of a divergence but no target, and a target given with the
-    call means nothing to it. R = Σ_v d_v p_v lies between min d and max d.
+    The potential is −d everywhere. This is a divergence without a target; a target given with the call is ignored.
+    R = Σ_v d_v p_v lies between min d and max d.
 
     Source: arXiv 2604.01787; that the reward is over probabilities is the other of our two readings.
 
     Args:
         difference: (V,) d, finite, sum 0 within 1e-6; rows of the head beyond the tokenizer have d = 0. Any float
-            dtype and device; kept in float64 as the targets of other divergences are.
+            dtype and device; kept in float64.
 
     Raises:
         InputError: it is not a vector that sums to zero.
@@ -30,7 +30,7 @@ class DistributionReward(Divergence):
     difference: Tensor  # (V,)
 
     def __init__(self, difference: Tensor) -> None:
-        nn.Module.__init__(self)  # not Divergence's: there is no target
+        nn.Module.__init__(self)  # skips Divergence.__init__, which needs a target
         self._constant("difference", _check_difference(difference))
 
     @property
@@ -43,7 +43,7 @@ class DistributionReward(Divergence):
         """See :meth:`Divergence.value_and_potential`; ``target`` is ignored."""
         p = self._prepare(p)  # (..., V)
         cost = -self.difference.to(p.dtype)  # (V,)
-        # Callers may change the potential in place, so it is a tensor of its own and no expanded view.
+        # Callers may change the potential in place, so it must not be an expanded view.
         return p @ cost, cost.expand_as(p).clone()
 
 

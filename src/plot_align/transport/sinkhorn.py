@@ -18,7 +18,7 @@ from plot_align.transport.geometry import check_valid, chunks
 from plot_align.transport.support import distances, k_means, mean_cost, mean_token
 from plot_align.transport.table import Table
 
-_CHECK_EVERY = 10  # iterations between two looks at the marginals
+_CHECK_EVERY = 10  # iterations between two checks of the marginals
 _ROW_ELEMENTS = 1 << 24  # rows of p are solved together as long as their costs fit in 128 MiB of float64
 # The numbers of a window stay within exp(+-5 max(C) / epsilon): inside float64 (exp(709)) and float32 (exp(88)).
 _SAFE_RATIO = {torch.float64: 100.0, torch.float32: 15.0}
@@ -30,7 +30,7 @@ class SinkhornConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class SinkhornResult:
-    """What :func:`sinkhorn` found.
+    """The result of :func:`sinkhorn`.
 
     Attributes:
         value: (...) ``<f, p> + <g, P>``, the dual objective: ``<T, C> + epsilon * KL(T || p P^T)`` at convergence, and
@@ -38,7 +38,7 @@ class SinkhornResult:
         transport_cost: (...) ``<T, C>``.
         f: (..., n) potential of p: the gradient of the value in p, finite where p = 0.
         g: (..., m) potential of P.
-        iterations: run at most; a row that has converged is not changed any more.
+        iterations: number of iterations; rows that converge earlier do not change afterwards.
         marginal_error: (...) ``sum_j |sum_i T_ij - P_j|``; the other marginal is exact.
     """
 
@@ -71,7 +71,7 @@ def sinkhorn(
 
     Where ``max(C) / epsilon`` is small enough for the floating-point range (100 in float64), ten iterations at a time
     are run as scalings, matrix-vector products, and absorbed into the potentials (same iterates, a tenth of the
-    exponentials); otherwise all are log-sum-exps. Every ten iterations the marginals are looked at.
+    exponentials); otherwise all are log-sum-exps. The marginals are checked every ten iterations.
 
     Args:
         p: (..., n) non-negative, sum 1; zeros are allowed. Its dtype, float32 or float64, is that of the arithmetic.
@@ -156,15 +156,15 @@ class Sinkhorn(Divergence):
         C = torch.cdist(e, e) / unit; T = ot.sinkhorn(p, P, C, epsilon)
         value = (T * C).sum() + epsilon * (T * (T / (p[:, None] * P)).log()).sum()    # the naive lines, V x V
 
-    What stands for V tokens is for the subclasses to say: :class:`SinkhornTopK`, :class:`SinkhornClusters`. The unit
-    is the mean cost between two random tokens (of a seeded sample of 2,048 where there are more), so that moving all
+    Subclasses choose the support: :class:`SinkhornTopK`, :class:`SinkhornClusters`. The unit
+    is the mean cost between two random tokens (of a seeded sample if there are more than 2,048), so that moving all
     mass from one random token to another costs 1 on average, and epsilon means the same on every model. p and P are
     divided by their sums first. Potential: the dual potential of a token's atom (envelope theorem), finite where
     p = 0.
 
-    The value is not 0 at p = P, and it is smaller somewhere else: entropy pulls p towards the centre of P, the more so
-    the larger epsilon is. The self-transports that would take this bias away are not offered: their iterations
-    converge many times more slowly than those for p and P.
+    The value is not 0 at p = P, and P is not its minimum: entropy pulls p towards the centre of P, more so for larger
+    epsilon. Self-transport terms would remove this bias, but their iterations converge many times more slowly than
+    those for p and P, so they are not implemented.
 
     All of it runs in float64 (float32 on devices without it), whatever p's dtype. Where the marginals are not met
     within ``max_iterations`` a :class:`SinkhornConvergenceWarning` says so, and the value and potential are those of
@@ -184,7 +184,7 @@ class Sinkhorn(Divergence):
             of range.
     """
 
-    radii: Tensor  # (V,) what pooling moves each token by, in units
+    radii: Tensor  # (V,) the distance by which pooling moves each token, in units
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Sinkhorn(Divergence):
             )
         if not (math.isfinite(tolerance) and tolerance > 0):
             raise InputError(
-                f"tolerance is {tolerance!r}, but a positive share of the mass is needed: 0.001 is usual."
+                f"tolerance is {tolerance!r}, but a positive fraction of the mass is needed: 0.001 is usual."
             )
         self.epsilon, self.max_iterations, self.tolerance = epsilon, max_iterations, tolerance
         self.unit = mean_cost(self._table.weight, self.valid, seed)
@@ -234,8 +234,8 @@ class Sinkhorn(Divergence):
 
         ``value - below <= min over T in U(p, P) of <T, C> <= value + above`` for the Euclidean cost in the same unit:
         entropy adds at most ``epsilon * min(H(p), H(P))`` on the support, a marginal error e makes the value at most
-        ``max(C) * e`` too small, and pooling moves the exact cost by at most what it moves p and P. Equations:
-        ``docs/mathematics.md``, section 9.
+        ``max(C) * e`` too small, and pooling changes the exact cost by at most the distance that it moves p and P.
+        Equations: ``docs/mathematics.md``, section 9.
 
         Args:
             p: (..., V) distributions.
@@ -268,7 +268,7 @@ class Sinkhorn(Divergence):
 
     @abstractmethod
     def _pooled(self, side: Tensor, support: _Support) -> Tensor:
-        """(r, V) → (r, V): the mass that does not stand where its own embedding is."""
+        """(r, V) → (r, V): the mass that is not at its own embedding."""
 
     @abstractmethod
     def _row_elements(self) -> int:
@@ -313,7 +313,7 @@ class SinkhornTopK(Sinkhorn):
     """:class:`Sinkhorn` on the ``size`` largest tokens of p and the ``size`` largest of P.
 
     What is left of each side is one atom at the mean of all embeddings; a token of the remainder gets that atom's
-    potential. The support follows p, so value and gradient jump by a little where a token enters or leaves it.
+    potential. The support follows p, so value and gradient jump slightly when a token enters or leaves it.
 
     Each row of p has a cost matrix of ``(2 size + 1)^2`` numbers of its own.
     """

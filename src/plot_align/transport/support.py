@@ -1,4 +1,4 @@
-"""Embeddings → what transport on a small support needs: the mean token, the mean cost, k-means clusters."""
+"""Statistics of the embeddings for transport on a small support: mean token, mean cost, k-means clusters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def mean_token(embeddings: Tensor, valid: int) -> Tensor:
 
 
 def mean_cost(embeddings: Tensor, valid: int, seed: int) -> float:
-    """Mean of ``||e_i - e_j||_2`` over all pairs i != j of tokens; of a sample of 2,048 tokens where there are more.
+    """Mean of ``||e_i - e_j||_2`` over all pairs i != j of tokens; of a sample if there are more than 2,048 tokens.
 
     Raises:
         InputError: it is zero.
@@ -69,7 +69,7 @@ def k_means(embeddings: Tensor, size: int, *, valid: int, seed: int) -> tuple[Te
     from scipy.cluster.vq import kmeans2  # half a second, and nothing else needs it
 
     rows = sample(embeddings, min(valid, CLUSTER_SAMPLE * size), valid, seed)  # (n, H)
-    centre = rows.mean(0)  # (H,); without it float32 would lose what distinguishes the rows
+    centre = rows.mean(0)  # (H,); not centred, float32 would lose the differences between the rows
     points = (rows - centre).float().cpu().numpy()
     start = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:size].numpy()  # (size,)
     with warnings.catch_warnings():

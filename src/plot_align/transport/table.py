@@ -1,4 +1,4 @@
-"""The embeddings that a divergence still needs after it was built: by reference, and known not to have changed."""
+"""Embeddings held by reference, and refused if they change after the divergence was built."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from plot_align.transport.geometry import check_embeddings
 class Table:
     """(V, H) in its own dtype; a cost on the embeddings must stay the same while the model trains.
 
-    A tensor that requires a gradient is going to be trained, so it is copied; any other is held by reference, and
-    :attr:`weight` refuses to hand it out once it was changed in place.
+    A tensor that requires a gradient will be trained, so it is copied. Any other is held by reference, and
+    :attr:`weight` raises an error once the tensor was changed in place.
 
     Args:
         embeddings: (V, H), any floating dtype and device, finite.
@@ -48,13 +48,13 @@ class Table:
         return self._weight
 
     def to(self, device: torch.device) -> None:
-        """Follows the divergence to its device."""
+        """Moves the table to the divergence's device."""
         if device != self._weight.device:
             self._weight = self.weight.to(device)
             self._version = _version(self._weight)
 
     def __getstate__(self) -> Tensor:
-        return self.weight  # a copy counts its changes from its own beginning
+        return self.weight  # a copy has its own version counter
 
     def __setstate__(self, weight: Tensor) -> None:
         self._weight, self._version = weight, _version(weight)

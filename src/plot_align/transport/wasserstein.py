@@ -1,4 +1,4 @@
-"""W1 on a line, through cumulative distribution functions; its mean and its largest value over several lines."""
+"""W1 on a line through cumulative distribution functions, and its mean and maximum over several lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plot_align.errors import InputError
 from plot_align.transport.base import Divergence
 from plot_align.transport.geometry import Geometry
 
-# Bytes of one buffer of the lines that are worked on together: a CPU keeps one line in its cache.
+# Bytes of one buffer of the lines that are processed together: on a CPU one line, which fits into its cache.
 _TOGETHER = {"cpu": 1, "cuda": 64 << 20}
 
 
@@ -59,7 +59,7 @@ class Wasserstein1(Divergence):
     def _value_alone(self, p: Tensor, target: Tensor | None) -> Tensor:
         return self.line.value(*self._sorted(p, target))
 
-    def in_its_order(self) -> tuple[Tensor, SortedLine]:
+    def sorted_form(self) -> tuple[Tensor, SortedLine]:
         return self.order, self.line
 
     def _sorted(self, p: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -70,11 +70,11 @@ class Wasserstein1(Divergence):
 
 
 class SortedLine(Divergence):
-    """W1 of distributions whose tokens stand in the order of their coordinates: neither a sort nor a gather.
+    """W1 of distributions whose tokens are already in the order of their coordinates: no sort, no gather.
 
     Args:
         target: (V,) P in that order, see :class:`Divergence`.
-        gaps: (V,) from each coordinate to the next, the last one 0.
+        gaps: (V,) distance from each coordinate to the next, the last one 0.
     """
 
     gaps: Tensor  # (V,)
@@ -146,7 +146,7 @@ class SlicedWasserstein(Divergence):
         return value.div_(len(self.gaps)), potential.div_(len(self.gaps))
 
     def _groups(self, p: Tensor, target: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Values (..., g) and potentials (..., g, V) of g lines after another: a GPU would wait for each launch."""
+        """Values (..., g) and potentials (..., g, V) of groups of g lines: one line would not fill a GPU."""
         p = self._prepare(p)  # (..., V)
         target = self._target_for(p, target).to(p.dtype)  # (V,) or (..., V)
         together = max(1, _TOGETHER.get(p.device.type, _TOGETHER["cuda"]) // max(1, p.numel() * p.element_size()))
@@ -215,8 +215,8 @@ def _transport(difference: Tensor, gaps: Tensor) -> tuple[Tensor, Tensor]:
 def _cumulate(x: Tensor) -> Tensor:
     """Cumulative sums over the last dimension of ``x``, in place.
 
-    torch's own kernel on a GPU adds in an order that differs between runs, and is refused where deterministic
-    algorithms are asked for (``full_determinism`` of the Trainer).
+    On a GPU torch's kernel adds in an order that differs between runs, so torch refuses it if deterministic algorithms
+    are required (``full_determinism`` of the Trainer).
     """
     if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         return x.copy_(cumulative_sums_by_products(x))

@@ -1,4 +1,4 @@
-"""What a tuned model carries: PLOT's options, the preference distribution, a model card, a record of its training."""
+"""The files saved with a tuned model: PLOT's options, the preference distribution, a model card, a training record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(folder: Path, config: PlotConfig, preference: PreferenceDistribution, *
 
 
 def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDistribution, kind: str) -> None:
-    """Appends how the model was tuned to the card that TRL wrote; replaces the section of an earlier save."""
+    """Appends a section on the term to the model card that TRL wrote; replaces the section of an earlier save."""
     if not path.exists():
         return
     card = path.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n")
@@ -54,7 +54,7 @@ which data.
 
 
 def _loss(config: PlotConfig) -> str:
-    if config.is_reward:  # DEFT's, in the distance's place
+    if config.is_reward:  # DEFT's reward instead of a distance
         return "`L = L_vanilla − ω·R` ([arXiv 2604.01787](https://arxiv.org/abs/2604.01787))"
     return "`L = L_vanilla + α·L_PLOT` ([arXiv 2604.01837](https://arxiv.org/abs/2604.01837))"
 
@@ -68,23 +68,23 @@ def _weight(config: PlotConfig) -> str:
 
 
 def results_of(trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The results of a training record: what ``trainer.train()`` measured, and the log."""
+    """The results of a training record: the metrics of ``trainer.train()``, and the log."""
     return {
         "steps": trainer.state.global_step,
         "metrics": metrics,
         "last_log": _last_log(trainer, "loss"),
-        "eval": _last_log(trainer, "eval_loss"),  # empty where nothing was evaluated
+        "eval": _last_log(trainer, "eval_loss"),  # empty without an evaluation
         "history": thinned(trainer.state.log_history),
     }
 
 
 def _last_log(trainer: Any, having: str) -> dict[str, Any]:
-    """The last entry of the log that has ``having``: ``loss`` of training, with the vanilla and the PLOT loss."""
+    """The last entry of the log that has the key ``having``; an empty one if there is none."""
     return next((entry for entry in reversed(trainer.state.log_history) if having in entry), {})
 
 
 def thinned(entries: list[dict[str, Any]], most: int = 1000) -> list[dict[str, Any]]:
-    """All entries of a log, or ``most`` of them evenly spread with both ends: a record is read whole."""
+    """At most ``most`` entries of a log, evenly spaced and with both ends, because a record is read as a whole."""
     last = len(entries) - 1
     if last < most:
         return entries

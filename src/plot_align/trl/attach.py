@@ -1,4 +1,4 @@
-"""``attach``: add the PLOT term to a TRL trainer that is already built."""
+"""Attach the PLOT term to a TRL trainer that is already built, and detach it again."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def attach(
             estimates it from the first ``reference_rows`` rows of the training set.
 
     Returns:
-        A handle; ``handle.detach()`` gives back the trainer as it was.
+        A handle; ``handle.detach()`` restores the trainer.
 
     Raises:
         InputError: an unsupported trainer or TRL version, a preference of another tokenizer, no target (d = 0).
 
     Warns:
-        UserWarning: a DPO trainer whose ``aot`` loss sorts micro-batches of one pair, which is plain DPO.
+        UserWarning: a DPO trainer whose ``aot`` loss would sort micro-batches of one pair, which is plain DPO.
     """
     config = config or PlotConfig()
     kind = trainer_kind(trainer)
@@ -72,9 +72,11 @@ def attach(
         reference = reference_distribution(trainer, kind, config.ablations.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
     if embeddings.size(0) != rows:
-        embeddings = _embeddings(model, trainer.accelerator)  # the policy was resized after the reference was made
+        embeddings = _embeddings(
+            model, trainer.accelerator
+        )  # the policy's embeddings were resized, the reference's not
     if config.ablations.divergence == "deft_log":
-        spec = head_spec(model)  # refuses a model that caps its logits before it trains a step
+        spec = head_spec(model)  # refuses, before training, a model that caps its logits
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
     term = PlotTerm(
         estimate_from(trainer) if preference is None else preference,
@@ -97,13 +99,13 @@ def attach(
 
 
 class PlotHandle:
-    """The PLOT term on one trainer: its configuration, its preference distribution, and the way back.
+    """The PLOT term on one trainer: its options, its preference distribution, and ``detach()``.
 
     While attached, every logging step carries ``plot/vanilla_loss``, ``plot/loss``, ``plot/alpha``,
-    ``plot/preferred_mass`` and ``plot/rejected_mass`` (what the mean output distribution puts on tokens with d > 0 and
-    d < 0). ``plot/grad_ratio``, ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input, comes every ``grad_ratio_steps`` steps
-    and whenever ``alpha_schedule="balance"`` measures it. With ``alpha=0`` nothing is computed and nothing is logged:
-    the trainer is TRL's.
+    ``plot/preferred_mass`` and ``plot/rejected_mass`` (the mass of the mean output distribution on tokens with d > 0
+    and d < 0). ``plot/grad_ratio``, ‖∇α·L_PLOT‖ / ‖∇L_vanilla‖ at the head's input, is logged every
+    ``grad_ratio_steps`` steps and whenever ``alpha_schedule="balance"`` measures it. With ``alpha=0`` nothing is
+    computed or logged, and the trainer behaves as TRL's.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class PlotHandle:
         self.alpha = AlphaSchedule(self.config)
         self._backend = backend
         trainer.add_callback(self.alpha)
-        # Instance attributes shadow the class's methods; deleting them is the way back.
+        # Instance attributes shadow the class's methods; deleting them restores the methods.
         self._patched: dict[str, Callable[..., Any]] = {
             "_save": self._save,
             "create_model_card": self._create_model_card,
@@ -137,7 +139,7 @@ class PlotHandle:
         trainer._plot_handle = self
 
     def detach(self) -> None:
-        """Takes the term off: the trainer computes its own loss again, to the bit. Detaching twice does nothing."""
+        """Removes the term: the trainer computes its own loss again, to the bit. Detaching twice does nothing."""
         if getattr(self.trainer, "_plot_handle", None) is not self:
             return
         for name in self._patched:
@@ -168,7 +170,7 @@ class PlotHandle:
         return self._with_term(original, batch)
 
     def _with_term(self, original: Callable[[], Any], inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        """What ``original()`` returns, a loss or a tuple that begins with one, with ``α·L_PLOT`` added to it."""
+        """Calls ``original()`` and adds ``α·L_PLOT`` to the loss it returns, alone or first in a tuple."""
         if self.config.is_off:
             return original()
         batch = policy_batch(self._kind, inputs)
@@ -190,7 +192,7 @@ class PlotHandle:
         vanilla = returned[0] if isinstance(returned, tuple) else returned
         with record_function("plot_align/loss"):
             loss = self.term.loss(result, batch).to(vanilla)
-        # Trainers whose loss is already divided by the accumulation steps leave ours to be divided here.
+        # If the trainer already divides its loss by the accumulation steps, ours must be divided here.
         training = self.trainer.model.training
         steps = self.trainer.current_gradient_accumulation_steps if training else 1
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
@@ -198,7 +200,7 @@ class PlotHandle:
             norms = self._measure(vanilla * divisor, loss, result) if training else None
         state = self.trainer.state
         alpha = self.alpha.value(state.global_step, state.max_steps)
-        # Evaluations are compared with each other, so a weight that changes in between is left out of their loss.
+        # Evaluations are compared with each other, so their loss leaves out a term whose weight changes in between.
         weighs = training or self.config.schedule == "constant"
         total = vanilla + (alpha / divisor) * loss if weighs else vanilla
         with record_function("plot_align/log"):
@@ -206,7 +208,7 @@ class PlotHandle:
         return (total, *returned[1:]) if isinstance(returned, tuple) else total
 
     def _measure(self, vanilla: Tensor, loss: Tensor, result: HeadResult) -> tuple[float, float] | None:
-        """‖∇L_vanilla‖ and ‖∇L_PLOT‖ at the head's input over all ranks, at the steps that ask for them."""
+        """‖∇L_vanilla‖ and ‖∇L_PLOT‖ at the head's input over all ranks; ``None`` at steps that do not need them."""
         step = self.trainer.state.global_step
         balancing = self.alpha.wants_measurement(step)
         every = self.config.grad_ratio_steps
@@ -214,8 +216,8 @@ class PlotHandle:
             return None
         norms = gradient_norms(vanilla, loss, result, offset=step)  # (2,)
         if self.trainer.accelerator.num_processes > 1:
-            # Every rank must take the same α. The ranks' rows are one batch, so their squares add; each rank's loss is
-            # a mean over its own rows alone, so a row pulls as many times harder there as there are ranks.
+            # Every rank must use the same α. The ranks' rows form one batch, so their squared norms add up. A rank's
+            # loss is a mean over its own rows only, so its gradients are too large by the number of ranks.
             ranks = self.trainer.accelerator.num_processes
             norms = self.trainer.accelerator.reduce(norms.square(), "sum").sqrt() / ranks
         of_vanilla, of_plot = norms.tolist()
@@ -224,7 +226,7 @@ class PlotHandle:
         return of_vanilla, of_plot
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether ``compute_loss`` already divides by the accumulation steps: what ``Trainer.training_step`` asks."""
+        """Whether ``compute_loss`` divides by the accumulation steps: the rule of ``Trainer.training_step``."""
         declared = self.trainer.loss_is_scaled_for_ga
         if declared is not None:
             return bool(declared)
@@ -262,7 +264,7 @@ class PlotHandle:
         self._store(metrics, "train" if trainer.model.training else "eval")
 
     def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
-        """Leaves the metrics where the trainer averages its own until the next log."""
+        """Adds the metrics to those that the trainer averages until the next log."""
         if self._kind in LOGITS_TRAINERS:
             prefix = "eval_" if mode == "eval" else ""
             self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
@@ -322,7 +324,7 @@ class PlotHandle:
 
 
 def _name_row(row: int, kind: str, batch: Batch) -> str:
-    """A batch of pairs stacks the chosen rows on the rejected, a PRO batch list on list; users count their data."""
+    """Names a row by its place in the user's data: a batch of pairs stacks all chosen rows on all rejected ones."""
     if kind == "PROTrainer":
         best = (batch.roles > 0).nonzero().squeeze(-1)  # (P,) rows
         prompt = int((best <= row).sum()) - 1
@@ -344,7 +346,7 @@ def _head_rows(model: Any) -> int:
 
 
 def _embeddings(model: Any, accelerator: Any) -> Tensor:
-    """``(V, H)`` input embeddings of the policy as it starts, which is the reference; whole where they are sharded."""
+    """``(V, H)`` input embeddings of a model before training, gathered if they are sharded."""
     from accelerate.utils import broadcast
 
     weight = model.get_input_embeddings().weight
@@ -353,16 +355,16 @@ def _embeddings(model: Any, accelerator: Any) -> Tensor:
         full = full.detach().clone()
     if accelerator.num_processes == 1:
         return full
-    # FSDP's RAM-efficient loading fills the weights of all ranks but the first only when training starts.
+    # With FSDP's RAM-efficient loading only the first rank has weights until training starts.
     full = torch.empty_like(full, device=accelerator.device) if full.is_meta else full.to(accelerator.device)
     return broadcast(full.contiguous(), from_process=0)
 
 
 def estimate_from(trainer: Any) -> PreferenceDistribution:
-    """Counts what the trainer tokenised already, truncated as the trainer truncates.
+    """Counts the tokens of the trainer's training set, tokenised and truncated as the trainer does it.
 
     Raises:
-        InputError: its training set does not hold both sides.
+        InputError: the training set does not hold both sides.
     """
     kind, tokenizer = trainer_kind(trainer), _tokenizer(trainer)
     if kind not in ("DPOTrainer", "KTOTrainer", "PROTrainer", *LOGITS_TRAINERS):

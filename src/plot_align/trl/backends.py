@@ -1,11 +1,11 @@
-"""Everything that touches TRL's internals: how the policy's head pass also yields its output distribution.
+"""Three ways to get the output distribution out of a TRL training step. All code that touches TRL's internals is here.
 
 TRL patches ``model.forward`` so that ``model(..., labels=…, fused_lm_head=True)`` scores labels without building
 logits, through ``_ChunkedLogProbFunction``. :class:`FusedBackend` replaces that forward, on this one model object, by
-a copy of the same code in which the name ``_ChunkedLogProbFunction`` means ours; TRL's soft cap, temperature, MoE,
-ZeRO and compaction logic stays as it is, and nothing global is patched. :class:`SeparateBackend` leaves the head alone
-and makes a second head pass from the backbone's output: slower, but it depends on no private name of TRL.
-:class:`LogitsBackend` reads the logits that CPO and ORPO build anyway.
+a copy of the same code in which ``_ChunkedLogProbFunction`` is ours. TRL's soft cap, temperature, MoE, ZeRO and
+compaction logic does not change, and nothing global is patched. :class:`SeparateBackend` makes a second head pass from
+the backbone's output: slower, but it depends on no private name of TRL. :class:`LogitsBackend` reads the logits that
+CPO and ORPO build anyway.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _OUTPUT_FIELDS = (
 
 
 class HeadBackend(ABC):
-    """Waits for the policy's forward inside ``compute_loss`` and keeps what its head pass yields, once."""
+    """Catches the policy's forward inside ``compute_loss`` and keeps the result of its head pass."""
 
     def __init__(self, model: nn.Module, term: PlotTerm) -> None:
         self.model = model
@@ -63,16 +63,16 @@ class HeadBackend(ABC):
 
     @contextmanager
     def capture(self, batch: Batch) -> Iterator[None]:
-        """While open, the first head pass over ``batch`` by the policy is kept; read it with :meth:`take`."""
+        """Within this context, keeps the policy's first head pass over ``batch``; read it with :meth:`take`."""
         self.pending, self.result, self.reference = batch, None, None
-        self.workspace = Workspace()  # the graph keeps it till the backward
+        self.workspace = Workspace()  # the graph keeps it until the backward
         try:
             yield
         finally:
             self.pending = self.workspace = None
 
     def take(self) -> HeadResult | None:
-        """The pass that was kept, which is forgotten here so that its graph lives no longer than the step."""
+        """Returns the captured head pass and forgets it, so that its graph lives no longer than the step."""
         result, self.result = self.result, None
         if result is not None:
             result.reference, self.reference = self.reference, None
@@ -80,12 +80,13 @@ class HeadBackend(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Takes the backend off the model again."""
+        """Restores the model."""
 
     def is_policy_forward(self, labels: Tensor | None) -> bool:
-        """Whether this forward is the policy's: it can be differentiated while training, and its labels are ours.
+        """Whether this is the policy's forward on the pending batch.
 
-        That tells it from the reference's forward and from KTO's mismatched KL forward, both without gradient.
+        In training it is the one with gradients: the reference's forward and KTO's mismatched KL forward have none. In
+        evaluation it is the one with the batch's labels.
         """
         if self.pending is None or self.result is not None:
             return False
@@ -107,10 +108,10 @@ class HeadBackend(ABC):
         labels = self.pending.labels.to(ids.device)
         return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
 
-    def sweep(
+    def run_head(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        """Runs our head over ``rows`` of the pending batch and keeps the result, ``hidden`` among it."""
+        """Runs our head over ``rows`` of the pending batch and keeps the result."""
         if self.pending is None:
             raise RuntimeError("no batch is pending")
         pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
@@ -134,32 +135,32 @@ class HeadBackend(ABC):
         self.result = HeadResult(head, pooling, hidden, rows, recompute_rows=recompute_rows)
         return head
 
-    def sweep_reference(
+    def run_reference_head(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
-        """The same over the reference model's forward, of which only the output distributions are kept."""
+        """The same for the reference model's forward, of which only the output distributions are kept."""
         if self.pending is None:
             raise RuntimeError("no batch is pending")
         pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
         spec = dataclasses.replace(spec, workspace=self.workspace)
         head = fused_head(hidden, weight, bias, targets, spec, **pooling.arguments(hidden.device))
-        self.reference = head.marginals
+        self.reference = head.distributions
         return head
 
 
 class FusedBackend(HeadBackend):
-    """Rides on TRL's fused head, the policy's and where asked for the reference's: no extra matrix product.
+    """Computes the output distributions inside TRL's fused head, with no further matrix product.
 
     Args:
         model: the policy.
         term: the PLOT term.
         reference: the model whose forward inside ``compute_loss`` yields the reference's output distributions: the
-            trainer's own reference model, or the policy itself where PEFT's adapters are switched off for it.
-        autocast: the context that accelerate has wrapped the trainer's own reference model in.
-        called: what the trainer calls: ``model`` itself (``None``), or the PEFT wrapper around it.
+            trainer's own reference model, or the policy itself if PEFT runs it without its adapters.
+        autocast: the context in which accelerate has wrapped the trainer's own reference model.
+        called: the module that the trainer calls: ``model`` itself (``None``), or the PEFT wrapper around it.
 
     Raises:
-        InputError: the TRL version is not one this was tested with, or its head does not look as it should.
+        InputError: an untested TRL version, or a head that differs from the tested one.
     """
 
     def __init__(
@@ -182,17 +183,17 @@ class FusedBackend(HeadBackend):
             head.remove()
 
     def is_reference_forward(self, labels: Tensor | None) -> bool:
-        """Whether this forward is the reference's over the pending batch: after the policy's, without gradient."""
+        """Whether this is the reference's forward on the pending batch: it follows the policy's, without gradient."""
         if not self.wants_reference or self.result is None or self.reference is not None or labels is None:
             return False
         return self.pending is not None and not torch.is_grad_enabled() and self.same_labels(labels)
 
 
 class _FusedForward:
-    """One model's forward, in which the name of TRL's head kernel means ours while a batch is pending.
+    """Replaces one model's forward, so that TRL's head kernel is ours while a batch is pending.
 
-    ``autocast``: for a model that accelerate has prepared already. Its forward is wrapped for mixed precision then,
-    and what is wrapped cannot be exchanged; so our copy runs beside the wrapper, in the same context.
+    ``autocast``: for a model that accelerate has already prepared. Its forward is wrapped for mixed precision then,
+    and the wrapped function cannot be exchanged. So our copy runs beside the wrapper, in the same context.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class _FusedForward:
         self._kernel = original.__globals__["_ChunkedLogProbFunction"]
         self._gather = original.__globals__["maybe_gather_lm_head_ctx"]
         self._mask: Tensor | None = None
-        self._sweep: Callable[..., HeadOutput] | None = None
+        self._run_head: Callable[..., HeadOutput] | None = None
         rebuilt = types.FunctionType(
             original.__code__,
             {**original.__globals__, "_ChunkedLogProbFunction": self},
@@ -227,9 +228,9 @@ class _FusedForward:
                 return before(*args, **kwargs)
             if module is backend.model and backend.is_policy_forward(labels):
                 self._refuse_unsupported(kwargs)
-                self._sweep = backend.sweep
+                self._run_head = backend.run_head
             elif backend.is_reference_forward(labels):
-                self._sweep = backend.sweep_reference
+                self._run_head = backend.run_reference_head
             else:
                 return before(*args, **kwargs)
             self._mask = kwargs["labels"][:, 1:] != -100  # (B, T-1)
@@ -237,19 +238,19 @@ class _FusedForward:
                 with context():
                     output = rebuilt(module, *args, **kwargs)
             finally:
-                self._mask = self._sweep = None
+                self._mask = self._run_head = None
             if module is backend.model and backend.result is not None:
                 fields = (getattr(output, name) for name in _OUTPUT_FIELDS)
                 backend.result.outputs = tuple(x for x in fields if isinstance(x, Tensor) and x.requires_grad)
             return output
 
-        # Through `setattr`: to a type checker `forward` is a method, and here it becomes an instance attribute.
+        # `setattr`, because a type checker refuses to assign to a method.
         self._forward = types.MethodType(forward, model)
         setattr(model, "forward", self._forward)  # noqa: B010
 
     def remove(self) -> None:
-        # Accelerate wraps `forward` for mixed precision when training starts. What it wrapped cannot be taken out
-        # again, and need not be: with nothing pending it is TRL's own head to the bit.
+        # Accelerate wraps `forward` for mixed precision when training starts, and our forward cannot be removed from
+        # that wrapper. It need not be: without a pending batch it is TRL's own head to the bit.
         if self.model.forward is self._forward:
             setattr(self.model, "forward", self._before)  # noqa: B010
 
@@ -262,9 +263,9 @@ class _FusedForward:
             )
 
     @contextmanager
-    def _whole(self, *parameters: Tensor | None) -> Iterator[None]:
-        """Parameters of the head, gathered. Under ZeRO-3 as TRL does it. FSDP2 gathers them for the forward and for a
-        backward from its outputs, and frees their storage after either: gradient norms are measured in between."""
+    def _gathered(self, *parameters: Tensor | None) -> Iterator[None]:
+        """Gathers parameters of the head; under ZeRO-3 as TRL does. FSDP2 frees them between forward and backward,
+        when the gradient norms are measured, so they are gathered here again."""
         freed = any(x is not None and x.numel() > 0 and x.untyped_storage().size() == 0 for x in parameters)
         with self._gather(*parameters):
             if not freed:
@@ -290,9 +291,9 @@ class _FusedForward:
         logit_scale: float,
         outputs: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
-        """Stands in for ``_ChunkedLogProbFunction.apply``: same arguments, same five results."""
-        mask, sweep = self._mask, self._sweep
-        if mask is None or sweep is None:
+        """Replaces ``_ChunkedLogProbFunction.apply``: same arguments, same five results."""
+        mask, run_head = self._mask, self._run_head
+        if mask is None or run_head is None:
             return self._kernel.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
@@ -311,20 +312,20 @@ class _FusedForward:
                 "root or of the final norm, as accelerate does, or freeze it."
             )
         options = self.backend.head_options
-        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._whole, **options)
+        spec = HeadSpec(temperature, softcap, logit_scale, tuple(outputs), gather=self._gathered, **options)
         if dense:
-            # Off Triton devices TRL scores every position and masks afterwards. Prompts are most of a batch: skip
-            # them here, and put zeros where they were.
-            head = sweep(hidden[scored], weight, bias, targets[scored], self._batch_rows(scored), spec)
+            # On devices without Triton TRL scores every position and masks afterwards. Prompts are most of a batch:
+            # skip them and fill in zeros.
+            head = run_head(hidden[scored], weight, bias, targets[scored], self._batch_rows(scored), spec)
         else:
-            head = sweep(hidden, weight, bias, targets, self._batch_rows(scored), spec)
+            head = run_head(hidden, weight, bias, targets, self._batch_rows(scored), spec)
         results = (head.log_probs, head.entropy, head.log_sum_sq_probs, head.mean_logits, head.is_top1)
         if not dense:
             return results
         return tuple(None if x is None else x.new_zeros(mask.numel()).index_put((scored,), x) for x in results)
 
     def _batch_rows(self, scored: Tensor) -> Tensor:
-        """Places in the batch of the trainer; prompt-learning PEFT prepends virtual tokens to the forward's."""
+        """Positions in the trainer's batch: prompt-learning PEFT prepends virtual tokens to those of the forward."""
         pending = self.backend.pending
         if self._mask is None or pending is None:
             raise RuntimeError("no forward is under way")
@@ -333,13 +334,13 @@ class _FusedForward:
         if virtual == 0:
             return scored
         row, column = scored // self._mask.size(1), scored % self._mask.size(1)
-        # PEFT's −100 labels of the virtual tokens are never scored, but the first real token now has a predecessor
-        # and is: it belongs to no place of the batch where it is a label, and to the first otherwise.
+        # Virtual tokens have the label −100 and are never scored. The first real token now has a predecessor and is
+        # scored: it has no position of its own in the trainer's batch, so it gets the first one.
         return row * width + (column - virtual).clamp(min=0)
 
 
 class SeparateBackend(HeadBackend):
-    """A head pass of its own over the backbone's output: for what :class:`FusedBackend` does not know."""
+    """Makes a second head pass over the backbone's output, for other TRL versions than :class:`FusedBackend`'s."""
 
     def __init__(self, model: Any, term: PlotTerm, temperature: float = 1.0) -> None:
         super().__init__(model, term)
@@ -365,19 +366,19 @@ class SeparateBackend(HeadBackend):
         rows = (self.pending.labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
         flat = hidden.reshape(-1, hidden.size(-1))[rows.to(hidden.device)]  # (M, H)
         targets = self.pending.labels[:, 1:].flatten()[rows].to(flat.device)
-        self.sweep(flat, head.weight, head.bias, targets, rows, self._spec)
+        self.run_head(flat, head.weight, head.bias, targets, rows, self._spec)
         if self.result is not None:
-            # The vanilla loss never sees `flat`: gradients are compared where both losses pass.
+            # The vanilla loss does not depend on `flat`: compare gradients at the tensor that both losses depend on.
             self.result.hidden, self.result.recompute_rows = backbone, None
 
 
 class LogitsBackend(HeadBackend):
-    """Reads the logits of trainers whose loss needs them anyway (CPO, ORPO): no head pass at all.
+    """Reads the logits of trainers whose loss needs them anyway (CPO, ORPO), without a head pass.
 
     Args:
         model: the causal language model; gradient norms are compared at the input of its head.
         term: the PLOT term.
-        called: what the trainer calls: ``model`` itself, or the PEFT wrapper around it.
+        called: the module that the trainer calls: ``model`` itself, or the PEFT wrapper around it.
     """
 
     def __init__(self, model: Any, term: PlotTerm, called: nn.Module) -> None:
@@ -420,7 +421,7 @@ class LogitsBackend(HeadBackend):
             segments = (
                 pooling.segments.new_zeros(labels.numel()).index_put((places,), pooling.segments).view_as(labels)
             )
-        marginals, values = output_distribution(
+        distributions, values = output_distribution(
             logits, weights.view_as(labels), segments, pooling.counts.numel(), self.term.head_divergence()
         )
         places = places.to(logits.device)
@@ -434,12 +435,12 @@ class LogitsBackend(HeadBackend):
             head_spec(self.model),
             **pooling.arguments(hidden.device),
         )
-        head = HeadOutput(log_probs, marginals=marginals, values=values, reward=reward)
+        head = HeadOutput(log_probs, distributions=distributions, values=values, reward=reward)
         self.result = HeadResult(head, pooling, hidden, rows, outputs=(logits,))
 
 
 def _trl_forward(model: nn.Module, bound: Any) -> types.FunctionType:
-    """The function behind a model's ``bound`` forward that TRL's ``add_fused_lm_head`` installed, checked by name."""
+    """The function behind ``bound``, which TRL's ``add_fused_lm_head`` installed, checked by name and signature."""
     version = importlib.metadata.version("trl")
     if not version.startswith(f"{TESTED_TRL}."):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What each of TRL's trainers calls the parts of its batch. This is the only place that knows."""
+"""Reads the micro-batches of TRL's trainers. No other module knows their keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOMES = ("trl.trainer.", "trl.experimental.", "plot_align.methods.pro")  # PRO'
 
 
 def trainer_kind(trainer: Any) -> str:
-    """Name of the supported trainer that ``trainer`` is or descends from.
+    """Name of the supported trainer class that ``trainer`` is an instance of.
 
     Raises:
         InputError: it is none of :data:`SUPPORTED`.
@@ -34,15 +34,15 @@ def trainer_kind(trainer: Any) -> str:
 
 
 def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a ``kind`` trainer passes to the policy of such a batch, apart from labels; offline methods only."""
+    """The inputs that a ``kind`` trainer passes to the policy, without labels; offline methods only."""
     if kind in LOGITS_TRAINERS:
-        # The padding is masked, so which token stands there makes no difference.
+        # Padding is masked, so any token id will do.
         return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
     return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
 
 
 def policy_batch(kind: str, inputs: Mapping[str, Any]) -> Batch:
-    """Reads the batch that ``compute_loss`` of a ``kind`` trainer is given."""
+    """The :class:`Batch` of the inputs to ``compute_loss`` of a ``kind`` trainer."""
     match kind:
         case "DPOTrainer":
             ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
@@ -82,10 +82,10 @@ def policy_batch(kind: str, inputs: Mapping[str, Any]) -> Batch:
 
 
 def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
-    """``(S,)`` bool: the best completion of each prompt, which stands first in its list.
+    """``(S,)`` bool: the best completion of each prompt, which is the first of its list.
 
     Args:
-        list_lengths: ``(P,)`` completions of each prompt, whose lists stand one after another.
+        list_lengths: ``(P,)`` number of completions of each prompt; the lists follow one another.
         completions: S, the sum of ``list_lengths``.
     """
     best = torch.zeros(completions, dtype=torch.bool, device=list_lengths.device)
@@ -101,7 +101,7 @@ def _pair_roles(rows: Tensor) -> Tensor:
 
 
 def _stacked(inputs: Mapping[str, Any], name: str, fill: int) -> Tensor:
-    """``(2B, T)`` chosen rows above rejected ones, the shorter side filled up: ``concatenated_inputs`` of CPO."""
+    """``(2B, T)`` chosen rows above rejected ones, the shorter side padded, as CPO's ``concatenated_inputs`` does."""
     sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
     length = max(side.size(1) for side in sides)
     return torch.cat([functional.pad(side, (0, length - side.size(1)), value=fill) for side in sides])

@@ -1,4 +1,4 @@
-"""What a trainer and the term's options allow together, resolved and checked before anything is built."""
+"""Resolves the term's options for a trainer and refuses combinations that cannot work, before anything is built."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def makes_reference_forward(trainer: Any, kind: str) -> bool:
 
 
 def resolve_auto(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
-    """``config`` without ``auto``, by what this trainer's step offers."""
+    """``config`` with ``auto`` resolved for this trainer."""
     return config.resolve_auto(
         reference_forward=makes_reference_forward(trainer, kind), reference=reference is not None
     )
 
 
 def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None = None) -> None:
-    """Refuses options that a trainer cannot carry, and warns where a loss is not what its name says.
+    """Refuses options that do not work with a trainer, and warns of a loss that is not what its name says.
 
     Raises:
         InputError: positions, a granularity or a target that this trainer's micro-batches do not have, a
-            ``reference`` that nothing would look at, an adapter on the head that the term would not see, or an
+            ``reference`` that would not be used, an adapter on the head that the term would ignore, or an
             encoder-decoder model.
     """
     if reference is not None and (
@@ -72,7 +72,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
 
 
 def _check_ranks(trainer: Any, config: PlotConfig) -> None:
-    """Every rank must be a data-parallel one: p̄ is a mean over whole sequences and the whole vocabulary."""
+    """Refuses any parallelism but data parallelism: p̄ is a mean over whole sequences and the whole vocabulary."""
     accelerator = trainer.accelerator
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and accelerator.num_processes == 1:
@@ -112,7 +112,7 @@ def _check_ranks(trainer: Any, config: PlotConfig) -> None:
 
 
 def _check_head(trainer: Any, config: PlotConfig) -> None:
-    """An adapter on the LM head changes logits that are made from its weight alone elsewhere."""
+    """Refuses an adapter on the LM head with options that compute logits from the head's weight alone."""
     if config.ablations.plot_backend != "separate" and config.ablations.divergence != "deft_log":
         return
     if hasattr(causal_lm(trainer.model).get_output_embeddings(), "base_layer"):

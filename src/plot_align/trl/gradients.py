@@ -1,4 +1,4 @@
-"""How strongly each loss pulls at the head's input, without a backward through the model."""
+"""The gradient norm of each loss at the head's input, without a backward through the model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from plot_align.trl.term import HeadResult
 
-# Rows of the head's input that are looked at. Both norms are taken over the same rows, spread over the whole batch,
-# and averaged over the steps: a small sample says enough about their ratio, and costs a small part of the head.
+# Rows of the head's input in the sample. Both norms use the same rows, spread over the whole batch, and are averaged
+# over the steps: a small sample is enough for their ratio, and costs a small part of a head pass.
 _SAMPLED_ROWS = 64
 
 
 def gradient_norms(vanilla: Tensor, plot: Tensor, result: HeadResult, *, offset: int = 0) -> Tensor:
     """``(‖∂L_vanilla/∂h‖, ‖∂L_PLOT/∂h‖)`` at the head's input h, ``(2,)``; exact up to 64 rows, estimated above.
 
-    A row of ∂L/∂h depends on that row alone once the derivatives in the head's outputs are known, and those are cheap.
-    So an evenly spaced sample of n of the N rows is swept again, and each norm is that of the sample times sqrt(N/n).
-    What reaches h past the head (a router's auxiliary loss) is not counted.
+    Given the derivatives in the head's outputs, which are cheap, a row of ∂L/∂h depends on that row alone. So the head
+    is run again on an evenly spaced sample of n of the N rows, and each norm is that of the sample times sqrt(N/n).
+    Gradients that reach h past the head (a router's auxiliary loss) are not counted.
 
     Args:
-        vanilla, plot: the two losses, with their graphs, which stay usable.
+        vanilla, plot: the two losses; their graphs are kept.
         result: the head pass that both come from.
         offset: which of the evenly spaced samples, e.g. the step.
     """
@@ -44,7 +44,7 @@ def _norms(vanilla: Tensor, plot: Tensor, result: HeadResult, offset: int) -> Te
     sample = torch.arange(offset % stride, rows, stride, device=result.hidden.device)  # (n,)
     if sample.numel() == 0:
         return vanilla.new_zeros(2)
-    names = {"vanilla": ("log_probs", "entropy"), "plot": ("marginals", "values", "reward")}
+    names = {"vanilla": ("log_probs", "entropy"), "plot": ("distributions", "values", "reward")}
     hidden, again = result.recompute_rows(sample)  # (n, H)
     squares = []
     for loss, fields in ((vanilla, names["vanilla"]), (plot, names["plot"])):
@@ -52,7 +52,7 @@ def _norms(vanilla: Tensor, plot: Tensor, result: HeadResult, offset: int) -> Te
         outputs_of_pass = [getattr(head, name) for name in fields]
         found = torch.autograd.grad(loss, outputs_of_pass, retain_graph=True, allow_unused=True)
         given = [
-            (getattr(again, name), gradient if name in ("marginals", "reward") else gradient[sample])
+            (getattr(again, name), gradient if name in ("distributions", "reward") else gradient[sample])
             for name, gradient in zip(fields, found, strict=True)
             if gradient is not None
         ]
@@ -67,8 +67,8 @@ def _norms(vanilla: Tensor, plot: Tensor, result: HeadResult, offset: int) -> Te
 
 @contextmanager
 def _without_hooks(outputs: Iterable[Tensor]) -> Iterator[None]:
-    """FSDP2 and DeepSpeed take the first gradient that passes the model's outputs for the backward of the step: they
-    gather weights, and at its end reduce gradients that are not there."""
+    """Removes the hooks that FSDP2 and DeepSpeed put on the model's outputs. They would take the first gradient for
+    the backward of the step, gather weights, and at its end reduce gradients that do not exist."""
     hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
     kept = [dict(of_output) for of_output in hooks]
     for of_output in hooks:

@@ -1,4 +1,4 @@
-"""The mean output distribution of a model over a data set: the anchor of a target, and the distance to one."""
+"""The mean output distribution of a model over a data set, on which a target can be anchored."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from plot_align.trl.batches import model_inputs, policy_batch
 def mean_output_distribution(
     model: Any, batches: Iterable[tuple[dict[str, Tensor], Batch]], positions: str = "chosen"
 ) -> Tensor:
-    """``p̄ = mean_t softmax(z_t)`` over the selected positions of all batches, each position weighing the same.
+    """``p̄ = mean_t softmax(z_t)`` over the selected positions of all batches, every position with the same weight.
 
     Args:
-        model: a causal language model (or a PEFT wrapper of one); left in the mode it was in.
+        model: a causal language model (or a PEFT wrapper of one); its training mode is restored.
         batches: ``(inputs of the model, Batch)`` pairs; tensors are moved to the model's device.
         positions: ``chosen``, ``rejected`` or ``all``.
 
     Returns:
-        ``(V,)`` float64 on the CPU, one entry a row of the head, sums to 1.
+        ``(V,)`` float64 on the CPU, one entry per row of the head, sums to 1.
 
     Raises:
         InputError: no position is selected in any batch.
@@ -48,7 +48,7 @@ def mean_output_distribution(
     def add(backbone: nn.Module, args: Any, output: Any) -> None:
         hidden = output.last_hidden_state[:, :-1][mask]  # (N, H)
         weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (head.weight, head.bias))
-        swept = fused_head(
+        result = fused_head(
             hidden,
             weight,
             bias,
@@ -56,8 +56,8 @@ def mean_output_distribution(
             spec,
             weights=torch.ones(count, device=device),
         )
-        if swept.marginals is not None:
-            total.add_(swept.marginals[0].double().cpu())
+        if result.distributions is not None:
+            total.add_(result.distributions[0].double().cpu())
 
     hook = base.base_model.register_forward_hook(add)
     try:
@@ -67,7 +67,7 @@ def mean_output_distribution(
             if count == 0:
                 continue
             inputs = {name: value.to(device) for name, value in inputs.items()}
-            if sharded:  # its weights are gathered where it is called as a whole
+            if sharded:  # its weights are gathered only if the whole model is called
                 model(**inputs, use_cache=False, logits_to_keep=1)
             else:
                 base.base_model(**inputs, use_cache=False)
@@ -86,9 +86,9 @@ def is_sharded(model: Any) -> bool:
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """Parameters that ZeRO-3 has split, whole for the duration of a ``with`` block."""
+    """Gathers parameters that ZeRO-3 has split, for the duration of a ``with`` block."""
     if not any(hasattr(x, "ds_id") for x in parameters):
-        return nullcontext()  # TRL's asks whether ZeRO-3 is on, and a model made before it was is whole
+        return nullcontext()  # TRL's function only asks whether ZeRO-3 is on; this model was made before
     from trl.trainer.utils import maybe_gather_lm_head_ctx
 
     return maybe_gather_lm_head_ctx(*parameters)
@@ -99,7 +99,7 @@ def collated(
 ) -> Iterator[tuple[dict[str, Tensor], Batch]]:
     """The first ``rows`` rows of a tokenised data set in order, through the trainer's collator."""
     dataset = trainer.train_dataset if dataset is None else dataset
-    columns = None  # the collator is given what the trainer's own loader gives it
+    columns = None  # the trainer's own loader passes these columns to the collator
     if trainer.args.remove_unused_columns:
         trainer._set_signature_columns_if_needed()
         columns = trainer._signature_columns
@@ -120,10 +120,11 @@ def collated(
 def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -> Tensor:
     """p_ref ``(V,)`` float64: the reference model's p̄ over the first ``rows`` rows of the training set.
 
-    The policy as it starts is the reference unless the trainer was given one of its own.
+    Without a reference model of the trainer's own, the policy before training is the reference.
 
     Raises:
-        InputError: the trainer's data hold no completions (GRPO, RLOO), or images; or the policy is sharded already.
+        InputError: a training set without completions (GRPO, RLOO) or with images; or a policy that is its own
+            reference and already sharded.
     """
     if kind in ("GRPOTrainer", "RLOOTrainer") or getattr(trainer, "_is_vision_dataset", False):
         raise InputError(
@@ -141,17 +142,17 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
             "before training; pass reference=, a (V,) distribution made by one process, to attach(), or use "
             "target_scope='batch' or another target."
         )
-    if accelerator.num_processes == 1 or is_sharded(model):  # all ranks take part in every forward of sharded weights
+    if accelerator.num_processes == 1 or is_sharded(model):  # a forward of sharded weights needs all ranks
         model.to(accelerator.device)
         return mean_output_distribution(model, collated(trainer, kind, rows), positions)
     found = torch.empty(causal_lm(model).get_output_embeddings().weight.size(0), dtype=torch.float64)
-    if accelerator.is_main_process:  # the only one whose policy is loaded where FSDP spares memory
+    if accelerator.is_main_process:  # with FSDP's RAM-efficient loading only this rank has weights
         model.to(accelerator.device)
         found = mean_output_distribution(model, collated(trainer, kind, rows), positions)
     return broadcast(found.to(accelerator.device), from_process=0).cpu()
 
 
 def reference_model(trainer: Any) -> Any:
-    """The reference policy: the trainer's own where it keeps one, else the policy as it starts."""
+    """The trainer's reference model; if it has none, its policy."""
     own = getattr(trainer, "ref_model", None)
     return trainer.model if own is None else trainer.accelerator.unwrap_model(own)

@@ -1,4 +1,4 @@
-"""The term of a TRL trainer: :class:`plot_align.plot.PlotLoss` on what the head swept, over all ranks."""
+"""L_PLOT of a TRL trainer: :class:`plot_align.plot.PlotLoss` on the output distributions of a head pass."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from plot_align.transport import Divergence
 
 @dataclass
 class HeadResult:
-    """What the policy's head pass over a micro-batch left behind.
+    """The result of the policy's head pass over a micro-batch.
 
     Attributes:
         head: log-probabilities and output distributions, with their graph.
-        pooling: how the rows entered the distributions.
-        hidden: the head's input, the place where gradient norms are compared.
-        rows: ``(N,)`` places of the rows in the flattened ``(B, T − 1)`` batch.
-        reference: ``(S, V)`` the reference model's output distributions over the same positions, where asked for.
-        recompute_rows: sweeps some of the rows again, given their indices, with the head's weights held fixed: its
-            input and its output. ``None`` where the vanilla loss does not come from this pass.
-        outputs: what the model returned with a graph, on which FSDP2 and DeepSpeed put hooks.
+        pooling: how the rows are pooled into the distributions.
+        hidden: the head's input, where gradient norms are compared.
+        rows: ``(N,)`` indices of the rows in the flattened ``(B, T − 1)`` batch.
+        reference: ``(S, V)`` the reference model's output distributions over the same positions, if requested.
+        recompute_rows: runs the head again on some rows, given their indices, with its weights held fixed; returns its
+            input and output. ``None`` if the vanilla loss does not come from this pass.
+        outputs: the model's outputs that have a graph, on which FSDP2 and DeepSpeed put hooks.
     """
 
     head: HeadOutput
@@ -41,24 +41,24 @@ class HeadResult:
 
 
 class PlotTerm(PlotLoss):
-    """``L_PLOT`` from a head pass. With ``pool`` output distributions and token counts are those of all ranks; with
-    ``divergence="deft_log"`` or ``"deft_prob"`` DEFT's −R takes the distance's place, and α is its ω."""
+    """``L_PLOT`` from a head pass. With ``pool``, output distributions and token counts are taken over all ranks. With
+    ``divergence="deft_log"`` or ``"deft_prob"``, DEFT's −R replaces the distance, and α is its ω."""
 
     def loss(self, result: HeadResult, batch: Batch) -> Tensor:
-        """The scalar L_PLOT, with a graph; exactly zero, with a graph, where nothing is selected."""
+        """The scalar L_PLOT, with a graph; exactly zero if nothing is selected."""
         head, pooling = result.head, result.pooling
-        if head.marginals is None:
+        if head.distributions is None:
             raise ValueError("the head was run without weights")
         if head.values is not None:
             return (head.values * pooling.weights.to(head.values)).sum()
         if head.reward is not None:
             selected = pooling.counts.to(head.reward.device) > 0  # (S,)
             return -(head.reward * selected).sum() / selected.sum().clamp(min=1)
-        outputs, counts, reference = head.marginals, pooling.counts.to(head.marginals.device), result.reference
+        outputs, counts, reference = head.distributions, pooling.counts.to(head.distributions.device), result.reference
         if self.config.pool and _ranks() > 1:
             reference = None if reference is None else _over_ranks(reference, counts)[0]
             outputs, counts = _over_ranks(outputs, counts)
-        return self.compare(outputs, counts, *self.targets(batch, outputs, reference))
+        return self.mean_divergence(outputs, counts, *self.targets(batch, outputs, reference))
 
     def token_counts(self, batch: Batch) -> Tensor:
         """See :meth:`PlotLoss.token_counts`; with ``pool`` over all ranks."""
@@ -68,9 +68,9 @@ class PlotTerm(PlotLoss):
         return counts
 
     def head_divergence(self) -> Divergence | None:
-        """What the head must evaluate at every position itself: only the ``token`` granularity needs that."""
-        is_asked = self.config.granularity == "token" and self.config.ablations.divergence != "deft_log"
-        return self.divergence if is_asked else None
+        """The divergence for the head to evaluate at every position, which only the ``token`` granularity needs."""
+        is_needed = self.config.granularity == "token" and self.config.ablations.divergence != "deft_log"
+        return self.divergence if is_needed else None
 
     def reward(
         self,
@@ -83,7 +83,7 @@ class PlotTerm(PlotLoss):
         segments: Tensor | None,  # (N,)
         num_segments: int,
     ) -> Tensor | None:
-        """``(S,)`` DEFT's reward in its log reading, from the head's input; ``None`` unless it is the term."""
+        """``(S,)`` DEFT's reward over log-probabilities, from the head's input; ``None`` for any other divergence."""
         if self.config.ablations.divergence != "deft_log":
             return None
         scale = reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
@@ -101,12 +101,12 @@ class PlotTerm(PlotLoss):
 
     @torch.no_grad()
     def masses(self, result: HeadResult) -> Tensor:
-        """``(2,)`` mass that the selected positions' mean output puts on preferred and on rejected tokens."""
-        marginals = result.head.marginals
-        if marginals is None:
+        """``(2,)`` mass of the selected positions' mean output on preferred and on rejected tokens."""
+        distributions = result.head.distributions
+        if distributions is None:
             raise ValueError("the head was run without weights")
-        counts = result.pooling.counts.to(marginals)  # (S,)
-        output = counts / counts.sum().clamp(min=1) @ marginals  # (V,)
+        counts = result.pooling.counts.to(distributions)  # (S,)
+        output = counts / counts.sum().clamp(min=1) @ distributions  # (V,)
         masses = torch.stack([output[self.difference > 0].sum(), output[self.difference < 0].sum()])
         return torch.where(counts.sum() > 0, masses, torch.nan)
 
@@ -118,8 +118,8 @@ def _ranks() -> int:
 def _over_ranks(output: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The mean distribution (1, V) over all ranks, weighted by their token counts (1,): one all-reduce of a V-vector.
 
-    Each rank's own part keeps its graph, scaled by the number of ranks: DDP divides the summed gradients by it again,
-    and what remains is the gradient of the pooled value.
+    Each rank's own part keeps its graph, scaled by the number of ranks: DDP divides the summed gradients by that
+    number, which leaves the gradient of the pooled value.
     """
     packed = torch.cat([output.detach() * tokens, tokens.to(output.dtype).unsqueeze(-1)], dim=-1)  # (1, V + 1)
     dist.all_reduce(packed)

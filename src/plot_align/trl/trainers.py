@@ -1,4 +1,4 @@
-"""Drop-in trainers: TRL's with the PLOT term attached."""
+"""Drop-in replacements for TRL's trainers, with the PLOT term attached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PreferenceSource = PreferenceDistribution | str | os.PathLike[str] | None
 
 
 class Attached:
-    """Builds the trainer it stands before in the bases, then attaches the term."""
+    """A mixin: builds the trainer that follows it in the bases, then attaches the term."""
 
     plot_handle: PlotHandle
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.records import share_of
+from plot_align.records import proportion_of
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def agreement(a: Sequence[int], b: Sequence[int]) -> dict[str, Any]:
     for x, y in zip(a, b, strict=True):
         table[x == 1][y == 1] += 1
     return {
-        "equal": share_of(table[0][0] + table[1][1], len(a)),
+        "equal": proportion_of(table[0][0] + table[1][1], len(a)),
         "kappa": _kappa(table),
         "table": table,
         "undecided": {"a": sum(x == -1 for x in a), "b": sum(x == -1 for x in b)},
