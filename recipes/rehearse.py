@@ -493,7 +493,7 @@ def rehearse(family: str) -> int:
     here = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, judge() as url, stand_ins():
         world = Path(folder)
-        for name in ("recipes", "benchmarks"):
+        for name in ("recipes", "benchmarks", "tests/oracles"):
             shutil.copytree(ROOT / name, world / name)
         with contextlib.redirect_stderr(io.StringIO()):  # bars
             build_models(family, world)
