@@ -135,6 +135,17 @@ def test_sampled_rows_leave_the_memory_to_the_step(tiles):
     assert len({tile.untyped_storage().data_ptr() for tile in tiles}) == 1
 
 
+@pytest.mark.parametrize("columns", [33, 70, 127])
+def test_what_stands_behind_a_block_does_not_show(columns):
+    """A bf16 product on a CPU may read behind the last column: NaN in fresh memory would reach ∂h."""
+    for _ in range(20):
+        workspace = Workspace()
+        with workspace.lend("block", 40 * 128, dtype=torch.bfloat16, device=CPU) as held:
+            held.fill_(torch.nan)
+        for found in step(problem(40, columns), workspace, torch.bfloat16):
+            assert torch.isfinite(found).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_buffer_held_does_not_show(dtype):
     """Steps of other sizes and dtypes before it, through the same workspace: equal to the bit."""

@@ -236,7 +236,11 @@ class _HeadPass:
         # Equal blocks: a small last block would read the whole head for a few rows.
         block = -(-rows // blocks) if blocks else 0
         with ExitStack() as lent:
-            tile = lent.enter_context(workspace.lend("block", block, width, dtype=dtype, device=device))[:, :vocab]
+            padded = lent.enter_context(workspace.lend("block", block, width, dtype=dtype, device=device))
+            # oneDNN's bf16 products on a CPU read a few columns past the last one and multiply them by zero: NaN, if
+            # what happens to stand there is NaN.
+            padded[:, vocab:] = 0
+            tile = padded[:, :vocab]
             group, cast = vocab, None
             if casts or order is not None:
                 group = min(_CAST_ROWS.get(device.type, vocab), vocab)
