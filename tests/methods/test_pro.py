@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from plot_align import PlotConfig, PlotPROTrainer, PROConfig, PROTrainer, attach
 from plot_align.errors import InputError
-from plot_align.methods.pro import DataCollatorForRanking, ranked_row
+from plot_align.methods.ranked import DataCollatorForRanking, ranked_row
 from plot_align.preference.estimation import estimate
 from trl import DPOConfig, DPOTrainer
 
