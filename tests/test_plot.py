@@ -201,8 +201,6 @@ def test_nothing_selected_is_zero_with_a_graph(granularity, rows):
     logits[..., 0] = math.nan  # not selected: must not leak
     logits.requires_grad_()
     plot = PlotLoss(case.preference, case.embeddings, PlotConfig(granularity=granularity))
-    if rows == 0 and granularity == "sequence":
-        pytest.skip("a batch without rows has no sequences")
     value = plot(logits, torch.full((rows, T), -100))
     value.backward()
     assert float(value.detach()) == 0.0
@@ -266,6 +264,9 @@ def test_descending_the_gradient_reaches_the_target():
         ({"logits": torch.zeros(B, T, V)}, "logits", "(4, 6, 17)"),
         ({"labels": torch.zeros(B, T - 1, dtype=torch.int64)}, "labels", "(4, 5)"),
         ({"reference_logits": torch.zeros(B, T, V)}, "reference_logits", "(4, 6, 17)"),
+        ({"labels": torch.zeros(B, T)}, "labels", "float32"),
+        ({"roles": torch.tensor([1])}, "roles", "(1,)"),
+        ({"roles": [1, 1, -1, -1]}, "roles", "list"),
     ],
 )
 def test_wrong_batches_are_named(change, named, got):
@@ -287,6 +288,8 @@ def test_wrong_settings_are_named():
         case.loss(PlotConfig(positions="rejected"), reference=False)
     with pytest.raises(InputError, match="rows"):
         PlotLoss(case.preference, case.embeddings[: V - 1])
+    with pytest.raises(InputError, match="pool is on"):
+        case.loss(PlotConfig(pool=True))
 
 
 # ------------------------------------------------------------------------------------------- the functions of the page
@@ -348,3 +351,11 @@ def test_balanced_alpha_leaves_out_what_cannot_be_measured(vanilla, plot):
     assert not alpha.observe(plot, vanilla)
     assert alpha.value == 0.0
     assert alpha.is_due(12)  # asks again until something was measured
+
+
+def test_balanced_alpha_refuses_what_neither_loss_came_from():
+    h, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    with pytest.raises(InputError, match="hidden is no input of vanilla"):
+        BalancedAlpha()(h.sum(), h.sum(), other)
+    with pytest.raises(InputError, match="hidden is no input of plot"):
+        BalancedAlpha()(h.sum(), other.sum(), h)

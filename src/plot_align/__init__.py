@@ -12,21 +12,23 @@ from plot_align import errors
 from plot_align._version import __version__
 
 if TYPE_CHECKING:
-    from plot_align.config import PlotConfig
+    from plot_align.config import PlotAblations, PlotConfig
     from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
     from plot_align.methods.pro_loss import pro_loss
     from plot_align.plot import BalancedAlpha, PlotLoss
     from plot_align.preference.datasets import load_pairs
     from plot_align.preference.distribution import PreferenceDistribution
     from plot_align.preference.estimation import estimate
-    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer, attach
+    from plot_align.trl import PlotDPOTrainer, PlotHandle, PlotSFTTrainer, attach
 
 __all__ = [
     "BalancedAlpha",
     "PROConfig",
     "PROTrainer",
+    "PlotAblations",
     "PlotConfig",
     "PlotDPOTrainer",
+    "PlotHandle",
     "PlotLoss",
     "PlotPROTrainer",
     "PlotSFTTrainer",
@@ -43,7 +45,9 @@ _HOME = {
     "BalancedAlpha": "plot_align.plot",
     "PROConfig": "plot_align.methods.pro",
     "PROTrainer": "plot_align.methods.pro",
+    "PlotAblations": "plot_align.config",
     "PlotConfig": "plot_align.config",
+    "PlotHandle": "plot_align.trl",
     "PlotDPOTrainer": "plot_align.trl",
     "PlotLoss": "plot_align.plot",
     "PlotPROTrainer": "plot_align.methods.pro",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, did_you_mean
 
 
 def _option(default: Any, text: str) -> Any:
@@ -27,9 +27,9 @@ class PlotAblations:
 
     target_scope: Literal["auto", "dataset", "batch"] = _option(
         "auto",
-        "auto: batch if target=auto, else dataset. batch: a target for each micro-batch, anchored on the reference "
-        "model's output at the same positions or counted in the micro-batch's own tokens. dataset: one target for "
-        "the whole training set.",
+        "auto: batch if target=auto and granularity is not token, else dataset. batch: a target for each micro-batch, "
+        "anchored on the reference model's output at the same positions or counted in the micro-batch's own tokens. "
+        "dataset: one target for the whole training set.",
     )
     target_temperature: float = _option(1.0, "Temperature of target=softmax, in units of max|d| / ln V.")
     reference_rows: int = _option(
@@ -72,7 +72,9 @@ class PlotAblations:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        if self.norm_order == "inf":  # as JSON and YAML have it
+            self.norm_order = math.inf
+        _check_types(self)
         _check_number(self, "target_temperature", lambda x: 0 < x < math.inf, "a positive number")
         _check_number(self, "sinkhorn_epsilon", lambda x: 0 < x < math.inf, "a positive number")
         _check_number(self, "norm_order", lambda x: x >= 1, "a number of 1 or more, or infinity")
@@ -111,8 +113,9 @@ class PlotConfig:
     target: Literal["auto", "relu", "shift", "softmax", "chosen", "anchored"] = _option(
         "auto",
         "How token preferences become a target distribution. auto: anchored if training runs the reference model "
-        "(DPO, KTO), else chosen. anchored: the reference model's own output, shifted by the preferences. chosen: "
-        "frequencies in the preferred completions. relu: our reading of the paper. shift, softmax: variants of it.",
+        "(DPO, KTO), else chosen; relu if granularity=token. anchored: the reference model's own output, shifted by "
+        "the preferences. chosen: frequencies in the preferred completions. relu: our reading of the paper. shift, "
+        "softmax: variants of it.",
     )
     target_strength: float = _option(
         0.1, "With target=anchored: how far the preferences shift the reference model's output."
@@ -132,7 +135,7 @@ class PlotConfig:
     ablations: PlotAblations = field(default_factory=PlotAblations)
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         for name in ("alpha", "alpha_end"):
             _check_number(
                 self, name, lambda x: 0 <= x < math.inf, "a finite number, 0 or more", optional=name == "alpha"
@@ -186,6 +189,10 @@ class PlotConfig:
             InputError: as the constructors do.
         """
         names = {f.name for f in dataclasses.fields(PlotAblations)}
+        known = names | {f.name for f in dataclasses.fields(cls)} - {"ablations"}
+        for name in options:
+            if name not in known:
+                raise InputError(f"unknown option {name!r}; {did_you_mean(name, known, 'see docs/options.md')}")
         ablations = PlotAblations(**{name: value for name, value in options.items() if name in names})
         return cls(**{name: value for name, value in options.items() if name not in names}, ablations=ablations)
 
@@ -301,10 +308,16 @@ class PlotConfig:
         return {**options, **ablations}
 
 
-def _check_choices(options: Any) -> None:
+def _check_types(options: Any) -> None:
+    """Refuses a value that is none of the choices, a switch that is not on or off, a count that is not whole."""
     hints = get_type_hints(type(options))
     for entry in dataclasses.fields(options):
-        value, choices = getattr(options, entry.name), _choices(hints[entry.name])
+        hint, value = hints[entry.name], getattr(options, entry.name)
+        if hint is bool and not isinstance(value, bool):
+            raise InputError(f"{entry.name} is {value!r}; expected true or false.")
+        if int in (hint, *get_args(hint)) and isinstance(value, float):
+            raise InputError(f"{entry.name} is {value!r}; expected a whole number.")
+        choices = _choices(hint)
         if choices and value not in choices and not (value is None and entry.default is None):
             raise InputError(f"{entry.name} is {value!r}; expected one of {', '.join(choices)}.")
 

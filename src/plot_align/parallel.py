@@ -221,6 +221,6 @@ def _meet(own: _Outcome) -> list[_Outcome]:
     if len({place for place, _ in gathered}) > 1:
         failed = next((f" ({outcome.said()})" for _, outcome in gathered if outcome.error), "")
         raise OutOfStep(
-            f"a process failed by itself{failed}; what is finished is kept, so mend it and run the command again"
+            f"a process failed by itself{failed}; what is finished is kept, so fix the cause and run the command again"
         )
     return [replace(own, trace="") if number == rank() else outcome for number, (_, outcome) in enumerate(gathered)]

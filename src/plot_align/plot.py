@@ -64,7 +64,8 @@ def wasserstein1(p: Tensor, target: Tensor, coordinates: Tensor) -> tuple[Tensor
 class PlotLoss(Constants):
     """L_PLOT of one micro-batch.
 
-        plot, alpha = PlotLoss(preference, model.get_input_embeddings().weight), BalancedAlpha()
+        plot = PlotLoss(preference, model.get_input_embeddings().weight)
+        alpha = BalancedAlpha(plot.config.ratio)
         term = plot(outputs.logits, labels, roles, reference_logits=reference_logits)
         loss = vanilla + alpha(vanilla, term, outputs.hidden_states[-1]) * term
 
@@ -137,14 +138,16 @@ class PlotLoss(Constants):
             A scalar in float32 at least; exactly 0, with a graph, if nothing is selected.
 
         Raises:
-            InputError: shapes that do not fit, no reference logits with ``target="anchored"``, or
-                ``divergence="deft_log"``.
+            InputError: shapes that do not fit, no reference logits with ``target="anchored"``, or an option that needs
+                a trainer: ``divergence="deft_log"``, ``pool``.
         """
-        check_shapes(logits, labels, reference_logits, rows=self.difference.numel())
+        check_shapes(logits, labels, roles, reference_logits, rows=self.difference.numel())
         if self.config.ablations.divergence == "deft_log":
             raise InputError(
                 "divergence is 'deft_log', which needs hidden states and not logits; use 'deft_prob', or attach()."
             )
+        if self.config.pool:
+            raise InputError("pool is on, expected off outside of a trainer: PlotLoss sees the batch of one process.")
         self.to(logits.device)
         if roles is None:
             roles = torch.ones(labels.size(0), dtype=torch.int8)
@@ -225,6 +228,8 @@ class BalancedAlpha:
     Both norms are taken at the input of the head, at each of the first ten steps and at every fifth step after that,
     and averaged over past measurements with decay 0.9. Correcting both averages for their start at zero would multiply
     them by the same factor, so their ratio needs no correction. α is 0 until the first measurement.
+
+    It measures one process: in a distributed loop of your own, average α over the ranks before you use it.
     """
 
     FIRST, EVERY, DECAY = 10, 5, 0.9
@@ -257,12 +262,17 @@ class BalancedAlpha:
         Args:
             vanilla, plot: the two losses.
             hidden: the input of the head that both come from: ``outputs.hidden_states[-1]`` of a transformers model.
+
+        Raises:
+            InputError: a loss does not depend on ``hidden``.
         """
         if self.is_due(self.step):
             norms = []
-            for loss in (vanilla, plot):
+            for name, loss in (("vanilla", vanilla), ("plot", plot)):
                 (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True, allow_unused=True)
-                norms.append(0.0 if gradient is None else float(gradient.float().norm()))
+                if gradient is None:
+                    raise InputError(f"hidden is no input of {name}, expected the head's input of the same forward.")
+                norms.append(float(gradient.float().norm()))
             self.observe(*norms)
         self.step += 1
         return self.value

@@ -19,7 +19,7 @@ CATEGORIES = ("harmlessness", "helpfulness", "humanity", "mathematics", "reasoni
 GUARDS = "guards"  # the section of what must not get worse
 SECTIONS = (*CATEGORIES, GUARDS)
 ATTACK_CURVES = {  # curves of an attack's success: key in a record → what it is plotted against
-    "by_cases": "test cases a behaviour",
+    "by_cases": "test cases per behaviour",
     "by_samples": "sampled answers a behaviour",
     "by_tokens": "tokens of the answer given",
     "by_steps": "update steps",

@@ -116,10 +116,10 @@ class Alpha:
 
     def __call__(self, trainer, kind: str, inputs: dict[str, Any], preference, vanilla, hidden) -> float:
         """``vanilla``: this step's loss; ``hidden``: the head's input it came from."""
-        if self.config.alpha_schedule not in (None, "constant", "balance"):
-            raise term.Unknown(self.config.alpha_schedule)
-        if self.config.alpha is not None:
+        if self.config.alpha is not None and self.config.alpha_schedule in (None, "constant"):
             return self.config.alpha
+        if self.config.alpha is not None or self.config.alpha_schedule not in (None, "balance"):
+            raise term.Unknown(self.config.alpha_schedule)
         with head_input(trainer) as ours:
             plot = materialised_term(trainer, kind, inputs, self.config, preference)
         norms = [

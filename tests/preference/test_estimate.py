@@ -698,7 +698,7 @@ def test_refused_tokenized_rows(tokenizer: Any) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the killed worker is a forked one")
 def test_a_worker_that_dies(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["plot_align.preference.sharing"], "count_batch", lambda *_: os._exit(9))
+    monkeypatch.setattr(sys.modules["plot_align.preference.parallel_counting"], "count_batch", lambda *_: os._exit(9))
     with pytest.raises(RunError, match=r"worker process died.*num_proc = 2"):
         estimate(Dataset.from_list([GOOD] * 8), tokenizer, progress=False, num_proc=2, batch_size=2)
 
@@ -706,6 +706,7 @@ def test_a_worker_that_dies(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_progress_goes_to_standard_error(
     tokenizer: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    datasets.enable_progress_bars()  # some commands turn them off for their process
     tokenizer.chat_template = None
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")  # the workers set it for their time
     environment = dict(os.environ)

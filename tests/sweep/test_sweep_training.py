@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.records import read_record, write_record
 from plot_align.sweep import Cell, Job, expand, training
@@ -67,6 +68,17 @@ def test_every_run_is_a_process_and_its_record_is_read_back(content: dict[str, A
     )
     assert (output / "eval_loss_without_plot.png").stat().st_size > 5_000
     assert "reward margin (evaluation) ↑" in (output / "table.md").read_text()
+
+
+def test_the_baseline_trains_without_plot_whatever_schedule_the_file_has(tmp_path):
+    """Its flags, over any schedule of the file, are options that are accepted and switch the term off."""
+    workload = Training(tmp_path, Path("dpo.yaml"), {})
+    flags = workload.command(expand({"alpha": [0.0]})[0])
+    given = dict(zip(flags[6::2], flags[7::2], strict=True))
+    for file in ({"alpha_schedule": "linear", "alpha": 1.0, "alpha_end": 0.5}, {"alpha_schedule": "balance"}):
+        over = {name: given[f"--{name}"] for name in ("alpha", "alpha_schedule", "alpha_end")}
+        over |= {"alpha": float(over["alpha"]), "alpha_end": float(over["alpha_end"])}
+        assert PlotConfig.from_options(**{**file, **over}).is_off
 
 
 def test_a_failed_run_is_reported_with_the_last_line_of_its_log(

@@ -212,6 +212,9 @@ def test_infinite_divergence_is_named(make_trainer, preference):
         ({"alpha": math.nan}, "alpha is nan; expected"),
         ({"alpha": math.inf}, "alpha is inf; expected"),
         ({"alpha": "0.1"}, "alpha is '0.1'; expected a finite number"),
+        ({"pool": "false"}, "pool is 'false'; expected true or false"),
+        ({"slices": 2.5}, "slices is 2.5; expected a whole number"),
+        ({"granularty": "token"}, "unknown option 'granularty'; did you mean 'granularity'"),
         ({"alpha": True}, "alpha is True; expected a finite number"),
         ({"norm_order": 0.5}, "norm_order is 0.5; expected a number of 1 or more"),
         ({"target": "reul"}, "target is 'reul'; expected one of auto, relu, shift, softmax, chosen, anchored"),
@@ -347,3 +350,11 @@ def test_wrapped_packing_has_no_sequences(make_trainer, preference):
     trainer.args.packing, trainer.args.packing_strategy = True, "wrapped"
     with pytest.raises(InputError, match="packing_strategy is 'wrapped'"):
         attach(trainer, preference, PlotConfig.paper(granularity="sequence"))
+
+
+def test_a_saved_config_loads():
+    for options in ({}, {"geometry": "norm", "norm_order": math.inf}, {"alpha": 0.1, "target": "relu", "slices": 3}):
+        config = PlotConfig.from_options(**options)
+        again = PlotConfig.from_options(**json.loads(json.dumps(config.to_dict())))
+        assert again.to_dict() == config.to_dict()
+        assert again.ablations == config.ablations

@@ -104,7 +104,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(tmp_path, tiny_llama, pai
     assert code == 1
     assert time.monotonic() - begun < 200
     found = re.fullmatch(
-        r"plot-align: rank 1 was killed by SIGKILL, perhaps for want of memory, and the other ranks were stopped; "
+        r"plot-align: rank 1 was killed by SIGKILL, perhaps because memory ran out, and the other ranks were stopped; "
         rf"go on with --resume_from_checkpoint {re.escape(str(tmp_path))}/two/checkpoint-(\d+), .*",
         said[-1],
     )

@@ -28,7 +28,7 @@ def make_parser() -> Parser:
         "evaluate",
         "Measure models on the seven sub-preferences and on what must not get worse.\n"
         "Every measure of every model is one record, with n and a confidence interval; an\n"
-        "interrupted run goes on where it stopped. `plot-align report DIR` shows them.",
+        "interrupted run resumes. `plot-align report DIR` shows them.",
         "  plot-align evaluate base-model DPO=runs/dpo PLOT=runs/dpo-plot --suite quick \\\n"
         "    --reference base-model --preference preference.safetensors",
     )

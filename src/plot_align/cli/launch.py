@@ -232,7 +232,7 @@ def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignErr
 
     rank, failure = min(failures.items(), key=order)
     if failure.exitcode < 0:
-        memory = ", perhaps for want of memory" if failure.signal_name() == "SIGKILL" else ""
+        memory = ", perhaps because memory ran out" if failure.signal_name() == "SIGKILL" else ""
         return RunError(
             f"rank {rank} was killed by {failure.signal_name()}{memory}, and the other ranks were stopped; "
             f"{_how_to_resume(output_dir)}"
@@ -240,7 +240,7 @@ def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignErr
     kind = InputError if failure.exitcode == InputError.exit_code else RunError
     if isinstance(failure.message, Mapping):  # from tell_launcher()
         return kind(f"rank {rank}: {failure.message['message']}")
-    return kind(f"rank {rank} ended with exit code {failure.exitcode}; what it said is above")
+    return kind(f"rank {rank} ended with exit code {failure.exitcode}; its message is above")
 
 
 def _how_to_resume(output_dir: str | None) -> str:

@@ -41,7 +41,7 @@ def make_parser() -> Parser:
         "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
     )
     parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. prefill: {tokens: 8}")
-    parser.add_argument("--cases", type=int, metavar="N", help="test cases a behaviour (default: HarmBench's)")
+    parser.add_argument("--cases", type=int, metavar="N", help="test cases per behaviour (default: HarmBench's)")
     parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
     parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
     parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
     parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
     parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
-    parser.add_argument("--judge_url", metavar="URL", help="of judge endpoint, OpenAI-compatible")
+    parser.add_argument("--judge_url", metavar="URL", help="address for judge=endpoint, OpenAI-compatible")
     parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")

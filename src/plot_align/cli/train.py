@@ -15,7 +15,7 @@ from plot_align.cli.options import (
     split_config,
     without_bare_debug,
 )
-from plot_align.errors import InputError, first_line
+from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import load_tokenizer
 from plot_align.io import read_yaml
 
@@ -30,7 +30,7 @@ key of the YAML file, and those marked *. --help-all lists them all.
   --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
   --output_dir DIR               where checkpoints and the model go
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
-* --balance_ratio R              without --alpha: PLOT's share of the gradient
+* --balance_ratio R              without --alpha: PLOT's gradient over the vanilla
 * --preference FILE              from `plot-align estimate`{default}
 * --preference_dataset DATA      count these pairs instead
 * --alpha_schedule S             constant, linear, cosine, balance
@@ -114,6 +114,9 @@ def _train(
     from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
     from plot_align.trl.artifacts import results_of
     from trl import get_peft_config, get_quantization_config
+
+    if model_args.use_peft:
+        require_packages("--use_peft", "peft", extra="peft")
 
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")

@@ -12,7 +12,7 @@ ROWS = (
     ("redteam BestOfN", "asr", "… asked again", "↓", 2),
     ("over_refusal", "refused", "refuses harmless requests", "↓", 2),
     ("redteam refused", "refused", "… that sound harmful", "↓", 2),
-    ("preference_accuracy", "accuracy", "orders held-out pairs rightly", "↑", 2),
+    ("preference_accuracy", "accuracy", "ranks held-out pairs correctly", "↑", 2),
     ("displacement", "chosen", "chosen answers, nats gained", "↑", 1),
     ("kl", "kl", "KL to the base, nats a token", "", 3),
     ("diversity", "distinct_2", "distinct-2 of harmless answers", "↑", 2),

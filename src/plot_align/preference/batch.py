@@ -87,7 +87,7 @@ class Batch:
             counts = selected.sum().unsqueeze(0)  # (1,)
             return Pooling(_exact(selected) / counts.clamp(min=1), None, counts)
         segments = self.sequence_ids().flatten()  # (B*(T-1),)
-        count = int(segments.max()) + 1
+        count = int(segments.max()) + 1 if segments.numel() else 0
         segments = segments if rows is None else segments[rows]  # (N,)
         counts = torch.bincount(segments[selected], minlength=count)  # (S,)
         return Pooling(_exact(selected) / counts.clamp(min=1)[segments], segments, counts)
@@ -98,7 +98,9 @@ def _exact(selected: Tensor) -> Tensor:
     return selected.to(torch.float32 if selected.device.type == "mps" else torch.float64)
 
 
-def check_shapes(logits: Tensor, labels: Tensor, reference_logits: Tensor | None, *, rows: int) -> None:
+def check_shapes(
+    logits: Tensor, labels: Tensor, roles: Tensor | None, reference_logits: Tensor | None, *, rows: int
+) -> None:
     """Refuses tensors that are not one batch of a model whose head has ``rows`` rows.
 
     Raises:
@@ -108,6 +110,15 @@ def check_shapes(logits: Tensor, labels: Tensor, reference_logits: Tensor | None
         raise InputError(
             f"logits is {logits.dtype} of shape {tuple(logits.shape)}, expected (B, T, {rows}), one entry per row of "
             "the head: pass the model's logits, and rows= to PlotLoss if the head is larger than the embeddings."
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(
+            f"labels is {labels.dtype}, expected token ids and -100 as integers: pass the model's labels."
+        )
+    if roles is not None and (not isinstance(roles, Tensor) or roles.shape != logits.shape[:1]):
+        found = tuple(roles.shape) if isinstance(roles, Tensor) else type(roles).__name__
+        raise InputError(
+            f"roles is {found}, expected a tensor of shape ({logits.size(0)},), one of +1, -1 and 0 for each row."
         )
     shapes = {"labels": (labels, logits.shape[:2]), "reference_logits": (reference_logits, logits.shape)}
     for name, (given, expected) in shapes.items():

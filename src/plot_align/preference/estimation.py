@@ -27,7 +27,7 @@ from plot_align.preference.distribution import (
     vocabulary_fingerprint,
     vocabulary_size,
 )
-from plot_align.preference.sharing import (
+from plot_align.preference.parallel_counting import (
     Tally,
     counts_of_workers,
     own_batches,

@@ -39,7 +39,7 @@ class Budget:
     """What every model of a comparison is given equally.
 
     Args:
-        cases: test cases a behaviour; None: HarmBench's number for each attack.
+        cases: test cases per behaviour; None: HarmBench's number for each attack.
         seed: of the attacks.
         snapshots: update steps of the curve, ascending.
         max_new_tokens: of an answer. batch_size: answers a pass.
@@ -234,7 +234,7 @@ def require_decided(what: str, reasons: Sequence[str], n: int) -> None:
     """
     if n and len(reasons) == n:
         raise RunError(
-            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); mend the "
+            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); fix the "
             "judge and run the same again"
         )
 

@@ -46,7 +46,7 @@ def make_test_cases(
 
     Args:
         targets: BehaviorID to how a complying answer begins; may be empty for an attack that needs none.
-        cases: test cases a behaviour; None: HarmBench's number.
+        cases: test cases per behaviour; None: HarmBench's number.
         snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``.
         on_behavior: called with the id of each one that is finished.
         on_update: called with the id of the one under attack and its update step.
@@ -61,7 +61,7 @@ def make_test_cases(
         require_targets(behaviors, targets, attack.name)
     count = attack.default_cases if cases is None else cases
     if count < 1:
-        raise InputError(f"cases is {cases}, expected how many test cases a behaviour, 1 or more")
+        raise InputError(f"cases is {cases}, expected how many test cases per behaviour, 1 or more")
     made_by = {
         "attack": {"name": attack.name, **attack.identity},
         "victim": victim.identity if attack.white_box else None,

@@ -92,7 +92,11 @@ class Training:
     def command(self, job: Job) -> list[str]:
         """The command that runs a job."""
         flags: list[str] = []
-        vanilla = (("alpha", 0.0), ("alpha_schedule", "constant"))  # whatever schedule the file has
+        vanilla = (
+            ("alpha", 0.0),
+            ("alpha_schedule", "constant"),
+            ("alpha_end", 0.0),
+        )  # whatever schedule the file has
         for name, value in [*job.cell.setting, *(job.cell.plot or vanilla)]:
             if value is None:  # the option's default, which no flag can express; check() refused a file that sets it
                 continue
