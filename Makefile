@@ -1,5 +1,6 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
-# make test          all tests
+# make test          the tests, without those marked slow
+# make test-all      all tests: what CI runs
 # make check         lint, format, imports, types
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
@@ -8,13 +9,16 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test check install clean
+.PHONY: demo test test-all check install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
 	$(BIN)/plot-align demo $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-all: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.installed

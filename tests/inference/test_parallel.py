@@ -28,7 +28,8 @@ from plot_align.redteam.behaviors import Behavior, write_behaviors
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("openai")
-pytestmark = pytest.mark.xdist_group("parallel")  # its fixtures start processes: once, on one worker
+# Its fixtures start processes: once, on one worker.
+pytestmark = [pytest.mark.xdist_group("parallel"), pytest.mark.slow]
 SUITE = """\
 stem:
   sums: {{kind: lm_eval, task: sums, include_path: {folder}}}

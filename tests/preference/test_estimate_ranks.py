@@ -20,7 +20,8 @@ import processes
 from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 
-pytestmark = pytest.mark.xdist_group("estimate ranks")  # its fixtures start processes: once, on one worker
+# Its fixtures start processes: once, on one worker.
+pytestmark = [pytest.mark.xdist_group("estimate ranks"), pytest.mark.slow]
 
 COUNTED = (
     "pairs", "pairs, truncated", "pairs, one batch", "unpaired", "one row", "pairs, stream", "pairs, shards",

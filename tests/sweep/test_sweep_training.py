@@ -39,6 +39,7 @@ def content(tiny_llama: Path, pairs_file: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_every_run_is_a_process_and_its_record_is_read_back(content: dict[str, Any], tmp_path: Path) -> None:
     """Vanilla and PLOT; the term is in the losses that TRL reports, and the metrics leave it out."""
     config = tmp_path / "dpo.yaml"

@@ -22,6 +22,7 @@ from plot_align import PlotConfig, estimate
 from plot_align.trl import gradients
 from processes import run
 
+pytestmark = pytest.mark.slow  # starts processes
 TOLERANCE = 1e-5
 TWICE = {"gradient_accumulation_steps": 2}
 ANCHORED = {"target": "anchored", "target_scope": "batch"}

@@ -76,6 +76,7 @@ def kill_a_rank(after: Path) -> None:
             return
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_another_number_of_ranks(tmp_path, tiny_llama, pairs_file, monkeypatch, capfd):
     """Two ranks, killed, go on as one; one goes on as two: the weights and α of one process that was never stopped.
     The norms that balance α are exact at this size, and the state of their averages is in the checkpoint."""

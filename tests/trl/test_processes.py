@@ -16,6 +16,7 @@ from plot_align.trl import gradients
 from processes import run, start
 from trl import DPOConfig, DPOTrainer
 
+pytestmark = pytest.mark.slow  # starts processes
 ARGS = {
     "per_device_train_batch_size": 4, "learning_rate": 1e-3, "bf16": False, "use_cpu": True, "seed": 3,
     "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
