@@ -1,6 +1,6 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          the tests, without those marked slow
-# make test-all      all tests: what CI runs
+# make test-slow     those that are: they train, or start processes
 # make check         lint, format, imports, types
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-slow check install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -18,8 +18,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
-test-all: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -82,7 +82,8 @@ def test_every_dependency_has_a_tested_version_within_its_bounds() -> None:
         (["demo"], r"bin/plot-align demo *$"),
         (["demo", "QUICK=1"], r"bin/plot-align demo --quick$"),
         (["demo", "QUICK=0"], r"bin/plot-align demo *$"),
-        (["test"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup$"),
+        (["test"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup -m \"not slow\"$"),
+        (["test-slow"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup -m slow$"),
         (["check"], r"bin/mypy$"),
     ],
 )
@@ -98,4 +99,4 @@ def test_ci_runs_the_checks_and_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert "\nmake check test\n" in script.read_text()
+    assert "\nmake check test test-slow\n" in script.read_text()
