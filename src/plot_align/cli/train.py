@@ -30,7 +30,7 @@ key of the YAML file, and those marked *. --help-all lists them all.
   --dataset_name DATA            hub id, or a .jsonl/.json/.csv/.parquet file{columns}
   --output_dir DIR               where checkpoints and the model go
 * --alpha A                      weight of the PLOT term; 0 is {vanilla} to the bit
-* --balance_ratio R              without --alpha: PLOT's gradient, relative
+* --balance_ratio R              without --alpha: PLOT's gradient / vanilla
 * --preference FILE              from `plot-align estimate`{default}
 * --preference_dataset DATA      count these pairs instead
 * --alpha_schedule S             constant, linear, cosine, balance
