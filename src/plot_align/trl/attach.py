@@ -71,10 +71,8 @@ def attach(
     if config.target == "anchored" and not (config.needs_reference or config.is_reward) and reference is None:
         reference = reference_distribution(trainer, kind, config.ablations.reference_rows, config.positions)
     embeddings = _embeddings(causal_lm(reference_model(trainer)), trainer.accelerator)
-    if embeddings.size(0) != rows:
-        embeddings = _embeddings(
-            model, trainer.accelerator
-        )  # the policy's embeddings were resized, the reference's not
+    if embeddings.size(0) != rows:  # the policy was resized, and its reference was not
+        embeddings = _embeddings(model, trainer.accelerator)
     if config.ablations.divergence == "deft_log":
         spec = head_spec(model)  # refuses, before training, a model that caps its logits
         reward_scale(logit_scale=spec.logit_scale, temperature=spec.temperature, softcap=spec.softcap)
@@ -108,13 +106,7 @@ class PlotHandle:
     computed or logged, and the trainer behaves as TRL's.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        kind: str,
-        term: PlotTerm,
-        backend: HeadBackend,
-    ) -> None:
+    def __init__(self, trainer: Any, kind: str, term: PlotTerm, backend: HeadBackend) -> None:
         self.trainer = trainer
         self.config = term.config
         self.preference = term.preference
