@@ -102,10 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     model, output = fetch(), options.output
-    ours = data.pairs("train")
-    harmful = [i for i, kind in enumerate(ours["kind"]) if kind == "harmful"]
-    harmless = [i for i, kind in enumerate(ours["kind"]) if kind != "harmful"]
-    pairs = ours.select(sorted(harmful + harmless[2::3]))  # the demo's mix
+    pairs = data.training_pairs()
     preference = estimate(pairs, AutoTokenizer.from_pretrained(model), max_length=160, progress=False)
     output.mkdir(parents=True, exist_ok=True)
     preference.save(output / "preference.safetensors")

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot_align.io import folder_complete_or_absent, require_writable
+from plot_align.io import require_writable
 from sandbox import base, words
 from sandbox import language as lang
-from sandbox.base import BaseConfig
+from sandbox.base import BaseConfig, folder_complete_or_absent
 
 if TYPE_CHECKING:
     import torch

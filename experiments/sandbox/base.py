@@ -383,3 +383,18 @@ def build_base(
     finally:
         lock.release()
     return done
+
+
+@contextmanager
+def folder_complete_or_absent(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path`` and renames it to ``path`` at the end of the block.
+
+    An existing folder is left unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        part = Path(temporary) / path.name
+        part.mkdir()
+        yield part
+        if not path.is_dir():
+            part.rename(path)

@@ -25,9 +25,9 @@ from typing import Any, Literal, get_args
 
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
-from plot_align.io import folder_complete_or_absent
 from plot_align.records import measure, read_record, write_record
 from plot_align.sweep import training
+from sandbox.base import folder_complete_or_absent
 
 KIND = "sandbox-run"
 Method = Literal["dpo", "sft", "kto", "pro", "cpo", "simpo", "orpo"]

@@ -49,21 +49,6 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def folder_complete_or_absent(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path`` and renames it to ``path`` at the end of the block.
-
-    An existing folder is left unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        part = Path(temporary) / path.name
-        part.mkdir()
-        yield part
-        if not path.is_dir():
-            part.rename(path)
-
-
 def write_json(path: Path, value: Any) -> None:
     """The file is complete or it is not there."""
     try:

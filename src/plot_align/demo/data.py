@@ -37,6 +37,18 @@ def pairs(split: Split = "train") -> Dataset:
     return Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected", "kind")} for row in rows])
 
 
+def training_pairs() -> Dataset:
+    """The pairs that the demo trains on: all that prefer a refusal, and every third of those that prefer help.
+
+    In so few steps a model this small cannot tell a harmful request from its twin. With as many pairs of either kind
+    it would only learn to refuse less.
+    """
+    ours = pairs("train")
+    harmful = [i for i, kind in enumerate(ours["kind"]) if kind == "harmful"]
+    harmless = [i for i, kind in enumerate(ours["kind"]) if kind != "harmful"]
+    return ours.select(sorted(harmful + harmless[2::3]))
+
+
 def behaviors(split: Split = "heldout") -> list[Behavior]:
     """The harmful requests, as HarmBench's behaviours; ``semantic_category`` is the topic.
 

@@ -204,12 +204,7 @@ def _model(model: str | None) -> Path:
 
 def _pairs(dataset: str | None) -> Any:
     if dataset is None:
-        # In so few steps a model this small cannot tell a harmful request from its twin. With as many pairs that
-        # prefer help as pairs that prefer a refusal, it would only learn to refuse less.
-        ours = data.pairs("train")
-        harmful = [i for i, kind in enumerate(ours["kind"]) if kind == "harmful"]
-        harmless = [i for i, kind in enumerate(ours["kind"]) if kind != "harmful"]
-        return ours.select(sorted(harmful + harmless[2::3]))
+        return data.training_pairs()
     return as_conversations(load_pairs(dataset))
 
 
