@@ -181,6 +181,11 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = {"rows": 9, "chosen_tokens": 90, "rejected_tokens": 80, "preferred_ids": 4, "rejected_ids": 3,
               "total_variation": 0.1}  # fmt: skip
     write_record(folder / "estimate.json", "estimate", counts, config={})
+    contexts = [
+        {"chosen_tokens": 40, "rejected_tokens": 50, "preferred": [{"text": " sorry"}], "rejected": [{"text": "<b>"}]},
+        {"chosen_tokens": 4, "rejected_tokens": 5, "preferred": [], "rejected": []},
+    ]
+    write_record(folder / "contexts.json", "inspect", {"contexts": contexts}, config={})
     curve = {"1": proportion([0.0, 1.0]), "2": proportion([1.0, 1.0])}
     attacked = {
         "attacks": {"GCG": {"a": 1.0, "b": 0.5}}, "refused": {"c": 0.0, "d": 1.0}, "helped": {"c": 1.0, "d": 0.0},

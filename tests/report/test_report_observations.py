@@ -181,13 +181,14 @@ def test_nothing_left_says_why(evaluation: Any) -> None:
         collect([path], skip_bad=True)
 
 
-@pytest.mark.parametrize("kind", ["redteam", "sweep", "demo", "estimate", "dpo"])
+@pytest.mark.parametrize("kind", ["redteam", "sweep", "demo", "estimate", "inspect", "dpo"])
 def test_other_kinds_are_checked_too(everything: Path, kind: str) -> None:
     spoil: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
         "redteam": ("redteam", lambda r: r["models"]["base"]["attacks"]["GCG"].update(a=2.0)),
         "sweep": ("sweep", lambda r: r["cells"][1]["metrics"]["rewards/margins"].update(value=None)),
         "demo": ("demo", lambda r: r["cost"]["time_ratio"].pop("value")),
         "estimate": ("estimate", lambda r: r.pop("rows")),
+        "inspect": ("contexts", lambda r: r["contexts"][0].update(chosen_tokens=-1)),
         "dpo": ("dpo", lambda r: r.update(history="long")),
     }
     name, change = spoil[kind]
@@ -202,7 +203,7 @@ def test_every_kind_is_taken_and_an_unknown_one_listed(everything: Path) -> None
     found = collect([everything])
     assert [record.kind for record in found.not_shown] == ["filter"]
     assert {record.kind for record in found.records} == {
-        "evaluation", "redteam", "dpo", "sweep", "demo", "estimate"
+        "evaluation", "redteam", "dpo", "sweep", "demo", "estimate", "inspect"
     }  # fmt: skip
     attacked = next(o for o in found.observations if o.measure == "redteam GCG" and o.model == "base")
     assert attacked.quantity["value"] == 0.75  # of 1.0 and 0.5

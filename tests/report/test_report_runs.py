@@ -49,3 +49,8 @@ def test_costs(everything: Path) -> None:
     ratio = rows["time of a training step, with PLOT over without", str(everything / "demo.json")]
     assert list(ratio) == [1.05, 1.0, 1.1, 20, "times"]
     assert next(iter(rows["training (dpo)", "tuned"])) == 12.5
+
+
+def test_what_is_preferred_where(everything: Path) -> None:
+    found = runs.contexts(collect([everything]))
+    assert list(found.rows) == [[90, "␣sorry", "<b>"]]  # a context that tells nothing apart is left out

@@ -59,6 +59,7 @@ class Size:
 
 FULL = Size(16, 30, 30, 40, 8, 4, 4, 2, {"model": 5, "train": 80, "evaluate": 120, "attack": 32, "cost": 28})
 QUICK = Size(5, 10, 10, 12, 4, 2, 2, 0, {"model": 5, "train": 34, "evaluate": 50, "attack": 14, "cost": 0})
+CONTEXTS = 12
 FLOAT32_STEPS = 0.25  # of the steps, if bfloat16 is no faster than float32, whose steps take five times as long
 
 
@@ -106,6 +107,7 @@ def main(
     files = _Files.write(output / "data", size)
     pairs = _pairs(dataset)
     preference = _preference(pairs, folder, output / "preference.safetensors", setting.max_length)
+    _contexts(pairs, folder, output / "contexts.record.json", setting)
     models = {BASE: folder, **{arm.name: output / "models" / arm.name for arm in ARMS}}
     for arm in ARMS:
         clock.begin(f"train {arm.name}", "train")
@@ -219,6 +221,21 @@ def _preference(pairs: Any, model: Path, path: Path, max_length: int) -> Any:
     preference = estimate(pairs, AutoTokenizer.from_pretrained(model), max_length=max_length, progress=False)
     preference.save(path)
     return preference
+
+
+def _contexts(pairs: Any, model: Path, path: Path, setting: Setting) -> None:
+    """The record of what is preferred where, for the page."""
+    from plot_align.inference.contexts import preferences_by_context
+    from plot_align.inference.load import load_model
+    from plot_align.preference.estimation import scored_pairs
+
+    if path.exists():
+        return
+    loaded, tokenizer = load_model(str(model), dtype="bfloat16" if setting.bf16 else "float32")
+    rows = scored_pairs(pairs, tokenizer, max_length=setting.max_length)
+    contexts = preferences_by_context(loaded, tokenizer, rows, contexts=CONTEXTS)
+    results = {"contexts": [context.to_dict() for context in contexts]}
+    write_record(path, "inspect", results, config={"contexts": CONTEXTS, "model": model.name})
 
 
 @dataclass(frozen=True)

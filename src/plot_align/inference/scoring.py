@@ -72,7 +72,7 @@ def _score(model: Any, batch: list[ScoredSequence]) -> tuple[Tensor, Tensor]:
     base = causal_lm(model)
     head, spec = base.get_output_embeddings(), head_spec(base)
     with evaluating(base):
-        hidden, targets, rows = _hidden(base, batch)
+        hidden, targets, rows = last_hidden_states(base, batch)
         ones = torch.ones(len(targets), device=hidden.device)  # (n,)
         result = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, spec, weights=ones)
     assert result.distributions is not None
@@ -115,8 +115,8 @@ def _diverge(model: Any, reference: Any, batch: list[ScoredSequence]) -> Tensor:
     """Mean divergence (B,) of each sequence of one batch."""
     p_model, q_model = causal_lm(model), causal_lm(reference)
     with evaluating(p_model), evaluating(q_model):
-        hidden_p, _, rows = _hidden(p_model, batch)
-        hidden_q, _, _ = _hidden(q_model, batch)
+        hidden_p, _, rows = last_hidden_states(p_model, batch)
+        hidden_q, _, _ = last_hidden_states(q_model, batch)
         values = torch.cat(list(_position_divergences(p_model, hidden_p, q_model, hidden_q)))  # (n,)
     sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, values)
     return sums / torch.tensor([s.stop - s.start for s in batch])
@@ -146,7 +146,7 @@ def _batches(sequences: Sequence[ScoredSequence], size: int) -> Iterator[list[in
         yield scored[at : at + size]
 
 
-def _hidden(base: Any, batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tensor]:
+def last_hidden_states(base: Any, batch: Sequence[ScoredSequence]) -> tuple[Tensor, Tensor, Tensor]:
     """Last hidden states (n, H) of the positions that predict scored tokens, those tokens (n,), and, on the CPU, their
     row in the batch (n,)."""
     device = base.get_output_embeddings().weight.device

@@ -212,6 +212,18 @@ def check_estimate(content: Mapping[str, Any]) -> None:
         _finite(f"results.{name}", content["results"][name])
 
 
+def check_inspect(content: Mapping[str, Any]) -> None:
+    contexts = content["results"]["contexts"]
+    if not isinstance(contexts, list):
+        raise ValueError("results.contexts is no list")
+    for i, context in enumerate(contexts):
+        for name in ("chosen_tokens", "rejected_tokens"):
+            _count(f"results.contexts[{i}].{name}", context[name])
+        for side in ("preferred", "rejected"):
+            for token in context[side]:
+                _text(f"results.contexts[{i}].{side}: a token", token["text"], empty=True)
+
+
 def _check_counted(place: str, entry: Any) -> None:
     """Check an entry with a count: ``{"n": …}``."""
     if isinstance(entry, dict) and entry.get("n") is not None:

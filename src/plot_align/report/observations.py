@@ -18,6 +18,7 @@ from plot_align.report.checks import (
     check_estimate,
     check_evaluation,
     check_frame,
+    check_inspect,
     check_redteam,
     check_sweep,
     check_training,
@@ -27,7 +28,7 @@ from plot_align.results import EVALUATION, GUARDS, Quantity
 from plot_align.statistics import proportion
 
 TRAINING = ("dpo", "sft", "pro")
-_SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate")
+_SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate", "inspect")
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
 # Options in which comparable red-team runs may differ.
 _NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
@@ -207,7 +208,8 @@ def _read(path: Path) -> Record:
         raise InputError(f"{path} is nested too deeply for a record; name what a plot-align command wrote") from None
     checks: dict[str, Callable[[Any], None]] = {
         EVALUATION: check_evaluation, "redteam": check_redteam, "sweep": check_sweep,
-        "demo": check_demo, "estimate": check_estimate, **dict.fromkeys(TRAINING, check_training),
+        "demo": check_demo, "estimate": check_estimate, "inspect": check_inspect,
+        **dict.fromkeys(TRAINING, check_training),
     }  # fmt: skip
     try:
         at = datetime.fromisoformat(content["created"])

@@ -123,7 +123,7 @@ def build(
         _wide(comparison),
         _long(comparison),
         *([answers_table(content.answers)] if content.answers else []),
-        *(table for table in (runs.costs(collected), runs.counts(collected)) if table.rows),
+        *(table for table in (runs.costs(collected), runs.counts(collected), runs.contexts(collected)) if table.rows),
         *(transport.masses for transport in content.transports if transport.masses),
     ]
     return content
@@ -222,6 +222,7 @@ def render(content: Content, folder: str) -> str:
         pictures=content.pictures,
         costs=runs.costs(collected),
         counts=runs.counts(collected),
+        contexts=runs.contexts(collected),
         dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
         records=[_how(record) for record in collected.records],
         longest=_LONGEST_TABLE,

@@ -11,6 +11,7 @@ from typing import Any
 from plot_align.report.observations import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
 from plot_align.results import ATTACK_CURVES
+from plot_align.text import readable
 
 # Of the trainer's log: key, label. The first ones that a run has are drawn.
 CURVES = (
@@ -120,6 +121,21 @@ def counts(collected: Collected) -> Table:
     columns = ["record", "pairs", "chosen tokens", "rejected tokens", "preferred ids", "rejected ids",
                "total variation"]  # fmt: skip
     return Table("preference_counts", "What the preference was counted from", columns, rows)
+
+
+def contexts(collected: Collected) -> Table:
+    """What `plot-align inspect --pairs` found to be preferred where; of the newest record."""
+    records = sorted(collected.of_kind("inspect"), key=lambda record: record.at)
+    rows = [
+        [
+            context["chosen_tokens"] + context["rejected_tokens"],
+            *(", ".join(readable(token["text"]) for token in context[side]) for side in ("preferred", "rejected")),
+        ]
+        for context in (records[-1].results["contexts"] if records else [])
+        if context["preferred"] or context["rejected"]
+    ]
+    caption = "What is preferred where: tokens told apart within each kind of answer, as the model clusters them"
+    return Table("preference_contexts", caption, ["tokens", "preferred", "rejected"], rows)
 
 
 def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
