@@ -158,7 +158,7 @@ def run(study: Study, records: Path, name: str, seed: int) -> str:
     (folder / f"seed-{seed}.json").write_text(json.dumps(texts, indent=1))
     config = {
         "arm": name, "data": study.kind, "steps": STEPS, "pairs": PAIRS, "learning_rate": RATE,
-        "plot": None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict(),
+        "bf16": fast_bf16(), "plot": None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict(),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, "study", {"scores": rounded, "logged": logged}, config=config, seed=seed)
