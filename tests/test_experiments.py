@@ -21,7 +21,7 @@ def _on_the_path() -> Iterator[None]:
         patch.syspath_prepend(str(EXPERIMENTS))
         yield
     for name in set(sys.modules) - before:
-        if name == "tables" or name.partition(".")[0] == "sandbox":
+        if name in ("tables", "real") or name.partition(".")[0] in ("sandbox", "study"):
             del sys.modules[name]
 
 
