@@ -27,9 +27,8 @@ def _on_the_path() -> Iterator[None]:
 
 
 def test_the_probability_of_a_refusal_is_that_of_a_plain_loop(tiny_base: Path) -> None:
-    from study.measures import OPENERS, refusal_probability
-
     from plot_align.inference.chat import prompt_ids
+    from study.measures import OPENERS, refusal_probability
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
