@@ -9,6 +9,7 @@ import traceback
 
 from plot_align._version import __version__
 from plot_align.cli.launch import tell_launcher
+from plot_align.cli.output import readable
 from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line
 
 _TRAINING = {
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        code = dispatch(arguments)
+        with readable():
+            code = dispatch(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as leave:  # argparse after --help
