@@ -21,7 +21,8 @@ from plot_align import PlotConfig, estimate
 from plot_align.cli.main import main as plot_align
 from plot_align.demo import data
 from plot_align.demo.fetch import fetch
-from plot_align.demo.train import Arm, Setting, fast_bf16, quiet, train
+from plot_align.demo.train import Arm, Setting, quiet, train
+from plot_align.environment import fast_bf16
 from plot_align.records import read_record
 from plot_align.redteam import write_behaviors
 

@@ -18,6 +18,7 @@ _TRAINING = {
     "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
 }
 COMMANDS = {  # each is a module of this package
+    "doctor": "show whether training can run here: versions, device, backends",
     "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
