@@ -2,6 +2,8 @@
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
 # make check         lint, format, imports, types
+# make docs          the documentation as a site, site/index.html
+# make dist          wheel and sdist under dist/, as PyPI takes them
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow check docs dist install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -27,6 +29,14 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
 install: $(VENV)/.installed
 
 # torch comes first and alone: where pip is configured with an index of CPU builds, that index decides.
@@ -40,5 +50,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist site
 	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +

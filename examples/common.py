@@ -8,7 +8,7 @@ from typing import Any
 
 from plot_align.demo.data import pairs
 from plot_align.demo.fetch import fetch
-from plot_align.demo.train import fast_bf16, on_cpu
+from plot_align.environment import fast_bf16, on_cpu
 
 __all__ = ["arguments", "pairs", "report", "settings"]
 

@@ -26,7 +26,8 @@ from transformers.trainer_callback import PrinterCallback
 from plot_align.bench import without_plot
 from plot_align.demo import data as ours
 from plot_align.demo.fetch import fetch
-from plot_align.demo.train import fast_bf16, quiet
+from plot_align.demo.train import quiet
+from plot_align.environment import fast_bf16
 from plot_align.inference.chat import prompt_ids
 from plot_align.preference.estimation import estimate
 from plot_align.records import write_record

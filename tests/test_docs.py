@@ -54,3 +54,19 @@ def test_the_worked_example_works(monkeypatch):
     exec(tests, names)
     for name in ("test_by_hand", "test_equals_one_minus_the_overlap", "test_gradcheck"):
         names[name]()
+
+
+def test_the_quick_start_trains(tiny_llama, pairs_file, tmp_path, monkeypatch):
+    """The Python of docs/frameworks/trl.md, on a tiny model, one step of each trainer."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "frameworks" / "trl.md").read_text()
+    small = ', max_steps=1, bf16=False, use_cpu=True, report_to="none")'
+    code = "".join(re.findall(r"(?s)```python\n(.*?)```", page))
+    code = code.replace("Qwen/Qwen3-0.6B", str(tiny_llama)).replace("pairs.jsonl", str(pairs_file))
+    code, count = re.subn(r'(?<=output_dir="runs/(?:dpo|sft)-plot")\)', small, code)
+    assert count == 2
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "runs" / "dpo-plot" / "plot_align.json").exists()
+    assert names["trainer"].state.global_step == 1
+    assert (tmp_path / "preference.safetensors").exists()

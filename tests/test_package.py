@@ -59,7 +59,9 @@ def test_every_name_of_the_red_team_is_there() -> None:
 def test_one_version_everywhere() -> None:
     assert metadata.version("plot-align") == plot_align.__version__
     assert f"\nversion: {plot_align.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"The first version, {plot_align.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    version = re.escape(plot_align.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(rf"(?m)^The first version, {version}\.$|^## \[{version}\] - ", changelog)
 
 
 def test_every_dependency_has_a_tested_version_within_its_bounds() -> None:
@@ -85,6 +87,8 @@ def test_every_dependency_has_a_tested_version_within_its_bounds() -> None:
         (["test"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup -m \"not slow\"$"),
         (["test-slow"], r"^OMP_NUM_THREADS=1 .*-m pytest -n 2 --dist loadgroup -m slow$"),
         (["check"], r"bin/mypy$"),
+        (["docs"], r"bin/mkdocs build --strict$"),
+        (["dist"], r"bin/python -m twine check --strict dist/\*$"),
     ],
 )
 def test_make_targets(arguments: list[str], expected: str) -> None:

@@ -260,7 +260,8 @@ class BalancedAlpha:
         """α of the next step, for a training loop of your own; both losses keep their graphs.
 
         Args:
-            vanilla, plot: the two losses.
+            vanilla: the loss without the term.
+            plot: the term.
             hidden: the input of the head that both come from: ``outputs.hidden_states[-1]`` of a transformers model.
 
         Raises:

@@ -108,7 +108,7 @@ def test_every_file_is_parsed(method):
 def test_accelerate_reads_its_files(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(str(RECIPES.parent / "configs" / "accelerate" / f"{name}.yaml"))
+    config = load_config_from_file(str(RECIPES.parent / "src" / "plot_align" / "accelerate_configs" / f"{name}.yaml"))
     assert config.num_processes == 8
 
 

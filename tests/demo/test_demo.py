@@ -199,23 +199,6 @@ def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) 
     assert found.name == "checkpoint-10"
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "fast"),
-    [
-        ({"avx512_bf16": True}, True),
-        ({"amx_bf16": True}, True),
-        ({"avx512_f": True, "avx512_bf16": False}, False),
-        ({}, False),
-    ],
-)
-def test_bf16_is_for_processors_that_multiply_in_it(
-    capabilities: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "on_cpu", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert training.fast_bf16() is fast
-
-
 def test_the_clock_scales_what_is_left_by_how_the_machine_kept_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

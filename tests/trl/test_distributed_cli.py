@@ -19,7 +19,7 @@ from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import read_record
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+CONFIGS = Path(launch.__file__).parents[1] / "accelerate_configs"
 
 
 def test_an_error_of_a_rank_is_one_sentence(capfd):
@@ -56,7 +56,8 @@ def test_shipped_configurations(name, kind, expected):
 
     path = str(CONFIGS / f"{name}.yaml")
     assert load_config_from_file(path).distributed_type == kind
-    arguments = launch.Launch({}, ["--accelerate_config", path, "--num_processes", "2"]).arguments()
+    arguments = launch.Launch({}, ["--accelerate_config", name, "--num_processes", "2"]).arguments()
+    assert arguments[:2] == ["--config_file", path]
     options, *_ = _validate_launch_command(launch_command_parser().parse_args([*arguments, "script.py"]))
     assert (options.multi_gpu, options.use_fsdp, options.use_deepspeed) == (
         kind == "MULTI_GPU", kind == "FSDP", kind == "DEEPSPEED",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -79,8 +78,7 @@ def run(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    with _progress(setting.repeats + 1) as on_round, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers about TRL: nothing a user can do about
+    with _progress(setting.repeats + 1) as on_round:
         results = bench(load, setting, plain_rounds(setting, on_round), options.profile)
     config = {
         "model": options.model,

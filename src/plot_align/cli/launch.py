@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Launch:
                 found += [f"--{key}", str(value)]
         for flag in self.flags:
             found += flag.split("=", 1) if flag.startswith("--") else [flag]
+        if "--accelerate_config" in found[:-1]:
+            place = found.index("--accelerate_config") + 1
+            own = resources.files("plot_align") / "accelerate_configs" / f"{found[place]}.yaml"
+            if own.is_file() and not Path(found[place]).is_file():
+                found[place] = str(own)
         try:
             return resolve_accelerate_config_argument(found)
         except ValueError as error:

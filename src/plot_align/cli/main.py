@@ -9,6 +9,7 @@ import traceback
 
 from plot_align._version import __version__
 from plot_align.cli.launch import tell_launcher
+from plot_align.cli.output import readable
 from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line
 
 _TRAINING = {
@@ -17,6 +18,7 @@ _TRAINING = {
     "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
 }
 COMMANDS = {  # each is a module of this package
+    "doctor": "show whether training can run here: versions, device, backends",
     "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        code = dispatch(arguments)
+        with readable():
+            code = dispatch(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as leave:  # argparse after --help

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from plot_align.cli import launch
+from plot_align.cli import launch, output
 from plot_align.cli.options import (
     PreferenceOptions,
     make_parser,
@@ -108,6 +108,7 @@ def _train(
     command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
+    from plot_align.cli import progress
     from plot_align.methods.pro import PlotPROTrainer
     from plot_align.preference.datasets import require_pairs, require_ranked
     from plot_align.records import write_record
@@ -115,6 +116,7 @@ def _train(
     from plot_align.trl.artifacts import results_of
     from trl import get_peft_config, get_quantization_config
 
+    output.drop_deprecations()
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
 
@@ -170,6 +172,7 @@ def _train(
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
+    progress.use(trainer)
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():

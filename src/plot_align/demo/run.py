@@ -24,7 +24,8 @@ from plot_align.demo import data
 from plot_align.demo.fetch import SMOLLM2, fetch
 from plot_align.demo.figure import draw
 from plot_align.demo.table import as_markdown, as_text, rows_of
-from plot_align.demo.train import ARMS, Setting, fast_bf16, on_cpu, quiet, train
+from plot_align.demo.train import ARMS, Setting, quiet, train
+from plot_align.environment import fast_bf16, on_cpu
 from plot_align.errors import InputError, require_packages
 from plot_align.io import complete_or_absent, digest, require_writable
 from plot_align.preference.datasets import load_pairs

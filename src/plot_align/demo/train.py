@@ -13,6 +13,7 @@ from typing import Any
 
 from plot_align.bench import without_plot
 from plot_align.config import PlotConfig
+from plot_align.environment import on_cpu
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
 from plot_align.trl import attach
@@ -54,25 +55,6 @@ class Setting:
     max_length: int = 160
     bf16: bool = True
     seed: int = 0
-
-
-def on_cpu() -> bool:
-    """Whether there is no GPU; TRL must be told so before it accepts bfloat16."""
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def fast_bf16() -> bool:
-    """Whether this machine multiplies faster in bfloat16 than in float32: a capable GPU, AVX512-BF16 or AMX."""
-    import torch
-
-    if not on_cpu():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.13
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    known = torch.cpu.get_capabilities()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Path) -> Any:

@@ -406,7 +406,8 @@ class PlotPROTrainer(Attached, PROTrainer):
     """:class:`PROTrainer` with ``α·L_PLOT`` added; the best completion of each list is the preferred one.
 
     Args:
-        *args, **kwargs: those of :class:`PROTrainer`.
+        *args: those of :class:`PROTrainer`.
+        **kwargs: likewise.
         preference: token preferences or the file of them; ``None`` counts them in ``train_dataset``.
         plot: options of the term; ``None`` takes the defaults.
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_load, metadata_save
+
 from plot_align._version import __version__
 from plot_align.config import PlotConfig
 from plot_align.io import complete_or_absent
@@ -13,7 +15,9 @@ from plot_align.preference.distribution import PreferenceDistribution
 
 CONFIG_NAME = "plot_align.json"
 PREFERENCE_NAME = "preference.safetensors"
+TAG = "plot-align"
 _HEADING = "## PLOT"
+_HOME = "https://github.com/plot-align/plot-align"
 
 
 def save(folder: Path, config: PlotConfig, preference: PreferenceDistribution, *, step: int) -> None:
@@ -30,8 +34,14 @@ def save(folder: Path, config: PlotConfig, preference: PreferenceDistribution, *
     preference.save(folder / PREFERENCE_NAME)
 
 
+def tag(model: Any) -> None:
+    """Adds ``plot-align`` to the tags that ``model.push_to_hub`` and a trainer's write into the model card."""
+    if hasattr(model, "add_model_tags"):
+        model.add_model_tags(TAG)
+
+
 def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDistribution, kind: str) -> None:
-    """Appends a section on the term to the model card that TRL wrote; replaces the section of an earlier save."""
+    """Adds a tag, and a section on the term, to the model card that TRL wrote; replaces that of an earlier save."""
     if not path.exists():
         return
     card = path.read_text(encoding="utf-8").split(f"\n{_HEADING}\n")[0].rstrip("\n")
@@ -41,9 +51,9 @@ def extend_model_card(path: Path, config: PlotConfig, preference: PreferenceDist
 {_HEADING}
 
 This model was tuned with {_loss(config)}, with
-{_weight(config)} on {kind}'s loss, by plot-align {__version__}. Its preference distribution was counted over
-{chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and `{CONFIG_NAME}` says from
-which data.
+{_weight(config)} on {kind}'s loss, by [plot-align]({_HOME}) {__version__}. Its preference distribution
+was counted over {chosen:,} preferred and {rejected:,} rejected tokens; `{PREFERENCE_NAME}` holds it and
+`{CONFIG_NAME}` says from which data.
 
 | option | value |
 |---|---|
@@ -51,6 +61,10 @@ which data.
 """
     with complete_or_absent(path) as temporary:
         temporary.write_text(card + "\n" + section, encoding="utf-8")
+        metadata = metadata_load(temporary) or {}
+        tags = metadata.get("tags") or []
+        if not config.is_off and TAG not in tags:
+            metadata_save(temporary, {**metadata, "tags": [*tags, TAG]})
 
 
 def _loss(config: PlotConfig) -> str:

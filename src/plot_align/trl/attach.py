@@ -186,6 +186,8 @@ class PlotHandle:
             loss = self.term.loss(result, batch).to(vanilla)
         # If the trainer already divides its loss by the accumulation steps, ours must be divided here.
         training = self.trainer.model.training
+        if training:
+            artifacts.tag(self.trainer.model)
         steps = self.trainer.current_gradient_accumulation_steps if training else 1
         divisor = steps if training and self._loss_is_scaled(num_items_in_batch) else 1
         with record_function("plot_align/measure"):

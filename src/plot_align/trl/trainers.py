@@ -29,7 +29,8 @@ class PlotDPOTrainer(Attached, DPOTrainer):
     """:class:`trl.DPOTrainer` with ``α·L_PLOT`` added to whichever ``loss_type`` it is configured with.
 
     Args:
-        *args, **kwargs: those of :class:`trl.DPOTrainer`.
+        *args: those of :class:`trl.DPOTrainer`.
+        **kwargs: likewise.
         preference: token preferences or the file of them; ``None`` counts them in ``train_dataset``.
         plot: options of the term; ``None`` takes the defaults.
 
@@ -42,7 +43,8 @@ class PlotSFTTrainer(Attached, SFTTrainer):
     """:class:`trl.SFTTrainer` with ``α·L_PLOT`` added; its data hold one side only, so ``preference`` is needed.
 
     Args:
-        *args, **kwargs: those of :class:`trl.SFTTrainer`.
+        *args: those of :class:`trl.SFTTrainer`.
+        **kwargs: likewise.
         preference: token preferences or the file of them (``plot-align estimate``).
         plot: options of the term; ``None`` takes the defaults.
 
