@@ -34,6 +34,7 @@ from plot_align.records import write_record
 from plot_align.trl import attach
 from study import data
 from study.arms import ARMS, Arm
+from study.attacks import attacked
 from study.measures import Bench, Reference
 from study.terms import Beside, Contexts, States, TriedTerm, hooked
 
@@ -141,7 +142,7 @@ def record_path(records: Path, kind: str, arm: str, seed: int) -> Path:
     return records / kind / arm.replace(" ", "_").replace(",", "").replace("'", "") / f"seed-{seed}.json"
 
 
-def run(study: Study, records: Path, name: str, seed: int) -> str:
+def run(study: Study, records: Path, name: str, seed: int, attack: bool) -> str:
     """Trains and measures one arm, writes its record, and says the main figures in a line."""
     path = record_path(records, study.kind, name, seed)
     begun = time.monotonic()
@@ -153,6 +154,9 @@ def run(study: Study, records: Path, name: str, seed: int) -> str:
     trained = time.monotonic() - begun
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16()):
         scores, texts = study.bench.run(model)
+    if attack:
+        folder = study.output / "attacks" / study.kind / path.parent.name / str(seed)
+        scores |= attacked(model, study.tokenizer, folder, seed)
     rounded = {key: [float(f"{value:.5g}") for value in values] for key, values in scores.items()}
     folder = study.output / "answers" / study.kind / path.parent.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,6 +187,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--requests", type=int, default=40, help="at most this many of other people's, of each kind")
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--attack", action="store_true", help="attack as well: GCG, PEZ, best of n, prefill")
     parser.add_argument(
         "--report", action="store_true", help="write docs/results.md from the records, and train nothing"
     )
@@ -202,7 +207,9 @@ def main() -> None:
     study = Study(options.model or fetch(), options.pairs, options.data, options.output, options.requests)
     for number, (name, seed) in enumerate(jobs, 1):
         Console(width=400).print(
-            f"[{number}/{len(jobs)}] " + run(study, options.records, name, seed), highlight=False, markup=False
+            f"[{number}/{len(jobs)}] " + run(study, options.records, name, seed, options.attack),
+            highlight=False,
+            markup=False,
         )
     return None
 

@@ -84,7 +84,11 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
             if name in arms:
                 seeds = sorted(arms[name])
                 keys = arms[name][seeds[0]]
-                scores = {key: np.array([arms[name][seed][key] for seed in seeds]) for key in keys}
+                scores = {
+                    key: np.array([arms[name][seed][key] for seed in seeds])
+                    for key in keys
+                    if all(key in arms[name][seed] for seed in seeds)
+                }
                 found[kind.name][name] = Runs(seeds, scores)
     return found
 
@@ -146,6 +150,8 @@ def compared(arms: dict[str, Runs]) -> dict[tuple[str, str], Difference]:
 
 def table(arms: dict[str, Runs]) -> str:
     titles = ["arm", "seeds", "AUC, ordinary ↑", "AUC, XSTest ↑", *ITEM_MEASURES]
+    attacks = sorted({key for runs in arms.values() for key in runs.scores if key.startswith("attack/")})
+    titles += [f"{key.partition('/')[2]} succeeds ↓" for key in attacks]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---|" * (len(titles) - 1)]
     for name, runs in arms.items():
         cells = [name, str(len(runs.seeds))]
@@ -153,6 +159,9 @@ def table(arms: dict[str, Runs]) -> str:
             cells.append(f"{mean_auc(runs, *pair):.3f}")
         for keys, digits in ITEM_MEASURES.values():
             cells.append(f"{runs.mean(keys):.{digits}f} ± {runs.error(keys):.{digits}f}")
+        for key in attacks:
+            there = key in runs.scores
+            cells.append(f"{runs.mean([key]):.2f} ± {runs.error([key]):.2f}" if there else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
