@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ COMMON = {
     "disable_tqdm": True,
     "seed": 3,
 }
+
+
+def _home_of(method: str):
+    """The module of a trainer that TRL moved to ``trl.experimental`` in 0.26."""
+    try:
+        return importlib.import_module(f"trl.experimental.{method}")
+    except ImportError:
+        return importlib.import_module("trl")
 
 
 def load(folder: Path):
@@ -90,14 +99,12 @@ def make_trainer(tiny_llama, rows, ranked_rows, tmp_path):
                 options = {"num_generations": 4, "max_completion_length": 8, "temperature": 0.9, **options}
                 extra["reward_funcs"] = lambda completions, **kwargs: [float(len(set(text))) for text in completions]
             case "cpo" | "simpo":
-                from trl.experimental.cpo import CPOConfig, CPOTrainer
-
-                config, data, base = CPOConfig, rows, CPOTrainer
+                home = _home_of("cpo")
+                config, data, base = home.CPOConfig, rows, home.CPOTrainer
                 options |= {"loss_type": "simpo", "cpo_alpha": 0.0} if method == "simpo" else {}
             case "orpo":
-                from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-                config, data, base = ORPOConfig, rows, ORPOTrainer
+                home = _home_of("orpo")
+                config, data, base = home.ORPOConfig, rows, home.ORPOTrainer
         data_name = {"train_dataset": data, "eval_dataset": extra.pop("eval_dataset", None)}
         return (cls or base)(model=model, args=config(**options), processing_class=tokenizer, **data_name, **extra)
 

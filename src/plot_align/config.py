@@ -59,8 +59,8 @@ class PlotAblations:
     sinkhorn_iterations: int = _option(100, "Most iterations. A warning says if they were too few.")
     plot_backend: Literal["fused", "separate"] = _option(
         "fused",
-        "fused: inside TRL's head, or from the logits that CPO and ORPO build anyway. separate: a head pass of its "
-        "own, for other TRL versions.",
+        "fused: in the trainer's own head pass: inside TRL's fused head, or from the logits that it builds. separate: "
+        "a head pass of its own, where that one cannot be reached.",
     )
     plot_impl: Literal["auto", "torch", "triton"] = _option(
         "auto", "Elementwise work in the head. auto: Triton's kernels on a GPU that has them, else torch."
@@ -159,7 +159,7 @@ class PlotConfig:
             )
 
     def _check_combinations(self) -> None:
-        scope, backend = self.ablations.target_scope, self.ablations.plot_backend
+        scope = self.ablations.target_scope
         if self.pool and self.granularity != "batch":
             raise InputError(
                 f"pool is on with granularity={self.granularity!r}; only granularity='batch' has one distribution "
@@ -174,11 +174,6 @@ class PlotConfig:
             raise InputError(
                 "target_scope is 'batch' with granularity='token'; a single position has no distribution of its own "
                 "to be compared with: expected granularity='batch' or 'sequence', or target_scope='dataset'."
-            )
-        if self.needs_reference and backend != "fused":
-            raise InputError(
-                f"target_scope is 'batch' with target='anchored' and plot_backend={backend!r}; the reference's output "
-                "is taken in TRL's fused head: expected plot_backend='fused' or target_scope='dataset'."
             )
 
     @classmethod
@@ -231,8 +226,7 @@ class PlotConfig:
             return self.replace(target="anchored" if reference else "relu", target_scope=scope)
         if reference_forward is None:
             return self.replace(target_scope=scope)
-        is_anchored = reference_forward and self.ablations.plot_backend == "fused"
-        return self.replace(target="anchored" if is_anchored else "chosen", target_scope=scope)
+        return self.replace(target="anchored" if reference_forward else "chosen", target_scope=scope)
 
     @property
     def has_batch_target(self) -> bool:

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plot_align.errors import InputError, did_you_mean
 
@@ -190,10 +191,17 @@ def build(kind: Any, given: Mapping[str, Any], what: str, **extra: Any) -> Any:
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether ``value`` has a type such as ``int | None``, ``tuple[str, ...]`` or ``Literal["a", "b"]``."""
-    from huggingface_hub.dataclasses import type_validator
-
-    try:
-        type_validator("value", value, kind)
-    except TypeError:
+    origin, parameters = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, option) for option in parameters)
+    if origin is Literal:
+        return value in parameters
+    if not isinstance(value, origin or kind) or (isinstance(value, bool) and kind is not bool):
         return False
-    return True
+    if origin is dict:
+        return all(fits(key, parameters[0]) and fits(item, parameters[1]) for key, item in value.items())
+    if origin is tuple and ... not in parameters:
+        return len(value) == len(parameters) and all(map(fits, value, parameters))
+    return origin is None or all(fits(item, parameters[0]) for item in value)

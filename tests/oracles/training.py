@@ -11,7 +11,9 @@ from oracles import term
 from plot_align.config import PlotConfig
 
 
-def selection(kind: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def selection(
+    kind: str, inputs: dict[str, Any], trainer: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Tokens, attention and the (B, T − 1) bool masks of each role, from the batch's raw keys, row by row."""
     if "chosen_labels" in inputs:
         sides = [
@@ -23,6 +25,8 @@ def selection(kind: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
         for row, (tokens, seen, labels) in enumerate(sides):
             ids[row, : len(tokens)], attention[row, : len(seen)] = tokens, seen
             scored[row, : len(labels)] = labels != -100
+    elif "prompt_input_ids" in inputs:  # DPO before TRL 0.29, whose forward joins prompt and completion
+        ids, attention, scored = joined_pairs(inputs, trainer.max_length, trainer.truncation_mode)
     elif "completion_ids" in inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
@@ -38,6 +42,27 @@ def selection(kind: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Te
         if role in masks:
             masks[role][row] = scored[row, 1:].bool()
     return ids, attention, masks
+
+
+def joined_pairs(inputs: dict[str, Any], max_length: int | None, truncation_mode: str) -> tuple[torch.Tensor, ...]:
+    """Ids, attention and scored tokens (2B, T) of chosen rows above rejected ones: a list for each row, truncated."""
+    rows = []
+    for side in ("chosen", "rejected"):
+        for row in range(len(inputs["prompt_input_ids"])):
+            prompt, answer = (
+                inputs[f"{part}_input_ids"][row][inputs[f"{part}_attention_mask"][row].bool()].tolist()
+                for part in ("prompt", side)
+            )
+            tokens = [(token, 0) for token in prompt] + [(token, 1) for token in answer]
+            if max_length is not None:
+                tokens = tokens[-max_length:] if truncation_mode == "keep_end" else tokens[:max_length]
+            rows.append(tokens)
+    ids, attention, scored = torch.zeros(3, len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor([token for token, _ in tokens])
+        scored[row, : len(tokens)] = torch.tensor([is_scored for _, is_scored in tokens])
+        attention[row, : len(tokens)] = 1
+    return ids, attention, scored
 
 
 def role_of(kind: str, inputs: dict[str, Any], row: int, rows: int) -> str:
@@ -59,11 +84,11 @@ def role_of(kind: str, inputs: dict[str, Any], row: int, rows: int) -> str:
 
 def materialised_term(trainer, kind: str, inputs: dict[str, Any], config: PlotConfig, preference) -> torch.Tensor:
     """L_PLOT without its weight."""
-    ids, attention, masks = selection(kind, inputs)
+    ids, attention, masks = selection(kind, inputs, trainer)
     temperature = getattr(trainer, "temperature", 1.0)
     p = (trainer.model(input_ids=ids, attention_mask=attention).logits[:, :-1].double() / temperature).softmax(-1)
     q = None
-    if kind in ("DPOTrainer", "KTOTrainer") and config.ablations.plot_backend == "fused":
+    if kind in ("DPOTrainer", "KTOTrainer"):
         with torch.no_grad():
             q = reference_logits(trainer, ids, attention)[:, :-1].double().softmax(-1)
     world = term.World(
@@ -99,7 +124,7 @@ def dataset_reference(trainer, kind: str, config: PlotConfig) -> torch.Tensor:
         ]
         found = []
         for row in rows:  # one at a time: no padding
-            ids, attention, masks = selection(kind, trainer.data_collator([row]))
+            ids, attention, masks = selection(kind, trainer.data_collator([row]), trainer)
             with torch.no_grad():
                 logits = reference_logits(trainer, ids, attention, at_start=True)
             found.append(logits[:, :-1].double().softmax(-1)[masks[config.positions]])

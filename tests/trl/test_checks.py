@@ -31,7 +31,7 @@ def logged(trainer, key):
         ("grpo", {}, ("chosen", "batch")),
         ("dpo", {"granularity": "token"}, ("relu", "dataset")),
         ("dpo", {"granularity": "sequence"}, ("anchored", "batch")),
-        ("dpo", {"plot_backend": "separate"}, ("chosen", "batch")),
+        ("dpo", {"plot_backend": "separate"}, ("anchored", "batch")),
         ("dpo", {"target_scope": "dataset"}, ("relu", "dataset")),
         ("dpo", {"target": "anchored"}, ("anchored", "dataset")),
         ("dpo", {"target": "anchored", "target_scope": "batch"}, ("anchored", "batch")),

@@ -148,6 +148,23 @@ def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, plot_backend="separate"))
 
 
+@pytest.mark.parametrize("granularity", ["batch", "sequence"])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_separate_backend_has_the_default_target(make_trainer, preference, method, granularity):
+    """It takes the reference's output too, so that it is the same method at a higher price."""
+    config = PlotConfig.from_options(alpha=3.0, plot_backend="separate", granularity=granularity)
+    check_one_step(make_trainer, preference, method, config, nudge=True)
+
+
+def test_separate_backend_with_adapters(make_trainer, preference):
+    """The reference is the policy with its adapters off: the same backbone runs twice."""
+    from peft import LoraConfig
+
+    extra = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
+    config = PlotConfig.from_options(alpha=3.0, plot_backend="separate")
+    check_one_step(make_trainer, preference, "dpo", config, extra=extra)
+
+
 @pytest.mark.parametrize("granularity", ["batch", "sequence", "token"])
 @pytest.mark.parametrize("divergence", ["deft_log", "deft_prob", "emo", "tv"])
 def test_other_terms(make_trainer, preference, divergence, granularity):

@@ -118,12 +118,11 @@ def dropped_rows(prompt: np.ndarray, max_length: int | None, truncation_mode: st
 
 def _boundary(row: tuple[list[int], ...]) -> int:
     """Number of prompt tokens of a row: prompt ids first, then prompt + completion ids for each answer."""
-    from trl.data_utils import common_prefix_length
-
     prompt, answers = row[0], row[1:]
     if all(answer[: len(prompt)] == prompt for answer in answers):
-        return len(prompt)  # the result of common_prefix_length, but faster
-    return min(common_prefix_length(prompt, answer) for answer in answers)
+        return len(prompt)
+    shared = ([a == b for a, b in zip(prompt, answer, strict=False)] for answer in answers)
+    return min([*same, False].index(False) for same in shared)
 
 
 def _texts(

@@ -22,7 +22,7 @@ from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.transport import Sinkhorn
 from plot_align.trl import artifacts
 from plot_align.trl.alpha import AlphaSchedule
-from plot_align.trl.backends import FusedBackend, HeadBackend, LogitsBackend, SeparateBackend
+from plot_align.trl.backends import HeadBackend, make_backend
 from plot_align.trl.batches import LOGITS_TRAINERS, policy_batch, trainer_kind
 from plot_align.trl.checks import check, resolve_auto
 from plot_align.trl.gradients import gradient_norms
@@ -84,16 +84,7 @@ def attach(
         reference=reference,
         rows=rows,
     )
-    backend: HeadBackend
-    match config.ablations.plot_backend:
-        case "fused" if kind in LOGITS_TRAINERS:
-            backend = LogitsBackend(model, term, called=trainer.model)
-        case "fused":
-            anchor = causal_lm(reference_model(trainer)) if config.needs_reference else None
-            backend = FusedBackend(model, term, anchor, trainer.accelerator.autocast, called=trainer.model)
-        case "separate":
-            backend = SeparateBackend(model, term, temperature=float(getattr(trainer, "temperature", 1.0) or 1.0))
-    return PlotHandle(trainer, kind, term, backend)
+    return PlotHandle(trainer, kind, term, make_backend(trainer, kind, term))
 
 
 class PlotHandle:
@@ -120,7 +111,7 @@ class PlotHandle:
             "_save": self._save,
             "create_model_card": self._create_model_card,
         }
-        if kind in LOGITS_TRAINERS:
+        if hasattr(trainer, "get_batch_loss_metrics"):  # CPO, ORPO, and DPO before TRL 0.29
             self._patched["get_batch_loss_metrics"] = self._get_batch_loss_metrics
         else:
             self._patched["compute_loss"] = self._compute_loss
@@ -157,7 +148,7 @@ class PlotHandle:
     def _get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
     ) -> Any:
-        """CPO and ORPO compute their loss here, both to train and to evaluate."""
+        """Where a trainer has this method, it computes its loss here, both to train and to evaluate."""
         original = functools.partial(self._originals["get_batch_loss_metrics"], model, batch, train_eval=train_eval)
         return self._with_term(original, batch)
 
@@ -165,7 +156,7 @@ class PlotHandle:
         """Calls ``original()`` and adds ``α·L_PLOT`` to the loss it returns, alone or first in a tuple."""
         if self.config.is_off:
             return original()
-        batch = policy_batch(self._kind, inputs)
+        batch = policy_batch(self._kind, inputs, self.trainer)
         with self._backend.capture(batch):
             returned = original()
         result = self._backend.take()
@@ -220,8 +211,9 @@ class PlotHandle:
         return of_vanilla, of_plot
 
     def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether ``compute_loss`` divides by the accumulation steps: the rule of ``Trainer.training_step``."""
-        declared = self.trainer.loss_is_scaled_for_ga
+        """Whether ``compute_loss`` divides by the accumulation steps: the rule of ``Trainer.training_step``, to which
+        transformers 5.19 added what a trainer declares."""
+        declared = getattr(self.trainer, "loss_is_scaled_for_ga", None)
         if declared is not None:
             return bool(declared)
         by_items = self.trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -259,7 +251,7 @@ class PlotHandle:
 
     def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
         """Adds the metrics to those that the trainer averages until the next log."""
-        if self._kind in LOGITS_TRAINERS:
+        if hasattr(self.trainer, "store_metrics"):
             prefix = "eval_" if mode == "eval" else ""
             self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
             return
@@ -371,8 +363,11 @@ def estimate_from(trainer: Any) -> PreferenceDistribution:
     return estimate_tokenized(
         trainer.train_dataset,
         tokenizer,
-        max_length=trainer.max_length if kind in LOGITS_TRAINERS else trainer.args.max_length,
-        truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start"),
+        max_length=getattr(trainer if hasattr(trainer, "max_length") else trainer.args, "max_length", None),
+        # Rows of labels were truncated when they were tokenised, at either end.
+        truncation_mode=getattr(trainer.args, "truncation_mode", "keep_start")
+        if kind not in LOGITS_TRAINERS
+        else "keep_start",
         progress=not trainer.args.disable_tqdm,
         distributed=trainer.accelerator.num_processes > 1,
     )

@@ -33,20 +33,33 @@ def trainer_kind(trainer: Any) -> str:
     )
 
 
-def model_inputs(kind: str, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs that a ``kind`` trainer passes to the policy, without labels; offline methods only."""
+def is_earlier_kto(trainer: type) -> bool:
+    """Whether a KTO trainer is that of TRL before 1.8, whose batches have another form."""
+    experimental = any(cls.__module__.startswith("trl.experimental.kto") for cls in trainer.__mro__)
+    return experimental or hasattr(trainer, "get_batch_loss_metrics")
+
+
+def model_inputs(kind: str, inputs: Mapping[str, Any], trainer: Any = None) -> dict[str, Tensor]:
+    """The inputs that a ``kind`` trainer passes to the policy, without labels; offline methods only. See
+    :func:`policy_batch`."""
+    if "prompt_input_ids" in inputs and kind == "DPOTrainer":
+        ids, attention, _ = _concatenated(inputs, trainer.max_length, trainer.truncation_mode)
+        return {"input_ids": ids, "attention_mask": attention}
     if kind in LOGITS_TRAINERS:
         # Padding is masked, so any token id will do.
         return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
     return {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
 
 
-def policy_batch(kind: str, inputs: Mapping[str, Any]) -> Batch:
-    """The :class:`Batch` of the inputs to ``compute_loss`` of a ``kind`` trainer."""
+def policy_batch(kind: str, inputs: Mapping[str, Any], trainer: Any = None) -> Batch:
+    """The :class:`Batch` of the inputs to ``compute_loss`` of a ``kind`` trainer, as its forward sees it.
+
+    ``trainer``: where TRL's DPO trainer truncates pairs in its forward (before 0.29), it says how.
+    """
     match kind:
         case "DPOTrainer":
-            ids, completion = inputs["input_ids"], inputs["completion_mask"]  # (2B, T): chosen above rejected
-            return Batch(ids.masked_fill(completion == 0, -100), _pair_roles(ids))
+            labels = _pair_labels(inputs, trainer)  # (2B, T)
+            return Batch(labels, _pair_roles(labels))
         case "CPOTrainer" | "ORPOTrainer":
             labels = _stacked(inputs, "labels", -100)  # (2B, T)
             return Batch(labels, _pair_roles(labels))
@@ -91,6 +104,42 @@ def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
     best = torch.zeros(completions, dtype=torch.bool, device=list_lengths.device)
     best[list_lengths.cumsum(0) - list_lengths] = True
     return best
+
+
+def _pair_labels(inputs: Mapping[str, Any], trainer: Any) -> Tensor:
+    """``(2B, T)`` labels of the chosen rows above the rejected ones, in each form that DPO's batches have had."""
+    if "completion_mask" in inputs:  # TRL 0.29 and later
+        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    if "labels" in inputs:  # frameworks with collators of their own
+        return inputs["labels"]
+    if "prompt_input_ids" in inputs:  # TRL before 0.29
+        ids, _, completion = _concatenated(inputs, trainer.max_length, trainer.truncation_mode)
+        return ids.masked_fill(completion == 0, -100)
+    raise InputError(
+        f"the DPO batch has the keys {', '.join(map(str, inputs))}; expected input_ids with completion_mask or "
+        "labels, or prompt_input_ids, chosen_input_ids and rejected_input_ids: use TRL's data collator."
+    )
+
+
+def _concatenated(
+    inputs: Mapping[str, Any], max_length: int | None, truncation_mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(2B, T)`` ids, attention and completion mask of chosen rows above rejected ones, without the padding between
+    prompt and completion: what ``concatenated_forward`` of TRL before 0.29 hands to the model."""
+    pairs = {name: torch.cat([inputs[f"prompt_{name}"]] * 2) for name in ("input_ids", "attention_mask")}
+    answers = {name: _stacked(inputs, name, 0) for name in pairs}
+    ids, seen = (torch.cat([pairs[name], answers[name]], dim=1) for name in pairs)
+    completion = torch.cat([torch.zeros_like(pairs["attention_mask"]), answers["attention_mask"]], dim=1)
+    place = seen.cumsum(1) - 1  # (2B, ·) of each token in its row
+    length = seen.sum(1, keepdim=True)  # (2B, 1)
+    width = int(length.max())
+    if max_length is not None:
+        width = min(width, max_length)
+        place = place - (length - width).clamp(min=0) * (truncation_mode == "keep_end")
+    kept = seen.bool() & (place >= 0) & (place < width)
+    row, column = kept.nonzero(as_tuple=True)[0], place[kept]
+    blank = ids.new_zeros(ids.size(0), width)  # padding is masked, so any token id will do
+    return tuple(blank.index_put((row, column), x[kept]) for x in (ids, seen, completion))  # type: ignore[return-value]
 
 
 def _pair_roles(rows: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError
 from plot_align.head import causal_lm
+from plot_align.trl.backends import own_pass
+from plot_align.trl.batches import is_earlier_kto
 
 
 def makes_reference_forward(trainer: Any, kind: str) -> bool:
     """Whether the trainer runs the reference model over the micro-batch inside its training step."""
-    return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer, "precompute_ref_logps", False)
+    return kind in ("DPOTrainer", "KTOTrainer") and not getattr(trainer.args, "precompute_ref_log_probs", False)
 
 
 def resolve_auto(config: PlotConfig, trainer: Any, kind: str, reference: Tensor | None = None) -> PlotConfig:
@@ -42,6 +44,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             "expected target='anchored' with target_scope='dataset', or no reference."
         )
     _check_ranks(trainer, config)
+    _check_generation(trainer, kind, config)
     _check_head(trainer, config)
     if kind == "SFTTrainer" and config.positions == "rejected":
         raise InputError(
@@ -61,13 +64,41 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
         )
     if config.has_batch_target:
         _check_batch_target(trainer, kind, config)
-    sorts = [name for name in getattr(trainer, "loss_types", []) if name in ("aot", "aot_unpaired")]
+    losses = getattr(trainer, "loss_types", None) or getattr(trainer, "loss_type", None) or []
+    sorts = [name for name in losses if name in ("aot", "aot_pair", "aot_unpaired")]
     if sorts and trainer.args.per_device_train_batch_size == 1:
         warnings.warn(
             f"loss_type is {sorts[0]!r} with per_device_train_batch_size=1: it compares sorted micro-batches, and "
             "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
             "per_device_train_batch_size, as far as the memory goes.",
             stacklevel=3,
+        )
+
+
+def _check_generation(trainer: Any, kind: str, config: PlotConfig) -> None:
+    """Refuses what the installed TRL's trainer does in a way that leaves the term nothing to work on."""
+    if kind == "KTOTrainer" and is_earlier_kto(type(trainer)):
+        raise InputError(
+            "the KTOTrainer of this TRL is an earlier one, with batches of another form; expected trl 1.8 or newer: "
+            "upgrade it, or use a DPOTrainer."
+        )
+    if kind == "DPOTrainer" and getattr(trainer, "padding_free", False):
+        raise InputError(
+            "padding_free is on, with which the DPOTrainer of this TRL packs all pairs into one row; PLOT expects a "
+            "row for each completion: set padding_free=False."
+        )
+    if config.ablations.plot_backend == "separate":
+        return
+    hides_logits = (
+        getattr(trainer.args, "use_liger_loss", False)
+        or getattr(trainer, "use_liger_kernel", False)
+        or (kind == "SFTTrainer" and getattr(trainer.args, "use_liger_kernel", False))
+    )
+    if own_pass(kind, getattr(trainer.args, "loss_type", None)) == "logits" and hides_logits:
+        raise InputError(
+            f"Liger's fused loss is on, and the {kind} then builds no logits, which PLOT reads on this TRL; expected "
+            "use_liger_kernel and use_liger_loss off: turn them off, or set plot_backend='separate', which costs a "
+            "second head pass."
         )
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 
-from plot_align.trl.backends import TESTED_TRL
-from plot_align.trl.batches import LOGITS_TRAINERS
+from packaging.version import Version
+
+from plot_align.errors import InputError
+from plot_align.trl.backends import own_pass
+from plot_align.trl.backends.fused import NEWEST_TRL
+from plot_align.trl.batches import is_earlier_kto
+
+_WHY = {
+    "fused": "the term is taken inside TRL's fused head, so there is no second head pass",
+    "chunked": "the term is taken inside SFT's chunked loss, so there is no second head pass",
+    "logits": "its loss builds the logits anyway, and the term reads them",
+}
 
 
 def backend_for(kind: str) -> tuple[str, str]:
@@ -15,14 +26,35 @@ def backend_for(kind: str) -> tuple[str, str]:
         kind: one of :data:`plot_align.trl.batches.SUPPORTED`.
 
     Returns:
-        ``fused``, ``logits``, or ``none`` where ``attach`` would refuse; and the reason.
+        ``fused``, ``chunked``, ``logits``, or ``none`` where ``attach`` would refuse; and the reason.
     """
-    if kind in LOGITS_TRAINERS:
-        return "logits", "its loss builds the logits anyway, and the term reads them"
     version = importlib.metadata.version("trl")
-    if not version.startswith(f"{TESTED_TRL}."):
+    try:
+        own = own_pass(kind, _default_loss(kind))
+    except InputError as error:
+        return "none", str(error)
+    if own == "fused" and Version(version).release[:2] > Version(NEWEST_TRL).release:
         return "none", (
-            f"trl {version} is not the {TESTED_TRL} that was tested; plot_backend='separate' works, at the cost of a "
-            "second head pass"
+            f"trl {version} is newer than the {NEWEST_TRL} that was tested; plot_backend='separate' works, at the "
+            "cost of a second head pass"
         )
-    return "fused", "the term is taken inside TRL's fused head, so there is no second head pass"
+    if kind == "KTOTrainer" and _has_earlier_kto():
+        return "none", f"the KTOTrainer of trl {version} has batches of another form; trl 1.8 or newer is needed"
+    return own, _WHY[own]
+
+
+def _default_loss(kind: str) -> str | None:
+    """The ``loss_type`` that an ``SFTConfig`` has if nobody sets it."""
+    if kind != "SFTTrainer":
+        return None
+    from trl import SFTConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    return str(defaults["loss_type"]) if "loss_type" in defaults else None
+
+
+def _has_earlier_kto() -> bool:
+    import trl
+
+    trainer = getattr(trl, "KTOTrainer", None)  # some versions had moved it among the experiments
+    return trainer is None or is_earlier_kto(trainer)

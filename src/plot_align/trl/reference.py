@@ -89,8 +89,13 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
     """Gathers parameters that ZeRO-3 has split, for the duration of a ``with`` block."""
     if not any(hasattr(x, "ds_id") for x in parameters):
         return nullcontext()  # TRL's function only asks whether ZeRO-3 is on; this model was made before
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
+    try:
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+    except ImportError:  # TRL before 1.9
+        import deepspeed
 
+        own = {id(x): x for x in parameters if x is not None}
+        return deepspeed.zero.GatheredParameters(list(own.values()))
     return maybe_gather_lm_head_ctx(*parameters)
 
 
@@ -110,11 +115,11 @@ def collated(
         chunk.append({name: value for name, value in row.items() if columns is None or name in columns})
         if len(chunk) == trainer.args.per_device_eval_batch_size:
             batch = trainer.data_collator(chunk)
-            yield model_inputs(kind, batch), policy_batch(kind, batch)
+            yield model_inputs(kind, batch, trainer), policy_batch(kind, batch, trainer)
             chunk = []
     if chunk:
         batch = trainer.data_collator(chunk)
-        yield model_inputs(kind, batch), policy_batch(kind, batch)
+        yield model_inputs(kind, batch, trainer), policy_batch(kind, batch, trainer)
 
 
 def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -> Tensor:
@@ -126,7 +131,8 @@ def reference_distribution(trainer: Any, kind: str, rows: int, positions: str) -
         InputError: a training set without completions (GRPO, RLOO) or with images; or a policy that is its own
             reference and already sharded.
     """
-    if kind in ("GRPOTrainer", "RLOOTrainer") or getattr(trainer, "_is_vision_dataset", False):
+    has_images = getattr(trainer, "_is_vision_dataset", getattr(trainer, "is_vision_model", False))
+    if kind in ("GRPOTrainer", "RLOOTrainer") or has_images:
         raise InputError(
             f"target is 'anchored' and the training set of this {kind} has no text completions from which to estimate "
             "the reference distribution; pass reference=, a (V,) distribution, to attach()."
