@@ -140,7 +140,10 @@ def _train_tokenizer(texts: list[str], size: int, **options: Any) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **options)
+    inputs = ["input_ids", "attention_mask"]  # transformers 4 would add token types, which no model here takes
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=512, model_input_names=inputs, **options
+    )
 
 
 def _save_llama(tokenizer: Any, folder: Path) -> Path:

@@ -107,7 +107,7 @@ def test_version(run: Run) -> None:
         (errors.RunError("step 3 has NaN logits"), 1, "step 3 has NaN logits"),
         (RuntimeError("out of memory\nand a long dump"), 1, "RuntimeError: out of memory (--debug shows where)"),
         (KeyError(), 1, "KeyError: KeyError (--debug shows where)"),
-        (ModuleNotFoundError("No module named 'trl'", name="trl"), 2, "this needs TRL, which is not installed; on"),
+        (ModuleNotFoundError("No module named 'trl'", name="trl"), 2, "this needs TRL, which is not installed; run"),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
             1,

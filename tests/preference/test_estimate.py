@@ -249,6 +249,19 @@ def test_a_first_token_is_not_scored(tokenizer: Any, tiny_llama: Path, tmp_path:
     assert int(preference.chosen_counts.sum()) == everything - 1
 
 
+@pytest.mark.parametrize(
+    ("mode", "chosen", "rejected"), [("keep_start", [11, 12], [21]), ("keep_end", [12, 13], [21])]
+)
+def test_the_columns_before_trl_0_29(tokenizer: Any, mode: str, chosen: list[int], rejected: list[int]) -> None:
+    """A prompt of one token, truncated to three; what keep_end leaves first has nothing that predicts it."""
+    row = {"prompt": "p", "prompt_input_ids": [5], "chosen_input_ids": [11, 12, 13], "rejected_input_ids": [21]}
+    found = estimate_tokenized(
+        Dataset.from_list([row]), tokenizer, max_length=3, truncation_mode=mode, progress=False
+    )  # fmt: skip
+    assert found.chosen_counts.nonzero().flatten().tolist() == chosen
+    assert found.rejected_counts.nonzero().flatten().tolist() == rejected
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @given(
     prompt=st.integers(0, 12),

@@ -143,7 +143,7 @@ def test_lora(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0), extra=extra)
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo"])
+@pytest.mark.parametrize("method", ["dpo", "sft", "kto", "pro", "cpo", "orpo", "grpo", "rloo"])
 def test_separate_backend(make_trainer, preference, method):
     check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, plot_backend="separate"))
 

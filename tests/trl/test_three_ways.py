@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from oracles.training import joined_pairs
 from plot_align.cli.main import main
 from plot_align.plot import BalancedAlpha, PlotLoss
 from plot_align.trl import attach
@@ -53,6 +54,14 @@ def own_loop(folder, preference, batches):
     return steps, model.state_dict()
 
 
+def joined(trainer, inputs):
+    """The batch as the forward sees it; TRL before 0.29 joins prompt and completion there."""
+    names = ("input_ids", "attention_mask", "completion_mask")
+    if "prompt_input_ids" in inputs:
+        return dict(zip(names, joined_pairs(inputs, trainer.max_length, trainer.truncation_mode), strict=True))
+    return {name: inputs[name].clone() for name in names}
+
+
 def attached(make_trainer, preference):
     """The same of a TRL trainer, and the batches it saw."""
     trainer = make_trainer("dpo", **SETTINGS)
@@ -61,7 +70,7 @@ def attached(make_trainer, preference):
     batches, losses, gradients = [], [], []
 
     def keep_batch(model, inputs, *args, **kwargs):
-        batches.append({name: x.clone() for name, x in inputs.items() if isinstance(x, torch.Tensor)})
+        batches.append(joined(trainer, inputs))
         loss = compute_loss(model, inputs, *args, **kwargs)
         losses.append(float(loss.detach()))
         return loss

@@ -13,7 +13,7 @@ from torch import Tensor
 from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, causal_lm, fused_head
 from plot_align.preference.batch import Pooling
-from plot_align.trl.backends import FusedBackend
+from plot_align.trl.backends import FusedBackend, own_pass
 from plot_align.trl.batches import policy_batch, trainer_kind
 from plot_align.trl.checks import makes_reference_forward
 from plot_align.trl.reference import reference_model
@@ -42,14 +42,21 @@ class _WithoutPlot(FusedBackend):
 def without_plot(trainer: Any, config: PlotConfig | None = None) -> Iterator[None]:
     """Within this context, a trainer without PLOT runs our kernel in the policy's and the reference's head passes.
 
+    Where a trainer builds its logits there is no kernel to exchange, and it stays TRL's own.
+
     Args:
         trainer: a trainer without the term.
         config: ``plot_impl`` and ``plot_block_mib`` choose the kernel; ``None`` takes the defaults.
     """
     kind = trainer_kind(trainer)
+    own = own_pass(kind, getattr(trainer.args, "loss_type", None))
+    if own == "logits":
+        yield
+        return
     anchor = causal_lm(reference_model(trainer)) if makes_reference_forward(trainer, kind) else None
     nothing: Any = torch.nn.Module()
-    backend = _WithoutPlot(causal_lm(trainer.model), nothing, anchor, trainer.accelerator.autocast)
+    model, autocast = causal_lm(trainer.model), trainer.accelerator.autocast
+    backend = _WithoutPlot(model, nothing, anchor, autocast, chunked=own == "chunked")
     backend.head_options = (config or PlotConfig()).head_options
     original = trainer.compute_loss
 

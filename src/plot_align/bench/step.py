@@ -72,8 +72,10 @@ class StepProblem:
             self.trainer, examples = _trainer(method, model, tokenizer, tokens, options, peft)
         trainer = self.trainer
         if trainer.args.gradient_checkpointing:  # done in Trainer.train(), which is not called here
-            options = dict(trainer.args.activation_checkpointing_kwargs or {})
-            trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
+            name = "activation" if hasattr(trainer.model, "activation_checkpointing_enable") else "gradient"
+            options = dict(getattr(trainer.args, f"{name}_checkpointing_kwargs") or {})
+            enable = getattr(trainer.model, f"{name}_checkpointing_enable")
+            enable(**{f"{name}_checkpointing_kwargs": options or None})
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
         trainer.model.train()
@@ -154,8 +156,10 @@ def _trainer(
                 peft_config=peft,
             )
             pairs = zip(tokens[:half], tokens[half:], strict=True)
+            suffix = "input_ids" if "prompt_input_ids" in trainer.train_dataset.column_names else "ids"  # TRL < 0.29
             return trainer, [
-                {"prompt_ids": [], "chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in pairs
+                {f"prompt_{suffix}": [], f"chosen_{suffix}": chosen, f"rejected_{suffix}": rejected}
+                for chosen, rejected in pairs
             ]
         case "sft":
             from trl import SFTConfig, SFTTrainer

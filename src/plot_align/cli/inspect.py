@@ -18,11 +18,11 @@ def make_parser() -> Parser:
     parser = Parser(
         "inspect",
         "Show the most preferred and the most rejected tokens of a file written by\n"
-        "`plot-align estimate`, with counts and 95 % confidence intervals. With --pairs\n"
-        "also what is preferred in which kind of answer, as the model tells them apart.",
+        "`plot-align estimate`; with --pairs also what is preferred in which context.",
         "  plot-align inspect preference.safetensors --tokenizer Qwen/Qwen3-0.6B \\\n"
-        "    --top 30 --figure preference.png --pairs pairs.jsonl",
+        "    --figure preference.png --pairs pairs.jsonl",
     )
+    parser.usage = "plot-align inspect FILE --tokenizer MODEL [options]"
     parser.add_argument("file", type=Path, help="written by `plot-align estimate`")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="hub id or folder it was estimated with")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="tokens on each side (%(default)s)")
@@ -32,7 +32,6 @@ def make_parser() -> Parser:
     group.add_argument("--pairs", metavar="DATA", help="hub id or file of the pairs; MODEL reads them")
     group.add_argument("--contexts", type=int, default=16, metavar="K", help="kinds of answers (%(default)s)")
     group.add_argument("--rows", type=int, default=1000, metavar="N", help="the first so many pairs (%(default)s)")
-    group.add_argument("--batch_size", type=int, default=16, metavar="N", help="answers at a time (%(default)s)")
     group.add_argument("--record", type=Path, metavar="FILE", help="write them for `plot-align report`, as .json")
     add_loading_options(parser)
     return parser
@@ -79,7 +78,7 @@ def _check(options: Any) -> None:
         raise InputError(f"--top is {options.top}, expected how many tokens to show on each side, 1 or more")
     if options.figure is not None:
         require_packages("--figure", "matplotlib", extra="report")
-    for name, least in (("contexts", 2), ("rows", 1), ("batch_size", 1)):
+    for name, least in (("contexts", 2), ("rows", 1)):
         if getattr(options, name) < least:
             raise InputError(f"--{name} is {getattr(options, name)}, expected {least} or more")
     if options.record is None:
@@ -104,6 +103,4 @@ def _contexts(options: Any, tokenizer: Any) -> Any:
         trust_remote_code=options.trust_remote_code,
     )
     with progress_bar("reading answers", True, 2 * len(pairs), unit="answers") as advance:
-        return preferences_by_context(
-            model, tokenizer, pairs, contexts=options.contexts, batch_size=options.batch_size, advance=advance
-        )
+        return preferences_by_context(model, tokenizer, pairs, contexts=options.contexts, advance=advance)

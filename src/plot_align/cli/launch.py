@@ -32,8 +32,6 @@ class Launch:
         """Arguments of ``accelerate launch``; the command line comes last and so wins."""
         if not self.config and not self.flags:
             return []
-        from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
         found: list[str] = []
         for key, value in self.config.items():
             if isinstance(value, bool):  # its switches take no value
@@ -47,6 +45,15 @@ class Launch:
             own = resources.files("plot_align") / "accelerate_configs" / f"{found[place]}.yaml"
             if own.is_file() and not Path(found[place]).is_file():
                 found[place] = str(own)
+        try:
+            from trl.cli.accelerate_config import resolve_accelerate_config_argument
+        except ImportError:  # TRL before 0.29
+            if "--accelerate_config" in found:
+                raise InputError(
+                    "--accelerate_config came, which needs trl 0.29 or newer; expected --config_file with the path of "
+                    "one of accelerate's own"
+                ) from None
+            return found
         try:
             return resolve_accelerate_config_argument(found)
         except ValueError as error:

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "trl":
             return _report(f"{error}; reinstall plot-align, or the extra that brings it", 1, debug)
-        return _report("this needs TRL, which is not installed; on Python 3.11 or newer run pip install trl", 2, debug)
+        return _report("this needs TRL, which is not installed; run pip install 'trl<1.17'", 2, debug)
     except Exception as error:
         hint = "" if debug else " (--debug shows where)"
         return _report(f"{type(error).__name__}: {first_line(error)}{hint}", 1, debug)

@@ -54,14 +54,17 @@ def plot_parser() -> argparse.ArgumentParser:
 
 def make_parser(command: str) -> Any:
     """TRL's parser over TRL's dataclasses and ours; it raises :class:`InputError` instead of exiting."""
-    from plot_align.methods.pro import PROConfig
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
     class TrainingParser(TrlParser):
         def error(self, message: str) -> NoReturn:
             raise InputError(f"{message}; see 'plot-align {command} --help-all'")
 
-    trainer_config = {"dpo": DPOConfig, "sft": SFTConfig, "pro": PROConfig}[command]
+    trainer_config = {"dpo": DPOConfig, "sft": SFTConfig}.get(command)
+    if trainer_config is None:
+        from plot_align.methods.pro import PROConfig
+
+        trainer_config = PROConfig
     return TrainingParser(
         [
             *(ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig),

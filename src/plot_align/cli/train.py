@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,11 @@ def _train(
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
     from plot_align.cli import progress
-    from plot_align.methods.pro import PlotPROTrainer
     from plot_align.preference.datasets import require_pairs, require_ranked
     from plot_align.records import write_record
     from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
     from plot_align.trl.artifacts import results_of
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     output.drop_deprecations()
     if model_args.use_peft:
@@ -138,13 +138,15 @@ def _train(
         case "sft":
             trainer_class = PlotSFTTrainer
         case "pro":
+            from plot_align.methods.pro import PlotPROTrainer
+
             require_ranked(train_dataset)
             trainer_class = PlotPROTrainer
         case _:
             raise ValueError(command)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
+        "trust_remote_code": _trusts_remote_code(training_args, model_args),
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
@@ -155,7 +157,7 @@ def _train(
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            quantization_config=get_quantization_config(model_args),
+            **_quantization(trainer_class, training_args, model_args),
             peft_config=get_peft_config(model_args),
             plot=plot,
             preference=preference,
@@ -193,7 +195,30 @@ def _train(
         print(f"model saved to {training_args.output_dir}, record in {path}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    if hasattr(trainer, "end"):  # transformers 5.18 and later
+        trainer.end()
+
+
+def _trusts_remote_code(training_args: Any, model_args: Any) -> bool:
+    """The option of that name, which TRL 1.8 moved from the model's options to those of training."""
+    owner = training_args if hasattr(training_args, "trust_remote_code") else model_args
+    return bool(owner.trust_remote_code)
+
+
+def _quantization(trainer_class: Any, training_args: Any, model_args: Any) -> dict[str, Any]:
+    """How the model is quantised, as the trainer takes it: an argument of its own, or before TRL 1.8 one of
+    ``from_pretrained``."""
+    from trl import get_quantization_config
+
+    config = get_quantization_config(model_args)
+    base = trainer_class.__mro__[2]  # behind Attached
+    if "quantization_config" in inspect.signature(base.__init__).parameters:
+        return {"quantization_config": config}
+    if config is not None:
+        from trl import get_kbit_device_map
+
+        training_args.model_init_kwargs |= {"quantization_config": config, "device_map": get_kbit_device_map()}
+    return {}
 
 
 def _preference(command: str, training_args: Any, model_args: Any, where: PreferenceOptions) -> Any:
@@ -225,7 +250,7 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
         )
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer(
-        name, trust_remote_code=training_args.trust_remote_code, revision=model_args.model_revision
+        name, trust_remote_code=_trusts_remote_code(training_args, model_args), revision=model_args.model_revision
     )
     if getattr(training_args, "eos_token", None) is not None:
         tokenizer.eos_token = training_args.eos_token
@@ -233,7 +258,7 @@ def _estimated(training_args: Any, model_args: Any, pairs: str, split: str) -> A
         load_pairs(pairs, split=split),
         tokenizer,
         max_length=training_args.max_length,
-        truncation_mode=training_args.truncation_mode,
+        truncation_mode=getattr(training_args, "truncation_mode", "keep_start"),
         num_proc=training_args.dataset_num_proc,
         progress=not training_args.disable_tqdm,
         distributed=training_args.world_size > 1,

@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,16 +19,26 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from trl.trainer.base_config import _BaseConfig
-from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    create_model_from_path,
-    disable_dropout_in_model,
-    get_config_model_id,
-)
 
 from plot_align.errors import InputError
+
+try:
+    from trl.trainer.base_config import _BaseConfig
+    from trl.trainer.base_trainer import _BaseTrainer
+    from trl.trainer.utils import (
+        add_fused_lm_head,
+        create_model_from_path,
+        disable_dropout_in_model,
+        get_config_model_id,
+    )
+except ImportError as error:
+    if error.name == "trl":  # it is not installed at all
+        raise
+    raise InputError(
+        f"trl {version('trl')} is installed, and PRO trains through the fused head of trl 1.15 or newer; expected "
+        "that: upgrade TRL, or train with DPO."
+    ) from error
+
 from plot_align.methods.pro_loss import pro_loss
 from plot_align.methods.ranked import OUTPUT_COLUMNS, DataCollatorForRanking, prepare
 from plot_align.preference.estimation import TRUNCATION_MODES

@@ -13,6 +13,8 @@ from plot_align.errors import InputError
 from plot_align.preference.completions import RowError, Rules, dropped_rows, scored_range, scored_sides
 
 LABELS = ("chosen_labels", "rejected_labels")  # prompt and completion, −100 over the prompt
+# DPO's columns before TRL 0.29, and their names since
+_EARLIER = {f"{part}_input_ids": f"{part}_ids" for part in ("prompt", "chosen", "rejected")}
 
 
 @dataclass
@@ -73,6 +75,9 @@ def count_table(table: Any, first: int, size: int, max_length: int | None, trunc
         InputError: other columns than those of a trainer.
         RowError: the first row that cannot be used, however the rows fall into tables.
     """
+    names = set(table.column_names)
+    if set(_EARLIER) <= names and not set(LABELS) <= names:
+        table = table.select(list(_EARLIER)).rename_columns(list(_EARLIER.values()))
     _check_columns(table.column_names, truncation_mode)
     try:
         return _count_table(table, size, max_length, truncation_mode)

@@ -132,10 +132,11 @@ def estimate_tokenized(
     """Count the completion tokens of rows that a TRL trainer has already tokenised, e.g. ``trainer.train_dataset``.
 
     Args:
-        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``), ``prompt_ids``,
-            ``completion_ids``, ``label`` (``KTOTrainer``), ``prompt_ids``, ``ranked_ids`` (``PROTrainer``: the best
-            completion counts as chosen, all others as rejected), or ``chosen_labels``, ``rejected_labels``
-            (``CPOTrainer``, ``ORPOTrainer``). ``Dataset`` or ``IterableDataset``.
+        dataset: ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (``DPOTrainer``; before TRL 0.29 each ends in
+            ``_input_ids``), ``prompt_ids``, ``completion_ids``, ``label`` (``KTOTrainer``), ``prompt_ids``,
+            ``ranked_ids`` (``PROTrainer``: the best completion counts as chosen, all others as rejected), or
+            ``chosen_labels``, ``rejected_labels`` (``CPOTrainer``, ``ORPOTrainer``). ``Dataset`` or
+            ``IterableDataset``.
         tokenizer: the one they were tokenised with.
         max_length: what the trainer's collator truncates to (``args.max_length``); None: no limit. Rows of labels were
             truncated when they were tokenised: there it is only noted in the provenance.
