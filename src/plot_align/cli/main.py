@@ -22,6 +22,7 @@ COMMANDS = {  # each is a module of this package
     "inspect": "show the tokens most preferred and most rejected, with a figure",
     "filter": "keep the pairs with the highest distribution reward (DEFT)",
     **_TRAINING,
+    "llamafactory-train": "`llamafactory-cli train` with the PLOT term",
     "demo": "tune SmolLM2-135M-Instruct with three losses, and compare them",
     "sweep": "train over a grid of PLOT's options, methods and seeds; compare",
     "redteam": "attack your own model: success rate and over-refusal",
@@ -44,7 +45,6 @@ options:
   --debug     show the traceback of an error
 
 example:
-  plot-align estimate pairs.jsonl --tokenizer Qwen/Qwen3-0.6B
   plot-align dpo --config dpo.yaml --alpha 0.1
 
 exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted
@@ -100,7 +100,7 @@ def dispatch(arguments: list[str]) -> int:
         from plot_align.cli.train import run
 
         return run(command, rest)
-    module = importlib.import_module(f"plot_align.cli.{command}")
+    module = importlib.import_module(f"plot_align.cli.{command.replace('-', '_')}")
     return module.run([argument for argument in rest if argument != "--debug"])
 
 
