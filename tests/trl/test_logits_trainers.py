@@ -44,6 +44,23 @@ def test_batch_is_the_trainers_own(make_trainer, method):
         assert ours.roles.tolist() == [1] * 4 + [-1] * 4
 
 
+def test_what_a_subclass_adds_to_its_loss_reaches_it(make_trainer, preference):
+    """Frameworks that derive from TRL's trainers pass more arguments to ``get_batch_loss_metrics``."""
+    base = type(make_trainer("orpo"))
+
+    class Scaled(base):
+        def get_batch_loss_metrics(self, model, batch, train_eval="train", scale=1.0):
+            loss, metrics = super().get_batch_loss_metrics(model, batch, train_eval=train_eval)
+            return loss * scale, metrics
+
+    trainer = make_trainer("orpo", cls=Scaled)
+    inputs = first_batch(trainer)
+    attach(trainer, preference, PlotConfig.paper(alpha=0.5))
+    single, double = (trainer.get_batch_loss_metrics(trainer.model, dict(inputs), scale=x)[0] for x in (1.0, 2.0))
+    vanilla = trainer._plot_handle._originals["get_batch_loss_metrics"](trainer.model, dict(inputs))[0]
+    torch.testing.assert_close(double - single, vanilla)
+
+
 @pytest.mark.parametrize("method", ["cpo", "simpo", "orpo"])
 def test_logs_what_the_others_log(make_trainer, preference, method):
     trainer = make_trainer(method, max_steps=3)

@@ -146,10 +146,14 @@ class PlotHandle:
         return self._with_term(original, inputs, num_items_in_batch)
 
     def _get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train"
+        self, model: nn.Module, batch: dict[str, Any], train_eval: Literal["train", "eval"] = "train", **kwargs: Any
     ) -> Any:
-        """Where a trainer has this method, it computes its loss here, both to train and to evaluate."""
-        original = functools.partial(self._originals["get_batch_loss_metrics"], model, batch, train_eval=train_eval)
+        """Where a trainer has this method, it computes its loss here, both to train and to evaluate.
+
+        ``kwargs``: what a subclass of TRL's trainer adds, as ms-swift's does.
+        """
+        method = self._originals["get_batch_loss_metrics"]
+        original = functools.partial(method, model, batch, train_eval=train_eval, **kwargs)
         return self._with_term(original, batch)
 
     def _with_term(self, original: Callable[[], Any], inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
