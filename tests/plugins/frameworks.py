@@ -48,12 +48,13 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a Python module of a framework in ``folder``, as its own command does."""
+def run(*command: str, folder: Path, **environment: str) -> str:
+    """Runs a Python module of a framework, or a script, in ``folder``, as its own command does; what it printed."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=variables, capture_output=True, text=True, timeout=600
-    )
+    start = [sys.executable, *(() if command[0].endswith(".py") else ("-m",))]
+    done = subprocess.run([*start, *command], cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def history(checkpoint: Path) -> list[dict[str, float]]:

@@ -46,7 +46,7 @@ def test_the_command_says_that_llama_factory_is_missing(tmp_path):
     path = tmp_path / "dpo.yaml"
     path.write_text("stage: dpo\nplot: {alpha: 0.1}\n", encoding="utf-8")
     with pytest.raises(
-        InputError, match="^llamafactory-train needs LLaMA-Factory, which is not installed; pip install"
+        InputError, match=r"^llamafactory-train needs LLaMA-Factory, which is not installed; pip install"
     ):
         dispatch(["llamafactory-train", str(path)])
 

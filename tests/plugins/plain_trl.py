@@ -1,0 +1,42 @@
+"""Trains TRL's own DPO trainer with ``attach`` on token ids, in a process of its own: ms-swift changes TRL's classes.
+
+``python plain_trl.py SPEC.json``, a mapping of ``model``, ``rows`` (a .jsonl file of ``prompt_ids``, ``chosen_ids``,
+``rejected_ids``), ``args`` (of DPOConfig) and ``plot``; its output folder then has TRL's log.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plot_align.config import PlotConfig
+from plot_align.preference.estimation import estimate_tokenized
+from plot_align.trl import attach
+from trl import DPOConfig, DPOTrainer
+
+
+def main(path: str) -> None:
+    spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = Dataset.from_json(spec["rows"])
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(spec["model"]),
+        args=DPOConfig(**spec["args"]),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=tokenizer,
+    )
+    trainer.train_dataset = rows
+    trainer._get_train_sampler = lambda *args, **kwargs: SequentialSampler(rows)
+    preference = estimate_tokenized(rows, tokenizer, max_length=None, progress=False)
+    attach(trainer, preference, PlotConfig.from_options(**spec["plot"]))
+    trainer.train()
+    trainer.state.save_to_json(str(Path(trainer.args.output_dir) / "trainer_state.json"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
