@@ -1,6 +1,7 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
+# make plugins       the tests of the plug-ins, each in an environment with its framework
 # make check         lint, format, imports, types
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow plugins check install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -20,6 +21,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+plugins: $(VENV)/.installed
+	VENV=$(VENV) tests/plugins/environments.sh
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
