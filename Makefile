@@ -1,6 +1,7 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
+# make plugins       the tests of the plug-ins, each in an environment with its framework
 # make check         lint, format, imports, types
 # make docs          the documentation as a site, site/index.html
 # make dist          wheel and sdist under dist/, as PyPI takes them
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow check docs dist install clean
+.PHONY: demo test test-slow plugins check docs dist install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -22,6 +23,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+plugins: $(VENV)/.installed
+	VENV=$(VENV) tests/plugins/environments.sh
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

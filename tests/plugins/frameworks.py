@@ -27,7 +27,7 @@ PLOT = {"alpha": 0.5, "geometry": "norm"}  # the lines that a test adds to a fra
 
 def needs(package: str, name: str) -> pytest.MarkDecorator:
     """Skips a module where a framework is not installed."""
-    reason = f"{name} is not installed here; tests/plugins/environments.sh makes an environment that has it"
+    reason = f"{name} is not installed here; `make plugins` makes an environment that has it"
     return pytest.mark.skipif(find_spec(package) is None, reason=reason)
 
 
@@ -80,8 +80,8 @@ def plain_history(trainer: Any, preference: PreferenceDistribution | None = None
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def check_same(ours: list[dict[str, float]], plain: list[dict[str, float]], rel: float = 1e-6) -> None:
+def check_same(ours: list[dict[str, float]], plain: list[dict[str, float]]) -> None:
     """Both runs logged the same losses, each step."""
     assert len(ours) == len(plain) > 0
     for name in ("loss", "plot/vanilla_loss", "plot/loss", "plot/preferred_mass", "grad_norm"):
-        assert [entry[name] for entry in ours] == pytest.approx([entry[name] for entry in plain], rel=rel), name
+        assert [entry[name] for entry in ours] == pytest.approx([entry[name] for entry in plain], rel=1e-6), name

@@ -27,6 +27,10 @@ def trainer_kind(trainer: Any) -> str:
     for cls in type(trainer).__mro__:
         if cls.__module__.startswith(_HOMES) and cls.__name__ in SUPPORTED:
             return cls.__name__
+        # Unsloth compiles TRL's source anew, a module for each trainer, which has the class's name.
+        kind = cls.__name__.removeprefix("Unsloth")
+        if cls.__module__ == cls.__name__ == f"Unsloth{kind}" and kind in SUPPORTED:
+            return kind
     raise InputError(
         f"trainer is a {type(trainer).__name__}, which PLOT cannot be attached to; expected one of "
         f"{', '.join(SUPPORTED)} or a subclass: for any other training loop add plot_align.PlotLoss to its loss."

@@ -43,6 +43,7 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             f"reference was passed, and target={config.target!r} with target_scope={scope!r} does not look at it; "
             "expected target='anchored' with target_scope='dataset', or no reference."
         )
+    _check_unsloth(trainer, kind)
     _check_ranks(trainer, config)
     _check_generation(trainer, kind, config)
     _check_head(trainer, config)
@@ -72,6 +73,22 @@ def check(trainer: Any, kind: str, config: PlotConfig, reference: Tensor | None 
             "sorting one pair leaves plain DPO (sigmoid), whatever the gradient accumulation; raise "
             "per_device_train_batch_size, as far as the memory goes.",
             stacklevel=3,
+        )
+
+
+def _check_unsloth(trainer: Any, kind: str) -> None:
+    """Refuses those of Unsloth's trainers, compiled from TRL's, whose loss leaves the term nothing to work on."""
+    if not any(cls.__module__.startswith("Unsloth") for cls in type(trainer).__mro__):
+        return
+    if kind not in ("DPOTrainer", "KTOTrainer"):
+        raise InputError(
+            f"trainer is Unsloth's {kind}, whose loss does not come from the LM head that PLOT watches; expected "
+            "Unsloth's DPOTrainer or KTOTrainer, or TRL's own trainer in a program that does not import unsloth."
+        )
+    if os.environ.get("UNSLOTH_FUSED_PREFERENCE_LOSS", "0") == "1":
+        raise InputError(
+            f"UNSLOTH_FUSED_PREFERENCE_LOSS is 1, with which Unsloth's {kind} builds no logits that PLOT could read; "
+            "set it to 0 before importing Unsloth."
         )
 
 
