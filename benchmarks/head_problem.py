@@ -19,7 +19,6 @@ from plot_align.config import PlotConfig
 from plot_align.head import HeadOutput, HeadSpec, fused_head
 from plot_align.preference.batch import Batch
 from plot_align.records import measure
-from plot_align.trl.checks import resolve_auto
 from plot_align.trl.term import HeadResult, PlotTerm
 from roofline import HeadWork
 
@@ -75,7 +74,7 @@ class HeadProblem:
         preference = random_preference(vocab)
         self.terms: dict[str, PlotTerm] = {}
         for name, config in plots.items():
-            config = resolve_auto(config, None, KINDS[method])
+            config = config.resolve_auto(reference_forward=KINDS[method] in ("DPOTrainer", "KTOTrainer"))
             self.terms[name] = PlotTerm(preference, self.weight.detach(), config).to(device)
         self.reference = torch.rand(1, vocab, generator=generator, device=device, dtype=torch.float32)  # (1, V)
         self.reference /= self.reference.sum()
