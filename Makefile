@@ -1,6 +1,7 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
+# make compat        the tests on each TRL from 0.24 on, and docs/compatibility.md
 # make check         lint, format, imports, types
 # make clean         remove the environment and caches; results under runs/ stay
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow check install clean
+.PHONY: demo test test-slow compat check install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -20,6 +21,13 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+compat: .compat/.built
+	$(BIN)/python tests/compat/run.py
+
+.compat/.built: tests/compat/environments.py $(VENV)/.installed
+	$(BIN)/python tests/compat/run.py build
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -40,5 +48,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist
+	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist
 	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
