@@ -1,6 +1,7 @@
 # make demo          one real model tuned with three losses, judged, one page (QUICK=1: less of it)
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
+# make compat        the tests on each TRL from 0.24 on, and docs/compatibility.md
 # make plugins       the tests of the plug-ins, each in an environment with its framework
 # make check         lint, format, imports, types
 # make docs          the documentation as a site, site/index.html
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow plugins check docs dist install clean
+.PHONY: demo test test-slow compat plugins check docs dist install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -26,6 +27,13 @@ test-slow: $(VENV)/.installed
 
 plugins: $(VENV)/.installed
 	VENV=$(VENV) tests/plugins/environments.sh
+
+compat: .compat/.built
+	$(BIN)/python tests/compat/run.py
+
+.compat/.built: tests/compat/environments.py $(VENV)/.installed
+	$(BIN)/python tests/compat/run.py build
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -54,5 +62,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist site
+	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info build dist site
 	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,14 @@ def trained(options: dict[str, Any], ranks: int = 1) -> tuple[dict[str, torch.Te
     return run(train, options, ranks=ranks)[0]
 
 
+def is_complete(path: Path) -> bool:
+    """Whether the file is there, to its end: the Trainer writes it last."""
+    try:
+        return bool(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def test_killed_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch):
     """SIGKILL after the second checkpoint, resume: the same weights to the bit. Anchored, so that the target too must
     come out the same the second time."""
@@ -91,7 +101,7 @@ def test_killed_and_resumed_equals_uninterrupted(options, tmp_path, monkeypatch)
     checkpoint = tmp_path / "killed" / "checkpoint-4"
     with start(train, options("killed", args=args, plot=plot)) as processes:
         deadline = time.monotonic() + 120
-        while not (checkpoint / "trainer_state.json").exists() and time.monotonic() < deadline:
+        while not is_complete(checkpoint / "trainer_state.json") and time.monotonic() < deadline:
             time.sleep(0.002)
         processes.kill(0)
         [outcome] = processes.outcomes()

@@ -43,8 +43,8 @@ def own_pass(kind: str, loss_type: str | None = None) -> OwnPass:
     if kind in ("DPOTrainer", "SFTTrainer", "KTOTrainer"):
         return "logits"
     raise InputError(
-        f"the {kind} of this TRL has no fused head, and changes its logits after they are made; expected trl 1.15 or "
-        "newer: upgrade it, or set plot_backend='separate', which costs a second head pass."
+        f"the {kind} of this TRL has no fused head, and PLOT does not read its logits, which it scales in place; "
+        "expected trl 1.15 or newer: upgrade it, or set plot_backend='separate', which costs a second head pass."
     )
 
 
