@@ -103,4 +103,4 @@ def test_ci_runs_the_checks_and_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert "\nmake check test test-slow\n" in script.read_text()
+    assert "\nmake check test test-slow compat\n" in script.read_text()

@@ -211,10 +211,6 @@ def test_alpha_zero_with_a_schedule():
         ({"alpha": 0.1, "alpha_end": 1.0}, "alpha_end is 1 with alpha_schedule='constant', which has no end"),
         ({"target_strength": -0.5}, "target_strength is -0.5; expected a finite number, 0 or more"),
         ({"target_scope": "batch", "granularity": "token"}, "target_scope is 'batch' with granularity='token'"),
-        (
-            {"target_scope": "batch", "target": "anchored", "plot_backend": "separate"},
-            "target_scope is 'batch' with target='anchored' and plot_backend='separate'",
-        ),
     ],
 )
 def test_wrong_options(options, message):
