@@ -18,10 +18,11 @@ def uploads(monkeypatch):
     """The folders that a trainer pushes, instead of the Hub."""
     found: list[Path] = []
 
-    def upload_folder(self, *, folder_path, **options):
+    def upload_folder(*_, folder_path, **options):
         found.append(Path(folder_path))
 
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(transformers.trainer, "upload_folder", upload_folder, raising=False)  # transformers 4
     monkeypatch.setattr(transformers.Trainer, "_finish_current_push", lambda self: None)
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", lambda self, **options: None)
     return found
