@@ -4,7 +4,7 @@
 
 In each environment, DPO and SFT on a model with random weights, arms interleaved: ``off`` (TRL's loss, on our kernel
 where TRL has a head to exchange, else as TRL has it), ``on`` (the default term), ``measured`` (a step that balances α,
-one in five) and ``separate`` (the term by a head pass of its own). Every token is a completion, and the optimiser's
+one in five) and ``separate`` (the term by a head pass of its own). Every token that can be predicted is a completion, and the optimiser's
 step is left out, so that ratios are, if anything, too large.
 """
 
@@ -90,7 +90,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--here", metavar="SHAPE", help="measure in this environment alone and print JSON")
     parser.add_argument("--output", type=Path, default=Path("runs/generations.json"))
     args = parser.parse_args()

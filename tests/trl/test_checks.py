@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from plot_align.config import PlotConfig
 from plot_align.errors import InputError, RunError
 from plot_align.trl import attach
+from plot_align.trl.backends import own_pass
 from plot_align.trl.batches import trainer_kind
 from plot_align.trl.checks import check, resolve_auto
 
@@ -167,3 +168,62 @@ def test_the_reference_is_reached_behind_mixed_precision(make_trainer, preferenc
         assert trainer.ref_model.forward == wrapped
     assert losses[0] > 0
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def earlier_trl(monkeypatch):
+    """TRL before 1.15, as far as its utilities tell."""
+    from trl.trainer import utils
+
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss_type", "found"),
+    [
+        ("DPOTrainer", ["sigmoid"], "logits"),
+        ("KTOTrainer", "kto", "logits"),
+        ("SFTTrainer", "nll", "logits"),
+        ("SFTTrainer", "chunked_nll", "chunked"),
+        ("CPOTrainer", "sigmoid", "logits"),
+    ],
+)
+def test_where_the_outputs_are(monkeypatch, kind, loss_type, found):
+    assert own_pass(kind, loss_type) == ("logits" if kind == "CPOTrainer" else "fused")
+    earlier_trl(monkeypatch)
+    assert own_pass(kind, loss_type) == found
+
+
+def test_online_trainers_before_the_fused_head(make_trainer, preference, monkeypatch):
+    """They scale their logits in place: refused, and the other backend is named, which works."""
+    trainer = make_trainer("grpo")
+    earlier_trl(monkeypatch)
+    with pytest.raises(InputError, match=r"GRPOTrainer of this TRL has no fused head.*plot_backend='separate'"):
+        attach(trainer, preference)
+    attach(trainer, preference, PlotConfig.from_options(plot_backend="separate"))
+
+
+@pytest.mark.parametrize("where", ["args.use_liger_loss", "use_liger_kernel"])
+def test_logits_that_liger_hides(make_trainer, preference, monkeypatch, where):
+    """``use_liger_loss`` before TRL 0.29, then the trainer's own ``use_liger_kernel``."""
+    trainer = make_trainer("dpo")
+    setattr(trainer.args if where.startswith("args") else trainer, where.rpartition(".")[2], True)
+    check(trainer, "DPOTrainer", PlotConfig())  # the fused head stands in the place of Liger's
+    earlier_trl(monkeypatch)
+    with pytest.raises(InputError, match="Liger's fused loss is on, and the DPOTrainer then builds no logits"):
+        check(trainer, "DPOTrainer", PlotConfig())
+    check(trainer, "DPOTrainer", PlotConfig.from_options(plot_backend="separate"))
+
+
+def test_pairs_in_one_row(make_trainer):
+    trainer = make_trainer("dpo")
+    trainer.padding_free = True
+    with pytest.raises(InputError, match="padding_free is on"):
+        check(trainer, "DPOTrainer", PlotConfig())
+
+
+def test_kto_of_before(make_trainer, preference, monkeypatch):
+    trainer = make_trainer("kto")
+    # The method in which the earlier one computes its loss.
+    monkeypatch.setattr(type(trainer), "get_batch_loss_metrics", None, raising=False)
+    with pytest.raises(InputError, match=r"the KTOTrainer of this TRL is an earlier one.*trl 1\.8"):
+        attach(trainer, preference)

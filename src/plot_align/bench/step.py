@@ -158,7 +158,8 @@ def _trainer(
             pairs = zip(tokens[:half], tokens[half:], strict=True)
             suffix = "input_ids" if "prompt_input_ids" in trainer.train_dataset.column_names else "ids"  # TRL < 0.29
             return trainer, [
-                {f"prompt_{suffix}": [], f"chosen_{suffix}": chosen, f"rejected_{suffix}": rejected}
+                # A prompt of one token, as an empty list would be a float tensor in TRL before 0.29.
+                {f"prompt_{suffix}": chosen[:1], f"chosen_{suffix}": chosen[1:], f"rejected_{suffix}": rejected[1:]}
                 for chosen, rejected in pairs
             ]
         case "sft":
