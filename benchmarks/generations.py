@@ -4,8 +4,8 @@
 
 In each environment, DPO and SFT on a model with random weights, arms interleaved: ``off`` (TRL's loss, on our kernel
 where TRL has a head to exchange, else as TRL has it), ``on`` (the default term), ``measured`` (a step that balances α,
-one in five) and ``separate`` (the term by a head pass of its own). Every token that can be predicted is a completion, and the optimiser's
-step is left out, so that ratios are, if anything, too large.
+one in five) and ``separate`` (the term by a head pass of its own). Every token that can be predicted is a completion,
+and the optimiser's step is left out, so that ratios are, if anything, too large.
 """
 
 from __future__ import annotations
