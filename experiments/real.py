@@ -35,7 +35,7 @@ from plot_align.trl import attach
 from study import data
 from study.arms import ARMS, Arm
 from study.attacks import attacked
-from study.measures import Bench, Reference
+from study.measures import Bench, own_answers, sequence
 from study.terms import Beside, Contexts, States, TriedTerm, hooked
 
 RECORDS = Path(__file__).parent / "study" / "records"
@@ -101,7 +101,7 @@ class Study:
                 start = prompt_ids(self.tokenizer, [request])[0]
                 start = start + self.tokenizer(begun, add_special_tokens=False)["input_ids"]
                 answer = self.tokenizer(" " + refusal, add_special_tokens=False)["input_ids"]
-                found.append((start + answer + [self.tokenizer.eos_token_id], len(start)))
+                found.append(sequence(start, [*answer, self.tokenizer.eos_token_id]))
             return Beside("nll", weight, found, self.load())
         base = self.load()
         asked = random.Random(seed).sample([b.prompt for b in ours.benign("train")], STEPS * Beside.ROWS)
@@ -110,7 +110,7 @@ class Study:
             from plot_align.plot import PlotLoss
 
             divergence = PlotLoss(self.preference, base.get_input_embeddings().weight.detach()).divergence
-        return Beside(kind, weight, Reference(base, self.tokenizer, asked).rows, base, divergence)
+        return Beside(kind, weight, own_answers(base, self.tokenizer, asked), base, divergence)
 
 
 def _trainer(arm: Arm, model: Any, tokenizer: Any, rows: list[data.Pair], seed: int, output: Path) -> Any:

@@ -24,42 +24,34 @@ from torch import Tensor
 
 from plot_align.demo.fetch import fetch
 from plot_align.demo.train import quiet
-from plot_align.inference.chat import evaluating, prompt_ids
+from plot_align.inference.chat import evaluating
+from plot_align.inference.scoring import last_hidden_states
 from plot_align.plot import PlotLoss
 from plot_align.preference.batch import Batch
+from plot_align.preference.estimation import ScoredSequence
 from plot_align.records import write_record
 from real import PAIRS, RECORDS, STEPS, Study
 from study import data
 from study.arms import ARMS
-from study.measures import padded
+from study.measures import given_answers
 
 
-def rows_of(tokenizer: Any, pairs: list[data.Pair], side: str) -> list[tuple[list[int], int]]:
-    """Token ids of each answer behind its prompt, and where the answer begins."""
-    texts = tokenizer.apply_chat_template(
-        [row["prompt"] + row[side] for row in pairs], tokenize=True, return_dict=False
-    )
-    prompts = prompt_ids(tokenizer, [row["prompt"][-1]["content"] for row in pairs])
-    return [(list(text), len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
+def chosen_answers(tokenizer: Any, pairs: list[data.Pair]) -> list[ScoredSequence]:
+    return given_answers(tokenizer, [(row["prompt"][-1]["content"], row["chosen"][0]["content"]) for row in pairs])
 
 
 @torch.no_grad()
-def log_outputs(model: Any, rows: list[tuple[list[int], int]]) -> Tensor:
+def log_outputs(model: Any, rows: list[ScoredSequence]) -> Tensor:
     """``(n, V)`` log-probabilities at every position that predicts an answer's token."""
-    found = []
     with evaluating(model):
-        for row, start in rows:
-            ids, mask, scored = padded([row], [start])
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = hidden[:, :-1][scored[:, 1:]] @ model.get_output_embeddings().weight.T
-            found.append(logits.float().log_softmax(-1))
-    return torch.cat(found)
+        hidden, _, _ = last_hidden_states(model, rows)
+    return (hidden @ model.get_output_embeddings().weight.T).float().log_softmax(-1)
 
 
 def mean_potential(study: Study, model: Any, reference: Any, seed: int, plot: Any) -> Tensor:
     """``(V,)`` the derivative of L_PLOT in the mean output, averaged over the training micro-batches."""
     loss = PlotLoss(study.preference, reference.get_input_embeddings().weight.detach(), plot)
-    rows = rows_of(study.tokenizer, data.draw(study.kinds, PAIRS * STEPS, PAIRS, seed, study.tokenizer), "chosen")
+    rows = chosen_answers(study.tokenizer, data.draw(study.kinds, PAIRS * STEPS, PAIRS, seed, study.tokenizer))
     total = torch.zeros(reference.get_output_embeddings().weight.size(0), dtype=torch.float64)
     for begin in range(0, len(rows), PAIRS):
         batch = rows[begin : begin + PAIRS]
@@ -108,7 +100,7 @@ def main() -> None:
     study = Study(options.model or fetch(), options.pairs, options.data, options.output, 4)
     plain, with_plot = (study.train(ARMS[name], options.seed)[0] for name in options.arms)
     plot, reference = ARMS[options.arms[1]].plot, study.load()
-    rows = rows_of(study.tokenizer, study.bench.pairs, "chosen")
+    rows = chosen_answers(study.tokenizer, study.bench.pairs)
     halves = [(log_outputs(with_plot, rows[i::2]), log_outputs(plain, rows[i::2])) for i in (0, 1)]
     potential = mean_potential(study, plain, reference, options.seed, plot).float()
     results: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plot_align.evaluation.fluency import repetition
 from plot_align.inference.chat import continue_rows, evaluating, prompt_ids
-from plot_align.inference.scoring import score
+from plot_align.inference.scoring import divergences, score
 from plot_align.preference.estimation import ScoredSequence
 from plot_align.redteam import Behavior, make_judge
 from study import data
@@ -29,7 +31,8 @@ def refusal_probability(model: Any, tokenizer: Any, prompts: Sequence[str], batc
     openers = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in OPENERS]
     rows = prompt_ids(tokenizer, list(prompts))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    shared = _common_prefix(rows)
+    columns = enumerate(zip(*rows, strict=False))
+    shared = next((i for i, column in columns if len(set(column)) > 1), min(map(len, rows)) - 1)
     found = torch.zeros(len(rows))
     with evaluating(model):
         prefix = model(torch.tensor([rows[0][:shared]]), use_cache=True, logits_to_keep=1).past_key_values
@@ -42,7 +45,8 @@ def refusal_probability(model: Any, tokenizer: Any, prompts: Sequence[str], batc
 def _refusals(model: Any, rows: list[list[int]], prefix: Any, shared: int, openers: list[tuple[int, ...]]) -> Tensor:
     """One batch: the common beginning is read once, each request once, each opener's stem once more."""
     weight = model.get_output_embeddings().weight
-    cache = _repeated(prefix, len(rows))
+    cache = copy.deepcopy(prefix)
+    cache.batch_repeat_interleave(len(rows))
     ids, mask = torch.zeros(2, len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):  # padded on the left, so that all stems follow at the same place
         ids[i, ids.size(1) - len(row) :] = torch.tensor(row)
@@ -80,22 +84,6 @@ def _refusals(model: Any, rows: list[list[int]], prefix: Any, shared: int, opene
     return total
 
 
-def _repeated(prefix: Any, times: int) -> Any:
-    import copy
-
-    cache = copy.deepcopy(prefix)
-    cache.batch_repeat_interleave(times)
-    return cache
-
-
-def _common_prefix(rows: list[list[int]]) -> int:
-    shared = min(map(len, rows)) - 1
-    for i in range(shared):
-        if any(row[i] != rows[0][i] for row in rows):
-            return i
-    return shared
-
-
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], prefill: str = "", tokens: int = 24) -> list[str]:
     """Greedy answers; with ``prefill`` those that begin so."""
     begun = tokenizer(prefill, add_special_tokens=False)["input_ids"] if prefill else []
@@ -111,59 +99,27 @@ def refuses(texts: Sequence[str]) -> list[bool]:
     return [verdict.label != 1 for verdict in verdicts]
 
 
-class Reference:
-    """The base's own greedy answers to benign requests, and its distributions there."""
-
-    def __init__(self, model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
-        texts = answers(model, tokenizer, prompts)
-        ends = prompt_ids(tokenizer, list(prompts))
-        self.rows = [
-            (row + tokenizer(text, add_special_tokens=False)["input_ids"], len(row))
-            for row, text in zip(ends, texts, strict=True)
-            if text
-        ]
-        self.hidden = [self._hidden(model, batch) for batch in self._batches()]
-        self.head = model.get_output_embeddings().weight.detach().clone()
-
-    def _batches(self) -> list[list[tuple[list[int], int]]]:
-        rows = sorted(self.rows, key=lambda row: len(row[0]))
-        return [rows[i : i + 16] for i in range(0, len(rows), 16)]
-
-    @staticmethod
-    def _hidden(model: Any, batch: list[tuple[list[int], int]]) -> Tensor:
-        """``(n, H)`` at the positions that predict the answers."""
-        ids, mask, scored = padded([row for row, _ in batch], [start for _, start in batch])
-        with evaluating(model):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[:, :-1][scored[:, 1:]]
-
-    @torch.no_grad()
-    def kl(self, model: Any) -> list[float]:
-        """KL of the model to the base, ``KL(p ‖ p_ref)`` in nats a token, one value an answer."""
-        weight, found = model.get_output_embeddings().weight, []
-        for batch, reference in zip(self._batches(), self.hidden, strict=True):
-            log_p = (self._hidden(model, batch) @ weight.T).log_softmax(-1)
-            log_q = (reference @ self.head.T).log_softmax(-1)
-            values = (log_p.exp() * (log_p - log_q)).sum(-1)
-            lengths = [len(row) - start for row, start in batch]
-            found += [float(part.mean()) for part in values.split(lengths)]
-        return found
+def own_answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[ScoredSequence]:
+    """The model's own greedy answers, as sequences to score."""
+    rows = prompt_ids(tokenizer, list(prompts))
+    texts = answers(model, tokenizer, prompts)
+    return [
+        sequence(row, tokenizer(text, add_special_tokens=False)["input_ids"])
+        for row, text in zip(rows, texts, strict=True)
+        if text
+    ]
 
 
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def given_answers(tokenizer: Any, rows: Sequence[tuple[str, str]]) -> list[ScoredSequence]:
+    """Requests and answers through the chat template, with its end of turn."""
+    talks = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}] for prompt, text in rows]
+    whole = tokenizer.apply_chat_template(talks, tokenize=True, return_dict=False)
+    starts = [len(row) for row in prompt_ids(tokenizer, [prompt for prompt, _ in rows])]
+    return [sequence(ids[:start], ids[start:]) for ids, start in zip(whole, starts, strict=True)]
 
 
-def padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask, and whether a token belongs to the answer, ``(B, T)`` each, padded on the right."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-        scored[i, start : len(row)] = True
-    return ids, mask, scored
+def sequence(prompt: Sequence[int], answer: Sequence[int]) -> ScoredSequence:
+    return ScoredSequence(np.array([*prompt, *answer], np.int32), len(prompt), len(prompt) + len(answer))
 
 
 class Bench:
@@ -175,18 +131,15 @@ class Bench:
         ordinary = (
             self.requests.benign["twins"][:20] + self.requests.benign["everyday"] + self.requests.benign["GSM8K"][:10]
         )
-        self.reference = Reference(base, tokenizer, ordinary)
+        self.reference, self.ordinary = base, own_answers(base, tokenizer, ordinary)
         self.pairs = [row for pairs in kinds for row in pairs]
         self.sums, self.talk = data.neutral(folder, 12)
         self.base = self._likelihoods(base)
 
     def _likelihoods(self, model: Any) -> dict[str, Tensor]:
         def of(rows: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-            talks = [[_turn("user", prompt), _turn("assistant", text)] for prompt, text in rows]
-            ids = self.tokenizer.apply_chat_template(talks, tokenize=True, return_dict=False)
-            starts = [len(row) for row in prompt_ids(self.tokenizer, [prompt for prompt, _ in rows])]
-            found = score(model, [ScoredSequence(np.array(r), s, len(r)) for r, s in zip(ids, starts, strict=True)])
-            return found.logps, found.tokens
+            scores = score(model, given_answers(self.tokenizer, rows))
+            return scores.logps, scores.tokens
 
         found = {}
         for side in ("chosen", "rejected"):
@@ -215,9 +168,9 @@ class Bench:
         for name, found in texts.items():
             said = [text.removeprefix(PREFILL) for text in found]  # phrases tell a refusal by how an answer begins
             scores[f"refuses/{name}"] = [float(x) for x in refuses(said)]
-            scores[f"repetition/{name}"] = [_repetition(text) for text in found]
+            scores[f"repetition/{name}"] = [repetition(text.split()) for text in found]
             scores[f"words/{name}"] = [float(len(text.split())) for text in found]
-        scores["kl"] = self.reference.kl(model)
+        scores["kl"] = divergences(model, self.reference, self.ordinary).tolist()
         now = self._likelihoods(model)
         for side in ("chosen", "rejected"):
             scores[f"gained/{side}"] = (now[side] - self.base[side]).tolist()
@@ -227,10 +180,3 @@ class Bench:
         margin = now["chosen"] - now["rejected"] - (self.base["chosen"] - self.base["rejected"])
         scores["accuracy/implicit"] = [0.5 if m == 0 else float(m > 0) for m in margin.tolist()]
         return scores, texts
-
-
-def _repetition(text: str, n: int = 3) -> float:
-    """Share of word n-grams that have occurred before in the text."""
-    words = text.split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -5,21 +5,21 @@ What wins by the rule of docs/results.md becomes an option of the package; what 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from plot_align.inference.chat import evaluating
+from plot_align.inference.contexts import cluster
+from plot_align.inference.scoring import last_hidden_states, longest_first
 from plot_align.preference.batch import Batch, Pooling
+from plot_align.preference.estimation import ScoredSequence, scored_pairs
 from plot_align.preference.target import anchored
 from plot_align.trl.term import PlotTerm
-from study.data import Pair
-from study.measures import padded
+from study.data import Pair, as_dataset
 
 FIRST = 5  # tokens of an answer that count as its beginning
 Kind = Literal["place", "answer", "request", "request and place"]
@@ -39,35 +39,33 @@ class Contexts:
 
     def __init__(self, kind: Kind, states: States, size: int, clusters: int) -> None:
         self.of_row: dict[tuple[int, ...], Tensor] = {}
-        centres = None
+        lengths = [len(hidden) for hidden in states.hidden]
         if kind == "answer":
-            centres = _clusters(torch.cat([row.hidden for row in states.rows]), clusters)
+            nearest = cluster(torch.cat(states.hidden), clusters, 0).split(lengths)
         elif kind != "place":
-            centres = _clusters(torch.stack([row.hidden[0] for row in states.rows]), clusters)
+            of_request = cluster(torch.stack([hidden[0] for hidden in states.hidden]), clusters, 0)  # (rows,)
+            nearest = [row.expand(length) for row, length in zip(of_request, lengths, strict=True)]
         self.number = {"place": 2, "request and place": 2 * clusters}.get(kind, clusters)
         counts = torch.zeros(2, self.number, size, dtype=torch.float64)
-        for row in states.rows:
-            place = (torch.arange(len(row.ids) - row.start) >= FIRST).long()
+        for i, row in enumerate(states.rows):
+            place = (torch.arange(lengths[i]) >= FIRST).long()
             match kind:
                 case "place":
                     context = place
-                case "answer":
-                    context = _nearest(row.hidden, centres)
-                case "request":
-                    context = _nearest(row.hidden[:1], centres).expand(len(place))
+                case "answer" | "request":
+                    context = nearest[i]
                 case "request and place":
-                    context = 2 * _nearest(row.hidden[:1], centres) + place
-            self.of_row[tuple(row.ids)] = context
-            counts[0 if row.chosen else 1].index_put_(
-                (context, torch.tensor(row.ids[row.start :])), torch.ones(len(context)).double(), accumulate=True
-            )
+                    context = 2 * nearest[i] + place
+            self.of_row[tuple(row.ids.tolist())] = context
+            tokens = torch.from_numpy(row.ids[row.start : row.stop]).long()
+            ones = torch.ones(len(tokens), dtype=torch.float64)
+            counts[i % 2].index_put_((context, tokens), ones, accumulate=True)  # chosen and rejected take turns
         tokens = counts.sum(-1, keepdim=True)  # (2, K, 1)
         local = (counts / tokens.clamp(min=1)).diff(dim=0)[0].neg()  # (K, V) chosen − rejected
         whole = counts.sum(1)
         overall = (whole / whole.sum(-1, keepdim=True)).diff(dim=0)[0].neg()  # (V,)
         n = tokens.amin(0)  # (K, 1) of the smaller side
         self.difference = (n * local + self.SHRINK * overall) / (n + self.SHRINK)
-        self.tokens = tokens[..., 0].T.tolist()
 
     def batch(self, ids: Tensor, mask: Tensor) -> Tensor:
         """``(B, T − 1)`` the context of each position that predicts a token; −1 in the prompt and the padding."""
@@ -79,55 +77,28 @@ class Contexts:
         return found
 
 
-@dataclasses.dataclass
-class Row:
-    ids: list[int]
-    start: int  # of the answer
-    chosen: bool
-    hidden: Tensor  # (n, H) normalised, at the positions that predict the answer
-
-
 class States:
-    """The reference's hidden states over the training pairs, tokenised as TRL does; kept in a file."""
+    """The reference's hidden states over the training pairs, tokenised as TRL does; kept in a file.
+
+    Attributes:
+        rows: chosen and rejected of every pair in turns.
+        hidden: of each row the directions ``(n, H)`` at the positions that predict its answer.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, pairs: Sequence[Pair], path: Path) -> None:
-        self.rows: list[Row] = []
-        for row in pairs:
-            prompt = tokenizer.apply_chat_template(
-                row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            for side in ("chosen", "rejected"):
-                ids = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
-                self.rows.append(Row(list(ids), len(prompt), side == "chosen", torch.empty(0)))
-        if path.exists():
-            hidden = torch.load(path, weights_only=True)
-        else:
-            hidden = self._compute(model)
-            torch.save(hidden, path)
-        for row, states in zip(self.rows, hidden, strict=True):
-            row.hidden = states
+        self.rows = [row for pair in scored_pairs(as_dataset(pairs), tokenizer, max_length=None) for row in pair]
+        if not path.exists():
+            torch.save(self._compute(model), path)
+        self.hidden: list[Tensor] = torch.load(path, weights_only=True)
 
     def _compute(self, model: Any) -> list[Tensor]:
-        order = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].ids))
-        found: list[Tensor] = [torch.empty(0)] * len(order)
-        for begin in range(0, len(order), 16):
-            batch = order[begin : begin + 16]
-            ids, mask, scored = padded([self.rows[i].ids for i in batch], [self.rows[i].start for i in batch])
-            with evaluating(model):
-                hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            for place, i in enumerate(batch):
-                of_row = hidden[place, :-1][scored[place, 1:]]
-                found[i] = torch.nn.functional.normalize(of_row, dim=-1).clone()
+        found = [torch.empty(0)] * len(self.rows)
+        with evaluating(model):
+            for batch in longest_first(self.rows, 16):
+                hidden, _, owners = last_hidden_states(model, [self.rows[i] for i in batch])
+                for place, i in enumerate(batch):
+                    found[i] = torch.nn.functional.normalize(hidden[owners == place].float(), dim=-1)
         return found
-
-
-def _clusters(points: Tensor, number: int) -> Tensor:
-    centres, _ = kmeans2(points.double().numpy(), number, minit="++", seed=0, iter=30)
-    return torch.nn.functional.normalize(torch.from_numpy(centres), dim=-1)
-
-
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    return (points.double() @ centres.T).argmax(-1)
 
 
 class TriedTerm(PlotTerm):
@@ -210,7 +181,7 @@ class Beside:
         self,
         kind: Literal["nll", "kl", "w1"],
         weight: float,
-        rows: Sequence[tuple[list[int], int]],
+        rows: Sequence[ScoredSequence],
         reference: Any,
         divergence: Any = None,
     ) -> None:
@@ -220,17 +191,11 @@ class Beside:
         self.hidden = []
         if kind != "nll":
             with evaluating(reference):
-                self.hidden = [self._hidden(reference, batch)[0] for batch in self.batches]
-
-    @staticmethod
-    def _hidden(model: Any, batch: list[tuple[list[int], int]]) -> tuple[Tensor, Tensor]:
-        ids, mask, scored = padded([row for row, _ in batch], [start for _, start in batch])
-        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[:, :-1][scored[:, 1:]], ids[:, 1:][scored[:, 1:]]
+                self.hidden = [last_hidden_states(reference, batch)[0] for batch in self.batches]
 
     def loss(self, model: Any, step: int) -> Tensor:
         number = step % len(self.batches)
-        hidden, labels = self._hidden(model, self.batches[number])
+        hidden, labels, _ = last_hidden_states(model, self.batches[number])
         logits = hidden @ model.get_output_embeddings().weight.T  # (n, V)
         if self.kind == "nll":
             return self.weight * torch.nn.functional.cross_entropy(logits, labels)

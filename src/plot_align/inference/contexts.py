@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from plot_align.errors import InputError
 from plot_align.head import causal_lm
 from plot_align.inference.chat import evaluating
-from plot_align.inference.scoring import last_hidden_states
+from plot_align.inference.scoring import last_hidden_states, longest_first
 from plot_align.preference.distribution import PreferenceDistribution, vocabulary_fingerprint, vocabulary_size
 from plot_align.preference.estimation import ScoredSequence
 from plot_align.preference.inspection import TokenPreference, inspect
@@ -93,7 +93,7 @@ def preferences_by_context(
             f"the pairs have {len(tokens)} completion tokens, too few for {contexts} contexts; expected at least as "
             "many tokens: name more pairs, or ask for fewer contexts"
         )
-    nearest = _cluster(states, contexts, seed)  # (N,)
+    nearest = cluster(states, contexts, seed)  # (N,)
     size = vocabulary_size(tokenizer)
     counted = {"tokenizer": {"fingerprint": vocabulary_fingerprint(tokenizer), "size": size}, "sources": []}
     found = []
@@ -109,14 +109,12 @@ def preferences_by_context(
 def _read(
     model: Any, sequences: list[tuple[ScoredSequence, int]], batch_size: int, advance: Callable[[int], None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Directions ``(N, H)`` of the hidden states that predict a completion token, the token its side, (N,) each."""
+    """Directions ``(N, H)`` of the states that predict a completion token; the tokens and their sides, (N,) each."""
     base = causal_lm(model)
-    scored = [entry for entry in sequences if entry[0].start < entry[0].stop]
-    scored.sort(key=lambda entry: -len(entry[0].ids))  # too large a batch fails at once
     states, tokens, sides = [], [], []
     with evaluating(base):
-        for at in range(0, len(scored), batch_size):
-            batch = scored[at : at + batch_size]
+        for some in longest_first([sequence for sequence, _ in sequences], batch_size):
+            batch = [sequences[i] for i in some]
             hidden, targets, rows = last_hidden_states(base, [sequence for sequence, _ in batch])
             states.append(normalize(hidden.float(), dim=-1).to("cpu", torch.float16))
             tokens.append(targets.cpu())
@@ -127,8 +125,8 @@ def _read(
     return torch.cat(states), torch.cat(tokens), torch.cat(sides)
 
 
-def _cluster(states: Tensor, contexts: int, seed: int) -> Tensor:
-    """``(N,)`` the nearest of ``contexts`` centroids by cosine."""
+def cluster(states: Tensor, contexts: int, seed: int) -> Tensor:
+    """``(N,)`` the nearest of ``contexts`` centroids by cosine, for directions ``(N, H)``."""
     from scipy.cluster.vq import kmeans2
 
     generator = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ def score(
     logps = torch.zeros(len(sequences), dtype=torch.float64)  # (N,)
     tokens = torch.tensor([s.stop - s.start for s in sequences], dtype=torch.long)  # (N,)
     total = torch.zeros(causal_lm(model).get_output_embeddings().weight.size(0), dtype=torch.float64)  # (V,)
-    batches = list(_batches(sequences, batch_size))
+    batches = list(longest_first(sequences, batch_size))
     jobs = ([sequences[i] for i in batch] for batch in batches)
     for batch, (sums, distribution) in zip(batches, each(partial(_score, model), jobs), strict=True):
         logps[batch] = sums
@@ -103,7 +103,7 @@ def divergences(
         (N,) float64, nats per token; NaN if nothing is scored.
     """
     found = torch.full((len(sequences),), torch.nan, dtype=torch.float64)  # (N,)
-    batches = list(_batches(sequences, batch_size))
+    batches = list(longest_first(sequences, batch_size))
     jobs = ([sequences[i] for i in batch] for batch in batches)
     for batch, means in zip(batches, each(partial(_diverge, model, reference), jobs), strict=True):
         found[batch] = means
@@ -138,7 +138,7 @@ def _logits(base: Any, hidden: Tensor) -> Tensor:
     return head_logits(hidden, head.weight, getattr(head, "bias", None), head_spec(base))
 
 
-def _batches(sequences: Sequence[ScoredSequence], size: int) -> Iterator[list[int]]:
+def longest_first(sequences: Sequence[ScoredSequence], size: int) -> Iterator[list[int]]:
     """Indices of the sequences that have a scored token, longest first."""
     scored = [i for i, sequence in enumerate(sequences) if sequence.start < sequence.stop]
     scored.sort(key=lambda i: -len(sequences[i].ids))
