@@ -39,7 +39,7 @@ from study.measures import Bench, own_answers, sequence
 from study.terms import Beside, Contexts, States, TriedTerm, hooked
 
 RECORDS = Path(__file__).parent / "study" / "records"
-PAIRS, STEPS, RATE = 4, 16, 3e-5
+PAIRS, STEPS, RATE = 8, 20, 4e-5
 
 
 class Study:
@@ -119,6 +119,7 @@ def _trainer(arm: Arm, model: Any, tokenizer: Any, rows: list[data.Pair], seed: 
 
     shared = {
         "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": PAIRS, "learning_rate": RATE,
+        "warmup_steps": STEPS // 8,
         "bf16": fast_bf16(), "use_cpu": not torch.cuda.is_available(), "seed": seed, "gradient_checkpointing": False,
         "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "max_length": None,
         "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",

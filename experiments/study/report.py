@@ -19,7 +19,7 @@ ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
 RESAMPLES = 2000
 INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page.
-SmolLM2-135M-Instruct, 16 steps of 4 pairs, the same pairs for all arms of a seed. A value is a mean over items and
+SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for all arms of a seed. A value is a mean over items and
 seeds ± its standard error (of items alone where there is one seed). AUC: how well the probability that an answer
 begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
 """
