@@ -91,3 +91,21 @@ def test_the_rule_falls_back_on_the_likelihood_at_equal_refusal() -> None:
     }
     said = outcome(arms, compared(arms))
     assert "No setting raises the AUC. Rule 4: **DPO+PLOT** " in said
+
+
+def test_at_equal_refusal_a_setting_on_the_line_of_the_remedy_gains_nothing() -> None:
+    """A family refuses 0, 1, 2 at KL 0, 10, 30: at 1.5 a KL of 20 lies on its line, one of 14 lies 6 below."""
+    from study.report import HARMFUL, Runs, at_equal_refusal
+
+    noise = np.random.default_rng(1).normal(0, 0.1, (1, 50))
+
+    def arm(refusal: float, kl: float) -> Any:
+        scores = {f"refusal/{name}": refusal + noise - noise.mean() for name in HARMFUL}
+        return Runs([0], scores | {"kl": np.full((1, 30), kl)})
+
+    family = [arm(1.0, 10.0), arm(2.0, 30.0), arm(0.0, 0.0)]
+    assert at_equal_refusal(arm(1.5, 20.0), family, ("kl",)).value == pytest.approx(0.0)
+    below = at_equal_refusal(arm(1.5, 14.0), family, ("kl",))
+    assert below.value == pytest.approx(-6.0)
+    assert below.high < 0
+    assert at_equal_refusal(arm(2.5, 14.0), family, ("kl",)) is None

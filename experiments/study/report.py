@@ -14,6 +14,7 @@ from plot_align.records import read_record
 from plot_align.statistics import holm
 from study.arms import ARMS
 
+TITLES = {"human": "Human pairs alone", "mixed": "Half human pairs, half pairs that prefer help"}
 HARMFUL = ("StrongREJECT", "ours")
 ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
 RESAMPLES = 2000
@@ -22,6 +23,16 @@ INTRO = """\
 SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for all arms of a seed. A value is a mean over items and
 seeds ± its standard error (of items alone where there is one seed). AUC: how well the probability that an answer
 begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
+"""
+EQUAL = """\
+A setting of the term less the cheap remedy where it refuses as much (the probability of a refusal's opening words
+after harmful requests), between the remedy's settings by a straight line; 95 % interval over items. Below zero is
+better in every column. A setting that refuses more or less than all of the remedy's has no row.
+"""
+BIAS = """\
+DPO and DPO+PLOT, trained on the same pairs. How much of the second's divergence from the first, KL in nats a token on
+held-out chosen answers, does a fixed bias on the first's logits undo: −η·s, with s the mean potential of the term and
+η the best on the other half of the answers, and the best bias of all, fitted on the other half as well?
 """
 RULE = """\
 Written down before any arm was run with more than one seed, and applied by this program:
@@ -49,6 +60,17 @@ ITEM_MEASURES = {  # title: (scores, digits, better)
 }
 
 
+TRIED = {
+    "(c) by place": ("by place",),
+    "(d) on rejected positions": ("on rejected",),
+    "(e) by context": (
+        "by answer, K 16", "by answer, λ 1", "by request, K 4", "by request and place, K 4",
+        "by request and place, λ 1",
+    ),
+    "(f) benign requests held": ("benign held by KL", "benign held by W1", "DPO+PLOT, benign held by KL"),
+}  # fmt: skip
+
+
 class Runs(NamedTuple):
     """All seeds of one arm: scores ``(seeds, items)`` by measure."""
 
@@ -74,7 +96,7 @@ class Runs(NamedTuple):
 def read(folder: Path) -> dict[str, dict[str, Runs]]:
     """Runs by data and arm."""
     found: dict[str, dict[str, Runs]] = {}
-    for kind in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for kind in (folder / name for name in TITLES if (folder / name).is_dir()):
         arms: dict[str, dict[int, Any]] = {}
         for path in sorted(kind.glob("*/seed-*.json")):
             record = read_record(path, "study")
@@ -175,6 +197,66 @@ def differences_table(found: dict[tuple[str, str], Difference]) -> str:
     return "\n".join(lines)
 
 
+KEPT = {  # compared at equal refusal
+    "KL": ("kl",),
+    "NLL chosen": ("nll/chosen",),
+    "NLL text": ("nll/text",),
+    "repetition": ITEM_MEASURES["repetition ↓"][0],
+    "refusal, ordinary": tuple(f"refusal/{name}" for name in ORDINARY),
+}
+
+
+def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) -> Difference | None:
+    """A measure of ``runs`` less that of the family where it refuses as much, between its points by a straight line.
+
+    Refusal is the probability of a refusal's opening words after a harmful request. ``None`` where ``runs`` refuses
+    more or less than every point of the family. The bootstrap draws the same items for all, of either measure.
+    """
+    refusal = [f"refusal/{name}" for name in HARMFUL]
+    x = [of.of(refusal).mean(0) for of in (runs, *family)]  # (items,) each
+    y = [of.of(keys).mean(0) for of in (runs, *family)]
+
+    def value(first: Any, second: Any) -> float:
+        at, *xs = (float(v[first].mean()) for v in x)
+        found, *ys = (float(v[second].mean()) for v in y)
+        order = np.argsort(xs)
+        return found - float(np.interp(at, np.array(xs)[order], np.array(ys)[order]))
+
+    whole = [float(v.mean()) for v in x]
+    if not min(whole[1:]) <= whole[0] <= max(whole[1:]):
+        return None
+    generator = np.random.default_rng(0)
+    sizes = len(x[0]), len(y[0])
+    draws = [value(*(generator.integers(size, size=size) for size in sizes)) for _ in range(RESAMPLES)]
+    return difference(draws, value(slice(None), slice(None)))
+
+
+def equal_refusal_table(arms: dict[str, Runs]) -> str:
+    """Every setting of the term on DPO beside the cheap remedies at the same refusal."""
+    lines = ["| arm | at the refusal of | " + " | ".join(KEPT) + " |", "|---|---|" + "---|" * len(KEPT)]
+    settings = [name for name in arms if name in ARMS and is_setting(name) and without_plot(name) == "DPO"]
+    for name, (label, family) in itertools.product(settings, REMEDIES.items()):
+        there = [arms[other] for other in family if other in arms]
+        found = {title: at_equal_refusal(arms[name], there, keys) for title, keys in KEPT.items() if there}
+        if found and None not in found.values():
+            cells = [f"{entry.value:+.3f} ({entry.low:+.3f} to {entry.high:+.3f})" for entry in found.values()]
+            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bias_table(folder: Path) -> str:
+    """What ``experiments/unigram.py`` found."""
+    lines = ["| pairs | seed | KL | share of −η·s | η | share of the best bias |", "|---|---|---|---|---|---|"]
+    for path in sorted(folder.glob("unigram/*/seed-*.json")):
+        record = read_record(path, "study")
+        of = record["results"]
+        lines.append(
+            f"| {record['config']['data']} | {record['seed']} | {of['kl']:.4f} | {of['share_potential']:.2f} "
+            f"| {of['eta']:.2g} | {of['share_any_bias']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def worse_in(runs: Runs, other: Runs) -> list[str]:
     """The guarded measures in which ``runs`` is worse by more than a standard error of the difference."""
     worse = []
@@ -184,6 +266,25 @@ def worse_in(runs: Runs, other: Runs) -> list[str]:
         if runs.mean(keys) - other.mean(keys) > error:
             worse.append(title.rstrip(" ↓"))
     return worse
+
+
+def worse_list(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> str:
+    """Each setting's losses against its method without PLOT, and what became of the hypotheses."""
+    lines = []
+    for name in arms:
+        other = without_plot(name) if name in ARMS else name
+        if other != name and other in arms:
+            worse = worse_in(arms[name], arms[other])
+            lines.append(f"- {name} against {other}: {', '.join(worse) or 'nothing'} worse by more than its error.")
+    lines.append("")
+    for hypothesis, names in TRIED.items():
+        there = [name for name in names if name in arms]
+        won = [n for n in there if (n, ARMS[n].compare) in found and found[n, ARMS[n].compare].low > 0]
+        won = [n for n in won if found[n, ARMS[n].compare].p < 0.05]
+        said = f"raised the AUC: {', '.join(won)}" if won else "dropped, no interval of its AUC lies above zero"
+        if there:
+            lines.append(f"- {hypothesis} ({len(there)} settings): {said}.")
+    return "\n".join(lines)
 
 
 def outcome(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> str:
@@ -229,6 +330,10 @@ def without_plot(name: str) -> str:
     return name
 
 
+REMEDIES = {
+    "DPO by β": ("DPO β 0.05", "DPO", "DPO β 0.5", "base"),
+    "DPO+SFT by weight": ("DPO", "DPO+SFT 0.2", "DPO+SFT", "SFT"),
+}
 FAMILIES = {
     "DPO, by β": ("DPO β 0.05", "DPO", "DPO β 0.5", "base"),
     "DPO+SFT, by weight": ("DPO", "DPO+SFT 0.2", "DPO+SFT"),
@@ -290,15 +395,14 @@ def alpha_figure(arms: dict[str, Runs], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-TITLES = {"mixed": "Half human pairs, half pairs that prefer help", "human": "Human pairs alone"}
-
-
 def write(records: Path, docs: Path) -> None:
     parts = ["# Where the term pays: results on a real model\n", INTRO, "## The rule for the default\n", RULE]
     for kind, arms in read(records).items():
         parts.append(f"\n## {TITLES[kind]}\n")
         found = compared(arms)
         parts += [outcome(arms, found), "", table(arms), "", differences_table(found), ""]
+        parts += ["### At equal refusal\n", EQUAL, equal_refusal_table(arms), ""]
+        parts += ["### What got worse, and what was dropped\n", worse_list(arms, found), ""]
         frontier(arms, docs / f"frontier-{kind}.png")
         others = [n for n in arms if n not in set(itertools.chain(*FAMILIES.values()))]
         numbered = ", ".join(f"{i} {name}" for i, name in enumerate(others, 1))
@@ -306,4 +410,6 @@ def write(records: Path, docs: Path) -> None:
         if any(name in arms for name in FAMILIES["the paper's, by α"]):
             alpha_figure(arms, docs / f"weight-{kind}.png")
             parts.append(f"![What the weight does](weight-{kind}.png)\n")
+    if list(records.glob("unigram/*/seed-*.json")):
+        parts += ["## Is it a bias of token frequencies?\n", BIAS, bias_table(records), ""]
     (docs / "results.md").write_text("\n".join(parts), encoding="utf-8")
