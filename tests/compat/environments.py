@@ -48,6 +48,9 @@ def checks(trl: Version) -> dict[str, list[str]]:
         "loss and every gradient, default target": [
             f"{equivalence}::test_the_default[{method}-batch]" for method in works
         ],
+        "the same, pairs cut to `max_length`": [
+            f"{equivalence}::test_pairs_longer_than_max_length[{mode}]" for mode in ("keep_start", "keep_end")
+        ],
         "the same with LoRA": [f"{equivalence}::test_lora[dpo]"],
         "the same, each sequence by itself": [f"{equivalence}::test_the_default[dpo-sequence]"],
         "the same, `plot_backend: separate`": [

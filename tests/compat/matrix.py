@@ -16,8 +16,9 @@ from plot_align.config import PlotConfig
 from plot_align.errors import InputError
 from plot_align.trl import attach
 from plot_align.trl.backends import FusedBackend, LogitsBackend, own_pass
-from plot_align.trl.batches import trainer_kind
+from plot_align.trl.batches import SUPPORTED, trainer_kind
 from plot_align.trl.checks import check
+from plot_align.trl.choice import backend_for
 
 TRL = Version(version("trl"))
 PACKAGES = ("trl", "transformers", "datasets", "accelerate", "peft", "huggingface_hub", "tokenizers", "torch")
@@ -41,6 +42,8 @@ def test_where_the_term_works(make_trainer, preference, method, record_property)
         assert type(backend) is (LogitsBackend if found == "logits" else FusedBackend)
     record_property("found", found)
     assert found == expected(method, TRL)
+    kind = next(kind for kind in SUPPORTED if kind.lower() == f"{method}trainer")
+    assert backend_for(kind)[0] == ("none" if found == "refused" else found)  # what `plot-align doctor` says
 
 
 def refusal(trainer, preference, record_property, config=None):
@@ -57,7 +60,12 @@ def test_liger_is_refused(make_trainer, preference, method, record_property):
     trainer = make_trainer(method)
     if method == "sft" and trainer.args.loss_type == "chunked_nll":
         pytest.skip("TRL itself refuses the two together")
-    trainer.args.use_liger_kernel = trainer.args.use_liger_loss = trainer.use_liger_kernel = True
+    if method == "sft":
+        trainer.args.use_liger_kernel = True
+    elif hasattr(trainer, "get_batch_loss_metrics"):
+        trainer.dpo_loss_fn = object()  # TRL before 0.29: what use_liger_loss, later use_liger_kernel, makes
+    else:
+        trainer.use_liger_kernel = True
     assert "Liger's fused loss is on" in refusal(trainer, preference, record_property)
 
 

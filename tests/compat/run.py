@@ -93,6 +93,8 @@ def run(name: str, python: Path) -> Result:
     result = Result({}, {}, log)
     for case in xml.parse(report).iter("testcase") if report.exists() else ():
         key = str(case.get("name"))
+        if case.find("skipped") is not None:
+            continue
         result.passed[key] = case.find("failure") is None and case.find("error") is None
         result.recorded[key] = {str(x.get("name")): str(x.get("value")) for x in case.iter("property")}
     return result
@@ -103,6 +105,8 @@ def ok(result: Result) -> bool:
     if not all(result.passed.values()) or "test_versions" not in result.passed:
         return False
     asked = {test.partition("::")[2] for tests in checks(Version(result.versions["trl"])).values() for test in tests}
+    asked |= {f"test_where_the_term_works[{method}]" for method in METHODS}
+    asked |= {f"test_a_short_training[{method}]" for method in ("dpo", "sft")}
     return asked <= set(result.passed)
 
 
@@ -135,6 +139,7 @@ def page(results: list[Result]) -> str:
         (HERE / "compatibility.md")
         .read_text(encoding="utf-8")
         .format(
+            python=".".join(map(str, sys.version_info[:2])),
             versions=table({name: found("test_versions", name) for name in results[0].versions if name != "trl"}),
             where=table(
                 {

@@ -32,6 +32,12 @@ def selection(
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         scored = attention.clone()
         scored[:, : inputs["prompt_ids"].size(1)] = 0
+    elif kind == "DPOTrainer" and "completion_mask" in inputs:  # TRL 0.29 cuts the rows in its forward
+        rows = []
+        for row, seen in enumerate(inputs["attention_mask"].bool()):
+            kept = (inputs[name][row][seen].tolist() for name in ("input_ids", "completion_mask"))
+            rows.append(list(zip(*kept, strict=True)))
+        ids, attention, scored = cut_and_padded(rows, trainer.args.max_length, trainer.args.truncation_mode)
     else:
         ids, attention = inputs["input_ids"], inputs["attention_mask"]
         scored = inputs["completion_mask"] if "completion_mask" in inputs else (inputs["labels"] != -100).long()
@@ -53,10 +59,16 @@ def joined_pairs(inputs: dict[str, Any], max_length: int | None, truncation_mode
                 inputs[f"{part}_input_ids"][row][inputs[f"{part}_attention_mask"][row].bool()].tolist()
                 for part in ("prompt", side)
             )
-            tokens = [(token, 0) for token in prompt] + [(token, 1) for token in answer]
-            if max_length is not None:
-                tokens = tokens[-max_length:] if truncation_mode == "keep_end" else tokens[:max_length]
-            rows.append(tokens)
+            rows.append([(token, 0) for token in prompt] + [(token, 1) for token in answer])
+    return cut_and_padded(rows, max_length, truncation_mode)
+
+
+def cut_and_padded(
+    rows: list[list[tuple[int, int]]], max_length: int | None, truncation_mode: str
+) -> tuple[torch.Tensor, ...]:
+    """Ids, attention and scored tokens (B, T) of rows of ``(token, whether it is scored)``."""
+    if max_length is not None:
+        rows = [row[-max_length:] if truncation_mode == "keep_end" else row[:max_length] for row in rows]
     ids, attention, scored = torch.zeros(3, len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = torch.tensor([token for token, _ in tokens])

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, fsdp_utils, gather_object
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from plot_align import PlotConfig, attach, estimate
 from plot_align.trl import gradients as measured
@@ -41,7 +42,9 @@ ZERO = {
 
 def build(method: str, model: Any, folder: str, data: Dataset, args: dict[str, Any], peft: bool = False) -> Any:
     """TRL's trainer of ``method``, without the term."""
-    config, trainer = {"dpo": (DPOConfig, DPOTrainer), "sft": (SFTConfig, SFTTrainer)}[method]
+    config, trainer = {
+        "dpo": (DPOConfig, DPOTrainer), "sft": (SFTConfig, SFTTrainer), "cpo": (CPOConfig, CPOTrainer),
+    }[method]  # fmt: skip
     if method == "sft":
         data = data.rename_column("chosen", "completion").remove_columns("rejected")
     extra: dict[str, Any] = {}
@@ -91,7 +94,8 @@ def record(trainer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     compute_loss = trainer.compute_loss
 
     def counting(model, inputs, *args, **kwargs):
-        labels = inputs["completion_mask"] if "completion_mask" in inputs else inputs["labels"] != -100
+        name = next(name for name in ("completion_mask", "labels", "chosen_labels") if name in inputs)
+        labels = inputs[name] if name == "completion_mask" else inputs[name] != -100
         tokens.append(int(labels[:, 1:].sum()))
         engine = getattr(trainer.accelerator, "deepspeed_engine_wrapped", None)
         if engine is not None and not hasattr(engine.engine, "_step_before"):

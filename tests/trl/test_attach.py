@@ -349,3 +349,20 @@ def test_a_saved_config_loads():
         again = PlotConfig.from_options(**json.loads(json.dumps(config.to_dict())))
         assert again.to_dict() == config.to_dict()
         assert again.ablations == config.ablations
+
+
+def test_a_forward_on_cut_rows_is_named(make_trainer, preference):
+    """Something between the batch and the forward that shortens the rows."""
+    trainer = make_trainer("cpo")
+    attach(trainer, preference)
+    loss = trainer._plot_handle._originals["get_batch_loss_metrics"]
+
+    def cut(model, batch, **kwargs):
+        sides = ("chosen", "rejected")
+        parts = {f"{side}_{x}": batch[f"{side}_{x}"][:, :-2] for side in sides for x in ("input_ids", "labels")}
+        parts |= {f"{side}_attention_mask": batch[f"{side}_attention_mask"][:, :-2] for side in sides}
+        return loss(model, {**batch, **parts}, **kwargs)
+
+    trainer._plot_handle._originals["get_batch_loss_metrics"] = cut
+    with pytest.raises(RunError, match=r"saw other tokens, of shape \(\d+, \d+\), than the batch"):
+        trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 
 import pytest
@@ -29,3 +30,21 @@ def test_another_trl_gets_none(monkeypatch):
     assert name == "none"
     assert "1.99.0 is newer than the 1.16" in reason
     assert backend_for("CPOTrainer")[0] == "logits"
+
+
+def test_a_loss_that_the_config_fills_in(monkeypatch):
+    """As in TRL 1.8 to 1.14: no default, and ``__post_init__`` takes the loss in chunks where there is one."""
+    from trl.trainer import sft_trainer, utils
+
+    import trl
+
+    @dataclasses.dataclass
+    class Config:
+        loss_type: str | None = None
+
+    monkeypatch.setattr(trl, "SFTConfig", Config)
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+    monkeypatch.setattr(sft_trainer, "_chunked_cross_entropy_loss", None, raising=False)
+    assert backend_for("SFTTrainer")[0] == "chunked"
+    monkeypatch.delattr(sft_trainer, "_chunked_cross_entropy_loss")
+    assert backend_for("SFTTrainer")[0] == "logits"

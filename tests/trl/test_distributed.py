@@ -35,6 +35,10 @@ LORA = {"method": "dpo", "plot": {"pool": True, **ANCHORED}, "peft": True}
 BALANCE = {
     "method": "dpo", "plot": {"pool": True, **ANCHORED, "alpha": None, "balance_ratio": 2.0}, "args": {"max_steps": 2},
 }  # fmt: skip
+BALANCE_CPO = {  # its logits are read; without its NLL, which is a mean over the tokens of each rank
+    "method": "cpo", "plot": {"pool": True, "alpha": None, "balance_ratio": 2.0},
+    "args": {"max_steps": 2, "cpo_alpha": 0.0},
+}  # fmt: skip
 DATASET = {"method": "dpo", "plot": {"pool": True, "target": "anchored", "reference_rows": 12}}
 DATASET_SFT = {"method": "sft", "plot": {"pool": True, "target": "anchored", "reference_rows": 12}}
 
@@ -132,12 +136,13 @@ def on_engines(cases: dict[str, dict[str, Any]], engines: list[str]) -> list[dic
 def test_two_ranks_of_ddp_and_fsdp2(launch, one_process):
     cases = {
         "pooled_dpo": POOLED_DPO, "local_dpo": LOCAL_DPO, "pooled_sft": POOLED_SFT, "local_sft": LOCAL_SFT,
-        "lora": LORA, "balance": BALANCE, "dataset": DATASET,
+        "lora": LORA, "balance": BALANCE, "balance_cpo": BALANCE_CPO, "dataset": DATASET,
     }  # fmt: skip
     more = [
         # The first rank alone loads the weights; the others' are empty until training starts.
         {**DATASET_SFT, "engine_options": {"cpu_ram_efficient_loading": True}, "by_name": True, "name": "sft_by_name"},
         {**BALANCE, "groups": "root", "name": "balance_in_the_roots_group"},
+        {**BALANCE_CPO, "groups": "root", "name": "balance_cpo_in_the_roots_group"},
         {**POOLED_DPO, "groups": "own", "name": "own_group"},
         {**POOLED_DPO, "plot": {"plot_backend": "separate"}, "name": "separate"},
     ]
@@ -148,6 +153,7 @@ def test_two_ranks_of_ddp_and_fsdp2(launch, one_process):
             check_agree(f"{name}-{engine}", found[f"{name}-{engine}"], want)
     check_agree("sft_by_name", found["sft_by_name"], one_process(DATASET_SFT, 2))
     check_agree("balance_in_the_roots_group", found["balance_in_the_roots_group"], one_process(BALANCE, 2))
+    check_agree("balance_cpo_in_the_roots_group", found["balance_cpo_in_the_roots_group"], one_process(BALANCE_CPO, 2))
     assert "InputError: the LM head is sharded on its own" in found["own_group"]
     assert "InputError: plot_backend is 'separate' and the LM head is sharded" in found["separate"]
 

@@ -135,6 +135,12 @@ def test_online(make_trainer, preference, method, positions):
     check_one_step(make_trainer, preference, method, PlotConfig.paper(alpha=3.0, positions=positions))
 
 
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_pairs_longer_than_max_length(make_trainer, preference, mode):
+    """TRL has cut them before its collator, in it and in its forward."""
+    check_one_step(make_trainer, preference, "dpo", PlotConfig(), nudge=True, max_length=15, truncation_mode=mode)
+
+
 @pytest.mark.parametrize("method", ["dpo", "cpo"])
 def test_lora(make_trainer, preference, method):
     from peft import LoraConfig

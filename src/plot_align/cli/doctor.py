@@ -47,7 +47,8 @@ def examine() -> dict[str, Any]:
             looked[name] = look()
         except Exception as error:  # anything may be wrong with an installation
             if name not in missing:
-                problems.append(f"{name} cannot be used: {type(error).__name__}: {first_line(error)}")
+                cause = error.__cause__ or error  # transformers imports lazily, and says no more than "look up"
+                problems.append(f"{name} cannot be used: {type(cause).__name__}: {first_line(cause)}")
     return {
         "plot_align": __version__,
         "python": _entry(python),

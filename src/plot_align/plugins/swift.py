@@ -50,7 +50,10 @@ class PlotDPOTrainer(DPOTrainer):
     block: PlotBlock | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        assert self.block is not None
+        if self.block is None:
+            raise InputError(
+                "PlotDPOTrainer has no options; expected plot_align.plugins.swift.use() before it is made"
+            )
         template = kwargs["template"]
         for name in ("packing", "padding_free"):
             if getattr(template, name, False):

@@ -164,6 +164,12 @@ class PlotHandle:
         with self._backend.capture(batch):
             returned = original()
         result = self._backend.take()
+        if result is None and self._backend.other_shape is not None:
+            raise RunError(
+                f"the policy's forward saw other tokens, of shape {self._backend.other_shape}, than the batch, whose "
+                f"labels have shape {tuple(batch.labels.shape)}; expected TRL's data collator and forward: take out "
+                "what cuts or joins rows in between, or detach() the term."
+            )
         if result is None:
             raise RunError(
                 "the policy's forward never reached the LM head that PLOT watches, so this step would train without "

@@ -49,6 +49,9 @@ def model_inputs(kind: str, inputs: Mapping[str, Any], trainer: Any = None) -> d
     if "prompt_input_ids" in inputs and kind == "DPOTrainer":
         ids, attention, _ = _concatenated(inputs, trainer.max_length, trainer.truncation_mode)
         return {"input_ids": ids, "attention_mask": attention}
+    if kind == "DPOTrainer" and hasattr(trainer, "_truncate_inputs") and "completion_mask" in inputs:
+        ids, attention, _ = _truncated(inputs, trainer)
+        return {"input_ids": ids, "attention_mask": attention}
     if kind in LOGITS_TRAINERS:
         # Padding is masked, so any token id will do.
         return {name: _stacked(inputs, name, 0) for name in ("input_ids", "attention_mask")}
@@ -113,7 +116,8 @@ def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
 def _pair_labels(inputs: Mapping[str, Any], trainer: Any) -> Tensor:
     """``(2B, T)`` labels of the chosen rows above the rejected ones, in each form that DPO's batches have had."""
     if "completion_mask" in inputs:  # TRL 0.29 and later
-        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        ids, _, completion = _truncated(inputs, trainer)
+        return ids.masked_fill(completion == 0, -100)
     if "labels" in inputs:  # frameworks with collators of their own
         return inputs["labels"]
     if "prompt_input_ids" in inputs:  # TRL before 0.29
@@ -123,6 +127,12 @@ def _pair_labels(inputs: Mapping[str, Any], trainer: Any) -> Tensor:
         f"the DPO batch has the keys {', '.join(map(str, inputs))}; expected input_ids with completion_mask or "
         "labels, or prompt_input_ids, chosen_input_ids and rejected_input_ids: use TRL's data collator."
     )
+
+
+def _truncated(inputs: Mapping[str, Any], trainer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention and completion mask as the model sees them: TRL 0.29 truncates them in its forward."""
+    parts = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
+    return trainer._truncate_inputs(*parts) if hasattr(trainer, "_truncate_inputs") else parts
 
 
 def _concatenated(

@@ -106,16 +106,18 @@ def _check_generation(trainer: Any, kind: str, config: PlotConfig) -> None:
         )
     if config.ablations.plot_backend == "separate":
         return
+    before_0_29 = hasattr(trainer, "get_batch_loss_metrics")
     hides_logits = (
-        getattr(trainer.args, "use_liger_loss", False)
+        hasattr(trainer, "dpo_loss_fn")  # TRL before 0.29 makes it when the switch is on, whichever that is
+        or getattr(trainer.args, "use_liger_loss", False)
         or getattr(trainer, "use_liger_kernel", False)
         or (kind == "SFTTrainer" and getattr(trainer.args, "use_liger_kernel", False))
     )
     if own_pass(kind, getattr(trainer.args, "loss_type", None)) == "logits" and hides_logits:
         raise InputError(
             f"Liger's fused loss is on, and the {kind} then builds no logits, which PLOT reads on this TRL; expected "
-            "use_liger_kernel and use_liger_loss off: turn them off, or set plot_backend='separate', which costs a "
-            "second head pass."
+            "use_liger_kernel and use_liger_loss off: turn them off, or set plot_backend='separate'"
+            f"{' and target_scope=' + repr('dataset') if before_0_29 else ''}, which costs a second head pass."
         )
 
 

@@ -50,6 +50,10 @@ def _default_loss(kind: str) -> str | None:
     from trl import SFTConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    if defaults.get("loss_type", "nll") is None:  # filled in by __post_init__, where SFT has the loss in chunks
+        from trl.trainer import sft_trainer
+
+        return "chunked_nll" if hasattr(sft_trainer, "_chunked_cross_entropy_loss") else "nll"
     return str(defaults["loss_type"]) if "loss_type" in defaults else None
 
 

@@ -34,9 +34,10 @@ def gradient_norms(vanilla: Tensor, plot: Tensor, result: HeadResult, *, offset:
 def _norms(vanilla: Tensor, plot: Tensor, result: HeadResult, offset: int) -> Tensor:
     if result.recompute_rows is None:
         norms = []
-        for loss in (vanilla, plot):
-            (gradient,) = torch.autograd.grad(loss, result.hidden, retain_graph=True, allow_unused=True)
-            norms.append(vanilla.new_zeros(()) if gradient is None else gradient.float().norm())
+        with result.gather():
+            for loss in (vanilla, plot):
+                (gradient,) = torch.autograd.grad(loss, result.hidden, retain_graph=True, allow_unused=True)
+                norms.append(vanilla.new_zeros(()) if gradient is None else gradient.float().norm())
         return torch.stack(norms)
     head = result.head
     rows = result.hidden.size(0)

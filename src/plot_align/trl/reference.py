@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +97,26 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
         own = {id(x): x for x in parameters if x is not None}
         return deepspeed.zero.GatheredParameters(list(own.values()))
     return maybe_gather_lm_head_ctx(*parameters)
+
+
+@contextmanager
+def gathered_again(holders: Sequence[nn.Module | None], *parameters: Tensor | None) -> Iterator[None]:
+    """:func:`gathered`, and under FSDP2 where it has freed the parameters between forward and backward.
+
+    Args:
+        holders: modules that may hold the parameters' FSDP group, the nearest first.
+    """
+    freed = any(x is not None and x.numel() > 0 and x.untyped_storage().size() == 0 for x in parameters)
+    with gathered(*parameters):
+        if not freed:
+            yield
+            return
+        group: Any = next(x for x in holders if isinstance(x, FSDPModule))
+        group.unshard()
+        try:
+            yield
+        finally:
+            group.reshard()
 
 
 def collated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class HeadResult:
         recompute_rows: runs the head again on some rows, given their indices, with its weights held fixed; returns its
             input and output. ``None`` if the vanilla loss does not come from this pass.
         outputs: the model's outputs that have a graph, on which FSDP2 and DeepSpeed put hooks.
+        gather: a context in which the head's weights are whole, for a backward through the head by itself.
     """
 
     head: HeadOutput
@@ -38,6 +40,7 @@ class HeadResult:
     reference: Tensor | None = None
     recompute_rows: Callable[[Tensor], tuple[Tensor, HeadOutput]] | None = None
     outputs: tuple[Tensor, ...] = ()
+    gather: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 class PlotTerm(PlotLoss):

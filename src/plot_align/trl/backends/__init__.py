@@ -42,6 +42,8 @@ def own_pass(kind: str, loss_type: str | None = None) -> OwnPass:
         return "chunked"
     if kind in ("DPOTrainer", "SFTTrainer", "KTOTrainer"):
         return "logits"
+    if kind == "PROTrainer":
+        raise InputError("PRO trains through the fused head of trl 1.15 or newer: upgrade trl.")
     raise InputError(
         f"the {kind} of this TRL has no fused head, and PLOT does not read its logits, which it scales in place; "
         "expected trl 1.15 or newer: upgrade it, or set plot_backend='separate', which costs a second head pass."

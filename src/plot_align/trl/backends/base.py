@@ -27,11 +27,12 @@ class HeadBackend(ABC):
         self.result: HeadResult | None = None
         self.reference: Tensor | None = None
         self.workspace: Workspace | None = None
+        self.other_shape: tuple[int, ...] | None = None  # of a forward on other tokens than the batch's
 
     @contextmanager
     def capture(self, batch: Batch) -> Iterator[None]:
         """Within this context, keeps the policy's first head pass over ``batch``; read it with :meth:`take`."""
-        self.pending, self.result, self.reference = batch, None, None
+        self.pending, self.result, self.reference, self.other_shape = batch, None, None, None
         self.workspace = Workspace()  # the graph keeps it until the backward
         try:
             yield
@@ -44,6 +45,12 @@ class HeadBackend(ABC):
         if result is not None:
             result.reference, self.reference = self.reference, None
         return result
+
+    @property
+    def _batch(self) -> Batch:
+        if self.pending is None:
+            raise RuntimeError("no batch is pending")
+        return self.pending
 
     @abstractmethod
     def remove(self) -> None:
@@ -79,15 +86,16 @@ class HeadBackend(ABC):
         if ids is None or self.pending is None:  # prompt-learning PEFT passes embeddings
             return True
         labels = self.pending.labels.to(ids.device)
-        return ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
+        same = ids.shape == labels.shape and bool(((labels == -100) | (labels == ids)).all())
+        if not same:
+            self.other_shape = tuple(ids.shape)
+        return same
 
     def run_head(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         """Runs our head over ``rows`` of the pending batch and keeps the result."""
-        if self.pending is None:
-            raise RuntimeError("no batch is pending")
-        pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
+        pooling = self.term.pooling(self._batch, rows.to(self._batch.labels.device))
         self.term.to(hidden.device)
         spec = dataclasses.replace(spec, workspace=self.workspace)
         whole = pooling.arguments(hidden.device)
@@ -112,9 +120,7 @@ class HeadBackend(ABC):
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, spec: HeadSpec
     ) -> HeadOutput:
         """The same for the reference model's forward, of which only the output distributions are kept."""
-        if self.pending is None:
-            raise RuntimeError("no batch is pending")
-        pooling = self.term.pooling(self.pending, rows.to(self.pending.labels.device))
+        pooling = self.term.pooling(self._batch, rows.to(self._batch.labels.device))
         spec = dataclasses.replace(spec, workspace=self.workspace)
         head = fused_head(hidden, weight, bias, targets, spec, **pooling.arguments(hidden.device))
         self.reference = head.distributions

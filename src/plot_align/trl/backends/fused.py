@@ -15,20 +15,19 @@ import importlib.metadata
 import inspect
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from plot_align.errors import InputError, RunError
 from plot_align.head import HeadOutput, HeadSpec
 from plot_align.trl.backends.base import HeadBackend
-from plot_align.trl.reference import gathered
+from plot_align.trl.reference import gathered_again
 from plot_align.trl.term import PlotTerm
 
 NEWEST_TRL = "1.16"  # that was tested
@@ -158,22 +157,10 @@ class _Forward(ABC):
                 "sequence; PLOT expects whole sequences: set the parallelism's size to 1."
             )
 
-    @contextmanager
-    def _gathered(self, *parameters: Tensor | None) -> Iterator[None]:
-        """Gathers parameters of the head; under ZeRO-3 as TRL does. FSDP2 frees them between forward and backward,
-        when the gradient norms are measured, so they are gathered here again."""
-        freed = any(x is not None and x.numel() > 0 and x.untyped_storage().size() == 0 for x in parameters)
-        with gathered(*parameters):
-            if not freed:
-                yield
-                return
-            head = self.model.get_output_embeddings()  # type: ignore[operator]
-            group = next(x for x in (head, self.model, self.backend.called) if isinstance(x, FSDPModule))
-            group.unshard()
-            try:
-                yield
-            finally:
-                group.reshard()
+    def _gathered(self, *parameters: Tensor | None) -> AbstractContextManager[None]:
+        """Gathers parameters of the head, as TRL does under ZeRO-3, and when the gradient norms are measured."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return gathered_again((head, self.model, self.backend.called), *parameters)
 
     @abstractmethod
     def _scores(self, kwargs: dict[str, Any]) -> bool:
@@ -338,8 +325,8 @@ class _ChunkedLoss(_Forward):
             1.0, final_logit_softcapping, logit_scale, ("entropy", "is_top1"), gather=self._gathered, **options
         )
         head = run_head(hidden, lm_head_weight, lm_head_bias, targets, self._batch_rows(scored), spec)
-        assert head.entropy is not None
-        assert head.is_top1 is not None
+        if head.entropy is None or head.is_top1 is None:
+            raise RuntimeError("the head was asked for both")
         divisor = max(scored.numel(), 1) if num_items_in_batch is None else num_items_in_batch
         count = torch.tensor(scored.numel(), device=scored.device)
         return -head.log_probs.sum() / divisor, head.is_top1.sum().float(), head.entropy.detach().sum(), count

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from plot_align.errors import InputError
 from plot_align.head import HeadOutput, head_spec, output_distribution, target_log_probs
 from plot_align.preference.batch import Pooling
 from plot_align.trl.backends.base import HeadBackend
+from plot_align.trl.reference import gathered_again
 from plot_align.trl.term import HeadResult, PlotTerm
 
 
@@ -29,6 +33,7 @@ class LogitsBackend(HeadBackend):
         super().__init__(model, term, wants_reference=reference is not None)
         self._called = called
         self._hidden: Tensor | None = None
+        self._gather: Callable[[], AbstractContextManager[None]] = nullcontext
         modules = [called] if reference is None or reference is called else [called, reference]
         self._hooks = [
             model.get_output_embeddings().register_forward_pre_hook(self._before_head),
@@ -39,9 +44,11 @@ class LogitsBackend(HeadBackend):
         for hook in self._hooks:
             hook.remove()
 
-    def _before_head(self, module: nn.Module, args: Any) -> None:
+    def _before_head(self, module: Any, args: Any) -> None:
         if self.is_policy_forward(None):
             self._hidden = args[0]  # (B, T, H)
+            weights = module.weight, module.bias  # whole, which under FSDP2 they are within the forward only
+            self._gather = partial(gathered_again, (module, self.model, self._called), *weights)
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         hidden, self._hidden = self._hidden, None
@@ -49,6 +56,9 @@ class LogitsBackend(HeadBackend):
             return
         if module is self._called and self.is_policy_forward(None):
             self._read_policy(self._logits(output), hidden)
+            if self.result is not None:
+                fields = (output.logits, getattr(output, "loss", None))
+                self.result.outputs = tuple(x for x in fields if x is not None and x.requires_grad)
         elif self.is_reference_forward():
             with torch.no_grad():
                 pooling, _, places = self._places(self._logits(output))
@@ -85,11 +95,10 @@ class LogitsBackend(HeadBackend):
             **pooling.arguments(hidden.device),
         )
         output = HeadOutput(log_probs, distributions=distributions, values=values, reward=reward)
-        self.result = HeadResult(output, pooling, hidden, rows, outputs=(logits,))
+        self.result = HeadResult(output, pooling, hidden, rows, gather=self._gather)
 
     def _targets(self, rows: Tensor) -> Tensor:
-        assert self.pending is not None
-        return self.pending.labels[:, 1:].flatten()[rows]
+        return self._batch.labels[:, 1:].flatten()[rows]
 
     def _places(self, logits: Tensor) -> tuple[Pooling, Tensor, Tensor]:
         """How the M labels are pooled; their positions in the flattened ``(B, T − 1)`` batch, ``(M,)``, and in the
@@ -98,8 +107,7 @@ class LogitsBackend(HeadBackend):
         ``logits_to_keep`` leaves out the first positions of a row, and prompt-learning PEFT puts virtual ones before
         them: both ends are the batch's.
         """
-        assert self.pending is not None
-        labels = self.pending.labels  # (B, T)
+        labels = self._batch.labels  # (B, T)
         rows = (labels[:, 1:].flatten() != -100).nonzero().squeeze(-1)  # (M,)
         row, column = rows // (labels.size(1) - 1), rows % (labels.size(1) - 1)
         column = column + logits.size(1) - labels.size(1)
@@ -109,7 +117,7 @@ class LogitsBackend(HeadBackend):
                 f"{tuple(labels.shape)}; expected one row each, and logits from the first label on: turn off what "
                 "flattens or shortens the batch (padding_free, packing)."
             )
-        return self.term.pooling(self.pending, rows), rows, (row * logits.size(1) + column).to(logits.device)
+        return self.term.pooling(self._batch, rows), rows, (row * logits.size(1) + column).to(logits.device)
 
     def _distributions(
         self, logits: Tensor, pooling: Pooling, places: Tensor, *, by_position: bool = False
