@@ -195,30 +195,34 @@ def render(content: Content, folder: str) -> str:
     notes = _Notes()
     scores = _sections([row for row in comparison.rows if row.score], comparison, notes)
     others = _sections([row for row in comparison.rows if not row.score], comparison, None)
-    return environment().get_template("template.html.jinja").render(
-        content=content,
-        title=content.title,
-        style=style_sheet(),
-        folder=folder,
-        verdict=content.verdict,
-        comparison=comparison,
-        models=comparison.models,
-        looks=[figures.style(i) for i in range(len(comparison.models))],
-        scores=scores,
-        others=others,
-        reasons=notes.reasons,
-        missing=[section for section in CATEGORIES if not any(row.section == section for row in comparison.rows)],
-        pictures=content.pictures,
-        costs=runs.costs(collected),
-        counts=runs.counts(collected),
-        contexts=runs.contexts(collected),
-        dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
-        records=[_how(record) for record in collected.records],
-        longest=_LONGEST_TABLE,
-        alpha=compare.ALPHA,
-        version=__version__,
-        paper_time=figures.PAPER_TIME,
-        dpo=figures.dpo_among(comparison),
+    return (
+        environment()
+        .get_template("template.html.jinja")
+        .render(
+            content=content,
+            title=content.title,
+            style=style_sheet(),
+            folder=folder,
+            verdict=content.verdict,
+            comparison=comparison,
+            models=comparison.models,
+            looks=[figures.style(i) for i in range(len(comparison.models))],
+            scores=scores,
+            others=others,
+            reasons=notes.reasons,
+            missing=[section for section in CATEGORIES if not any(row.section == section for row in comparison.rows)],
+            pictures=content.pictures,
+            costs=runs.costs(collected),
+            counts=runs.counts(collected),
+            contexts=runs.contexts(collected),
+            dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
+            records=[_how(record) for record in collected.records],
+            longest=_LONGEST_TABLE,
+            alpha=compare.ALPHA,
+            version=__version__,
+            paper_time=figures.PAPER_TIME,
+            dpo=figures.dpo_among(comparison),
+        )
     )
 
 

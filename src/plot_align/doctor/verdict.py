@@ -1,0 +1,309 @@
+"""From measured values to what to do: the rules, each with its threshold and source. ``docs/doctor.md`` has the table.
+
+A rule reads names of a plain mapping and is skipped where one is absent, so that the measures of the data and those of
+a model on them go through the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plot_align.doctor.findings import percent
+
+NOTHING = "Nothing wrong was found."
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence of the verdict: what was seen, and what to do. ``rule`` and ``source`` say where it is from."""
+
+    rule: str
+    sentence: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the verdict.
+
+    Attributes:
+        name: of the rule. when: its condition in words, with the threshold. do: its remedy in a few words.
+        reads: names of the values it needs. say: the values, in that order → a sentence, or None where the condition
+            does not hold. source: where the rule is from.
+    """
+
+    name: str
+    when: str
+    do: str
+    reads: tuple[str, ...]
+    say: Callable[..., str | None]
+    source: str
+
+
+def judge(measured: Mapping[str, Any]) -> list[Advice]:
+    """What the rules say of ``measured``, in their order; one advice, :data:`NOTHING`, where none applies.
+
+    Args:
+        measured: name → number, or an entry of :func:`plot_align.records.measure`, of which the value counts. Of the
+            data: the measures of :class:`~plot_align.doctor.data.Examination`, ``content`` (share of the
+            preference on content) and ``largest_kind`` (what most of the rest is). Of a model: ``accuracy`` (share of
+            pairs it ranks rightly before training),
+            ``ches_mean`` (length-normalised CHES, mean over pairs), ``forecast`` (name of a loss → predicted change of
+            the chosen log-probability in the first step, nats), ``on_policy`` (share of answers as likely as the
+            model's own).
+    """
+    values = {name: value["value"] if _is_measure(value) else value for name, value in measured.items()}
+    advice = []
+    for rule in RULES:
+        if all(values.get(name) is not None for name in rule.reads):
+            sentence = rule.say(*(values[name] for name in rule.reads))
+            if sentence is not None:
+                advice.append(Advice(rule.name, sentence, rule.source))
+    return advice or [Advice("nothing", NOTHING, "every rule whose values were measured")]
+
+
+def _is_measure(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"value", "n"} <= value.keys()
+
+
+# --- thresholds -----------------------------------------------------------------------------------------------------
+
+DROP = 0.0  # share of pairs to drop, above
+NEAR_IDENTICAL = 0.05
+CONTRADICTORY = 0.01
+TRUNCATED = 0.05
+LENGTH = 0.65  # AUC within pairs
+FIRST_WORDS = 0.7  # held-out accuracy
+REFUSAL_GAP = 0.25  # share of chosen answers that refuse, less that of rejected ones
+CONTENT = 0.5  # share of the preference's mass
+ACCURACY_LOW, ACCURACY_HIGH = 0.5, 0.95
+CHES = 0.0  # length-normalised, mean
+ON_POLICY = 0.5
+
+
+def _drop(unusable: float, empty: float, identical: float, contradictory: float, duplicate: float) -> str | None:
+    named = {
+        "no pairs": unusable,
+        "empty": empty,
+        "identical": identical,
+        "contradictory": contradictory,
+        "repeated": duplicate,
+    }
+    found = [f"{name} ({percent(share)})" for name, share in named.items() if share > DROP]
+    return f"Drop the pairs that are {', '.join(found)}: they teach nothing, or the same twice." if found else None
+
+
+def _near(share: float) -> str | None:
+    if share < NEAR_IDENTICAL:
+        return None
+    return (
+        f"{percent(share)} of the pairs are nearly equal, where DPO lowers the chosen answer with the rejected one: "
+        "train with the SFT term (`loss_type: [sigmoid, sft]`) or with PLOT, or drop the pairs with the largest CHES "
+        "(`plot-align filter --by ches`)."
+    )
+
+
+def _noise(share: float) -> str | None:
+    if share < CONTRADICTORY:
+        return None
+    return (
+        f"{percent(share)} of the pairs contradict another, so labels are noisy: use `loss_type: robust` with "
+        "`label_smoothing` at the rate of wrong labels. PLOT does not mend wrong labels."
+    )
+
+
+def _truncated(share: float, longest: float, lost: float) -> str | None:
+    if share < TRUNCATED:
+        return None
+    more = f", and {percent(lost)} lose what they differ in" if lost else ""
+    return f"{percent(share)} of the pairs are cut{more}: `max_length: {round(longest)}` holds 99 % of them."
+
+
+def _length(auc: float) -> str | None:
+    if max(auc, 1 - auc) < LENGTH:
+        return None
+    if auc < 0.5:
+        return (
+            f"The shorter answer is preferred in {percent(1 - auc)} of the pairs: expect terse answers; compare "
+            "models at equal length."
+        )
+    return (
+        f"The longer answer is preferred in {percent(auc)} of the pairs: expect ever longer answers. `ld_alpha: 0.5` "
+        "(LD-DPO) or a length-normalised loss (`plot-align` runs with TRL's SimPO) takes weight from length."
+    )
+
+
+def _first_words(accuracy: float) -> str | None:
+    if accuracy < FIRST_WORDS:
+        return None
+    return (
+        f"The first words give the label away in {percent(accuracy)} of the pairs: accuracy will come to 1 with "
+        "little learned beyond them. Judge the run by its answers and not by its margin."
+    )
+
+
+def _refusals(chosen: float, rejected: float) -> str | None:
+    if chosen - rejected < REFUSAL_GAP:
+        return None
+    return (
+        f"{percent(chosen)} of the chosen and {percent(rejected)} of the rejected answers refuse: refusing is the "
+        "largest thing these pairs teach. Mix in harmless requests that are answered, keep β at 0.1 or above, and use "
+        "PLOT or the SFT term, with which our runs refused fewer harmless requests."
+    )
+
+
+def _content(content: float, kind: str) -> str | None:
+    if content >= CONTENT:
+        return None
+    return (
+        f"Only {percent(content)} of what these pairs prefer token by token is content; most of the rest is {kind}. "
+        "PLOT would train that: mend the data first, or leave PLOT off."
+    )
+
+
+def _accuracy(accuracy: float) -> str | None:
+    if accuracy >= ACCURACY_HIGH:
+        return (
+            f"The model ranks {percent(accuracy)} of the pairs rightly before any training: there is little in them "
+            "for it to learn. Take harder pairs."
+        )
+    if accuracy < ACCURACY_LOW:
+        return (
+            f"The model ranks {percent(1 - accuracy)} of the pairs the wrong way round before training, and DPO "
+            "seldom turns a ranking: train on the chosen answers first (SFT), or keep the SFT term."
+        )
+    return None
+
+
+def _ches(mean: float) -> str | None:
+    if mean <= CHES:
+        return None
+    return (
+        "The answers of a pair look alike to the model (mean length-normalised CHES above 0), so the chosen one will "
+        "be pulled down: filter by CHES (`plot-align filter --by ches`), or train with the SFT term or PLOT."
+    )
+
+
+def _forecast(forecast: Mapping[str, float]) -> str | None:
+    if "DPO" not in forecast:
+        return None
+    if forecast["DPO"] >= 0:
+        return None
+    best = max(forecast, key=lambda name: forecast[name])
+    said = f"DPO's first step will change the chosen log-probability by {forecast['DPO']:+.2g} nats"
+    if best == "DPO":
+        return f"{said}, and the other losses do no better: raise β to between 0.3 and 1, or train by SFT first."
+    return f"{said}, {best}'s by {forecast[best]:+.2g}: take {best}, or raise β to between 0.3 and 1."
+
+
+def _off_policy(share: float) -> str | None:
+    if share >= ON_POLICY:
+        return None
+    return (
+        f"Only {percent(share)} of the answers are as likely as the model's own: the pairs are off its policy. Train "
+        "by SFT on the chosen answers first, and keep β between 0.1 and 0.5."
+    )
+
+
+_OURS = "our runs: docs/choosing.md"
+
+RULES = (
+    Rule(
+        "drop",
+        "rows that are no pairs; empty, identical, contradictory or repeated pairs: any",
+        "drop them",
+        ("no-pair", "empty", "identical", "contradictory", "duplicate"),
+        _drop,
+        "the checks of the same names",
+    ),
+    Rule(
+        "near-identical",
+        f"nearly equal pairs: {percent(NEAR_IDENTICAL)} or more",
+        "SFT term, PLOT or a filter by CHES",
+        ("near-identical",),
+        _near,
+        "Pal et al. 2024 (arXiv 2402.13228); Razin et al. 2024 (arXiv 2410.08847)",
+    ),
+    Rule(
+        "noise",
+        f"contradictory pairs: {percent(CONTRADICTORY)} or more",
+        "`loss_type: robust`",
+        ("contradictory",),
+        _noise,
+        f"Chowdhury et al. 2024 (arXiv 2403.00409); {_OURS}",
+    ),
+    Rule(
+        "truncation",
+        f"pairs cut at `max_length`: {percent(TRUNCATED)} or more",
+        "the `max_length` that holds 99 %",
+        ("truncated", "longest_99", "difference-lost"),
+        _truncated,
+        "TRL's tokenisation",
+    ),
+    Rule(
+        "length",
+        f"AUC of length alone: {LENGTH} or more, or {1 - LENGTH:.2f} or less",
+        "`ld_alpha`, SimPO, or balanced lengths",
+        ("length_auc",),
+        _length,
+        "Park et al. 2024 (arXiv 2403.19159); LD-DPO (arXiv 2409.06411)",
+    ),
+    Rule(
+        "first-words",
+        f"accuracy of the first words alone: {FIRST_WORDS} or more",
+        "judge by answers",
+        ("first_words_accuracy",),
+        _first_words,
+        "Qi et al. 2024 (arXiv 2406.05946)",
+    ),
+    Rule(
+        "refusals",
+        f"chosen answers refuse more often than rejected ones by {percent(REFUSAL_GAP)} or more",
+        "answered harmless requests; β ≥ 0.1; PLOT or the SFT term",
+        ("refusals_chosen", "refusals_rejected"),
+        _refusals,
+        f"Röttger et al. 2023 (arXiv 2308.01263); {_OURS}",
+    ),
+    Rule(
+        "content",
+        f"less than {percent(CONTENT)} of the preference's mass is on content",
+        "mend the data before PLOT",
+        ("content", "largest_kind"),
+        _content,
+        "the table of tokens: PLOT trains these and no others",
+    ),
+    Rule(
+        "accuracy",
+        f"the model's accuracy before training: {ACCURACY_HIGH} or more, or below {ACCURACY_LOW}",
+        "harder pairs; or SFT first",
+        ("accuracy",),
+        _accuracy,
+        "Chen et al. 2024 (arXiv 2405.19534): preference learning seldom turns a ranking",
+    ),
+    Rule(
+        "ches",
+        f"mean length-normalised CHES above {CHES:g}",
+        "filter by CHES, the SFT term or PLOT",
+        ("ches_mean",),
+        _ches,
+        "Razin et al. 2024 (arXiv 2410.08847)",
+    ),
+    Rule(
+        "forecast",
+        "DPO's first step is forecast to lower the chosen log-probability",
+        "the loss with the best forecast; β from 0.3 to 1",
+        ("forecast",),
+        _forecast,
+        f"first order, by one real gradient; {_OURS}",
+    ),
+    Rule(
+        "off-policy",
+        f"less than {percent(ON_POLICY)} of the answers are as likely as the model's own",
+        "SFT first; β from 0.1 to 0.5",
+        ("on_policy",),
+        _off_policy,
+        "Tajwar et al. 2024 (arXiv 2404.14367)",
+    ),
+)
