@@ -136,7 +136,7 @@ def examine(
         *repeats.findings(pairs),
         *lengths.findings(measures),
         *words.findings(accuracy),
-        *refusals.findings(),
+        *refusals.findings(measures),
         *scripts.findings(),
         *shared.findings(pairs),
     ]

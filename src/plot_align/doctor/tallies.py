@@ -93,18 +93,20 @@ class Lengths:
         for name, x, unit in (("length_auc", scores, None), ("length_difference", values, "tokens")):
             mean = float(x @ counts / n)
             error = math.sqrt(float((x - mean) ** 2 @ counts) / (n - 1) / n) if n > 1 else None
-            found[name] = measure(mean, n, error=error, unit=unit)
+            interval = None if error is None else (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
+            found[name] = measure(mean, n, interval=interval, error=error, unit=unit)
         found["longest_99"] = measure(_quantile(self.totals, 0.99), n, unit="tokens")
         return found
 
     def findings(self, measures: dict[str, Any]) -> list[Finding]:
         """That of the check length, held to the lower end of the AUC's 95 % interval."""
         auc, mean = measures["length_auc"], measures["length_difference"]
-        if not auc["n"] > 1:
+        if auc["n"] < 2:
             return []
         longer = sum(count for value, count in self.differences.items() if value > 0)
         strength = abs(auc["value"] - 0.5)
-        certain = 0.5 + strength - NORMAL_95 * auc["error"]
+        low, high = auc["interval"]
+        certain = low if auc["value"] >= 0.5 else 1 - high
         word = "longer" if auc["value"] >= 0.5 else "shorter"
         sentence = (
             f"Length alone tells the label in {percent(0.5 + strength)} of the pairs (standard error "
@@ -215,26 +217,29 @@ class Refusals:
         return chosen, rejected
 
     def measures(self) -> dict[str, Any]:
-        """``refusals_chosen`` and ``refusals_rejected``, shares with Wilson's intervals."""
+        """``refusals_chosen``, ``refusals_rejected``: shares; ``refusal_gap``: the first less the second, paired."""
         (neither, other), (own, both) = self.counts
         n = neither + other + own + both
         found = {}
         for name, count in (("refusals_chosen", own + both), ("refusals_rejected", other + both)):
             share = count / n if n else math.nan
             found[name] = measure(share, n, interval=wilson(share, n))
+        gap = (own - other) / n if n else math.nan
+        half = NORMAL_95 * math.sqrt(max((own + other) / n - gap**2, 0) / n) if n else math.nan
+        found["refusal_gap"] = measure(gap, n, interval=(gap - half, gap + half))
         return found
 
-    def findings(self) -> list[Finding]:
-        """That of the check refusals or never-refuses: of the shares' difference the 95 % interval's low end counts."""
+    def findings(self, measures: dict[str, Any]) -> list[Finding]:
+        """That of the check refusals or never-refuses; of the gap's 95 % interval the end nearer to 0 counts."""
         (neither, other), (own, both) = self.counts
         n = neither + other + own + both
         if not n:
             return []
-        gap = abs(own - other) / n
-        certain = gap - NORMAL_95 * math.sqrt(max((own + other) / n - gap**2, 0) / n)
+        low, high = measures["refusal_gap"]["interval"]
+        certain = low if own >= other else -high
         sentence = (
             f"{percent((own + both) / n)} of the chosen and {percent((other + both) / n)} of the rejected answers "
-            f"begin with a refusal; the chosen one alone refuses in {own:,} pairs, the rejected one alone in {other:,}."
+            f"begin with a refusal; the chosen alone refuses in {own:,} pairs, the rejected alone in {other:,}."
         )
         check, count = ("refusals", own) if own >= other else ("never-refuses", other)
         rows = self.rows[0 if own >= other else 1].rows

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plot_align.doctor.findings import percent
+from plot_align.doctor.findings import CHECKS, percent
 
 NOTHING = "Nothing wrong was found."
 
@@ -46,15 +46,19 @@ def judge(measured: Mapping[str, Any]) -> list[Advice]:
     """What the rules say of ``measured``, in their order; one advice, :data:`NOTHING`, where none applies.
 
     Args:
-        measured: name → number, or an entry of :func:`plot_align.records.measure`, of which the value counts. Of the
-            data: the measures of :class:`~plot_align.doctor.data.Examination`, ``content`` (share of the
-            preference on content) and ``largest_kind`` (what most of the rest is). Of a model: ``accuracy`` (share of
-            pairs it ranks rightly before training),
-            ``ches_mean`` (length-normalised CHES, mean over pairs), ``forecast`` (name of a loss → predicted change of
-            the chosen log-probability in the first step, nats), ``on_policy`` (share of answers as likely as the
-            model's own).
+        measured: name → number, or an entry of :func:`plot_align.records.measure`, whose value a rule reads by this
+            name and the ends of whose interval as ``NAME_low`` and ``NAME_high``. Of the data: the measures of
+            :class:`~plot_align.doctor.data.Examination`, ``content`` (share of the preference on content) and
+            ``largest_kind`` (what most of the rest is). Of a model: ``accuracy`` (share of pairs it ranks rightly
+            before training), ``ches_mean`` (length-normalised CHES, mean over pairs), ``forecast`` (name of a loss →
+            predicted change of the chosen log-probability in a step, nats), ``on_policy`` (share of answers as likely
+            as the model's own).
     """
-    values = {name: value["value"] if _is_measure(value) else value for name, value in measured.items()}
+    values = dict(measured)
+    for name, entry in measured.items():
+        if isinstance(entry, Mapping) and {"value", "n"} <= entry.keys():
+            low, high = entry.get("interval") or (None, None)
+            values |= {name: entry["value"], f"{name}_low": low, f"{name}_high": high}
     advice = []
     for rule in RULES:
         if all(values.get(name) is not None for name in rule.reads):
@@ -64,39 +68,57 @@ def judge(measured: Mapping[str, Any]) -> list[Advice]:
     return advice or [Advice("nothing", NOTHING, "every rule whose values were measured")]
 
 
-def _is_measure(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"value", "n"} <= value.keys()
+# --- thresholds and sentences ---------------------------------------------------------------------------------------
 
 
-# --- thresholds -----------------------------------------------------------------------------------------------------
+def warns(check: str) -> float:
+    """From which value on the check is a warning, which is when the verdict speaks of it."""
+    threshold = CHECKS[check].thresholds[1]
+    assert threshold is not None
+    return threshold
 
-DROP = 0.0  # share of pairs to drop, above
-NEAR_IDENTICAL = 0.05
-CONTRADICTORY = 0.01
-TRUNCATED = 0.05
-LENGTH = 0.65  # AUC within pairs
-FIRST_WORDS = 0.7  # held-out accuracy
-REFUSAL_GAP = 0.25  # share of chosen answers that refuse, less that of rejected ones
+
 CONTENT = 0.5  # share of the preference's mass
 ACCURACY_LOW, ACCURACY_HIGH = 0.5, 0.95
 CHES = 0.0  # length-normalised, mean
 ON_POLICY = 0.5
+_DROPPED = {
+    "no-pair": "no pairs",
+    "empty": "empty",
+    "identical": "identical",
+    "contradictory": "contradictory",
+    "duplicate": "repeated",
+}
+_TOKENS = ("template", "eos-missing", "eos-doubled", "border")
 
 
-def _drop(unusable: float, empty: float, identical: float, contradictory: float, duplicate: float) -> str | None:
-    named = {
-        "no pairs": unusable,
-        "empty": empty,
-        "identical": identical,
-        "contradictory": contradictory,
-        "repeated": duplicate,
-    }
-    found = [f"{name} ({percent(share)})" for name, share in named.items() if share > DROP]
-    return f"Drop the pairs that are {', '.join(found)}: they teach nothing, or the same twice." if found else None
+def _warning(check: str, value: float) -> bool:
+    return value > 0 and value >= warns(check)
+
+
+def _drop(*shares: float) -> str | None:
+    named = [
+        f"{name} ({percent(share)})"
+        for (check, name), share in zip(_DROPPED.items(), shares, strict=True)
+        if _warning(check, share)
+    ]
+    return f"Drop the pairs that are {', '.join(named)}: they teach nothing, or the same twice." if named else None
+
+
+def _tokens(*shares: float) -> str | None:
+    named = [CHECKS[check].remedy for check, share in zip(_TOKENS, shares, strict=True) if _warning(check, share)]
+    return f"Mend the tokens before any run. {' '.join(named)}" if named else None
+
+
+def _truncated(share: float, lost: float, longest: float) -> str | None:
+    if not _warning("truncated", share) and not _warning("difference-lost", lost):
+        return None
+    more = f", and {percent(lost)} lose what they differ in" if lost else ""
+    return f"{percent(share)} of the pairs are cut{more}: `max_length: {round(longest)}` holds 99 % of them."
 
 
 def _near(share: float) -> str | None:
-    if share < NEAR_IDENTICAL:
+    if not _warning("near-identical", share):
         return None
     return (
         f"{percent(share)} of the pairs are nearly equal, where DPO lowers the chosen answer with the rejected one: "
@@ -106,7 +128,7 @@ def _near(share: float) -> str | None:
 
 
 def _noise(share: float) -> str | None:
-    if share < CONTRADICTORY:
+    if not _warning("contradictory", share):
         return None
     return (
         f"{percent(share)} of the pairs contradict another, so labels are noisy: use `loss_type: robust` with "
@@ -114,29 +136,22 @@ def _noise(share: float) -> str | None:
     )
 
 
-def _truncated(share: float, longest: float, lost: float) -> str | None:
-    if share < TRUNCATED:
-        return None
-    more = f", and {percent(lost)} lose what they differ in" if lost else ""
-    return f"{percent(share)} of the pairs are cut{more}: `max_length: {round(longest)}` holds 99 % of them."
-
-
-def _length(auc: float) -> str | None:
-    if max(auc, 1 - auc) < LENGTH:
-        return None
-    if auc < 0.5:
+def _length(auc: float, low: float, high: float) -> str | None:
+    if low >= warns("length"):
+        return (
+            f"The longer answer is preferred in {percent(auc)} of the pairs: expect ever longer answers. "
+            "`ld_alpha: 0.5` (LD-DPO) or a length-normalised loss (SimPO) takes weight from length."
+        )
+    if high <= 1 - warns("length"):
         return (
             f"The shorter answer is preferred in {percent(1 - auc)} of the pairs: expect terse answers; compare "
             "models at equal length."
         )
-    return (
-        f"The longer answer is preferred in {percent(auc)} of the pairs: expect ever longer answers. `ld_alpha: 0.5` "
-        "(LD-DPO) or a length-normalised loss (`plot-align` runs with TRL's SimPO) takes weight from length."
-    )
+    return None
 
 
-def _first_words(accuracy: float) -> str | None:
-    if accuracy < FIRST_WORDS:
+def _first_words(accuracy: float, low: float) -> str | None:
+    if low < warns("first-words"):
         return None
     return (
         f"The first words give the label away in {percent(accuracy)} of the pairs: accuracy will come to 1 with "
@@ -144,14 +159,30 @@ def _first_words(accuracy: float) -> str | None:
     )
 
 
-def _refusals(chosen: float, rejected: float) -> str | None:
-    if chosen - rejected < REFUSAL_GAP:
+def _refusals(chosen: float, rejected: float, low: float, high: float) -> str | None:
+    said = f"{percent(chosen)} of the chosen and {percent(rejected)} of the rejected answers refuse: "
+    if low >= warns("refusals"):
+        return (
+            f"{said}refusing is the largest thing these pairs teach. Mix in harmless requests that are answered, keep "
+            "β at 0.1 or above, and use PLOT or the SFT term, with which our runs refused fewer harmless requests."
+        )
+    if high <= -warns("never-refuses"):
+        return f"{said}refusing is trained away. Measure harmful requests after the run (`plot-align redteam`)."
+    return None
+
+
+def _scripts(share: float) -> str | None:
+    if not _warning("scripts", share):
         return None
-    return (
-        f"{percent(chosen)} of the chosen and {percent(rejected)} of the rejected answers refuse: refusing is the "
-        "largest thing these pairs teach. Mix in harmless requests that are answered, keep β at 0.1 or above, and use "
-        "PLOT or the SFT term, with which our runs refused fewer harmless requests."
+    return f"{percent(share)} of the pairs have answers in two scripts: drop them, or language is what is learned."
+        f"In {percent(share)} of the pairs the answers are in two scripts: drop them, or language is what is learned."
     )
+
+
+def _overlap(share: float) -> str | None:
+    if not _warning("overlap", share):
+        return None
+    return f"{percent(share)} of the prompts are in the file given: drop them, or report no result on that file."
 
 
 def _content(content: float, kind: str) -> str | None:
@@ -209,18 +240,39 @@ def _off_policy(share: float) -> str | None:
 
 _OURS = "our runs: docs/choosing.md"
 
+
+def _from(check: str) -> str:
+    return percent(warns(check)) + " or more" if warns(check) else "any"
+
+
 RULES = (
     Rule(
         "drop",
-        "rows that are no pairs; empty, identical, contradictory or repeated pairs: any",
+        "; ".join(f"{name}: {_from(check)}" for check, name in _DROPPED.items()),
         "drop them",
-        ("no-pair", "empty", "identical", "contradictory", "duplicate"),
+        tuple(_DROPPED),
         _drop,
         "the checks of the same names",
     ),
     Rule(
+        "tokens",
+        "; ".join(f"{check}: {_from(check)}" for check in _TOKENS),
+        "mend tokenizer, template or texts",
+        _TOKENS,
+        _tokens,
+        "the checks of the same names",
+    ),
+    Rule(
+        "truncation",
+        f"pairs cut at `max_length`: {_from('truncated')}; that lose what they differ in: {_from('difference-lost')}",
+        "the `max_length` that holds 99 %",
+        ("truncated", "difference-lost", "longest_99"),
+        _truncated,
+        "TRL's tokenisation",
+    ),
+    Rule(
         "near-identical",
-        f"nearly equal pairs: {percent(NEAR_IDENTICAL)} or more",
+        f"nearly equal pairs: {_from('near-identical')}",
         "SFT term, PLOT or a filter by CHES",
         ("near-identical",),
         _near,
@@ -228,43 +280,53 @@ RULES = (
     ),
     Rule(
         "noise",
-        f"contradictory pairs: {percent(CONTRADICTORY)} or more",
+        f"contradictory pairs: {_from('contradictory')}",
         "`loss_type: robust`",
         ("contradictory",),
         _noise,
         f"Chowdhury et al. 2024 (arXiv 2403.00409); {_OURS}",
     ),
     Rule(
-        "truncation",
-        f"pairs cut at `max_length`: {percent(TRUNCATED)} or more",
-        "the `max_length` that holds 99 %",
-        ("truncated", "longest_99", "difference-lost"),
-        _truncated,
-        "TRL's tokenisation",
-    ),
-    Rule(
         "length",
-        f"AUC of length alone: {LENGTH} or more, or {1 - LENGTH:.2f} or less",
+        f"AUC of length alone, the nearer end of its 95 % interval: {warns('length')} or more, or "
+        f"{1 - warns('length'):.2f} or less",
         "`ld_alpha`, SimPO, or balanced lengths",
-        ("length_auc",),
+        ("length_auc", "length_auc_low", "length_auc_high"),
         _length,
         "Park et al. 2024 (arXiv 2403.19159); LD-DPO (arXiv 2409.06411)",
     ),
     Rule(
         "first-words",
-        f"accuracy of the first words alone: {FIRST_WORDS} or more",
+        f"accuracy of the first words alone, the low end of its 95 % interval: {warns('first-words')} or more",
         "judge by answers",
-        ("first_words_accuracy",),
+        ("first_words_accuracy", "first_words_accuracy_low"),
         _first_words,
         "Qi et al. 2024 (arXiv 2406.05946)",
     ),
     Rule(
         "refusals",
-        f"chosen answers refuse more often than rejected ones by {percent(REFUSAL_GAP)} or more",
-        "answered harmless requests; β ≥ 0.1; PLOT or the SFT term",
-        ("refusals_chosen", "refusals_rejected"),
+        "chosen answers refuse more often than rejected ones, or the reverse, the nearer end of the 95 % interval: by "
+        f"{_from('refusals')}",
+        "answered harmless requests, β ≥ 0.1, PLOT or the SFT term; or a measure of harmful requests",
+        ("refusals_chosen", "refusals_rejected", "refusal_gap_low", "refusal_gap_high"),
         _refusals,
         f"Röttger et al. 2023 (arXiv 2308.01263); {_OURS}",
+    ),
+    Rule(
+        "scripts",
+        f"answers in two scripts: {_from('scripts')}",
+        "drop them",
+        ("scripts",),
+        _scripts,
+        "the check of the same name",
+    ),
+    Rule(
+        "overlap",
+        f"prompts of the file given: {_from('overlap')}",
+        "drop them",
+        ("overlap",),
+        _overlap,
+        "Brown et al. 2020 (arXiv 2005.14165)",
     ),
     Rule(
         "content",
