@@ -175,8 +175,6 @@ def _scripts(share: float) -> str | None:
     if not _warning("scripts", share):
         return None
     return f"{percent(share)} of the pairs have answers in two scripts: drop them, or language is what is learned."
-        f"In {percent(share)} of the pairs the answers are in two scripts: drop them, or language is what is learned."
-    )
 
 
 def _overlap(share: float) -> str | None:
