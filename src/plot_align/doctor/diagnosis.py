@@ -164,14 +164,13 @@ def preference_sentence(preference: Mapping[str, Any]) -> str:
 
 
 def _tokenizer(given: Any, trust_remote_code: bool) -> Any:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    if isinstance(given, PreTrainedModel):
-        given = given.config.name_or_path
-    if isinstance(given, str | os.PathLike) and str(given):
-        return load_tokenizer(str(given), trust_remote_code=trust_remote_code)
     if isinstance(given, PreTrainedTokenizerBase):
         return given
+    name = getattr(getattr(given, "config", None), "name_or_path", given)  # of a model, where it was loaded from
+    if isinstance(name, str | os.PathLike) and str(name):
+        return load_tokenizer(str(name), trust_remote_code=trust_remote_code)
     raise InputError(
         f"model_or_tokenizer is a {type(given).__name__}, expected a tokenizer, a model that was loaded by its name, "
         "a hub id or a folder; pass the tokenizer"

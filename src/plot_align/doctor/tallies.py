@@ -280,12 +280,12 @@ class Overlap:
         words = re.findall(r"\w+", text.casefold())
         if not words:
             return
-        yield _digest("whole", *words)
+        yield hash(("whole", *words))
         for at in range(len(words) - self.WORDS + 1):
-            yield _digest(*words[at : at + self.WORDS])
+            yield hash(tuple(words[at : at + self.WORDS]))
 
     def add(self, pair: Pair) -> None:
-        if any(key in self._known for request in pair.requests for key in self._keys(request)):
+        if self._known and any(key in self._known for request in pair.requests for key in self._keys(request)):
             self.rows.add(pair.row)
 
     def findings(self, pairs: int) -> list[Finding]:

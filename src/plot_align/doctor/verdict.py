@@ -83,7 +83,7 @@ ACCURACY_LOW, ACCURACY_HIGH = 0.5, 0.95
 CHES = 0.0  # length-normalised, mean
 ON_POLICY = 0.5
 _DROPPED = {
-    "no-pair": "no pairs",
+    "no-pair": "no pair",
     "empty": "empty",
     "identical": "identical",
     "contradictory": "contradictory",
@@ -102,7 +102,7 @@ def _drop(*shares: float) -> str | None:
         for (check, name), share in zip(_DROPPED.items(), shares, strict=True)
         if _warning(check, share)
     ]
-    return f"Drop the pairs that are {', '.join(named)}: they teach nothing, or the same twice." if named else None
+    return f"Drop what is {', '.join(named)}: it teaches nothing, or the same twice." if named else None
 
 
 def _tokens(*shares: float) -> str | None:
