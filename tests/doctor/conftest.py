@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-WORDS = (
+_PLAIN = (
     "the sum is gladly no idea leave me alone what plus of three seven red blue green house tree river "
     "stone cloud bread music light water paper garden winter summer window table road hand bird"
-).split()
+)
+WORDS = _PLAIN.split()
 
 
 def sentence(rng: random.Random, words: int = 20) -> str:
@@ -32,9 +33,7 @@ def clean() -> list[dict[str, Any]]:
 def chat(clean: list[dict[str, str]]) -> list[dict[str, Any]]:
     """The same as conversations."""
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return [
-        {side: [{"role": roles[side], "content": text.strip()}] for side, text in row.items()} for row in clean
-    ]
+    return [{side: [{"role": roles[side], "content": text.strip()}] for side, text in row.items()} for row in clean]
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_a_planted_fault_is_found_and_nothing_else(check, clean, tokenizer):
 
 
 def test_eos_that_the_template_does_not_write_is_missed(chat, chat_tokenizer):
-    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("message['content'] + '<|end|>'", "message['content']")
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "message['content'] + '<|end|>'", "message['content']"
+    )
     findings = found(chat, chat_tokenizer)
     assert set(findings) == {"eos-missing"}
     assert (findings["eos-missing"].count, findings["eos-missing"].severity) == (200, "error")
@@ -195,7 +197,9 @@ def test_first_words_that_give_the_label_away_are_found(clean, tokenizer):
     assert findings["first-words"].share > 0.8
 
 
-@pytest.mark.parametrize(("side", "other", "check"), [("chosen", "rejected", "refusals"), ("rejected", "chosen", "never-refuses")])
+@pytest.mark.parametrize(
+    ("side", "other", "check"), [("chosen", "rejected", "refusals"), ("rejected", "chosen", "never-refuses")]
+)
 def test_refusals_of_one_side_are_found(clean, tokenizer, side, other, check):
     """In the middle of the answer's beginning, so that its first five words say nothing."""
     for row in clean[:100]:
@@ -264,7 +268,7 @@ def test_a_row_of_rubbish_is_named_and_skipped_or_refused(clean, tokenizer, tmp_
     assert (diagnosis.examination.rows, diagnosis.examination.pairs) == (203, 200)
     assert [finding.rows for finding in diagnosis.examination.findings] == [[11, 50, 51]]
     assert "row 51: 'chosen' is 5, expected a string" in diagnosis.examination.refused[2]
-    with pytest.raises(InputError, match="^data row 11: 'prompt' is missing"):
+    with pytest.raises(InputError, match=r"^data row 11: 'prompt' is missing"):
         diagnose(path, tokenizer, strict=True, progress=False)
 
 
@@ -280,7 +284,9 @@ def test_what_is_no_set_of_pairs_is_refused(tokenizer):
 
 
 def test_one_pair_is_enough(tokenizer):
-    diagnosis = diagnose(Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]), tokenizer, progress=False)
+    diagnosis = diagnose(
+        Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]), tokenizer, progress=False
+    )
     assert json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))["pairs"] == 1
     assert "1 pairs of" in diagnosis.as_text()
 
@@ -299,7 +305,9 @@ def test_the_preference_is_that_of_estimate(clean, tokenizer):
     assert preference["preferred"][0]["difference"] == pytest.approx(float(difference.max()))
     assert preference["distance"] == pytest.approx(float(difference.abs().sum()) / 2)
     clear = counted.confidence().abs() >= 1.96
-    assert preference["certain"] == pytest.approx(float(difference[clear].abs().sum() / difference.abs().sum()), rel=1e-3)
+    assert preference["certain"] == pytest.approx(
+        float(difference[clear].abs().sum() / difference.abs().sum()), rel=1e-3
+    )
     assert sum(preference["mass"].values()) == pytest.approx(1)
 
 
@@ -327,7 +335,7 @@ def test_false_alarms_on_real_pairs(real_data, chat_tokenizer):
     Conversion leaves out the rows with an empty answer. The tiny tokenizer needs more tokens than a real one, so
     nothing is truncated here.
     """
-    data = as_conversations(load_pairs(real_data / "hh_rlhf_harmless_2000.jsonl.gz").select(range(600)))
+    data = as_conversations(load_pairs(real_data / "hh_rlhf_harmless_2000.jsonl.gz").select(range(400)))
     diagnosis = diagnose(data, chat_tokenizer, max_length=None, progress=False)
     assert diagnosis.examination.findings == []
     assert diagnosis.verdict[0].rule == "nothing"

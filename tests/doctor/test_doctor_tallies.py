@@ -104,9 +104,7 @@ def naive_accuracy(pairs: list[Pair], parts: list[int]) -> float:
 
         def score(text: str, counts: Any = counts) -> float:
             features = enumerate(text.lower().split()[:5])
-            return sum(
-                math.log((counts["chosen"][word] + 1) / (counts["rejected"][word] + 1)) for word in features
-            )
+            return sum(math.log((counts["chosen"][word] + 1) / (counts["rejected"][word] + 1)) for word in features)
 
         for one, of in zip(pairs, parts, strict=True):
             if of == part:
@@ -195,4 +193,4 @@ def test_overlap_is_equality_or_thirteen_words(one, other):
 
     tally = Overlap([" ".join(one)])
     tally.add(pair(prompt=" ,".join(other).upper() + "?"))
-    assert bool(tally.rows.count) == (bool(one) and one == other or bool(runs(one) & runs(other)))
+    assert bool(tally.rows.count) == ((bool(one) and one == other) or bool(runs(one) & runs(other)))

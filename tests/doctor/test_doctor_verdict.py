@@ -14,7 +14,9 @@ from plot_align.records import measure
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "doctor.md"
 CLEAN = {
     **dict.fromkeys(("no-pair", "empty", "identical", "contradictory", "duplicate", "near-identical", "overlap"), 0.0),
-    **dict.fromkeys(("truncated", "difference-lost", "template", "eos-missing", "eos-doubled", "border", "scripts"), 0.0),
+    **dict.fromkeys(
+        ("truncated", "difference-lost", "template", "eos-missing", "eos-doubled", "border", "scripts"), 0.0
+    ),
     "longest_99": 700,
     "length_auc": measure(0.5, 900, interval=(0.45, 0.55)),
     "first_words_accuracy": measure(0.5, 900, interval=(0.45, 0.55)),
@@ -93,7 +95,9 @@ def test_the_best_forecast_is_named():
 
 def test_the_max_length_that_is_needed_is_named():
     (advice,) = judge({"truncated": 0.2, "difference-lost": 0.1, "longest_99": measure(1234, 50)})
-    assert "20.0 % of the pairs are cut, and 10.0 % lose what they differ in: `max_length: 1234` holds" in advice.sentence
+    assert (
+        "20.0 % of the pairs are cut, and 10.0 % lose what they differ in: `max_length: 1234` holds" in advice.sentence
+    )
 
 
 def test_every_warning_of_a_check_is_in_the_verdict():

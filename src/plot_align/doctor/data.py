@@ -73,28 +73,29 @@ def examine(
             a row that is none.
     """
     rows, rules, refused = open_pairs(data, tokenizer, max_length, truncation_mode, batch_size)
-    if strict and refused:
-        raise refused[0]
     faults = {name: Rows() for name in FAULTS}
     bad, counts = Rows(), Counts(rules.size)
     reasons: list[str] = []
     repeats, lengths, words, refusals, scripts = Repeats(), Lengths(), FirstWords(), Refusals(), Scripts()
     shared, worst, pairs = Overlap(overlap), Worst(), 0
 
-    def refuse(errors: list[RowError]) -> None:
-        for error in errors:
-            if strict:
-                raise error
-            bad.add(error.first)
-            reasons.extend([f"row {error.first}: {error.reason}"] * (len(reasons) < EXAMPLES))
+    def refuse(error: RowError) -> None:
+        if strict:
+            raise error
+        bad.add(error.first)
+        if len(reasons) < EXAMPLES:
+            reasons.append(f"row {error.first}: {error.reason}")
 
-    start = len(refused)
-    refuse(refused)
+    for error in refused:
+        refuse(error)
     total = len(data) if hasattr(data, "__len__") else None
     with progress_bar("examining pairs", progress, total) as advance:
-        advance(start)
-        for batch in batches(rows, rules, batch_size, start):
-            refuse(batch.refused)
+        advance(len(refused))
+        for batch in batches(rows, rules, batch_size, len(refused)):
+            if batch.refused is not None:
+                refuse(batch.refused)
+                advance(1)
+                continue
             for pair in batch.pairs:
                 for name, has in FAULTS.items():
                     if has(pair, rules):
@@ -102,10 +103,9 @@ def examine(
                 for tally in (repeats, lengths, words, scripts, shared):
                     tally.add(pair)
                 worst.add(pair, *refusals.add(pair))
-            if batch.pairs:
-                counts.add(count_sides(batch.border, batch.sides, rules))
+            counts.add(count_sides(batch.border, batch.sides, rules))
             pairs += len(batch.pairs)
-            advance(len(batch.pairs) + len(batch.refused))
+            advance(len(batch.pairs))
     if not pairs:
         raise InputError(f"none of the {bad.count:,} rows is a pair ({reasons[0]}); check the file and its columns")
 

@@ -66,12 +66,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive rows: the pairs among them, what of them is scored, and the rows that are no pairs."""
+    """Consecutive pairs, and what of them is scored; or one row that is no pair, and why."""
 
     pairs: list[Pair]
     border: np.ndarray  # (R,)
     sides: list[Side]
-    refused: list[RowError]
+    refused: RowError | None = None
 
 
 def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
@@ -141,29 +141,24 @@ def batches(rows: Any, rules: Rules, batch_size: int, start: int = 0) -> Iterato
         rows, rules: of :func:`open_pairs`. start: index of the first of the rows in the data set.
     """
     for first, columns in own_batches(rows, batch_size):
-        numbers = range(start + first, start + first + len(next(iter(columns.values()))))
-        try:
-            yield _batch(read_batch(columns, numbers[0], rules), numbers, rules, [])
-        except RowError:
-            good, refused = [], []
-            for at, number in enumerate(numbers):
-                try:
-                    read_batch(_rows(columns, [at]), number, rules)
-                    good.append(at)
-                except RowError as error:
-                    refused.append(error)
-            if not good:
-                yield Batch([], np.zeros(0, np.int64), [], refused)
-                continue
-            read = read_batch(_rows(columns, good), numbers[0], rules)
-            yield _batch(read, [numbers[at] for at in good], rules, refused)
+        size = len(next(iter(columns.values())))
+        yield from _batches(columns, range(start + first, start + first + size), rules)
 
 
-def _rows(columns: dict[str, list[Any]], at: list[int]) -> dict[str, list[Any]]:
-    return {name: [column[index] for index in at] for name, column in columns.items()}
+def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Iterator[Batch]:
+    """The rows as one batch; where one of them is no pair, halved until it stands alone."""
+    try:
+        yield _batch(read_batch(columns, numbers[0], rules), numbers, rules)
+    except RowError as error:
+        if len(numbers) == 1:
+            yield Batch([], np.zeros(0, np.int64), [], error)
+            return
+        middle = len(numbers) // 2
+        for part in (slice(None, middle), slice(middle, None)):
+            yield from _batches({name: column[part] for name, column in columns.items()}, numbers[part], rules)
 
 
-def _batch(read: ReadBatch, numbers: Any, rules: Rules, refused: list[RowError]) -> Batch:
+def _batch(read: ReadBatch, numbers: range, rules: Rules) -> Batch:
     sides = scored_ranges(read, rules)
     text = _conversation if rules.conversational else _plain(rules.tokenizer.eos_token)
     pairs = []
@@ -177,7 +172,7 @@ def _batch(read: ReadBatch, numbers: Any, rules: Rules, refused: list[RowError])
                 (read.ids[1][at], read.ids[2][at]), (ranges[0][at], ranges[1][at]),
             )
         )  # fmt: skip
-    return Batch(pairs, read.border, sides, refused)
+    return Batch(pairs, read.border, sides)
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
