@@ -1,7 +1,8 @@
 """How long does `plot-align doctor PAIRS` take on many rows, and does its memory stay flat?
 
-Makes rows of random words (Zipf's law, 20,000 of them; prompts of 5 to 40, answers of 20 to 200), the last one no pair,
-writes them as JSON lines, and examines the file. Memory that is not mapped from a file is sampled ten times a second.
+Makes rows of random words (Zipf's law, 20,000 of them; prompts of 5 to 40, answers of 20 to 200), the last one no
+pair, writes them as JSON lines, and examines the file. Memory that is not mapped from a file is sampled ten times a
+second.
 
     python benchmarks/doctor.py --rows 100000 --out runs/doctor.json
 
