@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
@@ -31,6 +31,7 @@ def test_similarity_by_hand():
     assert similarity(pair("a a b c", "d b a")) == pytest.approx(4 / 7)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcdefghij"), max_size=25), st.lists(st.sampled_from("abcdefghij"), max_size=25))
 def test_similarity_is_dice_s_and_near_is_ninety_percent_of_it(one, other):
     """Removing what is shared word by word, from a list."""
@@ -84,6 +85,7 @@ def test_few_pairs_prove_no_bias():
     assert lengths.findings(lengths.measures()) == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.sampled_from([0.01, 0.5, 0.99, 1.0]))
 def test_quantile(values, share):
     assert _quantile(Counter(values), share) == np.quantile(values, share, method="inverted_cdf")
@@ -186,6 +188,17 @@ def test_script(text, expected):
     assert script(text) == expected
 
 
+@pytest.mark.parametrize(("shared", "count"), [(12, 0), (13, 1), (14, 1)])
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_overlap_of_thirteen_words(shared, count, place):
+    words = [f"w{at}" for at in range(20)]
+    others = [f"x{at}" for at in range(20 - shared)]
+    tally = Overlap([" ".join(words)])
+    tally.add(pair(prompt=" ".join(words[:shared] + others if place == "start" else others + words[-shared:])))
+    assert tally.rows.count == count
+
+
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.sampled_from("abc"), max_size=30))
 def test_overlap_is_equality_or_thirteen_words(one, other):
     def runs(words: list[str]) -> set[str]:
