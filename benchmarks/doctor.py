@@ -26,6 +26,8 @@ from plot_align.doctor import diagnose
 from plot_align.preference.estimation import load_pairs
 from plot_align.records import measure, write_record
 
+WARM_UP = 500  # rows
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -37,7 +39,7 @@ def main() -> None:
         path = Path(folder) / "pairs.jsonl"
         write_rows(path, options.rows)
         tokenizer = train_tokenizer(load_pairs(path).select(range(min(2000, options.rows - 1))), options.vocabulary)
-        diagnose(load_pairs(path).select(range(500)), tokenizer, progress=False)  # warm-up
+        diagnose(load_pairs(path).select(range(WARM_UP)), tokenizer, progress=False)  # warm-up
         before = anonymous()
         with peak() as memory:
             start = time.perf_counter()

@@ -49,8 +49,7 @@ options:
 example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
-exit codes: 0 done, 1 the run failed, 2 wrong input, 3 found (doctor --fail_on),
-            130 interrupted
+exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130 interrupted
 """.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 
