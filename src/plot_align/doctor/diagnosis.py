@@ -99,11 +99,14 @@ def diagnose(
     Args:
         dataset: a ``datasets.Dataset`` or ``IterableDataset`` of pairs, or what :func:`plot_align.load_pairs` opens.
         model_or_tokenizer: a tokenizer; or a model, a hub id or a folder, whose tokenizer is loaded.
-        name, split: of a data set that is opened here.
-        max_length, truncation_mode: as in ``DPOConfig``.
+        name: configuration of a Hub data set that is opened here.
+        split: its split.
+        max_length: as in ``DPOConfig``.
+        truncation_mode: as in ``DPOConfig``.
         strict: refuse the first row that is no pair.
         overlap: file of prompts that should not be among those of the data, e.g. a benchmark's.
-        batch_size: rows tokenised at a time. progress: show a progress bar on standard error.
+        batch_size: rows tokenised at a time.
+        progress: show a progress bar on standard error.
         trust_remote_code: allow a tokenizer's own code.
 
     Raises:
