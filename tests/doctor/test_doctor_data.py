@@ -119,6 +119,13 @@ def test_eos_that_the_template_does_not_write_is_missed(chat, chat_tokenizer):
     assert (findings["eos-missing"].count, findings["eos-missing"].severity) == (200, "error")
 
 
+def test_another_end_than_eos_is_noted(chat, chat_tokenizer):
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("'<|end|>'", "'<|system|>\\n'")
+    findings = found(chat, chat_tokenizer)
+    assert set(findings) == {"eos-other"}
+    assert (findings["eos-other"].count, findings["eos-other"].severity) == (200, "note")
+
+
 @pytest.mark.parametrize(
     ("content", "count"),
     [("message['content'][:8]", 200), ("(message['content'] if message['role'] == 'user' else 'yes')", 200)],

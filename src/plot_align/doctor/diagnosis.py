@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.doctor.data import Examination, examine
-from plot_align.doctor.findings import percent
+from plot_align.doctor.findings import Finding, percent
 from plot_align.doctor.pairs import open_data, prompts_of
 from plot_align.doctor.verdict import Advice, judge
 from plot_align.errors import InputError
@@ -62,7 +62,7 @@ class Diagnosis:
         of = self.examination
         lines = [f"{of.pairs:,} pairs of {self.source}, read with {self.tokenizer}", ""]
         for finding in of.findings:
-            lines += _wrapped(f"{finding.severity:<8} ", f"{finding.sentence} {_rows(finding.rows)}".strip())
+            lines += _wrapped(f"{finding.severity:<8} ", f"{finding.sentence} {_rows(finding)}".strip())
         if not of.findings:
             lines.append("no check found anything")
         if of.preference is not None:
@@ -180,8 +180,9 @@ def _tokenizer(given: Any, trust_remote_code: bool) -> Any:
     )
 
 
-def _rows(rows: list[int]) -> str:
-    return f"Rows {', '.join(map(str, rows))}{', …' if len(rows) >= 5 else '.'}" if rows else ""
+def _rows(finding: Finding) -> str:
+    more = ", …" if finding.count > len(finding.rows) else "."
+    return f"Rows {', '.join(map(str, finding.rows))}{more}" if finding.rows else ""
 
 
 def _wrapped(start: str, text: str) -> list[str]:

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from plot_align.doctor.pairs import Pair
 from plot_align.preference.completions import Rules
@@ -51,18 +52,26 @@ def difference_lost(pair: Pair, rules: Rules) -> bool:
 
 
 def eos_missing(pair: Pair, rules: Rules) -> bool:
-    """Whether an answer does not end with EOS, white space after it aside (ChatML ends a turn with a line break)."""
-    return not all(_ends_at_eos(ids, rules) for ids in pair.ids)
+    """Whether an answer ends with no special token, white space after it aside (ChatML ends a turn with a break)."""
+    return not all(_end(ids, rules) in _special(rules.tokenizer) for ids in pair.ids)
 
 
-def _ends_at_eos(ids: list[int], rules: Rules) -> bool:
-    eos = rules.tokenizer.eos_token_id
-    for token in reversed(ids[-4:]):
-        if token == eos:
-            return True
-        if rules.tokenizer.decode([token]).strip():
-            return False
-    return False
+def eos_other(pair: Pair, rules: Rules) -> bool:
+    """Whether an answer ends with another special token than EOS, as Gemma's do."""
+    return not eos_missing(pair, rules) and any(_end(ids, rules) != rules.tokenizer.eos_token_id for ids in pair.ids)
+
+
+def _end(ids: list[int], rules: Rules) -> int | None:
+    """The last token that is not white space; None where it is not among the last four."""
+    if ids and ids[-1] == rules.tokenizer.eos_token_id:
+        return ids[-1]
+    return next((token for token in reversed(ids[-4:]) if rules.tokenizer.decode([token]).strip()), None)
+
+
+@lru_cache(maxsize=1)
+def _special(tokenizer: Any) -> frozenset[int]:
+    known = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(known if tokenizer.eos_token_id is None else {tokenizer.eos_token_id, *known})
 
 
 def eos_doubled(pair: Pair, rules: Rules) -> bool:
@@ -126,6 +135,7 @@ FAULTS: dict[str, Callable[[Pair, Rules], bool]] = {
     "truncated": truncated,
     "difference-lost": difference_lost,
     "eos-missing": eos_missing,
+    "eos-other": eos_other,
     "eos-doubled": eos_doubled,
     "template": template,
     "border": border,

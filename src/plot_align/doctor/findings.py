@@ -165,10 +165,16 @@ CHECKS = {
         ),
         Check(
             "eos-missing",
-            "have an answer that does not end with the tokenizer's end-of-sequence token",
+            "have an answer that ends with no special token",
             (0, 0.01, 0.5),
-            "Set `tokenizer.eos_token` to the token that the chat template ends a turn with: else the model does not "
-            "learn to stop.",
+            "Set a chat template that ends each turn with `tokenizer.eos_token`; else the model never learns to stop.",
+            _TRL,
+        ),
+        Check(
+            "eos-other",
+            "have an answer that ends with another special token than the tokenizer's end-of-sequence token",
+            (0, None, None),
+            "See that generation stops at it as well: `generation_config.eos_token_id`.",
             _TRL,
         ),
         Check(
