@@ -13,6 +13,7 @@ from plot_align._version import __version__
 
 if TYPE_CHECKING:
     from plot_align.config import PlotAblations, PlotConfig
+    from plot_align.doctor.diagnosis import diagnose
     from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
     from plot_align.methods.pro_loss import pro_loss
     from plot_align.plot import BalancedAlpha, PlotLoss
@@ -35,6 +36,7 @@ __all__ = [
     "PreferenceDistribution",
     "__version__",
     "attach",
+    "diagnose",
     "errors",
     "estimate",
     "load_pairs",
@@ -54,6 +56,7 @@ _HOME = {
     "PlotSFTTrainer": "plot_align.trl",
     "PreferenceDistribution": "plot_align.preference.distribution",
     "attach": "plot_align.trl",
+    "diagnose": "plot_align.doctor.diagnosis",
     "estimate": "plot_align.preference.estimation",
     "load_pairs": "plot_align.preference.datasets",
     "pro_loss": "plot_align.methods.pro_loss",

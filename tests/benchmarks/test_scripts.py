@@ -102,3 +102,16 @@ def test_shapes_have_the_models_parameters(name):
     model = random_model(config_of(SHAPES[name]), torch.device("meta"), torch.bfloat16)
     assert sum(weight.numel() for weight in model.parameters()) == expected[name]
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_doctor_script(tmp_path, monkeypatch, capsys):
+    import doctor
+
+    path = tmp_path / "doctor.json"
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--rows", "30", "--vocabulary", "300", "--out", str(path)])
+    monkeypatch.setattr(doctor, "WARM_UP", 20)
+    doctor.main()
+    results = read_record(path, "doctor-at-scale")["results"]
+    assert (results["rows"], results["pairs"]) == (30, 29)
+    assert "no-pair" in results["findings"]
+    assert results["peak"]["value"] >= results["before"]["value"] > 10

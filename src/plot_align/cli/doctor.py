@@ -1,36 +1,99 @@
-"""``plot-align doctor``: whether training can run here, and how."""
+"""``plot-align doctor``: whether training can run here, and how; with PAIRS, what is wrong with a data set."""
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 import textwrap
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from plot_align._version import __version__
-from plot_align.cli.parser import Parser
+from plot_align.cli.parser import Parser, length
 from plot_align.environment import NAMED, Package, fast_bf16, packages
-from plot_align.errors import first_line
+from plot_align.errors import InputError, first_line, require_packages
+from plot_align.io import require_writable
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "doctor",
         "Show what is installed and whether plot-align works with it, the device, and\n"
-        "how the PLOT term reaches each trainer. Exit code 1 if training cannot run.",
-        "  plot-align doctor\n  plot-align doctor --json > environment.json",
+        "how the PLOT term reaches each trainer. Exit code 1 if training cannot run.\n"
+        "With PAIRS: what is wrong with a preference data set, and what to do about it.",
+        "  plot-align doctor pairs.jsonl --model Qwen/Qwen3-0.6B --page doctor.html",
     )
+    parser.usage = "plot-align doctor [PAIRS --model MODEL] [options]"
+    parser.add_argument("pairs", nargs="?", metavar="PAIRS", help="hub id, or a .jsonl/.json/.csv/.parquet file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    group = parser.add_argument_group("of PAIRS")
+    group.add_argument("--model", help="hub id or folder of the model to tune")
+    group.add_argument("--tokenizer", metavar="MODEL", help="its tokenizer (default: the model's)")
+    group.add_argument("--split", default="train", help="split of the data set (%(default)s)")
+    group.add_argument("--name", help="configuration of a hub data set")
+    group.add_argument("--max_length", type=length, default=1024, metavar="N", help="as for estimate (%(default)s)")
+    group.add_argument("--strict", action="store_true", help="refuse a row that is no pair")
+    group.add_argument("--overlap", metavar="FILE", help="of prompts that should not be in the data")
+    group.add_argument("--record", type=Path, metavar="FILE", help="write what was found, as .json")
+    group.add_argument("--page", type=Path, metavar="FILE", help="write it with pictures, as .html")
+    group.add_argument(
+        "--fail_on", choices=("warning", "error"), metavar="S", help="exit code 3 on a warning or error"
+    )
+    group.add_argument("--trust_remote_code", action="store_true", help="allow a tokenizer's own code")
     return parser
 
 
 def run(arguments: list[str]) -> int:
     """Parse ``arguments`` and print what was found; 1 if a required package is missing or not one that works."""
-    options = make_parser().parse(arguments)
+    parser = make_parser()
+    options = parser.parse(arguments)
+    if options.pairs is not None:
+        return _examine_pairs(options)
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name) and name != "json"]
+    if given:
+        raise InputError(f"--{given[0]} is for a data set, and PAIRS is missing; name the pairs before it")
     found = examine()
     print(json.dumps(found, indent=2) if options.json else as_text(found))
     return 1 if found["problems"] else 0
+
+
+def _examine_pairs(options: Any) -> int:
+    """Print what is wrong with the pairs; 3 where a finding is as severe as ``--fail_on``."""
+    model = options.tokenizer or options.model
+    if model is None:
+        raise InputError("--model is missing, expected the model to tune, whose tokenizer reads the pairs; name it")
+    for name, endings in (("record", (".json",)), ("page", (".html", ".htm"))):
+        path = getattr(options, name)
+        if path is not None:
+            if path.suffix.lower() not in endings:
+                raise InputError(f"--{name} is {str(path)!r}, expected a name ending in {endings[0]}; rename it")
+            require_writable(path.parent)  # before the work rather than after it
+    if options.page is not None:
+        require_packages("--page", "matplotlib", "jinja2", extra="report")
+
+    from plot_align.doctor import diagnose
+    from plot_align.doctor.findings import at_least
+
+    found = diagnose(
+        options.pairs,
+        model,
+        name=options.name,
+        split=options.split,
+        max_length=options.max_length,
+        strict=options.strict,
+        overlap=options.overlap,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
+    if options.record is not None:
+        print(f"record: {found.write(options.record)}", file=sys.stderr)
+    if options.page is not None:
+        from plot_align.doctor.page import write
+
+        print(f"page: {write(found, options.page)}", file=sys.stderr)
+    return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
 
 
 def examine() -> dict[str, Any]:

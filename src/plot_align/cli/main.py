@@ -18,7 +18,7 @@ _TRAINING = {
     "pro": "ranking optimisation (PRO) with the PLOT term, on ranked lists",
 }
 COMMANDS = {  # each is a module of this package
-    "doctor": "show whether training can run here: versions, device, backends",
+    "doctor": "show whether training can run here; find faults in a data set",
     "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
@@ -49,7 +49,7 @@ options:
 example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
-exit codes: 0 done, 1 the run failed, 2 wrong input, 130 interrupted
+exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130 interrupted
 """.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 

@@ -99,16 +99,49 @@ def scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tuple
 
 
 def _scored_sides(batch: dict[str, list[Any]], first: int, rules: Rules) -> tuple[np.ndarray, list[Side]]:
+    read = read_batch(batch, first, rules)
+    return read.border, scored_ranges(read, rules)
+
+
+@dataclass(frozen=True)
+class ReadBatch:
+    """A batch of R rows as the trainer reads them.
+
+    Attributes:
+        prompts: strings, or lists of messages. answers: of each side R strings, each with EOS, or R lists of messages.
+        liked: of each side whether it is the chosen one, bool (R,).
+        ids: of the prompts alone, then of prompt + answer for each side; R rows each.
+        border: int64 (R,). As in the trainer, the completion starts where the tokens of the prompt and of any prompt +
+            completion diverge: less than the prompt's own tokens where the tokenizer merges over the border.
+    """
+
+    prompts: list[Any]
+    answers: list[list[Any]]
+    liked: list[np.ndarray]
+    ids: list[list[list[int]]]
+    border: np.ndarray
+
+
+def read_batch(batch: dict[str, list[Any]], first: int, rules: Rules) -> ReadBatch:
+    """Reads a batch of raw rows; ``first`` is the index of its first row.
+
+    Raises:
+        RowError: a row that cannot be used; not always the first.
+    """
     prompts, sides, liked = _texts(batch, first, rules)
     ids = _tokenise(prompts, sides, batch, first, rules)
-    # As in the trainer, the completion starts where the tokens of the prompt and of any prompt + completion diverge.
-    length = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    border = np.array([_boundary(row) for row in zip(*ids, strict=True)], np.int64)  # (R,)
+    return ReadBatch(prompts, sides, liked, ids, border)
+
+
+def scored_ranges(read: ReadBatch, rules: Rules) -> list[Side]:
+    """The tokens of a batch that TRL scores, by side; see :func:`scored_sides`."""
     found = []
-    for side_ids, side_liked in zip(ids[1:], liked, strict=True):
+    for side_ids, side_liked in zip(read.ids[1:], read.liked, strict=True):
         total = np.fromiter(map(len, side_ids), np.int64, len(side_ids))  # (R,) prompt and completion
-        start, stop = scored_range(length, total - length, rules.max_length, rules.truncation_mode)
-        found.append((side_ids, side_liked, length + start, length + stop))
-    return length, found
+        start, stop = scored_range(read.border, total - read.border, rules.max_length, rules.truncation_mode)
+        found.append((side_ids, side_liked, read.border + start, read.border + stop))
+    return found
 
 
 def dropped_rows(prompt: np.ndarray, max_length: int | None, truncation_mode: str) -> int:

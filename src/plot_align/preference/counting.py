@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from plot_align.errors import InputError
-from plot_align.preference.completions import RowError, Rules, dropped_rows, scored_range, scored_sides
+from plot_align.preference.completions import RowError, Rules, Side, dropped_rows, scored_range, scored_sides
 
 LABELS = ("chosen_labels", "rejected_labels")  # prompt and completion, −100 over the prompt
 # DPO's columns before TRL 0.29, and their names since
@@ -52,7 +52,11 @@ def _kept(lengths: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarra
 
 def count_batch(batch: dict[str, list[Any]], first: int, rules: Rules) -> Counts:
     """Count a batch of raw rows; ``first`` is the index of its first row."""
-    length, sides = scored_sides(batch, first, rules)
+    return count_sides(*scored_sides(batch, first, rules), rules)
+
+
+def count_sides(length: np.ndarray, sides: list[Side], rules: Rules) -> Counts:
+    """Count what :func:`~plot_align.preference.completions.scored_sides` found."""
     counts = Counts(rules.size)
     for side_ids, side_liked, begin, end in sides:
         ranges = zip(side_ids, begin.tolist(), end.tolist(), strict=True)

@@ -41,6 +41,7 @@ __all__ = [
     "estimate",
     "estimate_tokenized",
     "load_pairs",
+    "open_rows",
     "progress_bar",
     "scored_pairs",
     "scored_range",
@@ -97,7 +98,7 @@ def estimate(
     def count(rank: int, ranks: int, tally: Tally) -> None:
         nonlocal eos
         workers = _positive("num_proc", 1 if num_proc is None else num_proc)
-        rows, rules = _open(data, tokenizer, max_length, truncation_mode, batch_size)
+        rows, rules = open_rows(data, tokenizer, max_length, truncation_mode, batch_size)
         if rules.conversational:
             eos = "by the chat template"
         _begin(tally, data, tokenizer, rules.size, max_length, truncation_mode, batch_size, source)
@@ -191,7 +192,7 @@ def scored_pairs(
 
     Args and errors are those of :func:`estimate`; rows with a ``label``, which are no pairs, are refused too.
     """
-    rows, rules = _open(data, tokenizer, max_length, truncation_mode, batch_size)
+    rows, rules = open_rows(data, tokenizer, max_length, truncation_mode, batch_size)
     if rules.completions != PAIRED:
         raise InputError(
             "the data set has a column 'label' instead of 'chosen' and 'rejected', expected pairs; pair its rows first"
@@ -277,10 +278,13 @@ def _check_workers(workers: int, data: Any, ranks: int) -> None:
         raise InputError(f"num_proc is {workers} on {ranks} ranks, expected none; start more ranks instead")
 
 
-def _open(
+def open_rows(
     data: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, batch_size: int
 ) -> tuple[Any, Rules]:
-    """The rows to read (only the columns used, as Python objects), and the rules as the first of them shows them."""
+    """The rows to read (only the columns used, as Python objects), and the rules as the first of them shows them.
+
+    Args and errors are those of :func:`estimate`.
+    """
     from transformers import PreTrainedTokenizerBase
 
     _check_lengths(max_length, truncation_mode)

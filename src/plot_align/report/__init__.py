@@ -1,6 +1,43 @@
-"""One page from many records: what was measured, which differences are sure, and how each number was made."""
+"""One page from many records: what was measured, which differences are sure, and how each number was made.
 
-from plot_align.report.observations import collect
-from plot_align.report.runs import attack_curves
+Other wings import the names below and nothing else; what draws and lays out a page is loaded on first use.
+"""
 
-__all__ = ["attack_curves", "collect"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plot_align.report.figures import SERIES, Picture, drawing, picture
+    from plot_align.report.observations import collect
+    from plot_align.report.page import environment, style_sheet
+    from plot_align.report.runs import attack_curves
+    from plot_align.report.tables import Table
+
+__all__ = [
+    "SERIES",
+    "Picture",
+    "Table",
+    "attack_curves",
+    "collect",
+    "drawing",
+    "environment",
+    "picture",
+    "style_sheet",
+]
+
+_NAMES = {
+    "figures": "SERIES Picture drawing picture",
+    "observations": "collect",
+    "page": "environment style_sheet",
+    "runs": "attack_curves",
+    "tables": "Table",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

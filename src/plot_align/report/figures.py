@@ -26,13 +26,13 @@ PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
 PAPER_ASR = 0.5  # same paper: up to half of DPO's attack success
 
 _INK, _MUTED, _GRID, _CARD = "#1c1e21", "#5f6369", "#d8dbe0", "#fefefe"
-_SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _ROLES = {
     _INK: "currentColor",
     _MUTED: "var(--muted)",
     _GRID: "var(--grid)",
     _CARD: "var(--card)",
-    **{colour: f"var(--s{index})" for index, colour in enumerate(_SERIES)},
+    **{colour: f"var(--s{index})" for index, colour in enumerate(SERIES)},
 }
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oo", "++++", "||||", "**")
@@ -86,10 +86,10 @@ class Picture:
 def style(index: int) -> dict[str, Any]:
     """Colour, marker and hatch of the index-th model."""
     return {
-        "color": _SERIES[index % len(_SERIES)],
+        "color": SERIES[index % len(SERIES)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "hatch": _HATCHES[index % len(_HATCHES)],
-        "linestyle": _DASHES[index // len(_SERIES) % len(_DASHES)],
+        "linestyle": _DASHES[index // len(SERIES) % len(_DASHES)],
     }
 
 
@@ -103,7 +103,7 @@ def seven(comparison: Comparison) -> Picture | None:
     thick = 0.17 if len(models) <= 4 else 0.11
     # Inches; a label of three lines needs room, however few the bars.
     heights = [max(0.5, thick * sum(model in row.cells for model in models) + 0.24) for row in rows]
-    with _drawing(_WIDTH, sum(heights) + 0.7 + _legend_height(models)) as figure:
+    with drawing(_WIDTH, sum(heights) + 0.7 + _legend_height(models)) as figure:
         axes = figure.subplots()
         numbers: list[list[Entry]] = []
         middles, top = [], 0.0
@@ -137,7 +137,7 @@ def seven(comparison: Comparison) -> Picture | None:
         axes.grid(axis="x")
         _legend(figure, axes, comparison, models, bars=True)
         columns = ["sub-preference", "measure", "model", "value", "low", "high", "n"]
-        return _picture(
+        return picture(
             figure,
             "sub_preferences",
             "The seven sub-preferences",
@@ -159,7 +159,7 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
         if refusal is None or not _partners(attack, refusal)[1]:
             continue
         models = [m for m in comparison.models if m in attack.cells and m in refusal.cells]
-        with _drawing(_WIDTH, 3.7 + _legend_height(models)) as figure:
+        with drawing(_WIDTH, 3.7 + _legend_height(models)) as figure:
             axes = figure.subplots()
             numbers: list[list[Entry]] = []
             for model in models:
@@ -206,7 +206,7 @@ def safety(comparison: Comparison, *, paper: bool) -> list[Picture]:
             title = f"{attack.title}, against over-refusal"
             columns = ["model", "attack success", "low", "high", "n", "over-refusal", "low", "high", "n"]
             found.append(
-                _picture(
+                picture(
                     figure,
                     f"safety_{number + 1}",
                     title,
@@ -237,7 +237,7 @@ def curves(found: Mapping[str, Mapping[str, Curve]], comparison: Comparison) -> 
     for key, lines in found.items():
         file = re.sub("[^a-z]+", "_", f"training_runs_{key}")
         title = f"{labels[key]}, training runs"
-        with _drawing(_WIDTH, 2.6 + _legend_height(list(lines))) as figure:
+        with drawing(_WIDTH, 2.6 + _legend_height(list(lines))) as figure:
             axes = figure.subplots()
             numbers: list[list[Entry]] = []
             for name, curve in lines.items():
@@ -260,7 +260,7 @@ def curves(found: Mapping[str, Mapping[str, Curve]], comparison: Comparison) -> 
             _legend_of(figure, axes)
             table = Table(file, title, ["run", "step", "value"], numbers)
             pictures.append(
-                _picture(figure, file, title, f"{labels[key]} over the steps of {count(len(lines), 'run')}.", table)
+                picture(figure, file, title, f"{labels[key]} over the steps of {count(len(lines), 'run')}.", table)
             )
     return pictures
 
@@ -273,7 +273,7 @@ def sensitivity(
     for key in list(lines)[:4]:
         label, of, without = lines[key]
         file = f"alpha_{number}_{re.sub('[^a-z0-9]+', '_', key)}"
-        with _drawing(_WIDTH, 2.9 + _legend_height([*of, *without])) as figure:
+        with drawing(_WIDTH, 2.9 + _legend_height([*of, *without])) as figure:
             axes = figure.subplots()
             numbers: list[list[Entry]] = []
             for index, (method, entry) in enumerate(without.items()):
@@ -311,7 +311,7 @@ def sensitivity(
             _legend_of(figure, axes)
             title = f"{label.rstrip(' ↑↓')} against α"
             pictures.append(
-                _picture(
+                picture(
                     figure,
                     file,
                     title,
@@ -329,7 +329,7 @@ def attack(
     xlabel = ATTACK_CURVES[kind]
     file, title = f"attack_{kind}_{number}", f"Success of {name} against {xlabel}"
     models = [model for model in comparison.models if model in of]
-    with _drawing(_WIDTH, 2.9 + _legend_height(models)) as figure:
+    with drawing(_WIDTH, 2.9 + _legend_height(models)) as figure:
         from matplotlib.ticker import MaxNLocator
 
         axes = figure.subplots()
@@ -354,7 +354,7 @@ def attack(
         _percent(axes.yaxis)
         axes.grid(axis="y")
         _legend(figure, axes, comparison, models)
-        return _picture(
+        return picture(
             figure,
             file,
             title,
@@ -375,7 +375,7 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
     widths = [0.12 + 0.067 * max(map(len, of), default=0) for of in labels]  # inches, of DejaVu Sans Mono at 8 pt
     room = (_WIDTH - sum(widths) - 0.2) / 2
     starts = (widths[0], widths[0] + room + widths[1])
-    with _drawing(_WIDTH, height, layout=None) as figure:
+    with drawing(_WIDTH, height, layout=None) as figure:
         for side, texts, start, label in zip(sides, labels, starts, ("Moved from", "Moved to"), strict=True):
             axes = figure.add_axes((start / _WIDTH, 0.75 / height, room / _WIDTH, 1 - 1.1 / height))
             for at, row in enumerate(side):
@@ -386,7 +386,7 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
                     0.74,
                     linewidth=0.5,
                     edgecolor=_INK,
-                    color={1: _SERIES[0], -1: _SERIES[1], 0: _GRID}[liked],
+                    color={1: SERIES[0], -1: SERIES[1], 0: _GRID}[liked],
                     hatch={1: "", -1: "////", 0: ""}[liked],
                 )
             axes.set_yticks(range(len(side)), texts, fontsize=8, family="DejaVu Sans Mono")
@@ -405,7 +405,7 @@ def moved(model: str, reference: str, rows: Sequence[Mapping[str, Any]], number:
             for row in rows
         ]
         says = "Blue: preferred tokens (more often in chosen answers); hatched: rejected ones."
-        return _picture(
+        return picture(
             figure,
             file,
             title,
@@ -427,7 +427,7 @@ def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture
     sinks = list(dict.fromkeys(row["to"] for row in largest))
     gap = 0.035 * total
     file, title = f"transport_{number}", f"Largest flows of probability: {one_line(model)}"
-    with _drawing(_WIDTH, 0.4 + 0.27 * max(len(sources), len(sinks)), layout=None) as figure:
+    with drawing(_WIDTH, 0.4 + 0.27 * max(len(sources), len(sinks)), layout=None) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         ends: dict[str, dict[str, float]] = {}
         for side, names, x in (("from", sources, 0.0), ("to", sinks, 1.0)):
@@ -463,14 +463,14 @@ def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture
                 (0.0, y0),
             ]
             codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
-            axes.add_patch(PathPatch(Path(corners, codes), facecolor=_SERIES[0], alpha=0.38, linewidth=0))
+            axes.add_patch(PathPatch(Path(corners, codes), facecolor=SERIES[0], alpha=0.38, linewidth=0))
         axes.set_xlim(-0.8, 1.8)  # room for 24 characters on either side
         axes.margins(y=0.03)
         axes.invert_yaxis()
         axes.set_axis_off()
         columns = ["from", "to", "mass", "cost a unit"]
         numbers = [[readable(row["from"]), readable(row["to"]), row["mass"], row["cost"]] for row in rows]
-        return _picture(
+        return picture(
             figure,
             file,
             title,
@@ -483,14 +483,14 @@ def flows(model: str, rows: Sequence[Mapping[str, Any]], number: int) -> Picture
 def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
     """Time of a training step with PLOT, relative to one without."""
     low, high = entry.get("spread") or (entry["value"],) * 2
-    with _drawing(_WIDTH, 1.35) as figure:
+    with drawing(_WIDTH, 1.35) as figure:
         axes = figure.subplots()
         axes.errorbar(
             entry["value"],
             0,
             xerr=[[max(0.0, entry["value"] - low)], [max(0.0, high - entry["value"])]],
             fmt="o",
-            color=_SERIES[0],
+            color=SERIES[0],
             markersize=8,
             capsize=4,
             label="measured",
@@ -498,7 +498,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
         axes.axvline(1, color=_INK, linewidth=1, label="without PLOT")
         if paper:
             label = "the paper: +2.67 % over DPO"
-            axes.axvline(PAPER_TIME, color=_SERIES[1], linewidth=1.4, linestyle="--", label=label)
+            axes.axvline(PAPER_TIME, color=SERIES[1], linewidth=1.4, linestyle="--", label=label)
         axes.set(yticks=[], ylim=(-1, 1), xlabel="time of a training step, with PLOT over without")
         axes.margins(x=0.15)
         axes.spines["left"].set_visible(False)
@@ -507,7 +507,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
         if paper:
             numbers.append(["the paper", PAPER_TIME, None, None, None])
         title = "What PLOT costs in time"
-        return _picture(
+        return picture(
             figure,
             "cost_time",
             title,
@@ -516,7 +516,7 @@ def cost(entry: Mapping[str, Any], *, paper: bool) -> Picture:
         )
 
 
-class _drawing:
+class drawing:
     """A matplotlib figure with the report's settings and without a window."""
 
     def __init__(self, width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> None:
@@ -535,7 +535,7 @@ class _drawing:
         self.context.__exit__(*error)
 
 
-def _picture(figure: Any, name: str, title: str, description: str, table: Table) -> Picture:
+def picture(figure: Any, name: str, title: str, description: str, table: Table) -> Picture:
     """Lay out and draw as PNG, draw the same as SVG, and make the page's SVG from that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG

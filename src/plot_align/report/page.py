@@ -191,46 +191,59 @@ def _files(content: Content) -> Iterator[tuple[str, bytes]]:
 
 def render(content: Content, folder: str) -> str:
     """The HTML. ``folder``: of the files beside it, as named in the text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    comparison, collected = content.comparison, content.collected
+    notes = _Notes()
+    scores = _sections([row for row in comparison.rows if row.score], comparison, notes)
+    others = _sections([row for row in comparison.rows if not row.score], comparison, None)
+    return (
+        environment()
+        .get_template("template.html.jinja")
+        .render(
+            content=content,
+            title=content.title,
+            style=style_sheet(),
+            folder=folder,
+            verdict=content.verdict,
+            comparison=comparison,
+            models=comparison.models,
+            looks=[figures.style(i) for i in range(len(comparison.models))],
+            scores=scores,
+            others=others,
+            reasons=notes.reasons,
+            missing=[section for section in CATEGORIES if not any(row.section == section for row in comparison.rows)],
+            pictures=content.pictures,
+            costs=runs.costs(collected),
+            counts=runs.counts(collected),
+            contexts=runs.contexts(collected),
+            dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
+            records=[_how(record) for record in collected.records],
+            longest=_LONGEST_TABLE,
+            alpha=compare.ALPHA,
+            version=__version__,
+            paper_time=figures.PAPER_TIME,
+            dpo=figures.dpo_among(comparison),
+        )
+    )
 
-    environment = Environment(
-        loader=PackageLoader("plot_align.report", "."),
+
+def environment(package: str = "plot_align.report") -> Any:
+    """A Jinja2 environment that escapes, over the templates of ``package`` and the report's own, with its filters."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    found = Environment(
+        loader=ChoiceLoader([PackageLoader(name, ".") for name in dict.fromkeys((package, "plot_align.report"))]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"line": one_line, "shown": shown, "token": readable, "count": number, "passage": passage}
-    comparison, collected = content.comparison, content.collected
-    notes = _Notes()
-    scores = _sections([row for row in comparison.rows if row.score], comparison, notes)
-    others = _sections([row for row in comparison.rows if not row.score], comparison, None)
-    style = (resources.files("plot_align.report") / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("template.html.jinja").render(
-        content=content,
-        title=content.title,
-        style=style,
-        folder=folder,
-        verdict=content.verdict,
-        comparison=comparison,
-        models=comparison.models,
-        looks=[figures.style(i) for i in range(len(comparison.models))],
-        scores=scores,
-        others=others,
-        reasons=notes.reasons,
-        missing=[section for section in CATEGORIES if not any(row.section == section for row in comparison.rows)],
-        pictures=content.pictures,
-        costs=runs.costs(collected),
-        counts=runs.counts(collected),
-        contexts=runs.contexts(collected),
-        dates=sorted({record.at.strftime("%Y-%m-%d") for record in collected.records}),
-        records=[_how(record) for record in collected.records],
-        longest=_LONGEST_TABLE,
-        alpha=compare.ALPHA,
-        version=__version__,
-        paper_time=figures.PAPER_TIME,
-        dpo=figures.dpo_among(comparison),
-    )
+    found.filters |= {"line": one_line, "shown": shown, "token": readable, "count": number, "passage": passage}
+    return found
+
+
+def style_sheet() -> str:
+    """The page's CSS: light and dark, phone and desk, paper."""
+    return (resources.files("plot_align.report") / "style.css").read_text(encoding="utf-8")
 
 
 class _Notes:

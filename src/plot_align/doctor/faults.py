@@ -1,0 +1,144 @@
+"""What can be wrong with one pair: pure functions of it, one a check of :data:`plot_align.doctor.findings.CHECKS`."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from plot_align.doctor.pairs import Pair
+from plot_align.preference.completions import Rules
+
+NEAR = 0.9  # of the words in common
+_READ_BACK = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
+_SCRIPT_OF = 500  # characters of an answer
+
+
+def empty(pair: Pair, rules: Rules) -> bool:
+    return not all(answer.strip() for answer in pair.answers)
+
+
+def identical(pair: Pair, rules: Rules) -> bool:
+    """Whether the answers are equal but for white space."""
+    return pair.chosen.split() == pair.rejected.split()
+
+
+def similarity(pair: Pair) -> float:
+    """Sørensen's and Dice's coefficient of the two bags of words, 0 to 1: ``2·|A ∩ B| / (|A| + |B|)``."""
+    chosen, rejected = Counter(pair.chosen.split()), Counter(pair.rejected.split())
+    total = chosen.total() + rejected.total()
+    return 2 * (chosen & rejected).total() / total if total else 1.0
+
+
+def near_identical(pair: Pair, rules: Rules) -> bool:
+    # A bag cannot be nine tenths of another that is a quarter longer: most pairs need no counting.
+    short, long = sorted(map(len, (pair.chosen.split(), pair.rejected.split())))
+    possible = long and 2 * short / (short + long) >= NEAR
+    return bool(possible) and similarity(pair) >= NEAR and not identical(pair, rules)
+
+
+def truncated(pair: Pair, rules: Rules) -> bool:
+    return rules.max_length is not None and max(map(len, pair.ids)) > rules.max_length
+
+
+def difference_lost(pair: Pair, rules: Rules) -> bool:
+    """Whether truncation leaves nothing to tell the answers apart by, or TRL drops the pair."""
+    if not truncated(pair, rules) or pair.ids[0] == pair.ids[1]:
+        return False
+    chosen, rejected = (ids[start:stop] for ids, (start, stop) in zip(pair.ids, pair.scored, strict=True))
+    return chosen == rejected
+
+
+def eos_missing(pair: Pair, rules: Rules) -> bool:
+    """Whether an answer ends with no special token, white space after it aside (ChatML ends a turn with a break)."""
+    return not all(_end(ids, rules) in _special(rules.tokenizer) for ids in pair.ids)
+
+
+def eos_other(pair: Pair, rules: Rules) -> bool:
+    """Whether an answer ends with another special token than EOS, as Gemma's do."""
+    return not eos_missing(pair, rules) and any(_end(ids, rules) != rules.tokenizer.eos_token_id for ids in pair.ids)
+
+
+def _end(ids: list[int], rules: Rules) -> int | None:
+    """The last token that is not white space; None where it is not among the last four."""
+    if ids and ids[-1] == rules.tokenizer.eos_token_id:
+        return ids[-1]
+    return next((token for token in reversed(ids[-4:]) if rules.tokenizer.decode([token]).strip()), None)
+
+
+@lru_cache(maxsize=1)
+def _special(tokenizer: Any) -> frozenset[int]:
+    known = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(known if tokenizer.eos_token_id is None else {tokenizer.eos_token_id, *known})
+
+
+def eos_doubled(pair: Pair, rules: Rules) -> bool:
+    eos = rules.tokenizer.eos_token_id
+    return any(
+        ids[-4:].count(eos) > 1
+        and all(
+            token == eos or not rules.tokenizer.decode([token]).strip() for token in ids[-4:][ids[-4:].index(eos) :]
+        )
+        for ids in pair.ids
+    )
+
+
+def template(pair: Pair, rules: Rules) -> bool:
+    """Whether a chat template drops what the answers differ in or, of the first pairs, any of an answer's text."""
+    if not rules.conversational:
+        return False
+    if pair.ids[0] == pair.ids[1]:
+        return pair.chosen.strip() != pair.rejected.strip()
+    if pair.row >= _READ_BACK:
+        return False
+    return not all(
+        "".join(answer.split()) in "".join(rules.tokenizer.decode(ids[pair.border :]).split())
+        for answer, ids in zip(pair.answers, pair.ids, strict=True)
+    )
+
+
+def border(pair: Pair, rules: Rules) -> bool:
+    """Whether the prompt's own ids are no prefix of those of prompt + answer."""
+    return pair.border < len(pair.prompt_ids)
+
+
+def raw_dialogue(pair: Pair, rules: Rules) -> bool:
+    return pair.raw
+
+
+def scripts(pair: Pair, rules: Rules) -> bool:
+    chosen, rejected = map(script, pair.answers)
+    return chosen != rejected and "" not in (chosen, rejected)
+
+
+def script(text: str) -> str:
+    """The script of most letters of the text's beginning, e.g. ``"Latin"``, ``"Han"``; empty without a letter."""
+    beginning = text[:_SCRIPT_OF]
+    if beginning.isascii():
+        return "Latin" if any(map(str.isalpha, beginning)) else ""
+    found = Counter(_script_of(character) for character in beginning if character.isalpha())
+    return found.most_common(1)[0][0] if found else ""
+
+
+@lru_cache(maxsize=65536)
+def _script_of(letter: str) -> str:
+    name = unicodedata.name(letter, "OTHER").split()[0].split("-")[0].capitalize()
+    return {"Cjk": "Han", "Hiragana": "Kana", "Katakana": "Kana"}.get(name, name)
+
+
+FAULTS: dict[str, Callable[[Pair, Rules], bool]] = {
+    "empty": empty,
+    "identical": identical,
+    "near-identical": near_identical,
+    "truncated": truncated,
+    "difference-lost": difference_lost,
+    "eos-missing": eos_missing,
+    "eos-other": eos_other,
+    "eos-doubled": eos_doubled,
+    "template": template,
+    "border": border,
+    "raw-dialogue": raw_dialogue,
+    "scripts": scripts,
+}

@@ -1,0 +1,117 @@
+"""The diagnosis as one page without network or script: what was found, what to do, pictures, pairs to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plot_align._version import __version__
+from plot_align.doctor.diagnosis import Diagnosis, preference_sentence
+from plot_align.doctor.findings import percent
+from plot_align.io import complete_or_absent
+from plot_align.records import hardware, versions
+from plot_align.report import SERIES, Picture, Table, drawing, environment, picture, style_sheet
+from plot_align.text import one_line, readable
+
+_WIDTH = 4.5  # inches, as the report's figures
+_BINS = 40
+_LOOK = {"error": "bad", "warning": "bad", "note": ""}  # classes of a tag
+
+
+def write(diagnosis: Diagnosis, path: Path) -> Path:
+    """Write the page; returns its path. It is complete or it is not there.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    page = render(diagnosis).encode("utf-8", "backslashreplace")
+    with complete_or_absent(path) as temporary:
+        temporary.write_bytes(page)
+    return path
+
+
+def render(diagnosis: Diagnosis) -> str:
+    """The HTML; every text of the data is escaped."""
+    of = diagnosis.examination
+    found = environment("plot_align.doctor")
+    found.filters["percent"] = percent
+    machine = hardware()
+    facts = {
+        "options": ", ".join(f"{name} {value}" for name, value in diagnosis.config.items() if value is not None),
+        "took": f"{diagnosis.seconds:.0f} s, {machine['cpu']}, {machine['cpu_count']} cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
+    }
+    return found.get_template("page.html.jinja").render(
+        title=f"Preference data: {one_line(diagnosis.source)}",
+        diagnosis=diagnosis,
+        of=of,
+        looks=_LOOK,
+        length=_lengths(of.length_differences),
+        words=_words(of.first_words),
+        tokens=None if of.preference is None else _tokens(of.preference),
+        says=None if of.preference is None else preference_sentence(of.preference),
+        facts={name: one_line(text, longest=600) for name, text in facts.items()},
+        style=style_sheet(),
+        version=__version__,
+        longest=None,
+        folder="",
+    )
+
+
+def _lengths(differences: Mapping[int, int]) -> Picture:
+    """Histogram of chosen − rejected; the 1 % at either end stands in the outermost bins."""
+    total, values = sum(differences.values()), sorted(differences)
+    reach = max(1, abs(_at(differences, values, 0.01 * total)), abs(_at(differences, values, 0.99 * total)))
+    width = max(1, math.ceil(2 * reach / _BINS))
+    edge = math.ceil(reach / width)  # bins on either side of the one around 0
+    counts = dict.fromkeys(range(-edge, edge + 1), 0)
+    for value, count in differences.items():
+        counts[min(max(round(value / width), -edge), edge)] += count
+    table = Table(
+        "length_differences",
+        "Chosen less rejected answer, in tokens; the outermost rows hold all beyond",
+        ["tokens, about", "pairs"],
+        [[at * width, count] for at, count in counts.items()],
+    )
+    with drawing(_WIDTH, 2.6) as figure:
+        axes = figure.subplots()
+        colours = [SERIES[0] if at >= 0 else SERIES[1] for at in counts]
+        axes.bar([at * width for at in counts], counts.values(), width * 0.9, color=colours)
+        axes.axvline(0, color="#5f6369", linewidth=0.8)
+        axes.set_xlabel("chosen − rejected, tokens")
+        axes.set_ylabel("pairs")
+        axes.grid(axis="y")
+        return picture(
+            figure,
+            "length_differences",
+            "How much longer the chosen answer is",
+            "Histogram over pairs. Right of the line (blue) the chosen answer is longer.",
+            table,
+        )
+
+
+def _at(differences: Mapping[int, int], values: Sequence[int], place: float) -> int:
+    below = 0
+    for value in values:
+        below += differences[value]
+        if below >= place:
+            return value
+    return values[-1]
+
+
+def _words(rows: Sequence[Mapping[str, Any]]) -> Table:
+    texts = [[one_line(row["word"], longest=24), row["chosen"], row["rejected"]] for row in rows]
+    caption = "First words whose counts differ most between chosen and rejected answers"
+    return Table("first_words", caption, ["first word", "chosen", "rejected"], texts)
+
+
+def _tokens(preference: Mapping[str, Any]) -> Table:
+    rows = [
+        [readable(of["text"]), of["kind"], of["chosen"], of["rejected"], 100 * of["difference"], of["z"]]
+        for side in ("preferred", "rejected")
+        for of in preference[side]
+    ]
+    columns = ["token", "kind", "chosen", "rejected", "d in %", "z"]
+    return Table("preference", "The most preferred tokens, then the most rejected", columns, rows)

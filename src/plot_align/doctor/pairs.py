@@ -1,0 +1,241 @@
+"""Reading a preference set row by row, as texts and as the tokens that TRL trains on; rows that are no pairs apart."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plot_align.errors import InputError
+from plot_align.io import file_digest
+from plot_align.preference.completions import (
+    PAIRED,
+    ReadBatch,
+    RowError,
+    Rules,
+    Side,
+    read_batch,
+    scored_ranges,
+)
+from plot_align.preference.datasets import load_pairs, shown
+from plot_align.preference.dialogues import Malformed, convert, is_dialogue
+from plot_align.preference.estimation import open_rows
+from plot_align.preference.parallel_counting import own_batches, readable
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row, as text and as TRL tokenises it.
+
+    Attributes:
+        row: index in the data set. requests: the texts of the user's turns (of a plain prompt, the prompt).
+        prompt, chosen, rejected: texts. Of a raw dialogue (:mod:`plot_align.preference.dialogues`) the last answers.
+        raw: whether it is such a dialogue, which TRL reads as plain text.
+        prompt_ids: of the prompt alone. border: where TRL lets the answers begin in the ids of prompt + answer.
+        ids: of prompt + chosen and of prompt + rejected. scored: of both, start and stop of the tokens scored.
+    """
+
+    row: int
+    requests: tuple[str, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    raw: bool
+    prompt_ids: list[int]
+    border: int
+    ids: tuple[list[int], list[int]]
+    scored: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Chosen and rejected."""
+        return self.chosen, self.rejected
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the chosen and of the rejected answer, before truncation."""
+        return len(self.ids[0]) - self.border, len(self.ids[1]) - self.border
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive pairs, and what of them is scored; or one row that is no pair, and why."""
+
+    pairs: list[Pair]
+    border: np.ndarray  # (R,)
+    sides: list[Side]
+    refused: RowError | None = None
+
+
+def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
+    """:func:`plot_align.load_pairs`; of a JSON-lines file with damaged lines a stream, where those are rows of None.
+
+    Args and errors: see :func:`plot_align.load_pairs`.
+    """
+    try:
+        return load_pairs(source, **options)
+    except InputError:
+        path = Path(source)
+        lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+        if not path.is_file() or not lines or options.get("split", "train") != "train":
+            raise
+        from datasets import IterableDataset
+
+        data = IterableDataset.from_generator(_lines, gen_kwargs={"path": path})
+        data.info.download_checksums = {path.name: {"sha256": file_digest(path)}}
+        return data
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+        for line in filter(str.strip, file):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield row if isinstance(row, dict) else {"chosen": None, "rejected": None}
+
+
+def open_pairs(
+    data: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, batch_size: int
+) -> tuple[Any, Rules, list[RowError]]:
+    """The rows from the first pair on, the rules by which TRL reads them, and the rows before, which are none.
+
+    Raises:
+        InputError: see :func:`plot_align.estimate`; or no row is a pair.
+    """
+    before: list[RowError] = []
+    columns = getattr(data, "column_names", None)
+    if columns is None or set(PAIRED) <= set(columns):
+        for row, values in enumerate(readable(iter(data))):
+            wrong = next((name for name in PAIRED if not isinstance(values.get(name), str | list)), None)
+            if wrong is None:
+                break
+            reason = f"{wrong!r} is {shown(values.get(wrong))}, expected a string or a list of messages"
+            before.append(RowError("data", row, row, reason))
+        else:
+            if before:
+                raise InputError(f"none of the {len(before):,} rows is a pair ({before[0]}); check the file")
+    rows, rules = open_rows(
+        data.skip(len(before)) if before else data, tokenizer, max_length, truncation_mode, batch_size
+    )
+    if rules.completions != PAIRED:
+        raise InputError(
+            "the data set has a column 'label' instead of 'chosen' and 'rejected', expected pairs; pair its rows first"
+        )
+    return rows, rules, before
+
+
+def batches(rows: Any, rules: Rules, batch_size: int, start: int = 0) -> Iterator[Batch]:
+    """The rows in order.
+
+    Args:
+        rows, rules: of :func:`open_pairs`. start: index of the first of the rows in the data set.
+    """
+    for first, columns in own_batches(rows, batch_size):
+        size = len(next(iter(columns.values())))
+        yield from _batches(columns, range(start + first, start + first + size), rules)
+
+
+def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Iterator[Batch]:
+    """The rows as one batch; where one of them is no pair, halved until it stands alone."""
+    try:
+        yield _batch(read_batch(columns, numbers[0], rules), numbers, rules)
+    except RowError as error:
+        if len(numbers) == 1:
+            yield Batch([], np.zeros(0, np.int64), [], error)
+            return
+        middle = len(numbers) // 2
+        for part in (slice(None, middle), slice(middle, None)):
+            yield from _batches({name: column[part] for name, column in columns.items()}, numbers[part], rules)
+
+
+def _batch(read: ReadBatch, numbers: range, rules: Rules) -> Batch:
+    sides = scored_ranges(read, rules)
+    text = _conversation if rules.conversational else _plain(rules.tokenizer.eos_token)
+    pairs = []
+    ranges = [list(zip(begin.tolist(), end.tolist(), strict=True)) for _, _, begin, end in sides]
+    for at, number in enumerate(numbers):
+        requests, prompt, chosen, rejected, raw = text(read.prompts[at], read.answers[0][at], read.answers[1][at])
+        pairs.append(
+            Pair(
+                number, requests, prompt, chosen, rejected, raw,
+                read.ids[0][at], int(read.border[at]),
+                (read.ids[1][at], read.ids[2][at]), (ranges[0][at], ranges[1][at]),
+            )
+        )  # fmt: skip
+    return Batch(pairs, read.border, sides)
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+_Text = tuple[tuple[str, ...], str, str, str, bool]  # requests, prompt, chosen, rejected, raw
+
+
+def _conversation(prompt: Any, chosen: Any, rejected: Any) -> _Text:
+    requests = tuple(_content(message) for message in prompt if message["role"] == "user")
+    said = "\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
+    return requests, said, "\n".join(map(_content, chosen)), "\n".join(map(_content, rejected)), False
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):  # parts, of which those with a text count
+        return " ".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "")
+
+
+def _plain(eos: str) -> Callable[[str, str, str], _Text]:
+    def text(prompt: str, chosen: str, rejected: str) -> _Text:
+        if is_dialogue(prompt):
+            try:
+                row = convert(*(prompt + answer.removesuffix(eos) for answer in (chosen, rejected)))
+            except Malformed:
+                pass
+            else:
+                return (*_conversation(row["prompt"], row["chosen"], row["rejected"])[:4], True)
+        return (prompt,), prompt, chosen.removesuffix(eos), rejected.removesuffix(eos), False
+
+    return text
+
+
+def prompts_of(source: str | os.PathLike[str]) -> Iterator[str]:
+    """The prompts of a file of any kind that :func:`plot_align.load_pairs` opens, or of a ``.txt`` file, one a line.
+
+    Raises:
+        InputError: it cannot be read, or has no column of prompts.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".txt":
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from filter(None, map(str.strip, file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--overlap {path} cannot be read ({error}); name a file of prompts") from None
+        return
+    data = load_pairs(source)
+    known = {name.lower(): name for name in data.column_names}
+    column = next((known[name] for name in _PROMPT_COLUMNS if name in known), None)
+    if column is None:
+        raise InputError(
+            f"--overlap {source} has the columns {', '.join(data.column_names)}, expected one of "
+            f"{', '.join(_PROMPT_COLUMNS)}; rename its column of prompts"
+        )
+    for value in itertools.chain.from_iterable(batch[column] for batch in data.select_columns([column]).iter(1000)):
+        turns = value if isinstance(value, list) else [value]
+        for turn in turns:
+            if isinstance(turn, dict) and turn.get("role") == "user":
+                yield _content(turn)
+            elif isinstance(turn, str):
+                yield turn
+
+
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "behavior", "forbidden_prompt", "turns", "messages", "text")

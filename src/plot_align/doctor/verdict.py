@@ -1,0 +1,369 @@
+"""From measured values to what to do: the rules, each with its threshold and source. ``docs/doctor.md`` has the table.
+
+A rule reads names of a plain mapping and is skipped where one is absent, so that the measures of the data and those of
+a model on them go through the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plot_align.doctor.findings import CHECKS, percent
+
+NOTHING = "Nothing wrong was found."
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One sentence of the verdict: what was seen, and what to do. ``rule`` and ``source`` say where it is from."""
+
+    rule: str
+    sentence: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of the verdict.
+
+    Attributes:
+        name: of the rule. when: its condition in words, with the threshold. do: its remedy in a few words.
+        reads: names of the values it needs. say: the values, in that order → a sentence, or None where the condition
+            does not hold. source: where the rule is from.
+    """
+
+    name: str
+    when: str
+    do: str
+    reads: tuple[str, ...]
+    say: Callable[..., str | None]
+    source: str
+
+
+def judge(measured: Mapping[str, Any]) -> list[Advice]:
+    """What the rules say of ``measured``, in their order; one advice, :data:`NOTHING`, where none applies.
+
+    Args:
+        measured: name → number, or an entry of :func:`plot_align.records.measure`, whose value a rule reads by this
+            name and the ends of whose interval as ``NAME_low`` and ``NAME_high``. Of the data: the measures of
+            :class:`~plot_align.doctor.data.Examination`, ``content`` (share of the preference on content) and
+            ``largest_kind`` (what most of the rest is). Of a model: ``accuracy`` (share of pairs it ranks rightly
+            before training), ``ches_mean`` (length-normalised CHES, mean over pairs), ``forecast`` (name of a loss →
+            predicted change of the chosen log-probability in a step, nats), ``on_policy`` (share of answers as likely
+            as the model's own).
+    """
+    values = dict(measured)
+    for name, entry in measured.items():
+        if isinstance(entry, Mapping) and {"value", "n"} <= entry.keys():
+            low, high = entry.get("interval") or (None, None)
+            values |= {name: entry["value"], f"{name}_low": low, f"{name}_high": high}
+    advice = []
+    for rule in RULES:
+        if all(values.get(name) is not None for name in rule.reads):
+            sentence = rule.say(*(values[name] for name in rule.reads))
+            if sentence is not None:
+                advice.append(Advice(rule.name, sentence, rule.source))
+    return advice or [Advice("nothing", NOTHING, "every rule whose values were measured")]
+
+
+# --- thresholds and sentences ---------------------------------------------------------------------------------------
+
+
+def warns(check: str) -> float:
+    """From which value on the check is a warning, which is when the verdict speaks of it."""
+    threshold = CHECKS[check].thresholds[1]
+    assert threshold is not None
+    return threshold
+
+
+CONTENT = 0.5  # share of the preference's mass
+ACCURACY_LOW, ACCURACY_HIGH = 0.5, 0.95
+CHES = 0.0  # length-normalised, mean
+ON_POLICY = 0.5
+_DROPPED = {
+    "no-pair": "no pair",
+    "empty": "empty",
+    "identical": "identical",
+    "contradictory": "contradictory",
+    "duplicate": "repeated",
+}
+_TOKENS = ("template", "eos-missing", "eos-doubled", "border")
+
+
+def _warning(check: str, value: float) -> bool:
+    return value > 0 and value >= warns(check)
+
+
+def _drop(*shares: float) -> str | None:
+    named = [
+        f"{name} ({percent(share)})"
+        for (check, name), share in zip(_DROPPED.items(), shares, strict=True)
+        if _warning(check, share)
+    ]
+    return f"Drop what is {', '.join(named)}: it teaches nothing, or the same twice." if named else None
+
+
+def _tokens(*shares: float) -> str | None:
+    named = [CHECKS[check].remedy for check, share in zip(_TOKENS, shares, strict=True) if _warning(check, share)]
+    return f"Mend the tokens before any run. {' '.join(named)}" if named else None
+
+
+def _truncated(share: float, lost: float, longest: float) -> str | None:
+    if not _warning("truncated", share) and not _warning("difference-lost", lost):
+        return None
+    more = f", and {percent(lost)} lose what they differ in" if lost else ""
+    return f"{percent(share)} of the pairs are cut{more}: `max_length: {round(longest)}` holds 99 % of them."
+
+
+def _near(share: float) -> str | None:
+    if not _warning("near-identical", share):
+        return None
+    return (
+        f"{percent(share)} of the pairs are nearly equal, where DPO lowers the chosen answer with the rejected one: "
+        "train with the SFT term (`loss_type: [sigmoid, sft]`) or with PLOT, or drop the pairs with the largest CHES "
+        "(`plot-align filter --by ches`)."
+    )
+
+
+def _noise(share: float) -> str | None:
+    if not _warning("contradictory", share):
+        return None
+    return (
+        f"{percent(share)} of the pairs contradict another, so labels are noisy: use `loss_type: robust` with "
+        "`label_smoothing` at the rate of wrong labels. PLOT does not mend wrong labels."
+    )
+
+
+def _length(auc: float, low: float, high: float) -> str | None:
+    if low >= warns("length"):
+        return (
+            f"The longer answer is preferred in {percent(auc)} of the pairs: expect ever longer answers. "
+            "`ld_alpha: 0.5` (LD-DPO) or a length-normalised loss (SimPO) takes weight from length."
+        )
+    if high <= 1 - warns("length"):
+        return (
+            f"The shorter answer is preferred in {percent(1 - auc)} of the pairs: expect terse answers; compare "
+            "models at equal length."
+        )
+    return None
+
+
+def _first_words(accuracy: float, low: float) -> str | None:
+    if low < warns("first-words"):
+        return None
+    return (
+        f"The first words give the label away in {percent(accuracy)} of the pairs: accuracy will come to 1 with "
+        "little learned beyond them. Judge the run by its answers and not by its margin."
+    )
+
+
+def _refusals(chosen: float, rejected: float, low: float, high: float) -> str | None:
+    said = f"{percent(chosen)} of the chosen and {percent(rejected)} of the rejected answers refuse: "
+    if low >= warns("refusals"):
+        return (
+            f"{said}refusing is the largest thing these pairs teach. Mix in harmless requests that are answered, keep "
+            "β at 0.1 or above, and use PLOT or the SFT term, with which our runs refused fewer harmless requests."
+        )
+    if high <= -warns("never-refuses"):
+        return f"{said}refusing is trained away. Measure harmful requests after the run (`plot-align redteam`)."
+    return None
+
+
+def _scripts(share: float) -> str | None:
+    if not _warning("scripts", share):
+        return None
+    return f"{percent(share)} of the pairs have answers in two scripts: drop them, or language is what is learned."
+
+
+def _overlap(share: float) -> str | None:
+    if not _warning("overlap", share):
+        return None
+    return f"{percent(share)} of the prompts are in the file given: drop them, or report no result on that file."
+
+
+def _content(content: float, kind: str) -> str | None:
+    if content >= CONTENT:
+        return None
+    return (
+        f"Only {percent(content)} of what these pairs prefer token by token is content; most of the rest is {kind}. "
+        "PLOT would train that: mend the data first, or leave PLOT off."
+    )
+
+
+def _accuracy(accuracy: float) -> str | None:
+    if accuracy >= ACCURACY_HIGH:
+        return (
+            f"The model ranks {percent(accuracy)} of the pairs rightly before any training: there is little in them "
+            "for it to learn. Take harder pairs."
+        )
+    if accuracy < ACCURACY_LOW:
+        return (
+            f"The model ranks {percent(1 - accuracy)} of the pairs the wrong way round before training, and DPO "
+            "seldom turns a ranking: train on the chosen answers first (SFT), or keep the SFT term."
+        )
+    return None
+
+
+def _ches(mean: float) -> str | None:
+    if mean <= CHES:
+        return None
+    return (
+        "The answers of a pair look alike to the model (mean length-normalised CHES above 0), so the chosen one will "
+        "be pulled down: filter by CHES (`plot-align filter --by ches`), or train with the SFT term or PLOT."
+    )
+
+
+def _forecast(forecast: Mapping[str, float]) -> str | None:
+    if "DPO" not in forecast:
+        return None
+    if forecast["DPO"] >= 0:
+        return None
+    best = max(forecast, key=lambda name: forecast[name])
+    said = f"DPO's first step will change the chosen log-probability by {forecast['DPO']:+.2g} nats"
+    if best == "DPO":
+        return f"{said}, and the other losses do no better: raise β to between 0.3 and 1, or train by SFT first."
+    return f"{said}, {best}'s by {forecast[best]:+.2g}: take {best}, or raise β to between 0.3 and 1."
+
+
+def _off_policy(share: float) -> str | None:
+    if share >= ON_POLICY:
+        return None
+    return (
+        f"Only {percent(share)} of the answers are as likely as the model's own: the pairs are off its policy. Train "
+        "by SFT on the chosen answers first, and keep β between 0.1 and 0.5."
+    )
+
+
+_OURS = "our runs: docs/choosing.md"
+
+
+def _from(check: str) -> str:
+    return percent(warns(check)) + " or more" if warns(check) else "any"
+
+
+RULES = (
+    Rule(
+        "drop",
+        "; ".join(f"{name}: {_from(check)}" for check, name in _DROPPED.items()),
+        "drop them",
+        tuple(_DROPPED),
+        _drop,
+        "the checks of the same names",
+    ),
+    Rule(
+        "tokens",
+        "; ".join(f"{check}: {_from(check)}" for check in _TOKENS),
+        "mend tokenizer, template or texts",
+        _TOKENS,
+        _tokens,
+        "the checks of the same names",
+    ),
+    Rule(
+        "truncation",
+        f"pairs cut at `max_length`: {_from('truncated')}; that lose what they differ in: {_from('difference-lost')}",
+        "the `max_length` that holds 99 %",
+        ("truncated", "difference-lost", "longest_99"),
+        _truncated,
+        "TRL's tokenisation",
+    ),
+    Rule(
+        "near-identical",
+        f"nearly equal pairs: {_from('near-identical')}",
+        "SFT term, PLOT or a filter by CHES",
+        ("near-identical",),
+        _near,
+        "Pal et al. 2024 (arXiv 2402.13228); Razin et al. 2024 (arXiv 2410.08847)",
+    ),
+    Rule(
+        "noise",
+        f"contradictory pairs: {_from('contradictory')}",
+        "`loss_type: robust`",
+        ("contradictory",),
+        _noise,
+        f"Chowdhury et al. 2024 (arXiv 2403.00409); {_OURS}",
+    ),
+    Rule(
+        "length",
+        f"AUC of length alone, the nearer end of its 95 % interval: {warns('length')} or more, or "
+        f"{1 - warns('length'):.2f} or less",
+        "`ld_alpha`, SimPO, or balanced lengths",
+        ("length_auc", "length_auc_low", "length_auc_high"),
+        _length,
+        "Park et al. 2024 (arXiv 2403.19159); LD-DPO (arXiv 2409.06411)",
+    ),
+    Rule(
+        "first-words",
+        f"accuracy of the first words alone, the low end of its 95 % interval: {warns('first-words')} or more",
+        "judge by answers",
+        ("first_words_accuracy", "first_words_accuracy_low"),
+        _first_words,
+        "Qi et al. 2024 (arXiv 2406.05946)",
+    ),
+    Rule(
+        "refusals",
+        "chosen answers refuse more often than rejected ones, or the reverse, the nearer end of the 95 % interval: by "
+        f"{_from('refusals')}",
+        "answered harmless requests, β ≥ 0.1, PLOT or the SFT term; or a measure of harmful requests",
+        ("refusals_chosen", "refusals_rejected", "refusal_gap_low", "refusal_gap_high"),
+        _refusals,
+        f"Röttger et al. 2023 (arXiv 2308.01263); {_OURS}",
+    ),
+    Rule(
+        "scripts",
+        f"answers in two scripts: {_from('scripts')}",
+        "drop them",
+        ("scripts",),
+        _scripts,
+        "the check of the same name",
+    ),
+    Rule(
+        "overlap",
+        f"prompts of the file given: {_from('overlap')}",
+        "drop them",
+        ("overlap",),
+        _overlap,
+        "Brown et al. 2020 (arXiv 2005.14165)",
+    ),
+    Rule(
+        "content",
+        f"less than {percent(CONTENT)} of the preference's mass is on content",
+        "mend the data before PLOT",
+        ("content", "largest_kind"),
+        _content,
+        "the table of tokens: PLOT trains these and no others",
+    ),
+    Rule(
+        "accuracy",
+        f"the model's accuracy before training: {ACCURACY_HIGH} or more, or below {ACCURACY_LOW}",
+        "harder pairs; or SFT first",
+        ("accuracy",),
+        _accuracy,
+        "Chen et al. 2024 (arXiv 2405.19534): preference learning seldom turns a ranking",
+    ),
+    Rule(
+        "ches",
+        f"mean length-normalised CHES above {CHES:g}",
+        "filter by CHES, the SFT term or PLOT",
+        ("ches_mean",),
+        _ches,
+        "Razin et al. 2024 (arXiv 2410.08847)",
+    ),
+    Rule(
+        "forecast",
+        "DPO's first step is forecast to lower the chosen log-probability",
+        "the loss with the best forecast; β from 0.3 to 1",
+        ("forecast",),
+        _forecast,
+        f"first order, by one real gradient; {_OURS}",
+    ),
+    Rule(
+        "off-policy",
+        f"less than {percent(ON_POLICY)} of the answers are as likely as the model's own",
+        "SFT first; β from 0.1 to 0.5",
+        ("on_policy",),
+        _off_policy,
+        "Tajwar et al. 2024 (arXiv 2404.14367)",
+    ),
+)

@@ -1,0 +1,145 @@
+"""``plot-align doctor PAIRS``: exit codes, JSON, the record, and a page that is harmless whatever the data say."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plot_align
+from plot_align.cli.main import main
+from plot_align.records import read_record
+
+EVIL = "<script>alert(1)</script>{{ 7*7 }}\u202e & <img src=https://example.com/x onerror=alert(2)>"
+
+
+@pytest.fixture
+def pairs(clean: list[dict[str, Any]], tmp_path: Path) -> Path:
+    """The clean set with three equal pairs (a note), two near-identical ones and one that is none (a warning)."""
+    for row in (5, 6, 7):
+        clean[row]["rejected"] = clean[row]["chosen"]
+    for row in (8, 9):
+        clean[row]["prompt"] = EVIL
+        clean[row]["rejected"] = clean[row]["chosen"].rsplit(" ", 1)[0] + f" {EVIL.split()[0]}"
+    clean[11]["chosen"] = None
+    return write(clean, tmp_path / "pairs.jsonl")
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_text_record_and_page(pairs, tiny_llama, tmp_path, capsys):
+    record, page = tmp_path / "out" / "doctor.json", tmp_path / "out" / "doctor.html"
+    arguments = ["--record", str(record), "--page", str(page)]
+    assert main(["doctor", str(pairs), "--model", str(tiny_llama), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("199 pairs of pairs.jsonl, read with ")
+    assert re.search(r"(?m)^warning  1 of 200 rows are no pairs and were left out; the first is row", out)
+    assert "warning  3 of 199 pairs (1.5 %) have two equal answers" in out
+    assert "- Drop what is no pair (0.5 %), identical (1.5 %):" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert err.splitlines()[-2:] == [f"record: {record}", f"page: {page}"]
+
+    found = read_record(record, "doctor")
+    assert found["config"]["max_length"] == 1024
+    assert found["config"]["data"] == "pairs.jsonl"
+    assert {finding["check"] for finding in found["results"]["findings"]} == {"no-pair", "identical", "near-identical"}
+    assert found["results"]["measures"]["identical"] == 3 / 199
+    assert {"row": 8, "why": "nearly equal"} in found["results"]["worst"]
+    assert "alert" not in record.read_text()  # no text of the data but words and tokens
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, their attributes, the text, and the text outside of <details>."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = self.shown = ""
+        self._inside = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._inside += tag == "details"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = max(0, self._inside - (tag == "details"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if not self._inside:
+            self.shown += data
+
+
+def test_the_page_escapes_and_hides_what_the_data_say(pairs, tiny_llama, tmp_path, capsys):
+    path = tmp_path / "doctor.html"
+    assert main(["doctor", str(pairs), "--tokenizer", str(tiny_llama), "--page", str(path)]) == 0
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("link") == 1  # the empty icon
+    assert not [value for name, value in page.attributes if name.startswith("on") or "example.com" in (value or "")]
+    assert "http" not in re.sub(r"xmlns[^\"]*\"[^\"]*\"", "", "".join(value or "" for _, value in page.attributes))
+    assert "alert(1)" in page.text
+    assert "alert(2)" in page.text
+    assert "alert(2)" not in page.shown
+    assert "\u202e" not in text
+    assert "{{" in page.text  # the template did not read it
+    assert page.tags.count("svg") == 1
+    assert "prefers-color-scheme: dark" in text
+    assert "max-width: 40rem" in text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    targets = {value[1:] for name, value in page.attributes if name == "href" and value and value.startswith("#")}
+    assert {"main", "findings", "lengths", "preference", "pairs", "made"} <= targets <= set(ids)
+
+
+def test_json_and_exit_codes(pairs, clean, tiny_llama, tmp_path, capsys):
+    base = ["doctor", str(pairs), "--model", str(tiny_llama)]
+    assert main([*base, "--json", "--fail_on", "error"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pairs"] == 199
+    assert {finding["severity"] for finding in found["findings"]} == {"warning", "note"}
+    assert main([*base, "--fail_on", "warning"]) == 3
+    good = write(clean[20:], tmp_path / "good.jsonl")
+    assert main(["doctor", str(good), "--model", str(tiny_llama), "--fail_on", "warning"]) == 0
+    assert "no check found anything" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["PAIRS"], "--model is missing"),
+        (["--strict"], "--strict is for a data set, and PAIRS is missing"),
+        (["--model", "m"], "--model is for a data set"),
+        (["PAIRS", "--model", "TINY", "--strict"], "data row 11: 'chosen' is missing"),
+        (["PAIRS", "--model", "TINY", "--record", "a.txt"], "expected a name ending in .json"),
+        (["PAIRS", "--model", "TINY", "--page", "a.pdf"], "expected a name ending in .html"),
+        (["PAIRS", "--model", "TINY", "--overlap", "no.txt"], "--overlap no.txt cannot be read"),
+        (["PAIRS", "--model", "TINY", "--max_length", "0"], "max_length is 0"),
+        (["PAIRS", "--model", "TINY", "--split", "test"], "has no splits"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, said, pairs, tiny_llama, capsys):
+    known = {"PAIRS": str(pairs), "TINY": str(tiny_llama)}
+    assert main(["doctor", *(known.get(argument, argument) for argument in arguments)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len([line for line in err.splitlines() if line.startswith("plot-align: ")]) == 1
+
+
+def test_in_python_a_model_will_do(clean, tiny_llama, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    path = write(clean[20:], tmp_path / "good.jsonl")
+    assert plot_align.diagnose(path, model, progress=False).examination.findings == []

@@ -1,0 +1,209 @@
+"""The measures of the doctor against other code: SciPy, NumPy, dictionaries, values by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, mannwhitneyu
+
+from plot_align.doctor.faults import near_identical, script, similarity
+from plot_align.doctor.pairs import Pair
+from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, _quantile
+
+
+def pair(chosen: str = "a", rejected: str = "b", *, row: int = 0, prompt: str = "", tokens=(1, 1)) -> Pair:
+    ids = tuple([0] * (2 + count) for count in tokens)
+    return Pair(row, (prompt,), prompt, chosen, rejected, False, [0, 0], 2, ids, ((2, 2), (2, 2)))
+
+
+# --- similarity -----------------------------------------------------------------------------------------------------
+
+
+def test_similarity_by_hand():
+    """{a, a, b, c} and {a, b, d}: a and b in common, 2·2 / (4 + 3)."""
+    assert similarity(pair("a a b c", "d b a")) == pytest.approx(4 / 7)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abcdefghij"), max_size=25), st.lists(st.sampled_from("abcdefghij"), max_size=25))
+def test_similarity_is_dice_s_and_near_is_ninety_percent_of_it(one, other):
+    """Removing what is shared word by word, from a list."""
+    left, shared = list(other), 0
+    for word in one:
+        if word in left:
+            left.remove(word)
+            shared += 1
+    expected = 2 * shared / (len(one) + len(other)) if one or other else 1.0
+    found = pair(" ".join(one), " ".join(other))
+    assert similarity(found) == pytest.approx(expected)
+    assert near_identical(found, None) == (expected >= 0.9 and one != other)
+
+
+# --- length ---------------------------------------------------------------------------------------------------------
+
+
+def lengths_of(tokens: list[tuple[int, int]]) -> Lengths:
+    lengths = Lengths()
+    for count in tokens:
+        lengths.add(pair(tokens=count))
+    return lengths
+
+
+def test_auc_of_length_within_pairs():
+    """The mean of 1, ½ and 0 over pairs and s/√n, by NumPy; and the AUC of SciPy where pairs do not matter."""
+    rng = random.Random(0)
+    tokens = [(rng.randint(1, 30), rng.randint(1, 25)) for _ in range(300)]
+    found = lengths_of(tokens).measures()
+    scores = np.array([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in tokens])
+    gaps = np.array([a - b for a, b in tokens])
+    for name, values in (("length_auc", scores), ("length_difference", gaps)):
+        assert found[name]["value"] == pytest.approx(values.mean())
+        assert found[name]["error"] == pytest.approx(values.std(ddof=1) / math.sqrt(300))
+        assert found[name]["interval"][1] == pytest.approx(values.mean() + 1.959964 * found[name]["error"])
+    chosen, rejected = zip(*tokens, strict=True)
+    alone = mannwhitneyu(chosen, rejected).statistic / 300**2
+    assert found["length_auc"]["value"] == pytest.approx(alone, abs=0.03)
+
+
+def test_shorter_answers_that_win_are_a_bias_too():
+    lengths = lengths_of([(3, 9)] * 90 + [(9, 3)] * 10)
+    (finding,) = lengths.findings(lengths.measures())
+    assert finding.share == pytest.approx(0.1)
+    assert "tells the label in 90.0 % of the pairs" in finding.sentence
+    assert "4.8 tokens shorter; the shorter one wins" in finding.sentence
+
+
+def test_few_pairs_prove_no_bias():
+    lengths = lengths_of([(9, 3)] * 7 + [(3, 9)] * 3)
+    assert lengths.findings(lengths.measures()) == []
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.sampled_from([0.01, 0.5, 0.99, 1.0]))
+def test_quantile(values, share):
+    assert _quantile(Counter(values), share) == np.quantile(values, share, method="inverted_cdf")
+
+
+# --- first words ----------------------------------------------------------------------------------------------------
+
+
+def naive_accuracy(pairs: list[Pair], parts: list[int]) -> float:
+    """The classifier of the docstring, with dictionaries."""
+    right = 0.0
+    for part in set(parts):
+        counts: dict[str, Counter] = {"chosen": Counter(), "rejected": Counter()}
+        for one, of in zip(pairs, parts, strict=True):
+            if of != part:
+                for side, count in counts.items():
+                    count.update(enumerate(getattr(one, side).lower().split()[:5]))
+
+        def score(text: str, counts: Any = counts) -> float:
+            features = enumerate(text.lower().split()[:5])
+            return sum(math.log((counts["chosen"][word] + 1) / (counts["rejected"][word] + 1)) for word in features)
+
+        for one, of in zip(pairs, parts, strict=True):
+            if of == part:
+                gap = score(one.chosen) - score(one.rejected)
+                right += 0.5 if abs(gap) < 1e-9 else float(gap > 0)
+    return right / len(pairs)
+
+
+def test_accuracy_of_the_first_words():
+    rng = random.Random(1)
+    words = ["Yes", "no", "I", "you", "it's", "well", "maybe", "cannot"]
+
+    def answer(bias: int) -> str:
+        return " ".join(rng.choices(words, [1 + bias * (at % 2) for at in range(8)], k=rng.randint(1, 8)))
+
+    pairs = [pair(answer(1), answer(0), row=row, prompt=f"prompt {row % 100}") for row in range(400)]
+    tally = FirstWords()
+    for one in pairs:
+        tally.add(one)
+    accuracy = tally.accuracy()
+    assert accuracy["value"] == pytest.approx(naive_accuracy(pairs, list(tally._parts)), abs=1e-12)
+    assert 0.55 < accuracy["value"] < 0.8
+    interval = binomtest(round(accuracy["value"] * 400), 400).proportion_ci(method="wilson")
+    assert accuracy["interval"] == pytest.approx([interval.low, interval.high], abs=2e-3)
+    assert len({part for one, part in zip(pairs, tally._parts, strict=True) if one.prompt == "prompt 3"}) == 1
+
+
+def test_words_that_say_nothing_have_an_accuracy_of_a_half():
+    tally = FirstWords()
+    for row in range(50):
+        tally.add(pair("the same beginning, then this", "The same beginning, then that"[:28], row=row))
+    assert tally.accuracy()["value"] == 0.5
+    assert tally.findings(tally.accuracy()) == []
+
+
+def test_table_of_first_words():
+    tally = FirstWords()
+    for row in range(9):
+        tally.add(pair("Sorry, I cannot" if row < 6 else "Yes", "Yes" if row < 8 else "Well", row=row))
+    assert tally.table() == [
+        {"word": "sorry", "chosen": 6, "rejected": 0},
+        {"word": "yes", "chosen": 3, "rejected": 8},
+        {"word": "well", "chosen": 0, "rejected": 1},
+    ]
+
+
+# --- refusals, scripts, overlap -------------------------------------------------------------------------------------
+
+
+def test_refusals_by_hand():
+    """30 of 100: only the chosen refuses; 10: only the rejected; 5: both. The gap is 0.2 with s² = 0.4 − 0.04."""
+    refusals = Refusals()
+    no, yes = "I’m sorry, but no.", "Here you are."
+    for chosen, rejected, count in ((no, yes, 30), (yes, no, 10), (no, no, 5), (yes, yes, 55)):
+        for _ in range(count):
+            refusals.add(pair(chosen, rejected))
+    found = refusals.measures()
+    assert (found["refusals_chosen"]["value"], found["refusals_rejected"]["value"]) == (0.35, 0.15)
+    half = 1.959964 * math.sqrt((0.4 - 0.04) / 100)
+    assert found["refusal_gap"]["interval"] == pytest.approx([0.2 - half, 0.2 + half])
+    assert refusals.findings(found) == []  # 0.08 at the low end
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello — world", "Latin"),
+        ("naïve café", "Latin"),
+        ("Привет, world", "Cyrillic"),
+        ("你好,世界 hi", "Han"),
+        ("ひらがな カタカナ", "Kana"),
+        ("안녕하세요", "Hangul"),
+        ("مرحبا", "Arabic"),
+        ("1 + 1 = 2 🙂", ""),
+        ("", ""),
+    ],
+)
+def test_script(text, expected):
+    assert script(text) == expected
+
+
+@pytest.mark.parametrize(("shared", "count"), [(12, 0), (13, 1), (14, 1)])
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_overlap_of_thirteen_words(shared, count, place):
+    words = [f"w{at}" for at in range(20)]
+    others = [f"x{at}" for at in range(20 - shared)]
+    tally = Overlap([" ".join(words)])
+    tally.add(pair(prompt=" ".join(words[:shared] + others if place == "start" else others + words[-shared:])))
+    assert tally.rows.count == count
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.sampled_from("abc"), max_size=30))
+def test_overlap_is_equality_or_thirteen_words(one, other):
+    def runs(words: list[str]) -> set[str]:
+        return {" ".join(words[at : at + 13]) for at in range(len(words)) if at + 13 <= len(words)}
+
+    tally = Overlap([" ".join(one)])
+    tally.add(pair(prompt=" ,".join(other).upper() + "?"))
+    assert bool(tally.rows.count) == ((bool(one) and one == other) or bool(runs(one) & runs(other)))
