@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from plot_align.errors import InputError, RunError
+from plot_align.inference import resume
+from plot_align.inference.resume import forget_partial
 from plot_align.methods import filter as filtering
 from plot_align.methods.filter import keep_pairs, pair_scores, score_pairs, write_pairs
 from plot_align.preference.distribution import PreferenceDistribution
@@ -423,7 +425,7 @@ def test_an_interrupted_run_goes_on(
     assert torch.equal(passes.of(*arguments, **options)[1], expected)
     assert passes.count == 0
     (journal.parent / "kept.scores.partial.mine").touch()
-    filtering.forget_partial(options["partial"])
+    forget_partial(options["partial"])
     assert [path.name for path in journal.parent.iterdir()] == ["kept.scores.partial.mine"]
 
 
@@ -468,9 +470,9 @@ def test_scores_of_other_runs_are_never_taken(
 def test_a_journal_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
     """Nothing waits in a buffer for the file to be closed."""
     path = tmp_path / "journal"
-    with filtering._journal(path) as keep:
+    with resume._journal(path) as keep:
         keep(3, [0.1, -2e-9])
-        assert filtering._read_journal(path) == {3: [0.1, -2e-9]}
+        assert resume.read_journal(path) == {3: [0.1, -2e-9]}
 
 
 def test_a_journal_that_cannot_be_written(
