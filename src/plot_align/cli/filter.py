@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _DEFT = {"preference": None, "direction": "highest", "score": "chosen", "reading": "log"}
 _MODEL = {"batch_size": 16, "device": None, "dtype": "auto", "trust_remote_code": False}
-_OWN = {"deft": {**_DEFT, **_MODEL}, "ches": _MODEL, "length": {"trust_remote_code": False}}  # options, with defaults
-_ELSEWHERE = {name: "ches and deft" for name in _MODEL} | {name: "deft" for name in _DEFT}
+_OWN: dict[str, dict[str, Any]] = {  # options, with their defaults
+    "deft": {**_DEFT, **_MODEL},
+    "ches": _MODEL,
+    "length": {"trust_remote_code": False},
+}
+_OWNERS = dict.fromkeys(_MODEL, "ches or deft") | dict.fromkeys(_DEFT, "deft")
 
 
 def make_parser() -> Parser:
@@ -31,7 +35,7 @@ def make_parser() -> Parser:
     parser.usage = "plot-align filter DATA --model MODEL [options]"  # argparse's own usage takes a third of the screen
     parser.add_argument("data", metavar="DATA", help="hub id, or a .jsonl/.json/.csv/.parquet file, also .gz")
     parser.add_argument("--model", required=True, help="hub id or folder of the model to tune")
-    parser.add_argument("--by", choices=list(_OWN), default="deft", metavar="B", help="deft, ches, length (%(default)s)")
+    parser.add_argument("--by", choices=list(_OWN), default="deft", metavar="B", help="deft, ches or length (deft)")
     parser.add_argument("--share", type=float, default=0.05, help="share of the pairs to keep (%(default)s)")
     parser.add_argument("--preference", metavar="FILE", help="deft: from `plot-align estimate` (default: these pairs)")
     for name, choices in (("direction", ("highest", "lowest")), ("score", ("chosen", "margin")),
@@ -101,14 +105,13 @@ def run(arguments: list[str]) -> int:
 def _settle(options: Any) -> None:
     """Refuses options of another ``--by``, and fills in the defaults of its own."""
     own = _OWN[options.by]
-    for name, owners in _ELSEWHERE.items():
+    for name, owners in _OWNERS.items():
         given = getattr(options, name)
         if name in own:
             setattr(options, name, own[name] if given is None else given)
         elif given not in (None, False):
             raise InputError(
-                f"--{name} came with --by {options.by}, expected it with --by {owners.replace(' and ', ' or ')} only; "
-                "leave it out"
+                f"--{name} came with --by {options.by}, expected it with --by {owners} only; leave it out"
             )
         else:
             delattr(options, name)
@@ -173,10 +176,7 @@ def _results(found: _Scored, kept: Tensor) -> dict[str, Any]:
         "kept": int(kept.sum()),
         "threshold": float(last),
         "quantiles": {f"{quantile:g}": value for quantile, value in zip(_QUANTILES, quantiles, strict=True)},
-        **{
-            f"mean_{name}": float(values.nanmean())
-            for name, values in zip(found.names, found.scores.T, strict=True)
-        },
+        **{f"mean_{name}": float(values.nanmean()) for name, values in zip(found.names, found.scores.T, strict=True)},
     }
 
 

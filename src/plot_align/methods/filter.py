@@ -1,9 +1,9 @@
 """Filters of pairs: keep a share of them by DEFT's distribution reward, by CHES or by the lengths of their sides.
 
 DEFT (arXiv 2604.01787) keeps the pairs with the highest distribution reward (:mod:`plot_align.head.reward`) of each
-completion under the reference model. Razin et al. (arXiv 2410.08847) drop the pairs with the largest length-normalised
-CHES (:mod:`plot_align.inference.ches`). Scoring a large set takes long, so scores are journalled and an interrupted run
-resumes.
+completion under the reference model. Razin et al. (arXiv 2410.08847) drop the pairs with the largest
+length-normalised CHES (:mod:`plot_align.inference.ches`). Scoring a large set takes long, so scores are journalled and
+an interrupted run resumes.
 """
 
 from __future__ import annotations
