@@ -91,3 +91,43 @@ def test_the_rule_falls_back_on_the_likelihood_at_equal_refusal() -> None:
     }
     said = outcome(arms, compared(arms))
     assert "No setting raises the AUC. Rule 4: **DPO+PLOT** " in said
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12))
+def test_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    from scipy.stats import spearmanr
+
+    from study.forecasts import spearman
+
+    a, b = zip(*pairs, strict=True)
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        assert np.isnan(spearman(a, b))
+    else:
+        assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+def test_the_table_of_forecasts(tmp_path: Path) -> None:
+    """Four sets and three losses. AdamW's forecast has the order of what is measured, SGD's the reverse. Of each run's
+    answers two are exchanged: ρ = 1 − 6·(0 + 1 + 1) / (3·8) = 1/2."""
+    from plot_align.records import write_record
+    from study.forecasts import LOSSES, write
+
+    config = {"steps": 20, "pairs": 8, "learning_rate": 4e-5}
+    for i, name in enumerate("abcd"):
+        measured = {loss: 10.0 * i + j - 9.5 for j, loss in enumerate(LOSSES)}  # -9.5, -8.5, -7.5, 0.5, ...
+        sides = {
+            "adamw": {loss: [v, v + 2, v + 1] for loss, v in measured.items()},
+            "sgd": {loss: [-v, -v, -v] for loss, v in measured.items()},
+        }
+        found = {**sides, "ches_normalised": [-float(i)]}
+        runs = {loss: {"held_out": [v, v + 1, v + 2]} for loss, v in measured.items()}
+        for folder, scores in {"forecast": found, **runs}.items():
+            path = tmp_path / folder / name / "seed-0.json"
+            path.parent.mkdir(parents=True)
+            write_record(path, "forecast study", {"scores": scores}, config={**config, "data": name}, seed=0)
+    write(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| a | DPO | 0.0 | -8.5 ± 0.58 | +9.5 ± 0 | -8.5 ± 0.58 |" in page
+    assert "| all | 12 | 1.00 (1.00 to 1.00) | -1.00 (-1.00 to -1.00) | 0.50 (0.50 to 0.50) | 1.00 |" in page
+    assert "| DPO, by −CHES | 4 | 1.00 (1.00 to 1.00) | | | |" in page

@@ -199,7 +199,11 @@ def test_an_interrupted_measure_goes_on(
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     measure(model, tokenizer, pairs, **options)
     assert calls - done == 2 + 4  # another model's scores are never taken
-    assert len(list(tmp_path.iterdir())) == 2
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] -= 1
+    for changed in ({"seed": 1}, {"answered": 1}, {"step": Step(pairs=2, batches=1, answers=2, beta=0.2)}):
+        before = len(list(tmp_path.iterdir()))
+        measure(model, tokenizer, pairs, **{**options, **changed})
+        assert len(list(tmp_path.iterdir())) == before + 1
 
 
 def test_refused(model: Any, tokenizer: Any, pairs: list[Any]) -> None:
