@@ -196,14 +196,16 @@ def test_an_interrupted_measure_goes_on(
     assert again == whole
     assert sum(advanced) == 2 * 1 + 2 + 2 + 8
     monkeypatch.setattr(doctor, "forecast", forecasts)
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    before = weight[0, 0].clone()
+    weight[0, 0] += 1
     measure(model, tokenizer, pairs, **options)
     assert calls - done == 2 + 4  # another model's scores are never taken
-    model.model.layers[0].mlp.up_proj.weight.data[0, 0] -= 1
+    weight[0, 0] = before
     for changed in ({"seed": 1}, {"answered": 1}, {"step": Step(pairs=2, batches=1, answers=2, beta=0.2)}):
-        before = len(list(tmp_path.iterdir()))
+        files = len(list(tmp_path.iterdir()))
         measure(model, tokenizer, pairs, **{**options, **changed})
-        assert len(list(tmp_path.iterdir())) == before + 1
+        assert len(list(tmp_path.iterdir())) == files + 1
 
 
 def test_refused(model: Any, tokenizer: Any, pairs: list[Any]) -> None:
