@@ -73,10 +73,11 @@ def make_forecast(model: Any, pairs: Set, seed: int, path: Path) -> None:
     model.eval()
     plot = PlotLoss(pairs.preference, model.get_input_embeddings().weight.detach())
     found: dict[str, Any] = {}
-    for optimizer in OPTIMIZERS:
-        step = Step(learning_rate=RATE, optimizer=optimizer, pairs=PAIRS, batches=len(batches))
-        found[optimizer] = effects(model, answers, directions(model, batches, plot, step), RATE)
-    similarity = torch.cat([ches(model, batch) for batch in batches])  # (pairs, 2)
+    with _as_trained():
+        for optimizer in OPTIMIZERS:
+            step = Step(learning_rate=RATE, optimizer=optimizer, pairs=PAIRS, batches=len(batches))
+            found[optimizer] = effects(model, answers, directions(model, batches, plot, step), RATE)
+        similarity = torch.cat([ches(model, batch) for batch in batches])  # (pairs, 2)
     found["ches"], found["ches_normalised"] = similarity.T.tolist()
     found["tokens"] = [answer.stop - answer.start for answer in answers]
     _write(path, found, pairs.name, seed)
@@ -87,15 +88,25 @@ def make_run(model: Any, pairs: Set, loss: str, seed: int, path: Path, output: P
     rows = pairs.rows(seed)
     sides = {"held_out": pairs.scored(pairs.held_out), "trained": pairs.scored(rows)}
     answers = {name: [chosen for chosen, _ in found] for name, found in sides.items()}
-    before = {name: score(model, found).logps for name, found in answers.items()}
+    before = log_p(model, answers)
     arm = ARMS[loss]
     trainer = _trainer(arm, model, pairs.tokenizer, rows, seed, output / "trainer")
     trainer.remove_callback(PrinterCallback)
     if arm.plot is not None:
         attach(trainer, pairs.preference, arm.plot)
     trainer.train()
-    gained = {name: (score(trainer.model, found).logps - before[name]).tolist() for name, found in answers.items()}
+    gained = {name: (found - before[name]).tolist() for name, found in log_p(trainer.model, answers).items()}
     _write(path, gained, pairs.name, seed, loss=loss)
+
+
+def log_p(model: Any, answers: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    with _as_trained():
+        return {name: score(model, found).logps for name, found in answers.items()}
+
+
+def _as_trained() -> torch.autocast:
+    """The precision of the training runs."""
+    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=fast_bf16())
 
 
 def kept(kinds: list[list[data.Pair]], by: str, seed: int, model: Any, tokenizer: Any) -> list[list[data.Pair]]:
@@ -118,7 +129,7 @@ def make_filter(study: Study, whole: list[list[data.Pair]], by: str, seed: int, 
     """Record of all measures of DPO on the pairs that a filter keeps."""
     study.kinds = kept(whole, by, seed, study.load(), study.tokenizer)
     model, _ = study.train(ARMS["DPO"], seed)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16()):
+    with _as_trained():
         scores, _ = study.bench.run(model)
     _write(path, scores, study.kind, seed, by=by, share=SHARE)
 

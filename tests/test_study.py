@@ -107,11 +107,39 @@ def test_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
         assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
-def test_the_table_of_forecasts(tmp_path: Path) -> None:
+def test_sets_of_sums(tmp_path: Path) -> None:
+    """Two sums: their marks for a calculator are gone, and a chosen solution never stands on the other side."""
+    import gzip
+    import json
+
+    from study.sets import other_numbers, other_solutions
+
+    rows = [
+        {"question": "1 + 1?", "answer": "1 + 1 is <<1+1=2>>2.\n#### 2"},
+        {"question": "3 times 500?", "answer": "It is <<3*500=1500>>1,500.\n#### 1,500"},
+    ]
+    with gzip.open(tmp_path / "gsm8k_train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def sides(kinds: Any) -> list[tuple[str, ...]]:
+        return [tuple(row[key][0]["content"] for key in ("prompt", "chosen", "rejected")) for row in kinds[0]]
+
+    first, second = "1 + 1 is 2.\n= 2", "It is 1,500.\n= 1,500"
+    assert sides(other_solutions(tmp_path, None)) == [("1 + 1?", first, second), ("3 times 500?", second, first)]
+    assert sides(other_numbers(tmp_path, None)) == [
+        ("1 + 1?", first, "1 + 1 is 2.\n= 3"),
+        ("3 times 500?", second, "It is 1,500.\n= 1501"),
+    ]
+
+
+def test_the_table_of_forecasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four sets and three losses. AdamW's forecast has the order of what is measured, SGD's the reverse. Of each run's
     answers two are exchanged: ρ = 1 − 6·(0 + 1 + 1) / (3·8) = 1/2."""
     from plot_align.records import write_record
+    from study import forecasts
     from study.forecasts import LOSSES, write
+
+    monkeypatch.setattr(forecasts, "RESAMPLES", 20)
 
     config = {"steps": 20, "pairs": 8, "learning_rate": 4e-5}
     for i, name in enumerate("abcd"):

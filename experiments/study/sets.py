@@ -60,7 +60,7 @@ def other_solutions(folder: Path, tokenizer: Any) -> list[list[Pair]]:
 
 def other_numbers(folder: Path, tokenizer: Any) -> list[list[Pair]]:
     """A worked sum against the same with one more at its end: the sides are almost the same."""
-    return [[_worded(q, answer, re.sub(r"\d+(?=\D*$)", _one_more, answer)) for q, answer in _sums(folder)]]
+    return [[_worded(q, answer, re.sub(r"[\d,]*\d(?=\D*$)", _one_more, answer)) for q, answer in _sums(folder)]]
 
 
 SETS: dict[str, Callable[[Path, Any], list[list[Pair]]]] = {
@@ -90,7 +90,7 @@ def _sums(folder: Path) -> list[tuple[str, str]]:
 
 
 def _one_more(number: re.Match[str]) -> str:
-    return str(int(number[0]) + 1)
+    return str(int(number[0].replace(",", "")) + 1)
 
 
 def _worded(question: str, chosen: str, rejected: str) -> Pair:
