@@ -109,3 +109,71 @@ def test_at_equal_refusal_a_setting_on_the_line_of_the_remedy_gains_nothing() ->
     assert below.value == pytest.approx(-6.0)
     assert below.high < 0
     assert at_equal_refusal(arm(2.5, 14.0), family, ("kl",)) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12))
+def test_rank_correlation_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    from scipy.stats import spearmanr
+
+    from study.forecasts import spearman
+
+    a, b = zip(*pairs, strict=True)
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        assert np.isnan(spearman(a, b))
+    else:
+        assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+
+
+def test_sets_of_sums(tmp_path: Path) -> None:
+    """Two sums: their marks for a calculator are gone, and a chosen solution never stands on the other side."""
+    import gzip
+    import json
+
+    from study.sets import other_numbers, other_solutions
+
+    rows = [
+        {"question": "1 + 1?", "answer": "1 + 1 is <<1+1=2>>2.\n#### 2"},
+        {"question": "3 times 500?", "answer": "It is <<3*500=1500>>1,500.\n#### 1,500"},
+    ]
+    with gzip.open(tmp_path / "gsm8k_train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def sides(kinds: Any) -> list[tuple[str, ...]]:
+        return [tuple(row[key][0]["content"] for key in ("prompt", "chosen", "rejected")) for row in kinds[0]]
+
+    first, second = "1 + 1 is 2.\n= 2", "It is 1,500.\n= 1,500"
+    assert sides(other_solutions(tmp_path, None)) == [("1 + 1?", first, second), ("3 times 500?", second, first)]
+    assert sides(other_numbers(tmp_path, None)) == [
+        ("1 + 1?", first, "1 + 1 is 2.\n= 3"),
+        ("3 times 500?", second, "It is 1,500.\n= 1501"),
+    ]
+
+
+def test_the_table_of_forecasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four sets and three losses. AdamW's forecast has the order of what is measured, SGD's the reverse. Of each run's
+    answers two are exchanged: ρ = 1 − 6·(0 + 1 + 1) / (3·8) = 1/2."""
+    from plot_align.records import write_record
+    from study import forecasts
+    from study.forecasts import LOSSES, write
+
+    monkeypatch.setattr(forecasts, "RESAMPLES", 20)
+
+    config = {"steps": 20, "pairs": 8, "learning_rate": 4e-5}
+    for i, name in enumerate("abcd"):
+        measured = {loss: 10.0 * i + j - 9.5 for j, loss in enumerate(LOSSES)}  # -9.5, -8.5, -7.5, 0.5, ...
+        sides = {
+            "adamw": {loss: [v, v + 2, v + 1] for loss, v in measured.items()},
+            "sgd": {loss: [-v, -v, -v] for loss, v in measured.items()},
+        }
+        found = {**sides, "ches_normalised": [-float(i)]}
+        runs = {loss: {"held_out": [v, v + 1, v + 2]} for loss, v in measured.items()}
+        for folder, scores in {"forecast": found, **runs}.items():
+            path = tmp_path / folder / name / "seed-0.json"
+            path.parent.mkdir(parents=True)
+            write_record(path, "forecast study", {"scores": scores}, config={**config, "data": name}, seed=0)
+    write(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| a | DPO | 0.0 | -8.5 ± 0.58 | +9.5 ± 0 | -8.5 ± 0.58 |" in page
+    assert "| all | 12 | 1.00 (1.00 to 1.00) | -1.00 (-1.00 to -1.00) | 0.50 (0.50 to 0.50) | 1.00 |" in page
+    assert "| DPO, by −CHES | 4 | 1.00 (1.00 to 1.00) | | | |" in page

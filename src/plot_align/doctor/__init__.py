@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plot_align.doctor.diagnosis import Diagnosis, diagnose
     from plot_align.doctor.findings import Finding
+    from plot_align.doctor.forecast import Step
+    from plot_align.doctor.model import ModelMeasures, measure
     from plot_align.doctor.verdict import Advice, judge
 
-__all__ = ["Advice", "Diagnosis", "Finding", "diagnose", "judge"]
+__all__ = ["Advice", "Diagnosis", "Finding", "ModelMeasures", "Step", "diagnose", "judge", "measure"]
 
-_NAMES = {"diagnosis": "Diagnosis diagnose", "findings": "Finding", "verdict": "Advice judge"}
+_NAMES = {
+    "diagnosis": "Diagnosis diagnose",
+    "findings": "Finding",
+    "forecast": "Step",
+    "model": "ModelMeasures measure",
+    "verdict": "Advice judge",
+}
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 

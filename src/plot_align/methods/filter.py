@@ -1,29 +1,30 @@
-"""DEFT's data filter (arXiv 2604.01787): keep the pairs with the highest distribution reward under a model.
+"""Filters of pairs: keep a share of them by DEFT's distribution reward, by CHES or by the lengths of their sides.
 
-The reward is that of :mod:`plot_align.head.reward`, computed for each completion under the reference model before
-training. Scoring a large set takes long, so scores are journalled and an interrupted run resumes.
+DEFT (arXiv 2604.01787) keeps the pairs with the highest distribution reward (:mod:`plot_align.head.reward`) of each
+completion under the reference model. Razin et al. (arXiv 2410.08847) drop the pairs with the largest
+length-normalised CHES (:mod:`plot_align.inference.ches`). Scoring a large set takes long, so scores are journalled and
+an interrupted run resumes.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from datetime import date, time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from plot_align.errors import InputError, RunError
 from plot_align.head.reward import log_reward, reward_scale
+from plot_align.inference.ches import Pair, ches, pair_batches
+from plot_align.inference.resume import fingerprint, journal_path, resumed
 from plot_align.inference.scoring import collate
 from plot_align.io import complete_or_absent
 from plot_align.preference.distribution import PreferenceDistribution, require_preference
@@ -34,7 +35,10 @@ __all__ = [
     "DIRECTIONS",
     "READINGS",
     "SCORES",
+    "ches_scores",
+    "completion_lengths",
     "keep_pairs",
+    "length_ratio",
     "pair_scores",
     "score_pairs",
     "scores_path",
@@ -80,8 +84,9 @@ def score_pairs(
         max_length: see :func:`plot_align.estimate`.
         truncation_mode: see :func:`plot_align.estimate`.
         partial: journal of finished batches. A fingerprint of the tokens, the weights, d and every option is appended
-            to its name, so that a run never resumes another run's scores. Call :func:`forget_partial` once the result
-            is stored. None: an interrupted run starts again.
+            to its name, so that a run never resumes another run's scores. Call
+            :func:`plot_align.inference.resume.forget_partial` once the result is stored. None: an interrupted run
+            starts again.
         progress: show progress bars on standard error.
 
     Returns:
@@ -95,47 +100,105 @@ def score_pairs(
     """
     if reading not in READINGS:
         raise InputError(f"reading is {reading!r}, expected {' or '.join(READINGS)}")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}, expected a whole number of 1 or more")
+    _check_batch_size(batch_size)
     score = _scorer(model, tokenizer, preference, reading)
-
-    sequences: list[ScoredSequence] = []  # chosen and rejected in turn
-    total = len(pairs) if hasattr(pairs, "__len__") else None
-    with progress_bar("reading pairs", progress, total) as advance:
-        for pair in scored_pairs(pairs, tokenizer, max_length=max_length, truncation_mode=truncation_mode):
-            sequences += pair
-            advance(1)
+    pairs = _read(pairs, tokenizer, max_length, truncation_mode, progress)
+    sequences = [sequence for pair in pairs for sequence in pair]  # chosen and rejected in turn
     scored = [index for index, sequence in enumerate(sequences) if sequence.start < sequence.stop]
     scored.sort(key=lambda index: -len(sequences[index].ids))  # stable: the same batches in every run
     batches = [scored[at : at + batch_size] for at in range(0, len(scored), batch_size)]
 
+    def values_of(batch: list[int]) -> list[float]:
+        try:
+            values = score([sequences[index] for index in batch])
+        except torch.OutOfMemoryError:
+            raise RunError(
+                f"the device is out of memory at {len(batch)} completions of up to {len(sequences[batch[0]].ids)} "
+                "tokens; use a smaller batch_size or max_length"
+            ) from None
+        for index, value in zip(batch, values, strict=True):
+            _require_finite(f"the {'rejected' if index % 2 else 'chosen'} completion of row {index // 2}", value)
+        return values
+
     journal = None
     if partial is not None:
-        found = _fingerprint(model, sequences, preference.difference(), reading, batch_size)
-        journal = partial.with_name(f"{partial.name}.{found}")
+        options = {"reading": reading, "batch_size": batch_size}
+        journal = journal_path(partial, fingerprint(model, sequences, options, preference.difference()))
     scores = torch.full((len(sequences),), torch.nan, dtype=torch.float64)  # (2N,)
     training = model.training
     model.eval()
     try:
-        with progress_bar("scoring", progress, len(scored), "completions") as advance, _journal(journal) as keep:
-            done = _read_journal(journal)
-            for number, batch in enumerate(batches):
-                values = done.get(number)
-                if values is None:
-                    try:
-                        values = score([sequences[index] for index in batch])
-                    except torch.OutOfMemoryError:
-                        raise RunError(
-                            f"the device is out of memory at {len(batch)} completions of up to "
-                            f"{len(sequences[batch[0]].ids)} tokens; use a smaller batch_size or max_length"
-                        ) from None
-                    _require_finite(values, batch)
-                    keep(number, values)
+        with progress_bar("scoring", progress, len(scored), "completions") as advance:
+            for batch, values in zip(batches, resumed(values_of, batches, journal), strict=True):
                 scores[batch] = torch.tensor(values, dtype=torch.float64)
                 advance(len(batch))
     finally:
         model.train(training)
     return scores.view(-1, 2)  # (N, 2)
+
+
+def ches_scores(
+    model: Any,
+    tokenizer: Any,
+    pairs: Any,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    partial: Path | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """CHES of every pair, as it is and length-normalised (:mod:`plot_align.inference.ches`).
+
+    Args and errors: see :func:`score_pairs`; half of ``batch_size`` pairs are in one forward pass.
+
+    Returns:
+        (N, 2) float64 on the CPU, in squared units of the hidden states; NaN for a pair of which a side has no scored
+        token.
+    """
+    _check_batch_size(batch_size)
+    read = _read(pairs, tokenizer, max_length, truncation_mode, progress)
+    batches = list(pair_batches(read, max(1, batch_size // 2)))
+
+    def values_of(batch: list[int]) -> list[list[float]]:
+        values = ches(model, [read[index] for index in batch]).tolist()
+        for index, (_, normalised) in zip(batch, values, strict=True):
+            _require_finite(f"the pair of row {index}", normalised)
+        return values
+
+    journal = None
+    if partial is not None:
+        options = {"by": "ches", "batch_size": batch_size}
+        journal = journal_path(partial, fingerprint(model, [s for pair in read for s in pair], options))
+    scores = torch.full((len(read), 2), torch.nan, dtype=torch.float64)  # (N, 2)
+    with progress_bar("scoring", progress, sum(map(len, batches)), "pairs") as advance:
+        for batch, values in zip(batches, resumed(values_of, batches, journal), strict=True):
+            scores[batch] = torch.tensor(values, dtype=torch.float64)
+            advance(len(batch))
+    return scores
+
+
+def completion_lengths(
+    tokenizer: Any,
+    pairs: Any,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    progress: bool = True,
+) -> Tensor:
+    """Scored tokens of the chosen and of the rejected completion of every pair; args and errors: :func:`score_pairs`.
+
+    Returns:
+        (N, 2) float64; NaN for a completion without a scored token.
+    """
+    read = _read(pairs, tokenizer, max_length, truncation_mode, progress)
+    lengths = [[float(side.stop - side.start) or math.nan for side in pair] for pair in read]
+    return torch.tensor(lengths, dtype=torch.float64).view(-1, 2)
+
+
+def length_ratio(lengths: Tensor) -> Tensor:
+    """The longer side of every pair over the shorter one: (N, 2) → (N,), 1 for equal lengths, NaN without a length."""
+    return lengths.amax(-1) / lengths.amin(-1)
 
 
 def pair_scores(scores: Tensor, score: str = "chosen") -> Tensor:
@@ -189,19 +252,22 @@ def keep_pairs(scores: Tensor, share: float, direction: str = "highest") -> Tens
     return kept
 
 
-def write_pairs(pairs: Any, scores: Tensor, kept: Tensor, path: Path) -> Path:
+def write_pairs(
+    pairs: Any, scores: Tensor, kept: Tensor, path: Path, names: Sequence[str] = ("chosen", "rejected")
+) -> Path:
     """Write the kept rows with all their columns, in their order, and a second file with the scores of all rows.
 
     Args:
         pairs: the ``datasets.Dataset`` of N rows that was scored.
-        scores: (N, 2) from :func:`score_pairs`.
+        scores: (N, C) from :func:`score_pairs`, :func:`ches_scores` or :func:`completion_lengths`.
         kept: (N,) bool from :func:`keep_pairs`.
+        names: of the C scores.
         path: JSON lines, ``.jsonl`` or ``.jsonl.gz``. Neither file is ever partial, and the same content gives the
             same bytes.
 
     Returns:
-        The path of the scores (:func:`scores_path`): one line per row with ``row``, ``chosen``, ``rejected`` (null if
-        there is no score) and ``kept``.
+        The path of the scores (:func:`scores_path`): one line per row with ``row``, each of ``names`` (null if there
+        is no score) and ``kept``.
 
     Raises:
         InputError: another ending, a folder that cannot be written, a value that JSON cannot hold.
@@ -211,8 +277,8 @@ def write_pairs(pairs: Any, scores: Tensor, kept: Tensor, path: Path) -> Path:
     _write_lines(
         beside,
         (
-            {"row": index, "chosen": _or_null(chosen), "rejected": _or_null(rejected), "kept": keep}
-            for index, ((chosen, rejected), keep) in enumerate(rows)
+            {"row": index, **dict(zip(names, map(_or_null, values), strict=True)), "kept": keep}
+            for index, (values, keep) in enumerate(rows)
         ),
     )
     _write_lines(path, pairs.with_format(None).select(kept.nonzero().squeeze(-1).tolist()))
@@ -234,15 +300,8 @@ def record_path(path: Path) -> Path:
 
 
 def partial_path(path: Path) -> Path:
-    """``kept.jsonl`` → ``kept.scores.partial``, to which :func:`score_pairs` appends its fingerprint."""
+    """``kept.jsonl`` → ``kept.scores.partial``, to which a scoring appends its fingerprint."""
     return path.with_name(f"{_stem(path)}.scores.partial")
-
-
-def forget_partial(partial: Path) -> None:
-    """Remove the journals that interrupted runs of :func:`score_pairs` left at ``partial``."""
-    for path in partial.parent.iterdir():
-        if re.fullmatch(re.escape(partial.name) + r"\.[0-9a-f]{16}", path.name):
-            path.unlink(missing_ok=True)
 
 
 def require_json(pairs: Any) -> None:
@@ -295,78 +354,28 @@ def _scorer(
     return score
 
 
-def _require_finite(values: list[float], batch: list[int]) -> None:
-    for index, value in zip(batch, values, strict=True):
-        if not math.isfinite(value):
-            raise RunError(
-                f"the {'rejected' if index % 2 else 'chosen'} completion of row {index // 2} scores {value}, expected "
-                "a finite number; the model overflows in its dtype: use bfloat16 or float32, or check its weights"
-            )
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}, expected a whole number of 1 or more")
 
 
-# --- resuming -------------------------------------------------------------------------------------------------------
+def _read(pairs: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, progress: bool) -> list[Pair]:
+    """The tokens of all pairs, under a bar."""
+    found: list[Pair] = []
+    total = len(pairs) if hasattr(pairs, "__len__") else None
+    with progress_bar("reading pairs", progress, total) as advance:
+        for pair in scored_pairs(pairs, tokenizer, max_length=max_length, truncation_mode=truncation_mode):
+            found.append(pair)
+            advance(1)
+    return found
 
 
-def _fingerprint(
-    model: Any, sequences: Sequence[ScoredSequence], difference: Tensor, reading: str, batch_size: int
-) -> str:
-    """16 hex digits that identify everything a score depends on, including its rounding."""
-    from plot_align.records import versions
-
-    device = next(model.parameters()).device
-    found = versions()
-    options = {
-        "reading": reading,
-        "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": {name: found[name] for name in ("plot-align", "torch", "transformers")},
-        "config": model.config.to_dict(),
-    }
-    digest = hashlib.blake2b(json.dumps(options, sort_keys=True, default=str).encode(), digest_size=8)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
-    digest.update(difference.numpy().data)
-    for ids, start, stop in sequences:
-        digest.update(np.array([len(ids), start, stop], np.int64).data)
-        digest.update(ids.data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _journal(path: Path | None) -> Iterator[Callable[[int, list[float]], None]]:
-    """Yields a function that appends the scores of a batch to ``path`` and flushes the file."""
-    if path is None:
-        yield lambda number, values: None
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
-    with file:
-        if file.tell():
-            file.write(b"\n")  # ends a line that was cut off
-
-        def keep(number: int, values: list[float]) -> None:
-            file.write(json.dumps([number, values]).encode() + b"\n")
-            file.flush()
-
-        yield keep
-
-
-def _read_journal(path: Path | None) -> dict[int, list[float]]:
-    """Scores of the batches that an interrupted run finished; an incomplete line is ignored."""
-    done: dict[int, list[float]] = {}
-    if path is None:
-        return done
-    for line in path.read_bytes().splitlines():
-        try:
-            number, values = json.loads(line)
-        except (ValueError, TypeError):
-            continue
-        done[number] = values
-    return done
+def _require_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise RunError(
+            f"{what} scores {value}, expected a finite number; the model overflows in its dtype: use bfloat16 or "
+            "float32, or check its weights"
+        )
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
