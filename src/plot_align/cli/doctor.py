@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from plot_align._version import __version__
-from plot_align.cli.parser import Parser, length
+from plot_align.cli.parser import Parser, add_loading_options, length
 from plot_align.environment import NAMED, Package, fast_bf16, packages
 from plot_align.errors import InputError, first_line, require_packages
+from plot_align.inference.load import check_dtype
 from plot_align.io import require_writable
 
 
@@ -22,7 +23,7 @@ def make_parser() -> Parser:
         "doctor",
         "Show what is installed and whether plot-align works with it, the device, and\n"
         "how the PLOT term reaches each trainer. Exit code 1 if training cannot run.\n"
-        "With PAIRS: what is wrong with a preference data set, and what to do about it.",
+        "With PAIRS: what is wrong with a preference data set, or with a model on it.",
         "  plot-align doctor pairs.jsonl --model Qwen/Qwen3-0.6B --page doctor.html",
     )
     parser.usage = "plot-align doctor [PAIRS --model MODEL] [options]"
@@ -30,7 +31,10 @@ def make_parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     group = parser.add_argument_group("of PAIRS")
     group.add_argument("--model", help="hub id or folder of the model to tune")
-    group.add_argument("--tokenizer", metavar="MODEL", help="its tokenizer (default: the model's)")
+    group.add_argument("--tokenizer", metavar="MODEL", help="in its place: look at the data alone")
+    group.add_argument(
+        "--sample", type=int, default=1000, metavar="N", help="pairs put to the model (%(default)s; 0: none)"
+    )
     group.add_argument("--split", default="train", help="split of the data set (%(default)s)")
     group.add_argument("--name", help="configuration of a hub data set")
     group.add_argument("--max_length", type=length, default=1024, metavar="N", help="as for estimate (%(default)s)")
@@ -41,7 +45,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--fail_on", choices=("warning", "error"), metavar="S", help="exit code 3 on a warning or error"
     )
-    group.add_argument("--trust_remote_code", action="store_true", help="allow a tokenizer's own code")
+    add_loading_options(group)
     return parser
 
 
@@ -61,9 +65,11 @@ def run(arguments: list[str]) -> int:
 
 def _examine_pairs(options: Any) -> int:
     """Print what is wrong with the pairs; 3 where a finding is as severe as ``--fail_on``."""
-    model = options.tokenizer or options.model
-    if model is None:
-        raise InputError("--model is missing, expected the model to tune, whose tokenizer reads the pairs; name it")
+    if (options.tokenizer is None) == (options.model is None):
+        raise InputError(
+            "expected one of --model, the model to tune, and --tokenizer, to look at the data alone; name one of them"
+        )
+    check_dtype(options.dtype)
     for name, endings in (("record", (".json",)), ("page", (".html", ".htm"))):
         path = getattr(options, name)
         if path is not None:
@@ -75,20 +81,27 @@ def _examine_pairs(options: Any) -> int:
 
     from plot_align.doctor import diagnose
     from plot_align.doctor.findings import at_least
+    from plot_align.inference.resume import forget_partial
 
+    partial = None if options.record is None else options.record.with_suffix(".partial")
     found = diagnose(
         options.pairs,
-        model,
+        options.model or options.tokenizer,
         name=options.name,
         split=options.split,
         max_length=options.max_length,
         strict=options.strict,
         overlap=options.overlap,
         trust_remote_code=options.trust_remote_code,
+        sample=options.sample if options.model else 0,
+        device=options.device,
+        dtype=options.dtype,
+        partial=partial,
     )
     print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
     if options.record is not None:
         print(f"record: {found.write(options.record)}", file=sys.stderr)
+        forget_partial(options.record.with_suffix(".partial"))
     if options.page is not None:
         from plot_align.doctor.page import write
 

@@ -59,7 +59,7 @@ def add_num_processes(parser: Parser) -> None:
     )
 
 
-def add_loading_options(parser: Parser) -> None:
+def add_loading_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """How a model is loaded, see :func:`plot_align.inference.load.load_model`."""
     parser.add_argument("--device", help="e.g. cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: the model's)")

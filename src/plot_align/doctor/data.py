@@ -11,7 +11,7 @@ from plot_align.doctor.faults import FAULTS, similarity
 from plot_align.doctor.findings import CHECKS, EXAMPLES, Finding
 from plot_align.doctor.masses import preference_of
 from plot_align.doctor.pairs import Pair, batches, open_pairs
-from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, Repeats, Rows, Scripts
+from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, Repeats, Rows, Sample, Scripts
 from plot_align.errors import InputError
 from plot_align.preference.completions import RowError
 from plot_align.preference.counting import Counts, count_sides
@@ -57,6 +57,7 @@ def examine(
     batch_size: int = 1000,
     progress: bool = True,
     source: str = "the data",
+    sample: Sample | None = None,
 ) -> Examination:
     """Run every check over the rows, a batch of them in memory at a time.
 
@@ -67,6 +68,7 @@ def examine(
         strict: refuse the first row that is no pair instead of leaving it out.
         overlap: prompts that should not be among those of the data.
         progress: show a progress bar on standard error. source: what to call the data.
+        sample: keeps some of the pairs.
 
     Raises:
         InputError: what :func:`plot_align.estimate` refuses of a whole data set; no row is a pair; with ``strict``,
@@ -103,6 +105,8 @@ def examine(
                 for tally in (repeats, lengths, words, scripts, shared):
                     tally.add(pair)
                 worst.add(pair, *refusals.add(pair))
+                if sample is not None:
+                    sample.add(pair)
             counts.add(count_sides(batch.border, batch.sides, rules))
             pairs += len(batch.pairs)
             advance(len(batch.pairs))

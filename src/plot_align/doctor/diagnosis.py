@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from plot_align.doctor.data import Examination, examine
 from plot_align.doctor.findings import Finding, percent
-from plot_align.doctor.pairs import open_data, prompts_of
+from plot_align.doctor.model import measure
+from plot_align.doctor.pairs import Pair, open_data, prompts_of
+from plot_align.doctor.tallies import Sample
 from plot_align.doctor.verdict import Advice, judge
 from plot_align.errors import InputError
-from plot_align.inference.load import load_tokenizer
+from plot_align.inference.load import load_model, load_tokenizer
 from plot_align.preference.distribution import tokenizer_name
+from plot_align.preference.estimation import progress_bar, window
 from plot_align.records import write_record
 from plot_align.text import readable
 
@@ -35,6 +39,7 @@ class Diagnosis:
     Attributes:
         source: the data set. tokenizer: its name. config: what decides the result. seconds: how long it took.
         examination: the findings and what they are made of. verdict: what to do, in plain words.
+        model: :class:`~plot_align.doctor.model.ModelMeasures` as a dict, with the measured ``rows``; or None.
     """
 
     source: str
@@ -43,6 +48,7 @@ class Diagnosis:
     seconds: float
     examination: Examination
     verdict: list[Advice]
+    model: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All as JSON-able values, without any text of the data but single words and tokens."""
@@ -54,6 +60,7 @@ class Diagnosis:
             "tokenizer": self.tokenizer,
             "verdict": [asdict(advice) for advice in self.verdict],
             **found,
+            "model": self.model,
             "seconds": self.seconds,
         }
 
@@ -70,6 +77,9 @@ class Diagnosis:
             for side in ("preferred", "rejected"):
                 words = "  ".join(readable(token["text"]) for token in of.preference[side][:8])
                 lines += _wrapped(f"{side:<10}", words)
+        if self.model is not None:
+            lines += ["", *_wrapped("", model_sentence(self.model))]
+            lines += [f"  {name:<9} {said}" for name, said in forecasts(self.model).items()]
         return "\n".join([*lines, "", *(line for advice in self.verdict for line in _wrapped("- ", advice.sentence))])
 
     def write(self, path: str | os.PathLike[str]) -> Path:
@@ -90,15 +100,19 @@ def diagnose(
     batch_size: int = 1000,
     progress: bool = True,
     trust_remote_code: bool = False,
+    sample: int = 1000,
+    device: str | None = None,
+    dtype: str = "auto",
+    partial: Path | None = None,
 ) -> Diagnosis:
-    """Look for what is wrong with a preference data set before a run.
+    """Look for what is wrong with a preference data set, and with a model on it, before a run.
 
     Rows that are no pairs are counted and left out. One batch of rows is in memory at a time, and of the rest hashes
-    and counters. Nothing is trained or generated, and no model is loaded.
+    and counters, and the sample on which the model is measured (:func:`plot_align.doctor.measure`).
 
     Args:
         dataset: a ``datasets.Dataset`` or ``IterableDataset`` of pairs, or what :func:`plot_align.load_pairs` opens.
-        model_or_tokenizer: a tokenizer; or a model, a hub id or a folder, whose tokenizer is loaded.
+        model_or_tokenizer: a model, its hub id or its folder; or a tokenizer, and no model is measured.
         name: configuration of a Hub data set that is opened here.
         split: its split.
         max_length: as in ``DPOConfig``.
@@ -107,13 +121,22 @@ def diagnose(
         overlap: file of prompts that should not be among those of the data, e.g. a benchmark's.
         batch_size: rows tokenised at a time.
         progress: show a progress bar on standard error.
-        trust_remote_code: allow a tokenizer's own code.
+        trust_remote_code: allow a model's own code.
+        sample: so many pairs, drawn at random, are put to the model; 0: none, and it is not loaded.
+        device: where a model that is loaded here goes.
+        dtype: of such a model.
+        partial: journal of the model's measures, so that an interrupted run goes on.
 
     Raises:
-        InputError: what :func:`plot_align.load_pairs` and :func:`plot_align.estimate` refuse of a whole data set; no
-            row is a pair; with ``strict``, a row that is none; a file of prompts that cannot be read.
+        InputError: ``sample`` below 0; what :func:`plot_align.load_pairs` and :func:`plot_align.estimate` refuse of a
+            whole data set; no row is a pair; with ``strict``, a row that is none; a file of prompts or a model that
+            cannot be read.
+        RunError: the model's measures are not finite, or the device is out of memory.
     """
-    tokenizer = _tokenizer(model_or_tokenizer, trust_remote_code)
+    if sample < 0:
+        raise InputError(f"sample is {sample}, expected 0 or more; give a number of pairs")
+    model, tokenizer = _opened(model_or_tokenizer, sample > 0, device, dtype, trust_remote_code)
+    kept = Sample(sample)
     if isinstance(dataset, str | os.PathLike):
         source = Path(dataset).name if Path(dataset).exists() else str(dataset)
         data = open_data(dataset, name=name, split=split)
@@ -132,6 +155,12 @@ def diagnose(
         batch_size=batch_size,
         progress=progress,
         source=source,
+        sample=kept,
+    )
+    of_model = (
+        None
+        if model is None
+        else _measured_model(model, tokenizer, kept.pairs(), max_length, truncation_mode, progress, partial)
     )
     config: dict[str, Any] = {
         "data": source,
@@ -141,9 +170,74 @@ def diagnose(
         "max_length": max_length,
         "truncation_mode": truncation_mode,
         "overlap": None if overlap is None else Path(overlap).name,
+        "sample": sample if of_model is not None else 0,
     }
-    verdict = judge(measured(found))
-    return Diagnosis(source, config["tokenizer"], config, time.perf_counter() - start, found, verdict)
+    verdict = judge({**measured(found), **(ruled(of_model) if of_model is not None else {})})
+    return Diagnosis(source, config["tokenizer"], config, time.perf_counter() - start, found, verdict, of_model)
+
+
+def _measured_model(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    max_length: int | None,
+    truncation_mode: str,
+    progress: bool,
+    partial: Path | None,
+) -> dict[str, Any]:
+    sequences = []
+    for pair in pairs:
+        chosen, rejected = (
+            window(ids, *scored, max_length, truncation_mode)
+            for ids, scored in zip(pair.ids, pair.scored, strict=True)
+        )
+        sequences.append((chosen, rejected))
+    with ExitStack() as stack:
+        found = measure(
+            model,
+            tokenizer,
+            sequences,
+            partial=partial,
+            bar=lambda label, total: stack.enter_context(progress_bar(label, progress, total, "steps")),
+        )
+    return {"rows": [pair.row for pair in pairs], **found.to_dict()}
+
+
+def ruled(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the verdict's rules read of a model's measures."""
+    return {
+        "accuracy": model["accuracy"],
+        "ches_mean": model["ches_mean"],
+        "on_policy": model["on_policy"]["chosen_within"],
+        "forecast": {name: value for name, value in model["forecast"].items() if value is not None},
+    }
+
+
+def model_sentence(model: Mapping[str, Any]) -> str:
+    """What the model makes of the pairs, in a few sentences."""
+    said = [f"The model on {model['pairs']:,} of the pairs, drawn at random:"]
+    if model["accuracy"] is not None:
+        said.append(
+            f"it ranks {percent(model['accuracy'])} rightly, {percent(model['accuracy_per_token'])} per token; "
+            f"mean length-normalised CHES {model['ches_mean']:.3g}."
+        )
+    within = model["on_policy"]["chosen_within"]
+    if within is not None:
+        said.append(f"{percent(within)} of the chosen answers are as likely as its own.")
+    return " ".join(said) + (" What a first step does to chosen answers:" if forecasts(model) else "")
+
+
+def forecasts(model: Mapping[str, Any]) -> dict[str, str]:
+    """Loss → its forecast in words."""
+    rate = model["step"]["learning_rate"]
+    found = {}
+    for name, value in model["forecast"].items():
+        if value is not None:
+            interval = model["forecast_interval"][name]
+            spread = f" ({interval[0]:+.2g} to {interval[1]:+.2g})" if interval else ""
+            falls = percent(model["forecast_falls"][name])
+            found[name] = f"{value:+.2g} nats{spread}, {falls} fall, at a learning rate of {rate:g}"
+    return found
 
 
 def measured(found: Examination) -> Mapping[str, Any]:
@@ -166,14 +260,18 @@ def preference_sentence(preference: Mapping[str, Any]) -> str:
     )
 
 
-def _tokenizer(given: Any, trust_remote_code: bool) -> Any:
+def _opened(given: Any, measured: bool, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model, if it is to be measured, and the tokenizer."""
     from transformers import PreTrainedTokenizerBase
 
     if isinstance(given, PreTrainedTokenizerBase):
-        return given
+        return None, given
     name = getattr(getattr(given, "config", None), "name_or_path", given)  # of a model, where it was loaded from
     if isinstance(name, str | os.PathLike) and str(name):
-        return load_tokenizer(str(name), trust_remote_code=trust_remote_code)
+        if measured and name is given:
+            return load_model(str(name), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(name), trust_remote_code=trust_remote_code)
+        return given if measured else None, tokenizer
     raise InputError(
         f"model_or_tokenizer is a {type(given).__name__}, expected a tokenizer, a model that was loaded by its name, "
         "a hub id or a folder; pass the tokenizer"

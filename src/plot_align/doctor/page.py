@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from plot_align._version import __version__
-from plot_align.doctor.diagnosis import Diagnosis, preference_sentence
+from plot_align.doctor.diagnosis import Diagnosis, forecasts, model_sentence, preference_sentence
 from plot_align.doctor.findings import percent
 from plot_align.io import complete_or_absent
 from plot_align.records import hardware, versions
@@ -52,12 +54,76 @@ def render(diagnosis: Diagnosis) -> str:
         words=_words(of.first_words),
         tokens=None if of.preference is None else _tokens(of.preference),
         says=None if of.preference is None else preference_sentence(of.preference),
+        model=None if diagnosis.model is None else _model(diagnosis.model),
         facts={name: one_line(text, longest=600) for name, text in facts.items()},
         style=style_sheet(),
         version=__version__,
         longest=None,
         folder="",
     )
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    pairs = [(value, row) for row, value in zip(model["rows"], model["ches_normalised"], strict=True) if value]
+    return {
+        "says": model_sentence(model),
+        "forecast": _forecast(model) if forecasts(model) else None,
+        "ches": _ches([value for value, _ in pairs]) if pairs else None,
+        "rows": [f"{row:,}" for _, row in sorted(pairs, reverse=True)[:10]],
+    }
+
+
+def _forecast(model: Mapping[str, Any]) -> Picture:
+    """What a first step does to the log-probability of chosen answers, by loss, with the interval of the mean."""
+    names = list(forecasts(model))
+    values = [model["forecast"][name] for name in names]
+    intervals = [model["forecast_interval"][name] or [value, value] for name, value in zip(names, values, strict=True)]
+    table = Table(
+        "forecast",
+        "Change of a chosen answer's log-probability in the first step, in nats",
+        ["loss", "mean", "from", "to", "falls, %"],
+        [
+            [name, value, *interval, 100 * model["forecast_falls"][name]]
+            for name, value, interval in zip(names, values, intervals, strict=True)
+        ],
+    )
+    with drawing(_WIDTH, 2.6) as figure:
+        axes = figure.subplots()
+        spread = [
+            [max(value - low, 0.0) for value, (low, _) in zip(values, intervals, strict=True)],
+            [max(high - value, 0.0) for value, (_, high) in zip(values, intervals, strict=True)],
+        ]
+        axes.barh(names[::-1], values[::-1], xerr=[side[::-1] for side in spread], color=SERIES[0], capsize=3)
+        axes.axvline(0, color="#5f6369", linewidth=0.8)
+        axes.set_xlabel("nats")
+        axes.grid(axis="x")
+        return picture(
+            figure,
+            "forecast",
+            "What a first step does to chosen answers",
+            f"At a learning rate of {model['step']['learning_rate']:g}; 95 % interval of the mean over answers.",
+            table,
+        )
+
+
+def _ches(values: Sequence[float]) -> Picture:
+    """Histogram of length-normalised CHES."""
+    counts, edges = np.histogram(values, bins=min(_BINS, max(5, len(values) // 5)))
+    table = Table(
+        "ches",
+        "Length-normalised CHES",
+        ["from", "to", "pairs"],
+        [[float(low), float(high), int(n)] for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)],
+    )
+    with drawing(_WIDTH, 2.6) as figure:
+        axes = figure.subplots()
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=SERIES[0])
+        axes.set_xlabel("length-normalised CHES")
+        axes.set_ylabel("pairs")
+        axes.grid(axis="y")
+        return picture(
+            figure, "ches", "How alike the two answers look to the model", "Histogram over the pairs.", table
+        )
 
 
 def _lengths(differences: Mapping[int, int]) -> Picture:

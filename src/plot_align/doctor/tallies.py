@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import re
 from array import array
 from collections import Counter
@@ -22,6 +23,25 @@ from plot_align.redteam import RefusalPrefixes
 
 
 @dataclass
+class Sample:
+    """A uniform sample of pairs of a stream, by reservoir."""
+
+    def __init__(self, number: int, seed: int = 0) -> None:
+        self._number, self._random, self._seen = number, random.Random(seed), 0
+        self._kept: list[Pair] = []
+
+    def add(self, pair: Pair) -> None:
+        self._seen += 1
+        if len(self._kept) < self._number:
+            self._kept.append(pair)
+        elif (place := self._random.randrange(self._seen)) < self._number:
+            self._kept[place] = pair
+
+    def pairs(self) -> list[Pair]:
+        """In the order of their rows."""
+        return sorted(self._kept, key=lambda pair: pair.row)
+
+
 class Rows:
     """How many rows have something, and the first few of them."""
 

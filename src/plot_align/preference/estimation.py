@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,11 +204,16 @@ def scored_pairs(
 
 def _windows(ids: list[list[int]], begin: np.ndarray, end: np.ndarray, rules: Rules) -> Iterator[ScoredSequence]:
     for row, start, stop in zip(ids, begin.tolist(), end.tolist(), strict=True):
-        cut = 0
-        if rules.max_length is not None and rules.truncation_mode == "keep_end":
-            cut = max(len(row) - rules.max_length, 0)
-        kept = row[cut:] if rules.max_length is None else row[cut : cut + rules.max_length]
-        yield ScoredSequence(np.array(kept, np.int32), start - cut, stop - cut)
+        yield window(row, start, stop, rules.max_length, rules.truncation_mode)
+
+
+def window(row: Sequence[int], start: int, stop: int, max_length: int | None, truncation_mode: str) -> ScoredSequence:
+    """The part of a row that TRL trains on; ``start`` and ``stop`` of the scored tokens count in the whole row."""
+    cut = 0
+    if max_length is not None and truncation_mode == "keep_end":
+        cut = max(len(row) - max_length, 0)
+    kept = row[cut:] if max_length is None else row[cut : cut + max_length]
+    return ScoredSequence(np.array(kept, np.int32), start - cut, stop - cut)
 
 
 # --- opening and closing --------------------------------------------------------------------------------------------
