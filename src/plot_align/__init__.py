@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plot_align.config import PlotAblations, PlotConfig
     from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
     from plot_align.methods.pro_loss import pro_loss
+    from plot_align.monitor import PreferenceMonitor
     from plot_align.plot import BalancedAlpha, PlotLoss
     from plot_align.preference.datasets import load_pairs
     from plot_align.preference.distribution import PreferenceDistribution
@@ -33,6 +34,7 @@ __all__ = [
     "PlotPROTrainer",
     "PlotSFTTrainer",
     "PreferenceDistribution",
+    "PreferenceMonitor",
     "__version__",
     "attach",
     "errors",
@@ -53,6 +55,7 @@ _HOME = {
     "PlotPROTrainer": "plot_align.methods.pro",
     "PlotSFTTrainer": "plot_align.trl",
     "PreferenceDistribution": "plot_align.preference.distribution",
+    "PreferenceMonitor": "plot_align.monitor",
     "attach": "plot_align.trl",
     "estimate": "plot_align.preference.estimation",
     "load_pairs": "plot_align.preference.datasets",
