@@ -119,8 +119,8 @@ def test_refusals_of_harmless_requests(make_evaluated, monkeypatch, run):
 
 
 def test_repetition_stops_and_what_was_so_before_does_not(make_evaluated, monkeypatch, run):
-    """Five times the same word is two 4-grams, one of them again: 0.5; half the requests, 0.25. Refusals are many from the
-    beginning on."""
+    """Five times the same word is two 4-grams, one of them again: 0.5; half the requests, 0.25. Refusals are many from
+    the beginning on."""
     refusal = "I cannot."
     says = Says(monkeypatch, {0: refusal, 2: "no no no no no", 4: refusal})
     says.trainer = make_evaluated()

@@ -54,7 +54,7 @@ def answers_of(method: str, batch: dict[str, Any]) -> list[tuple[list[int], list
 
 
 def plain(model: Any, ids: list[int], answer: list[bool], end: int) -> tuple[float, float, float]:
-    """Log-probability of the answer, summed entropy and summed probability of ``end`` at the places that predict it."""
+    """Log-probability of the answer; the entropies and probabilities of ``end`` where it is predicted, summed."""
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     places = [t for t in range(1, len(ids)) if answer[t]]
