@@ -14,13 +14,13 @@ from plot_align.cli.main import main
 def train(tiny_base, chat_pairs_file, tmp_path, capsys):
     """``train("--monitor")`` → the exit status, what was printed, the folder."""
 
-    def run(*flags: str):
+    def run(*flags: str, command: str = "dpo"):
         options = {
             "model_name_or_path": tiny_base, "dataset_name": chat_pairs_file, "output_dir": tmp_path / "run",
             "bf16": False, "use_cpu": True, "max_steps": 4, "logging_steps": 1, "report_to": "none",
             "per_device_train_batch_size": 2, "save_strategy": "no",
         }  # fmt: skip
-        status = main(["dpo", *(text for name, x in options.items() for text in (f"--{name}", str(x))), *flags])
+        status = main([command, *(text for name, x in options.items() for text in (f"--{name}", str(x))), *flags])
         return status, *capsys.readouterr(), tmp_path / "run"
 
     return run
@@ -57,3 +57,9 @@ def test_its_options_need_it(train, flags):
     status, _, err, _ = train(*flags)
     assert status == 2
     assert f"{flags[0]} came without --monitor" in err
+
+
+def test_sft_is_not_watched(train):
+    status, _, err, _ = train("--monitor", command="sft")
+    assert status == 2
+    assert "no rejected answers" in err

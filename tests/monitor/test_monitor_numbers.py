@@ -14,10 +14,13 @@ from plot_align import PlotConfig, PreferenceMonitor, attach
 from plot_align.errors import InputError
 from plot_align.monitor.forwards import end_against_target
 
-FUSED = Version(version("trl")) >= Version("1.15")
+TRL = Version(version("trl"))
+FUSED = Version("1.15") <= TRL
 CASES = [("dpo", False), ("dpo", True), ("cpo", False), ("orpo", True)]
+if Version("1.8") <= TRL:
+    CASES.append(("kto", True))
 if FUSED:
-    CASES += [("kto", True), ("pro", False)]
+    CASES.append(("pro", False))
 
 
 class Kept(TrainerCallback):

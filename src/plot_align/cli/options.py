@@ -95,11 +95,10 @@ def make_parser(command: str) -> Any:
         from plot_align.methods.pro import PROConfig
 
         trainer_config = PROConfig
-    watched = [] if command == "sft" else [MonitorOptions]  # SFT's data hold no rejected answers to watch
     return TrainingParser(
         [
             *(ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig),
-            *(PlotOptions, PreferenceOptions, *watched, PlotAblations),
+            *(PlotOptions, PreferenceOptions, MonitorOptions, PlotAblations),
         ],
         prog=f"plot-align {command}",
         usage=f"plot-align {command} [--config FILE.yaml] [options]",
@@ -111,7 +110,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
     """Read the YAML options and the flags into TRL's dataclasses and ours.
 
     Returns:
-        The options (script, training, model, mixture, PLOT, preference, monitor), and those of the launcher.
+        The options (script, training, model, mixture, monitor, PLOT, preference), and those of the launcher.
 
     Raises:
         InputError: an unknown option, with the nearest right one; or a value that is refused.
@@ -136,9 +135,8 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the options were refused: {first_line(error)}") from error
-    *trl, plot, preference = options[:6]
-    *monitor, ablations, _ = options[6:]
-    return (*trl, plot.join(ablations), preference, *monitor), Launch(launch_config, unknown)
+    *trl, plot, preference, monitor, ablations, _ = options
+    return (*trl, monitor, plot.join(ablations), preference), Launch(launch_config, unknown)
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:

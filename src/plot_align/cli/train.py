@@ -113,9 +113,9 @@ def _train(
     training_args: Any,
     model_args: Any,
     mixture: Any,
+    monitor: Any,
     plot: Any,
     preference_args: Any,
-    monitor: Any = None,
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
     from plot_align.cli import progress
@@ -129,6 +129,8 @@ def _train(
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
 
+    if monitor.monitor and command == "sft":
+        raise InputError("--monitor came to sft, whose data hold no rejected answers; watch dpo or pro, or leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
     resume = training_args.resume_from_checkpoint
@@ -184,7 +186,7 @@ def _train(
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     progress.use(trainer)
-    if monitor is not None and monitor.monitor:
+    if monitor.monitor:
         from plot_align.monitor import PreferenceMonitor
 
         requests = monitor.monitor_requests
