@@ -3,10 +3,10 @@
     python benchmarks/monitor.py                                     # a small model; prints the ratios
     python benchmarks/monitor.py --shape cpu-32k --repeats 30 --logging_steps 10
 
-``watched`` is a step between two logs, ``logged`` one that a log follows: what is read before it only, the sums over the
-ranks, and the metrics. ``again`` is TRL's step once more, whose ratio is 1 but for noise. The mean over the steps from log
-to log is to be below 1.01. Every token is a completion, and the optimiser's step is left out, so that ratios are, if
-anything, too large. The last line printed is the record's path.
+``watched`` is a step between two logs, ``logged`` one that a log follows: what is read before it only, the sums over
+the ranks, and the metrics. ``again`` is TRL's step once more, whose ratio is 1 but for noise. The mean over the steps
+from log to log is to be below 1.01. Every token is a completion, and the optimiser's step is left out, so that ratios
+are, if anything, too large. The last line printed is the record's path.
 """
 
 from __future__ import annotations

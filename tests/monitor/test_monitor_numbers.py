@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from plot_align import PlotConfig, PreferenceMonitor, attach
 from plot_align.errors import InputError
-from plot_align.monitor.forwards import end_against_target
+from plot_align.monitor.forwards import end_against_target, spread
 
 TRL = Version(version("trl"))
 FUSED = Version("1.15") <= TRL
@@ -198,6 +198,14 @@ def test_mass_on_the_end_by_two_rows_of_the_head(head):
     places = [(n, t) for n in range(2) for t in range(1, 5) if labels[n, t] != -100]
     want = [float(log_p[n, t - 1, 4] - log_p[n, t - 1, labels[n, t]]) for n, t in places]
     assert found.tolist() == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize(("number", "kept"), [(0, 0), (5, 5), (6, 3), (7, 4), (11, 4), (1000, 5)])
+def test_places_spread_evenly(number, kept):
+    """Every second of six or seven, every third of eleven."""
+    found = spread(torch.arange(number), 5)
+    assert len(found) == kept
+    assert len(set(found.diff().tolist())) <= 1
 
 
 def test_only_trainers_with_both_sides(make_trainer):

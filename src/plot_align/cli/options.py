@@ -54,8 +54,8 @@ class MonitorOptions:
     monitor: bool = field(
         default=False,
         metadata={
-            "help": "Log how far the chosen answers fall, ask the model a few requests at each evaluation, and warn when "
-            "the training goes wrong."
+            "help": "Log how far the chosen answers fall, ask the model a few requests at each evaluation, and warn "
+            "when the training goes wrong."
         },
     )
     stop_on: list[str] = field(

@@ -130,7 +130,7 @@ def _train(
         require_packages("--use_peft", "peft", extra="peft")
 
     if monitor.monitor and command == "sft":
-        raise InputError("--monitor came to sft, whose data hold no rejected answers; watch dpo or pro, or leave it out")
+        raise InputError("--monitor came to sft, whose data hold no rejected answers; leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
     resume = training_args.resume_from_checkpoint

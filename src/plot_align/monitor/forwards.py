@@ -18,6 +18,7 @@ from plot_align.trl.reference import reference_model
 
 KINDS = ("DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer", "PROTrainer")
 SAMPLED_EVERY = 10  # steps between two looks at logits, where logging does not go by steps
+SAMPLED_PLACES = 128  # of logits, for the entropy and the mass on end-of-sequence
 
 
 class Sums(NamedTuple):
@@ -55,7 +56,8 @@ class Forwards:
 
     Where TRL's head builds no logits (1.15 and later), its log-probabilities and entropies are read at every
     micro-batch. Where it builds them, they are read at the last micro-batch before a log, as a pass over them at each
-    would be felt. The mass on end-of-sequence is read at that micro-batch in either case.
+    would be felt; the entropy at 128 places of it. The mass on end-of-sequence is read at that micro-batch in either
+    case.
 
     Args:
         trainer: of TRL, or ours.
@@ -114,8 +116,8 @@ class Forwards:
         self._batch: Batch | None = None
         self._policy: Tensor | None = None  # (N,) log-probability of each answer
         self._reference: Tensor | None = None
-        self._entropy: Tensor | None = None  # summed over completion positions
-        self._end: Tensor | None = None  # likewise
+        self._entropy: tuple[Tensor, Tensor] | None = None  # sum over completion positions, and how many
+        self._end: tuple[Tensor, Tensor] | None = None  # likewise
         self._end_against_target: Tensor | None = None  # (M,) at completion positions
         self._policy_seen = self._reference_seen = False
 
@@ -171,9 +173,9 @@ class Forwards:
         if log_probs is not None:
             log_probs = _whole_rows(log_probs, mask)
             if policy and output.entropy is not None:
-                entropy = _whole_rows(output.entropy, mask).sum()
+                entropy = _whole_rows(output.entropy, mask).sum(), mask.sum()
             if policy and self._end_against_target is not None:
-                end = (self._end_against_target + log_probs[mask]).exp().sum()
+                end = (self._end_against_target + log_probs[mask]).exp().sum(), mask.sum()
         else:
             places = _places(logits, mask)
             if places is None:
@@ -182,7 +184,10 @@ class Forwards:
             mask = mask.to(found.device)
             log_probs = found.new_zeros(mask.shape).masked_scatter(mask, found)
             if policy:
-                entropy, end = entropy_and_mass(logits, places, self._end_id())
+                some = spread(places, SAMPLED_PLACES)
+                summed, mass = entropy_and_mass(logits, some, self._end_id())
+                count = summed.new_tensor(len(some))
+                entropy, end = (summed, count), None if mass is None else (mass, count)
         if policy:
             self._policy, self._entropy, self._end = log_probs.sum(1), entropy, end
         else:
@@ -242,9 +247,9 @@ class Forwards:
                     found["fell"] = (own & (gained < 0)).sum()
                     found["chosen_tokens"] = tokens.masked_fill(~own, 0).sum()
         if self._entropy is not None:
-            found |= {"entropy": self._entropy, "entropy_tokens": tokens.sum()}
+            found["entropy"], found["entropy_tokens"] = self._entropy
         if self._end is not None:
-            found |= {"end": self._end, "end_tokens": tokens.sum()}
+            found["end"], found["end_tokens"] = self._end
         zero = policy.new_zeros(())
         sums = torch.stack([found.get(name, zero).to(policy) for name in Sums._fields])  # (10,)
         self._sums = sums if self._sums is None else self._sums + sums
@@ -307,6 +312,11 @@ def entropy_and_mass(logits: Tensor, places: Tensor, token: int | None) -> tuple
         if token is not None:
             mass += p[:, token].sum()
     return entropy, None if token is None else mass
+
+
+def spread(places: Tensor, most: int) -> Tensor:
+    """At most ``most`` of them, evenly spaced."""
+    return places[:: max(1, -(-len(places) // most))]
 
 
 def _whole_rows(values: Tensor, mask: Tensor) -> Tensor:
