@@ -147,9 +147,8 @@ def main() -> None:
     for (kind, seed), path in paths.items():
         if path.exists():
             continue
-        found = run(
-            options.model or fetch(), kind, seed, options.steps, options.output / kind / str(seed), KINDS[kind]
-        )
+        output = options.output / kind / str(seed)
+        found = run(options.model or fetch(), seed, options.steps, output, KINDS[kind])
         config = {"kind": kind, "steps": options.steps, "pairs": PAIRS, **KINDS[kind], "bf16": fast_bf16()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, "monitor", found, config=config, seed=seed)
