@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from plot_align import PlotConfig, PreferenceMonitor, attach
 from plot_align.errors import InputError
 from plot_align.monitor.forwards import end_against_target, spread
+from plot_align.trl.batches import policy_batch
 
 TRL = Version(version("trl"))
 FUSED = Version("1.15") <= TRL
@@ -156,12 +157,29 @@ def test_training_is_the_same_to_the_bit(make_trainer, preference, rows, chat_te
 
 
 def test_what_a_trainer_lacks_is_absent(make_trainer):
-    """Log-probabilities before training that are no sums (LD-DPO); a forward of no outputs, as with Liger's losses."""
+    """Log-probabilities before training that are no sums (LD-DPO)."""
     trainer = make_trainer("dpo", ld_alpha=0.5, precompute_ref_log_probs=True, max_steps=1)
     trainer.add_callback(PreferenceMonitor(trainer, max_new_tokens=0))
     trainer.train()
     found = {name for name in trainer.state.log_history[0] if name.startswith("monitor/")}
     assert found == {"monitor/entropy", "monitor/end_of_sequence"}
+
+
+def test_blind_it_says_so_once(make_trainer, monkeypatch):
+    """A batch of unknown keys; and a loss that goes round the model's forward, as Liger's do. Training goes on."""
+    trainer = make_trainer("dpo")
+    monkeypatch.setattr("plot_align.monitor.forwards.policy_batch", lambda kind, *_: policy_batch(kind, {}))
+    trainer.add_callback(PreferenceMonitor(trainer, max_new_tokens=0))
+    with pytest.warns(UserWarning, match="sees no log-probabilities: the DPO batch has the keys") as caught:
+        trainer.train()
+    assert len([w for w in caught if "sees no" in str(w.message)]) == 1
+    assert trainer.state.global_step == 3
+
+    trainer = make_trainer("dpo")
+    trainer.add_callback(PreferenceMonitor(trainer, max_new_tokens=0))
+    trainer.compute_loss = lambda model, inputs, **options: 0 * next(trainer.model.parameters()).sum()
+    with pytest.warns(UserWarning, match="neither log-probabilities nor logits"):
+        trainer.train()
 
 
 def test_reference_from_before_training(make_trainer):

@@ -78,7 +78,7 @@ class PreferenceMonitor(TrainerCallback):
         self._before: dict[str, float] = {}  # the answers' metrics before training
         self._forwards = Forwards(trainer)
         self._fall = Fall()
-        self._runs = self._asks = False
+        self._runs = self._asks = self._is_blind = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins to watch; asks the model what it answers before training."""
@@ -122,6 +122,9 @@ class PreferenceMonitor(TrainerCallback):
         metrics = sums.metrics()
         if metrics:
             store(self.trainer, metrics, "train")
+        if self._forwards.blind is not None and not self._is_blind:
+            self._is_blind = True
+            self._say(f"the monitor sees no log-probabilities: {self._forwards.blind}.")
         fall = self._fall.add(sums)
         if fall is not None:
             lost, fell = fall

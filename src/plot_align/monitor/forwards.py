@@ -74,6 +74,7 @@ class Forwards:
                 f"trainer is a {type(trainer).__name__}, which is given no preferred and rejected answers to watch; "
                 f"expected one of {', '.join(KINDS)} or a subclass: leave the monitor out."
             )
+        self.blind: str | None = None  # why nothing can be read
         self._builds_logits = own_pass(self.kind) == "logits"
         self._sums: Tensor | None = None
         self._hooks: list[Any] = []
@@ -131,13 +132,13 @@ class Forwards:
             self._forget()
 
     def _after_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._inputs is not None and torch.is_grad_enabled() and not self._policy_seen and self._is_due():
-            batch = self._read_batch()
-            if batch is not None:
-                model = causal_lm(self.trainer.model)
-                self._end_against_target = end_against_target(
-                    model, output.last_hidden_state, batch.labels, self._end_id()
-                )
+        hidden = getattr(output, "last_hidden_state", None)
+        if self._inputs is None or hidden is None or self._policy_seen or not torch.is_grad_enabled():
+            return
+        batch = self._read_batch() if self._is_due() else None
+        if batch is not None:
+            model = causal_lm(self.trainer.model)
+            self._end_against_target = end_against_target(model, hidden, batch.labels, self._end_id())
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._inputs is None:
@@ -198,10 +199,14 @@ class Forwards:
         trainer = self.trainer
         if self._batch is None:
             if self.kind == "KTOTrainer" and is_earlier_kto(type(trainer)):
-                return None
-            if getattr(trainer, "padding_free", False):
-                return None
-            self._batch = policy_batch(self.kind, self._inputs, trainer)
+                self.blind = "the batches of this TRL's KTOTrainer have another form; trl 1.8 or newer has them"
+            elif getattr(trainer, "padding_free", False):
+                self.blind = "padding_free packs all answers into one row; set it to False"
+            else:
+                try:
+                    self._batch = policy_batch(self.kind, self._inputs, trainer)
+                except InputError as error:  # a collator of someone's own must not end the training
+                    self.blind = str(error)
         return self._batch
 
     def _is_due(self) -> bool:
@@ -233,6 +238,8 @@ class Forwards:
     @torch.no_grad()
     def _add(self) -> None:
         if self._policy is None or self._batch is None:
+            if self.blind is None and self._is_due():
+                self.blind = "its forward yields neither log-probabilities nor logits, as with Liger's losses"
             return
         policy, reference = self._policy, self._known_reference()
         tokens = self._batch.selected("all").sum(1).to(policy.device)  # (N,)
