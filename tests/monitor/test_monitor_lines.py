@@ -64,6 +64,13 @@ def test_a_healthy_run_is_silent(make_trainer, run):
     assert (monitor.crossed, said) == ({}, [])
 
 
+def test_a_loss_that_is_no_number_lies_beyond_the_line(make_trainer, run):
+    trainer = make_trainer("dpo", max_steps=8, learning_rate=1e30)
+    monitor, said = run(trainer, max_new_tokens=0, stop_on=["chosen_fall"])
+    assert "chosen_fall" in monitor.crossed
+    assert "nan nats a token" in said[0]
+
+
 def test_fall_over_the_latest_answers():
     """By hand: 8 answers of 4 tokens a log; four logs make 32."""
 

@@ -165,6 +165,20 @@ def test_what_a_trainer_lacks_is_absent(make_trainer):
     assert found == {"monitor/entropy", "monitor/end_of_sequence"}
 
 
+def test_with_adapters_the_reference_is_the_policy_without_them(make_trainer):
+    """TRL logs β times the gain over the reference, a mean over the same answers."""
+    from peft import LoraConfig
+
+    peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=32)
+    trainer = make_trainer("dpo", extra={"peft_config": peft}, learning_rate=0.1, beta=0.5)
+    trainer.add_callback(PreferenceMonitor(trainer, max_new_tokens=0))
+    trainer.train()
+    last = trainer.state.log_history[2]
+    for side in ("chosen", "rejected"):
+        assert abs(last[f"monitor/{side}"]) > 1e-3
+        assert last[f"monitor/{side}"] == pytest.approx(last[f"rewards/{side}"] / 0.5, rel=1e-3)
+
+
 def test_blind_it_says_so_once(make_trainer, monkeypatch):
     """A batch of unknown keys; and a loss that goes round the model's forward, as Liger's do. Training goes on."""
     trainer = make_trainer("dpo")

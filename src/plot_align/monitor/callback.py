@@ -135,7 +135,7 @@ class PreferenceMonitor(TrainerCallback):
 
     def _judge(self, line: str, value: float, state: Any, control: Any, what: str) -> None:
         limit = getattr(self.lines, line)
-        if limit is None or line in self.crossed or not value > limit:
+        if limit is None or line in self.crossed or value <= limit:  # NaN lies beyond any line
             return
         self.crossed[line] = state.global_step
         self._keep(state)
@@ -186,9 +186,10 @@ class PreferenceMonitor(TrainerCallback):
             ("benign_refusals", "monitor/refuses_benign", "of benign requests are refused"),
             ("repetition", "monitor/repetition", "of an answer's 4-grams repeat earlier ones"),
         ):
-            value, before = metrics.get(name, 0.0), self._before.get(name, 0.0)
-            if value > before:
-                self._judge(line, value, state, control, f"{value:.0%} {what}, {before:.0%} before training")
+            value, before = metrics.get(name, 0.0), self._before.get(name)  # None: that part of the run had no monitor
+            if before is None or value > before:
+                then = "" if before is None else f", {before:.0%} before training"
+                self._judge(line, value, state, control, f"{value:.0%} {what}{then}")
 
     def _of_main(self, metrics: dict[str, float]) -> dict[str, float]:
         """The main process's, so that all ranks decide alike."""
