@@ -65,12 +65,6 @@ def ranked_rows(rows) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-@pytest.fixture(scope="session")
-def chat_template(tiny_base) -> str:
-    """One that any tokenizer can carry."""
-    return AutoTokenizer.from_pretrained(tiny_base).chat_template
-
-
 @pytest.fixture
 def make_trainer(tiny_llama, rows, ranked_rows, tmp_path):
     """``make_trainer("dpo", loss_type=…, peft_config=…)`` → the TRL trainer, without PLOT."""

@@ -40,6 +40,14 @@ class Kept(TrainerCallback):
 
 def answers_of(method: str, batch: dict[str, Any]) -> list[tuple[list[int], list[bool], bool]]:
     """Of each row of a batch the tokens without padding, which of them are the answer's, and whether it is chosen."""
+    if "prompt_input_ids" in batch and method == "dpo":  # TRL before 0.29
+        found = []
+        for side in ("chosen", "rejected"):
+            for prompt, answer in zip(batch["prompt_input_ids"], batch[f"{side}_input_ids"], strict=True):
+                pad = 0  # <pad> of the tiny tokenizer
+                ids, own = ([x for x in part.tolist() if x != pad] for part in (prompt, answer))
+                found.append((ids + own, [False] * len(ids) + [True] * len(own), side == "chosen"))
+        return found
     if method in ("cpo", "orpo"):
         sides = [(batch[f"{s}_input_ids"], batch[f"{s}_attention_mask"], batch[f"{s}_labels"] != -100, s == "chosen")
                  for s in ("chosen", "rejected")]  # fmt: skip
