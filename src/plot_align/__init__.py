@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plot_align.doctor.diagnosis import diagnose
     from plot_align.methods.pro import PlotPROTrainer, PROConfig, PROTrainer
     from plot_align.methods.pro_loss import pro_loss
+    from plot_align.monitor import PreferenceMonitor
     from plot_align.plot import BalancedAlpha, PlotLoss
     from plot_align.preference.datasets import load_pairs
     from plot_align.preference.distribution import PreferenceDistribution
@@ -34,6 +35,7 @@ __all__ = [
     "PlotPROTrainer",
     "PlotSFTTrainer",
     "PreferenceDistribution",
+    "PreferenceMonitor",
     "__version__",
     "attach",
     "diagnose",
@@ -55,6 +57,7 @@ _HOME = {
     "PlotPROTrainer": "plot_align.methods.pro",
     "PlotSFTTrainer": "plot_align.trl",
     "PreferenceDistribution": "plot_align.preference.distribution",
+    "PreferenceMonitor": "plot_align.monitor",
     "attach": "plot_align.trl",
     "diagnose": "plot_align.doctor.diagnosis",
     "estimate": "plot_align.preference.estimation",

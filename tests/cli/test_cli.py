@@ -93,7 +93,7 @@ def test_help_all_lists_the_ablations_apart(run: Run) -> None:
     assert flags["PLOT"] == set(_names(PlotConfig))
     assert flags["ablations"] - {"no_scaled"} == set(_names(PlotAblations))
     assert not flags["options"] & {*flags["PLOT"], *flags["ablations"]}
-    assert list(groups)[-3:] == ["PLOT", "preference", "ablations"]
+    assert list(groups)[-4:] == ["PLOT", "preference", "monitor", "ablations"]
 
 
 def test_version(run: Run) -> None:

@@ -45,6 +45,36 @@ class PreferenceOptions:
     preference_split: str = field(default="train", metadata={"help": "Split of preference_dataset to count."})
 
 
+@dataclass
+class MonitorOptions:
+    """Watching the training: see ``plot_align.PreferenceMonitor``."""
+
+    _argument_group_name = "monitor"
+
+    monitor: bool = field(
+        default=False,
+        metadata={
+            "help": "Log how far the chosen answers fall, ask the model a few requests at each evaluation, and warn "
+            "when the training goes wrong."
+        },
+    )
+    stop_on: list[str] = field(
+        default_factory=list,
+        metadata={"help": "With monitor: end the training at chosen_fall, benign_refusals or repetition."},
+    )
+    monitor_requests: str | None = field(
+        default=None,
+        metadata={
+            "help": "With monitor: ask these instead of our own, a .jsonl file of prompt and kind (benign, harmful)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        given = "stop_on" if self.stop_on else "monitor_requests" if self.monitor_requests is not None else None
+        if given is not None and not self.monitor:
+            raise InputError(f"--{given} came without --monitor, which it belongs to; add --monitor")
+
+
 def plot_parser() -> argparse.ArgumentParser:
     """PLOT's own options and the ablations, as one of the ``parents`` of another parser."""
     from transformers import HfArgumentParser
@@ -68,7 +98,7 @@ def make_parser(command: str) -> Any:
     return TrainingParser(
         [
             *(ScriptArguments, trainer_config, ModelConfig, DatasetMixtureConfig),
-            *(PlotOptions, PreferenceOptions, PlotAblations),
+            *(PlotOptions, PreferenceOptions, MonitorOptions, PlotAblations),
         ],
         prog=f"plot-align {command}",
         usage=f"plot-align {command} [--config FILE.yaml] [options]",
@@ -80,7 +110,7 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
     """Read the YAML options and the flags into TRL's dataclasses and ours.
 
     Returns:
-        The options (script, training, model, mixture, PLOT, preference), and those of the launcher.
+        The options (script, training, model, mixture, monitor, PLOT, preference), and those of the launcher.
 
     Raises:
         InputError: an unknown option, with the nearest right one; or a value that is refused.
@@ -105,8 +135,8 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"the options were refused: {first_line(error)}") from error
-    *trl, plot, preference, ablations, _ = options
-    return (*trl, plot.join(ablations), preference), Launch(launch_config, unknown)
+    *trl, plot, preference, monitor, ablations, _ = options
+    return (*trl, monitor, plot.join(ablations), preference), Launch(launch_config, unknown)
 
 
 def _check_launch_flags(parser: Any, unknown: list[str]) -> None:

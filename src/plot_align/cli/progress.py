@@ -20,6 +20,10 @@ _SHOWN = {  # of each log, while they fit; the record and the trackers have ever
     "rank_accuracy": "accuracy {:#.3g}",
     "rewards/margins": "margin {:#.3g}",
     "mean_token_accuracy": "token accuracy {:#.3g}",
+    "monitor/chosen_per_token": "chosen {:+#.2g}",
+    "monitor/refuses_benign": "refuses benign {:#.2g}",
+    "monitor/refuses_harmful": "harmful {:#.2g}",
+    "monitor/repetition": "repeats {:#.2g}",
 }
 
 

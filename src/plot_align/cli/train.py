@@ -37,7 +37,7 @@ key of the YAML file, and those marked *. --help-all lists them all.
 * --alpha_schedule S             constant, linear, cosine, balance
 * --target T                     auto, anchored, chosen, relu, shift, softmax
 * --granularity G                batch, sequence, token
-  --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
+{monitor}  --learning_rate LR             --num_train_epochs N, --max_steps N, --seed N
   --per_device_train_batch_size N, --gradient_accumulation_steps N
   --max_length N                 longer rows are truncated
   --use_peft                     LoRA, with --lora_r, --lora_alpha
@@ -86,11 +86,12 @@ def help_text(command: str) -> str:
     """The short help of ``command``, one screen."""
     title = f"`trl {command}` with the PLOT term: every option of `trl {command}`"
     vanilla, columns, default, extra = "TRL", "", "", ""
+    monitor = "* --monitor                      warn when it goes wrong; --stop_on LINE: end it\n"
     match command:
         case "dpo":
             data, default = "pairs.jsonl", " (default: the pairs)"
         case "sft":
-            data, extra = "good.jsonl", " --preference p.safetensors"
+            data, extra, monitor = "good.jsonl", " --preference p.safetensors", ""
         case "pro":
             title = "Preference Ranking Optimization with the PLOT term: every option of PROConfig"
             title += "\nand of TRL's ModelConfig and ScriptArguments"
@@ -101,12 +102,20 @@ def help_text(command: str) -> str:
         case _:
             raise ValueError(command)
     return _HELP.format(
-        command=command, title=title, vanilla=vanilla, columns=columns, default=default, data=data, extra=extra
-    )
+        command=command, title=title, vanilla=vanilla, columns=columns, default=default, monitor=monitor, data=data,
+        extra=extra,
+    )  # fmt: skip
 
 
 def _train(
-    command: str, script_args: Any, training_args: Any, model_args: Any, mixture: Any, plot: Any, preference_args: Any
+    command: str,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    mixture: Any,
+    monitor: Any,
+    plot: Any,
+    preference_args: Any,
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
     from plot_align.cli import progress
@@ -120,6 +129,8 @@ def _train(
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
 
+    if monitor.monitor and command == "sft":
+        raise InputError("--monitor came to sft, whose data hold no rejected answers; leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
     resume = training_args.resume_from_checkpoint
@@ -175,6 +186,11 @@ def _train(
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     progress.use(trainer)
+    if monitor.monitor:
+        from plot_align.monitor import PreferenceMonitor
+
+        requests = monitor.monitor_requests
+        trainer.add_callback(PreferenceMonitor(trainer, stop_on=monitor.stop_on, requests=requests))
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
@@ -189,6 +205,7 @@ def _train(
                 "mixture": mixture,
                 "plot": plot.to_dict(),
                 "preference": preference_args,
+                "monitor": monitor,
             },
             seed=training_args.seed,
         )

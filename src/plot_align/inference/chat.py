@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from plot_align.errors import InputError
 from plot_align.parallel import each
@@ -175,6 +176,8 @@ def _continued(
     how: dict[str, Any] = {"do_sample": True, **sampling} if sampling and not seeds else {"do_sample": False}
     if seeds:
         how["logits_processor"] = [_OwnDraws(seeds, sampling["temperature"], sampling["top_p"])]
+    if isinstance(model, FSDPModule):  # its forwards are made together: a rank that is done goes on until all are
+        how["synced_gpus"] = True
     # A chat model may end its turn with a special token, which its generation config lists beside EOS.
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
     devices = [model.device] if model.device.type == "cuda" else []

@@ -26,6 +26,7 @@ from plot_align.trl.backends import HeadBackend, make_backend
 from plot_align.trl.batches import LOGITS_TRAINERS, policy_batch, trainer_kind
 from plot_align.trl.checks import check, resolve_auto
 from plot_align.trl.gradients import gradient_norms
+from plot_align.trl.metrics import store
 from plot_align.trl.reference import gathered, reference_distribution, reference_model
 from plot_align.trl.term import HeadResult, PlotTerm
 
@@ -257,16 +258,7 @@ class PlotHandle:
             metrics["plot/sinkhorn_error"] = self.term.divergence.last_error
         if norms is not None and norms[0] > 0:
             metrics["plot/grad_ratio"] = alpha * norms[1] / norms[0]
-        self._store(metrics, "train" if trainer.model.training else "eval")
-
-    def _store(self, metrics: dict[str, float], mode: Literal["train", "eval"]) -> None:
-        """Adds the metrics to those that the trainer averages until the next log."""
-        if hasattr(self.trainer, "store_metrics"):
-            prefix = "eval_" if mode == "eval" else ""
-            self.trainer.store_metrics({prefix + name: value for name, value in metrics.items()}, train_eval=mode)
-            return
-        for name, value in metrics.items():
-            self.trainer._metrics[mode][name].append(value)
+        store(trainer, metrics, "train" if trainer.model.training else "eval")
 
     def _explain_non_finite(self, result: HeadResult, batch: Batch) -> None:
         step = self.trainer.state.global_step
