@@ -53,6 +53,45 @@ def test_text_record_and_page(pairs, tiny_llama, tmp_path, capsys):
     assert found["results"]["measures"]["identical"] == 3 / 199
     assert {"row": 8, "why": "nearly equal"} in found["results"]["worst"]
     assert "alert" not in record.read_text()  # no text of the data but words and tokens
+    model = found["results"]["model"]
+    assert model["rows"] == [row for row in range(200) if row != 11]  # fewer than the sample: all of them
+    assert len(model["ches_normalised"]) == 199
+    assert "The model on 199 of the pairs, drawn at random:" in out
+    assert re.search(r"(?m)^  DPO +[+-][\d.e-]+ nats \([+-]", out)
+    assert not list(record.parent.glob("*.partial*"))
+    shown = Page(page.read_text(encoding="utf-8"))
+    assert shown.tags.count("svg") == 3
+    assert ("id", "model") in shown.attributes
+
+
+def test_the_model_is_put_to_a_sample_that_streaming_does_not_change(pairs, tiny_llama, tmp_path):
+    from plot_align import load_pairs
+
+    found = plot_align.diagnose(pairs, tiny_llama, sample=20, progress=False)
+    rows = found.model["rows"]
+    assert len(rows) == len(set(rows)) == 20
+    assert rows == sorted(rows)
+    assert 11 not in rows
+    data = load_pairs(pairs).to_iterable_dataset()
+    again = plot_align.diagnose(data, tiny_llama, sample=20, batch_size=7, progress=False)
+    assert again.model == found.model
+    assert plot_align.diagnose(pairs, tiny_llama, sample=0, progress=False).model is None
+
+
+def test_a_sample_is_uniform():
+    """Of 6 pairs 2 are kept: each in a third of 3,000 draws, within four standard errors of a binomial."""
+    from types import SimpleNamespace
+
+    from plot_align.doctor.tallies import Sample
+
+    counts = [0] * 6
+    for seed in range(3000):
+        sample = Sample(2, seed)
+        for row in range(6):
+            sample.add(SimpleNamespace(row=row))
+        for pair in sample.pairs():
+            counts[pair.row] += 1
+    assert all(abs(count - 1000) < 4 * (3000 * (1 / 3) * (2 / 3)) ** 0.5 for count in counts)
 
 
 class Page(html.parser.HTMLParser):
@@ -118,7 +157,9 @@ def test_json_and_exit_codes(pairs, clean, tiny_llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["PAIRS"], "--model is missing"),
+        (["PAIRS"], "expected one of --model, the model to tune, and --tokenizer"),
+        (["PAIRS", "--model", "TINY", "--tokenizer", "TINY"], "expected one of --model"),
+        (["PAIRS", "--model", "TINY", "--sample", "-1"], "sample is -1"),
         (["--strict"], "--strict is for a data set, and PAIRS is missing"),
         (["--model", "m"], "--model is for a data set"),
         (["PAIRS", "--model", "TINY", "--strict"], "data row 11: 'chosen' is missing"),

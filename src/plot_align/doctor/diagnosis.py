@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plot_align.doctor.data import Examination, examine
 from plot_align.doctor.findings import Finding, percent
 from plot_align.doctor.model import measure
 from plot_align.doctor.pairs import Pair, open_data, prompts_of
 from plot_align.doctor.tallies import Sample
 from plot_align.doctor.verdict import Advice, judge
+from plot_align.environment import fast_bf16
 from plot_align.errors import InputError
 from plot_align.inference.load import load_model, load_tokenizer
 from plot_align.preference.distribution import tokenizer_name
@@ -192,7 +195,7 @@ def _measured_model(
             for ids, scored in zip(pair.ids, pair.scored, strict=True)
         )
         sequences.append((chosen, rejected))
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16()):
         found = measure(
             model,
             tokenizer,
@@ -224,19 +227,20 @@ def model_sentence(model: Mapping[str, Any]) -> str:
     within = model["on_policy"]["chosen_within"]
     if within is not None:
         said.append(f"{percent(within)} of the chosen answers are as likely as its own.")
-    return " ".join(said) + (" What a first step does to chosen answers:" if forecasts(model) else "")
+    if forecasts(model):
+        said.append(f"What a first step at a learning rate of {model['step']['learning_rate']:g} does to them:")
+    return " ".join(said)
 
 
 def forecasts(model: Mapping[str, Any]) -> dict[str, str]:
     """Loss → its forecast in words."""
-    rate = model["step"]["learning_rate"]
     found = {}
     for name, value in model["forecast"].items():
         if value is not None:
             interval = model["forecast_interval"][name]
             spread = f" ({interval[0]:+.2g} to {interval[1]:+.2g})" if interval else ""
             falls = percent(model["forecast_falls"][name])
-            found[name] = f"{value:+.2g} nats{spread}, {falls} fall, at a learning rate of {rate:g}"
+            found[name] = f"{value:+.2g} nats{spread}, {falls} fall"
     return found
 
 

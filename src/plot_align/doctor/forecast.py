@@ -55,8 +55,8 @@ class Step:
     learning_rate: float = 1e-6
     optimizer: str = "adamw"
     pairs: int = 8
-    batches: int = 8
-    answers: int = 32
+    batches: int = 4
+    answers: int = 16
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:

@@ -22,7 +22,6 @@ from plot_align.records import NORMAL_95, measure, wilson
 from plot_align.redteam import RefusalPrefixes
 
 
-@dataclass
 class Sample:
     """A uniform sample of pairs of a stream, by reservoir."""
 
@@ -42,6 +41,7 @@ class Sample:
         return sorted(self._kept, key=lambda pair: pair.row)
 
 
+@dataclass
 class Rows:
     """How many rows have something, and the first few of them."""
 
