@@ -93,6 +93,18 @@ def test_the_rule_falls_back_on_the_likelihood_at_equal_refusal() -> None:
     assert "No setting raises the AUC. Rule 4: **DPO+PLOT** " in said
 
 
+def test_arms_are_compared_on_the_seeds_that_both_have() -> None:
+    """The second seed of DPO is another model; on the first the two arms are one."""
+    from study.report import Runs, compared, worse_in
+
+    first, second = runs(0.5, 0.1), runs(1.5, 0.1, kl=9.0)
+    scores = {key: np.stack([value[0], second.scores[key][1]]) for key, value in first.scores.items()}
+    arms = {"DPO": Runs([0, 1], scores), "DPO+PLOT": first.only([0])}
+    found = compared(arms)["DPO+PLOT", "DPO"]
+    assert found[:3] == (0.0, 0.0, 0.0)
+    assert worse_in(arms["DPO"], arms["DPO+PLOT"]) == []
+
+
 def test_at_equal_refusal_a_setting_on_the_line_of_the_remedy_gains_nothing() -> None:
     """A family refuses 0, 1, 2 at KL 0, 10, 30: at 1.5 a KL of 20 lies on its line, one of 14 lies 6 below."""
     from study.report import HARMFUL, Runs, at_equal_refusal

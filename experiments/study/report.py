@@ -21,7 +21,8 @@ RESAMPLES = 2000
 INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page.
 SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for all arms of a seed. A value is a mean over items and
-seeds ± its standard error (of items alone where there is one seed). AUC: how well the probability that an answer
+seeds ± its standard error (of items alone where there is one seed); two arms are compared item by item, over the seeds
+that both have. AUC: how well the probability that an answer
 begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
 """
 EQUAL = """\
@@ -84,13 +85,26 @@ class Runs(NamedTuple):
         return float(self.of(keys).mean())
 
     def error(self, keys: Sequence[str]) -> float:
-        """Standard error: over seeds and over items, whose variances add up; items alone with one seed."""
-        values = self.of(keys)
-        items = values.mean(0)
-        variance = items.var(ddof=1) / len(items)
-        if len(self.seeds) > 1:
-            variance += values.mean(1).var(ddof=1) / len(self.seeds)
-        return float(np.sqrt(variance))
+        return standard_error(self.of(keys))
+
+    def only(self, seeds: Sequence[int]) -> Runs:
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return Runs(list(seeds), {key: values[rows] for key, values in self.scores.items()})
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of ``(seeds, items)``: the variances over seeds and over items add up; items alone with one seed."""
+    items = values.mean(0)
+    variance = items.var(ddof=1) / len(items)
+    if len(values) > 1:
+        variance += values.mean(1).var(ddof=1) / len(values)
+    return float(np.sqrt(variance))
+
+
+def paired(*runs: Runs) -> list[Runs]:
+    """The same, of the seeds that all of them have."""
+    common = sorted(set.intersection(*(set(of.seeds) for of in runs)))
+    return [of.only(common) for of in runs]
 
 
 def read(folder: Path) -> dict[str, dict[str, Runs]]:
@@ -112,6 +126,10 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
                     if all(key in arms[name][seed] for seed in seeds)
                 }
                 found[kind.name][name] = Runs(seeds, scores)
+        if "base" in found[kind.name]:  # not trained, so every seed's
+            base, seeds = found[kind.name]["base"], sorted({seed for of in arms.values() for seed in of})
+            repeated = {key: np.repeat(values[:1], len(seeds), axis=0) for key, values in base.scores.items()}
+            found[kind.name]["base"] = Runs(seeds, repeated)
     return found
 
 
@@ -156,16 +174,21 @@ def compared(arms: dict[str, Runs]) -> dict[tuple[str, str], Difference]:
     """Difference of AUC by ``(arm, other)``: each arm and the one it changes a thing of, each PLOT setting and its
     method without PLOT; p-values corrected after Holm."""
     draws = resamples(next(iter(arms.values())), HARMFUL, ORDINARY)
-    values = {
-        name: np.array([mean_auc(runs, HARMFUL, ORDINARY, items) for items in draws]) for name, runs in arms.items()
-    }
-    whole = {name: mean_auc(runs, HARMFUL, ORDINARY) for name, runs in arms.items()}
+    values: dict[tuple[str, int], tuple[np.ndarray, float]] = {}  # by arm and seed: of every draw, and of all items
+    for name, runs in arms.items():
+        for seed in runs.seeds:
+            one = runs.only([seed])
+            of_draws = np.array([mean_auc(one, HARMFUL, ORDINARY, items) for items in draws])
+            values[name, seed] = of_draws, mean_auc(one, HARMFUL, ORDINARY)
+
+    def less(name: str, other: str) -> Difference:
+        seeds = [seed for seed in arms[name].seeds if seed in arms[other].seeds]
+        pairs = [(values[name, seed], values[other, seed]) for seed in seeds]
+        of_draws, of_all = (np.mean([a[i] - b[i] for a, b in pairs], axis=0) for i in (0, 1))
+        return difference(of_draws, float(of_all))
+
     pairs = [(name, other) for name in arms if name in ARMS for other in {ARMS[name].compare, without_plot(name)}]
-    found = {
-        (name, other): difference(values[name] - values[other], whole[name] - whole[other])
-        for name, other in pairs
-        if other in arms and other != name
-    }
+    found = {(name, other): less(name, other) for name, other in pairs if other in arms and other != name}
     corrected = holm({" against ".join(pair): entry.p for pair, entry in found.items()}) if found else {}
     return {pair: entry._replace(p=corrected[" against ".join(pair)]) for pair, entry in found.items()}
 
@@ -213,6 +236,7 @@ def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) ->
     more or less than every point of the family. The bootstrap draws the same items for all, of either measure.
     """
     refusal = [f"refusal/{name}" for name in HARMFUL]
+    runs, *family = paired(runs, *family)
     x = [of.of(refusal).mean(0) for of in (runs, *family)]  # (items,) each
     y = [of.of(keys).mean(0) for of in (runs, *family)]
 
@@ -260,10 +284,11 @@ def bias_table(folder: Path) -> str:
 def worse_in(runs: Runs, other: Runs) -> list[str]:
     """The guarded measures in which ``runs`` is worse by more than a standard error of the difference."""
     worse = []
+    runs, other = paired(runs, other)
     for title in ("KL ↓", "NLL chosen ↓", "NLL text ↓", "repetition ↓"):
         keys, _ = ITEM_MEASURES[title]
-        error = np.hypot(runs.error(keys), other.error(keys))
-        if runs.mean(keys) - other.mean(keys) > error:
+        differences = runs.of(keys) - other.of(keys)  # (seeds, items)
+        if differences.mean() > standard_error(differences):
             worse.append(title.rstrip(" ↓"))
     return worse
 
@@ -299,8 +324,9 @@ def outcome(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> 
     refusing = ITEM_MEASURES["refuses harmful ↑"][0]
 
     def refuses_as_many(name: str) -> bool:
-        of, without = arms[name], arms[plain[name]]
-        return without.mean(refusing) - of.mean(refusing) <= np.hypot(of.error(refusing), without.error(refusing))
+        of, without = paired(arms[name], arms[plain[name]])
+        differences = without.of(refusing) - of.of(refusing)
+        return float(differences.mean()) <= standard_error(differences)
 
     kept = [name for name in settings if refuses_as_many(name)]
     if not kept:
