@@ -42,9 +42,10 @@ class PreferenceMonitor(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to.
-        chosen_fall, benign_refusals, repetition: see :class:`plot_align.monitor.lines.Lines`. The fall is judged over
-            the latest 32 chosen answers or four logs; refusals and repetition also have to exceed what they were
-            before training. Each line warns once, also in a run that was resumed.
+        chosen_fall: line of the chosen answers' fall (:class:`plot_align.monitor.lines.Lines`), judged over the latest
+            32 of them or four logs. Each line warns once, also in a run that was resumed.
+        benign_refusals: line of refused benign requests; they also have to exceed what they were before training.
+        repetition: line of repetition, likewise.
         stop_on: names of lines that end the training.
         requests: a file of requests (``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``, one a line); ``None``
             takes 12 of our own of either kind.
