@@ -55,11 +55,12 @@ def options(family: str, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama-3.2-3b", "qwen2.5-7b"])  # llama-3.1-8b takes the steps of the other Llama
-def test_rehearsal(family, monkeypatch, capfd):
+def test_rehearsal(monkeypatch, capfd):
+    """All families take the same steps; most other tests have a Llama."""
+
     for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))  # so that what the rehearsal sets is taken back
-    code = rehearse.main([family])
+    code = rehearse.main(["qwen2.5-7b"])
     assert code == 0, capfd.readouterr().out
 
 

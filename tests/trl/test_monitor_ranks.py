@@ -51,20 +51,20 @@ def watched(engine: str, model: str, data: str, out: str, chat_template: str, ro
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_ranks_log_what_one_process_logs(
-    engine: str, tiny_llama: Path, pairs_file: Path, tmp_path: Path, chat_template: str
+    tiny_llama: Path, pairs_file: Path, tmp_path: Path, chat_template: str
 ) -> None:
     """Numbers of two ranks of two pairs are those of four pairs. The model repeats itself soon: one rank says so, and
     all stop."""
     given = (str(tiny_llama), str(pairs_file), str(tmp_path), chat_template)
     [alone] = run(watched, "ddp", *given, 4)
-    first, second = run(watched, engine, *given, 2, ranks=2)
-    assert len(alone["logs"]) == len(first["logs"]) == 4  # before, two steps, and the evaluation that stops it
-    for found, want in zip(first["logs"], alone["logs"], strict=True):
-        assert found == pytest.approx(want, rel=1e-3, abs=1e-4)
-    assert first["answers"] == second["answers"] == alone["answers"]
-    assert first["crossed"] == second["crossed"] == alone["crossed"]
     assert alone["crossed"]["repetition"] == 2
-    assert first["said"] == alone["said"]
-    assert second["said"] == []
+    for engine in ("ddp", "fsdp2"):
+        first, second = run(watched, engine, *given, 2, ranks=2)
+        assert len(alone["logs"]) == len(first["logs"]) == 4  # before, two steps, and the evaluation that stops it
+        for found, want in zip(first["logs"], alone["logs"], strict=True):
+            assert found == pytest.approx(want, rel=1e-3, abs=1e-4), engine
+        assert first["answers"] == second["answers"] == alone["answers"], engine
+        assert first["crossed"] == second["crossed"] == alone["crossed"], engine
+        assert first["said"] == alone["said"], engine
+        assert second["said"] == [], engine
