@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,13 @@ import pytest  # noqa: E402 (the libraries that plugins import read the variable
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ["trainers"]  # fixtures: a tiny trainer of every method
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> None:
+    """Those that a program starts with: the demo silences the libraries for the rest of its process."""
+    for name, level in {"transformers": logging.WARNING, "trl": logging.NOTSET, "accelerate": logging.NOTSET}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

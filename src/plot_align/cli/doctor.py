@@ -21,9 +21,8 @@ from plot_align.io import require_writable
 def make_parser() -> Parser:
     parser = Parser(
         "doctor",
-        "Show what is installed and whether plot-align works with it, the device, and\n"
-        "how the PLOT term reaches each trainer. Exit code 1 if training cannot run.\n"
-        "With PAIRS: what is wrong with a preference data set, or with a model on it.",
+        "Show whether training can run here, and how; exit code 1 if it cannot. With\n"
+        "PAIRS: what is wrong with a preference data set, or with a model on it.",
         "  plot-align doctor pairs.jsonl --model Qwen/Qwen3-0.6B --page doctor.html",
     )
     parser.usage = "plot-align doctor [PAIRS --model MODEL] [options]"

@@ -116,7 +116,9 @@ def best_of_each_list(list_lengths: Tensor, completions: int) -> Tensor:
 def _pair_labels(inputs: Mapping[str, Any], trainer: Any) -> Tensor:
     """``(2B, T)`` labels of the chosen rows above the rejected ones, in each form that DPO's batches have had."""
     if "completion_mask" in inputs:  # TRL 0.29 and later
-        ids, _, completion = _truncated(inputs, trainer)
+        ids, completion = inputs["input_ids"], inputs["completion_mask"]
+        if hasattr(trainer, "_truncate_inputs"):
+            ids, _, completion = _truncated(inputs, trainer)
         return ids.masked_fill(completion == 0, -100)
     if "labels" in inputs:  # frameworks with collators of their own
         return inputs["labels"]
@@ -131,8 +133,7 @@ def _pair_labels(inputs: Mapping[str, Any], trainer: Any) -> Tensor:
 
 def _truncated(inputs: Mapping[str, Any], trainer: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention and completion mask as the model sees them: TRL 0.29 truncates them in its forward."""
-    parts = inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
-    return trainer._truncate_inputs(*parts) if hasattr(trainer, "_truncate_inputs") else parts
+    return trainer._truncate_inputs(inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
 
 
 def _concatenated(
