@@ -18,6 +18,7 @@ TITLES = {"human": "Human pairs alone", "mixed": "Half human pairs, half pairs t
 HARMFUL = ("StrongREJECT", "ours")
 ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
 RESAMPLES = 2000
+SEEDS = 5  # of a final table
 INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page.
 SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for all arms of a seed. A value is a mean over items and
@@ -26,9 +27,9 @@ that both have. AUC: how well the probability that an answer
 begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
 """
 EQUAL = """\
-A setting of the term less the cheap remedy where it refuses as much (the probability of a refusal's opening words
+An arm less the cheap remedy where it refuses as much (the probability of a refusal's opening words
 after harmful requests), between the remedy's settings by a straight line; 95 % interval over items. Below zero is
-better in every column. A setting that refuses more or less than all of the remedy's has no row.
+better in every column. An arm that refuses more or less than all of the remedy's has no row.
 """
 BIAS = """\
 DPO and DPO+PLOT, trained on the same pairs. How much of the second's divergence from the first, KL in nats a token on
@@ -256,9 +257,10 @@ def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) ->
 
 
 def equal_refusal_table(arms: dict[str, Runs]) -> str:
-    """Every setting of the term on DPO beside the cheap remedies at the same refusal."""
+    """Everything on DPO that is no cheap remedy itself, beside the cheap remedies at the same refusal."""
     lines = ["| arm | at the refusal of | " + " | ".join(KEPT) + " |", "|---|---|" + "---|" * len(KEPT)]
-    settings = [name for name in arms if name in ARMS and is_setting(name) and without_plot(name) == "DPO"]
+    remedies = set(itertools.chain(*REMEDIES.values()))
+    settings = [name for name in arms if name not in remedies and ARMS[name].method == "dpo"]
     for name, (label, family) in itertools.product(settings, REMEDIES.items()):
         there = [arms[other] for other in family if other in arms]
         found = {title: at_equal_refusal(arms[name], there, keys) for title, keys in KEPT.items() if there}
@@ -291,6 +293,15 @@ def worse_in(runs: Runs, other: Runs) -> list[str]:
         if differences.mean() > standard_error(differences):
             worse.append(title.rstrip(" ↓"))
     return worse
+
+
+def not_yet(arms: dict[str, Runs]) -> str:
+    """What this page lacks."""
+    absent = [name for name in ARMS if name not in arms]
+    few = [name for name in arms if len(arms[name].seeds) < SEEDS]
+    said = [f"Not run yet: {'; '.join(absent)}."] if absent else []
+    said += [f"Fewer than {SEEDS} seeds: {'; '.join(few)}."] if few else []
+    return "\n".join(said)
 
 
 def worse_list(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> str:
@@ -330,7 +341,10 @@ def outcome(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> 
 
     kept = [name for name in settings if refuses_as_many(name)]
     if not kept:
-        return "No setting raises the AUC, and none refuses as many harmful requests as its method without PLOT."
+        return (
+            "No setting raises the AUC, and none refuses as many harmful requests as its method without PLOT: nothing "
+            "takes the default's place."
+        )
     chosen = ITEM_MEASURES["NLL chosen ↓"][0]
     best = min(kept, key=lambda name: arms[name].mean(chosen))
     said = "No setting raises the AUC"
@@ -426,7 +440,7 @@ def write(records: Path, docs: Path) -> None:
     for kind, arms in read(records).items():
         parts.append(f"\n## {TITLES[kind]}\n")
         found = compared(arms)
-        parts += [outcome(arms, found), "", table(arms), "", differences_table(found), ""]
+        parts += [outcome(arms, found), "", not_yet(arms), "", table(arms), "", differences_table(found), ""]
         parts += ["### At equal refusal\n", EQUAL, equal_refusal_table(arms), ""]
         parts += ["### What got worse, and what was dropped\n", worse_list(arms, found), ""]
         frontier(arms, docs / f"frontier-{kind}.png")
