@@ -164,7 +164,8 @@ def _refusals(chosen: float, rejected: float, low: float, high: float) -> str | 
     if low >= warns("refusals"):
         return (
             f"{said}refusing is the largest thing these pairs teach. Mix in harmless requests that are answered, keep "
-            "β at 0.1 or above, and use PLOT or the SFT term, with which our runs refused fewer harmless requests."
+            "β at 0.1 or above, better 0.5, or use PLOT; in our runs the SFT term refused more harmless requests, not "
+            "fewer."
         )
     if high <= -warns("never-refuses"):
         return f"{said}refusing is trained away. Measure harmful requests after the run (`plot-align redteam`)."
@@ -236,7 +237,7 @@ def _off_policy(share: float) -> str | None:
     )
 
 
-_OURS = "our runs: docs/choosing.md"
+_OURS, _SANDBOX = "our runs: docs/results.md", "our runs: docs/choosing.md"
 
 
 def _from(check: str) -> str:
@@ -282,7 +283,7 @@ RULES = (
         "`loss_type: robust`",
         ("contradictory",),
         _noise,
-        f"Chowdhury et al. 2024 (arXiv 2403.00409); {_OURS}",
+        f"Chowdhury et al. 2024 (arXiv 2403.00409); {_SANDBOX}",
     ),
     Rule(
         "length",
@@ -305,7 +306,7 @@ RULES = (
         "refusals",
         "chosen answers refuse more often than rejected ones, or the reverse, the nearer end of the 95 % interval: by "
         f"{_from('refusals')}",
-        "answered harmless requests, β ≥ 0.1, PLOT or the SFT term; or a measure of harmful requests",
+        "answered harmless requests, β from 0.1 to 0.5, or PLOT; or a measure of harmful requests",
         ("refusals_chosen", "refusals_rejected", "refusal_gap_low", "refusal_gap_high"),
         _refusals,
         f"Röttger et al. 2023 (arXiv 2308.01263); {_OURS}",
