@@ -98,9 +98,9 @@ def _examine_pairs(options: Any) -> int:
         partial=partial,
     )
     print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
-    if options.record is not None:
+    if partial is not None:
         print(f"record: {found.write(options.record)}", file=sys.stderr)
-        forget_partial(options.record.with_suffix(".partial"))
+        forget_partial(partial)
     if options.page is not None:
         from plot_align.doctor.page import write
 

@@ -5,8 +5,9 @@ Other wings import the names below and nothing else. They are loaded on first us
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from plot_align.lazy import lazy
 
 if TYPE_CHECKING:
     from plot_align.doctor.diagnosis import Diagnosis, diagnose
@@ -17,17 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Advice", "Diagnosis", "Finding", "ModelMeasures", "Step", "diagnose", "judge", "measure"]
 
-_NAMES = {
-    "diagnosis": "Diagnosis diagnose",
-    "findings": "Finding",
-    "forecast": "Step",
-    "model": "ModelMeasures measure",
-    "verdict": "Advice judge",
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "diagnosis": "Diagnosis diagnose",
+        "findings": "Finding",
+        "forecast": "Step",
+        "model": "ModelMeasures measure",
+        "verdict": "Advice judge",
+    },
+)

@@ -5,17 +5,13 @@ Other rooms import the names below and nothing else. They are loaded on first us
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from plot_align.lazy import lazy
 
 if TYPE_CHECKING:
     from plot_align.evaluation.fluency import repetition
 
 __all__ = ["repetition"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from plot_align.evaluation import fluency
-
-    return getattr(fluency, name)
+__getattr__ = lazy(__name__, {"fluency": "repetition"})

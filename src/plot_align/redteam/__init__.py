@@ -5,9 +5,9 @@ Other rooms import the names below and nothing else. They are loaded on first us
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from plot_align.lazy import lazy
 from plot_align.redteam.names import ATTACKS, TELL_REFUSALS
 
 if TYPE_CHECKING:
@@ -44,17 +44,13 @@ __all__ = [
     "write_behaviors",
 ]
 
-_NAMES = {
-    "behaviors": "Behavior default_benign read_behaviors read_targets require_targets write_behaviors",
-    "catalogue": "make_attack make_judge",
-    "judges": "Judge Judged RefusalPrefixes",
-    "measure": "Budget attack_and_judge require_decided",
-    "victim": "Victim",
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "behaviors": "Behavior default_benign read_behaviors read_targets require_targets write_behaviors",
+        "catalogue": "make_attack make_judge",
+        "judges": "Judge Judged RefusalPrefixes",
+        "measure": "Budget attack_and_judge require_decided",
+        "victim": "Victim",
+    },
+)

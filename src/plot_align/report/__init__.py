@@ -5,8 +5,9 @@ Other wings import the names below and nothing else; what draws and lays out a p
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from plot_align.lazy import lazy
 
 if TYPE_CHECKING:
     from plot_align.report.figures import SERIES, Picture, drawing, picture
@@ -27,17 +28,13 @@ __all__ = [
     "style_sheet",
 ]
 
-_NAMES = {
-    "figures": "SERIES Picture drawing picture",
-    "observations": "collect",
-    "page": "environment style_sheet",
-    "runs": "attack_curves",
-    "tables": "Table",
-}
-_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "figures": "SERIES Picture drawing picture",
+        "observations": "collect",
+        "page": "environment style_sheet",
+        "runs": "attack_curves",
+        "tables": "Table",
+    },
+)
