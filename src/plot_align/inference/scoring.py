@@ -139,7 +139,7 @@ def _logits(base: Any, hidden: Tensor) -> Tensor:
 
 
 def longest_first(sequences: Sequence[ScoredSequence], size: int) -> Iterator[list[int]]:
-    """Indices of the sequences that have a scored token, longest first."""
+    """Indices of the sequences that have a scored token, longest first; a stable order, the same in every run."""
     scored = [i for i, sequence in enumerate(sequences) if sequence.start < sequence.stop]
     scored.sort(key=lambda i: -len(sequences[i].ids))
     for at in range(0, len(scored), size):

@@ -25,7 +25,7 @@ from plot_align.errors import InputError, RunError
 from plot_align.head.reward import log_reward, reward_scale
 from plot_align.inference.ches import Pair, ches, pair_batches
 from plot_align.inference.resume import fingerprint, journal_path, resumed
-from plot_align.inference.scoring import collate
+from plot_align.inference.scoring import collate, longest_first
 from plot_align.io import complete_or_absent
 from plot_align.preference.distribution import PreferenceDistribution, require_preference
 from plot_align.preference.estimation import ScoredSequence, progress_bar, scored_pairs
@@ -104,9 +104,7 @@ def score_pairs(
     score = _scorer(model, tokenizer, preference, reading)
     pairs = _read(pairs, tokenizer, max_length, truncation_mode, progress)
     sequences = [sequence for pair in pairs for sequence in pair]  # chosen and rejected in turn
-    scored = [index for index, sequence in enumerate(sequences) if sequence.start < sequence.stop]
-    scored.sort(key=lambda index: -len(sequences[index].ids))  # stable: the same batches in every run
-    batches = [scored[at : at + batch_size] for at in range(0, len(scored), batch_size)]
+    batches = list(longest_first(sequences, batch_size))
 
     def values_of(batch: list[int]) -> list[float]:
         try:
@@ -128,7 +126,7 @@ def score_pairs(
     training = model.training
     model.eval()
     try:
-        with progress_bar("scoring", progress, len(scored), "completions") as advance:
+        with progress_bar("scoring", progress, sum(map(len, batches)), "completions") as advance:
             for batch, values in zip(batches, resumed(values_of, batches, journal), strict=True):
                 scores[batch] = torch.tensor(values, dtype=torch.float64)
                 advance(len(batch))
