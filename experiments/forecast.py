@@ -4,9 +4,10 @@
     python experiments/forecast.py --data path/to/data --filters --seeds 0 1 2  # by CHES, by length, at random
     python experiments/forecast.py --report                                     # docs/forecast.md from the records
 
-SmolLM2-135M-Instruct, 20 steps of eight pairs, as in real.py. The forecast is made of 64 of the training pairs before
-any training, for chosen answers that are held out; measured is what happens to these very answers. Each forecast and
-each run leaves one record under experiments/study/records-forecast, and is not made again while it is there.
+SmolLM2-135M-Instruct, 20 steps of four pairs at the learning rate of real.py. The forecast is made of 32 of the
+training pairs before any training, for chosen answers that are held out; measured is what happens to these very
+answers. Each forecast and each run leaves one record under experiments/study/records-forecast, and is not made again
+while it is there.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from plot_align.plot import PlotLoss
 from plot_align.preference.estimation import estimate, scored_pairs
 from plot_align.records import write_record
 from plot_align.trl import attach
-from real import PAIRS, RATE, STEPS, Study, _trainer
+from real import RATE, STEPS, Study, _trainer
 from study import data
 from study.arms import ARMS
 from study.sets import SETS, training_pairs
 
 RECORDS = Path(__file__).parent / "study" / "records-forecast"
 FORECAST, FILTERS = "forecast", "filters"  # folders of the records; runs lie in that of their loss
+PAIRS = 4  # of a step: half of those of real.py, for eight times as many runs
 BATCHES = 8  # of training pairs, of which the forecast is made
 BY, SHARE = ("ches", "length", "random"), 0.5
 

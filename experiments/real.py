@@ -118,8 +118,8 @@ def _trainer(arm: Arm, model: Any, tokenizer: Any, rows: list[data.Pair], seed: 
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     shared = {
-        "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": PAIRS, "learning_rate": RATE,
-        "warmup_steps": STEPS // 8,
+        "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": len(rows) // STEPS,
+        "learning_rate": RATE, "warmup_steps": STEPS // 8,
         "bf16": fast_bf16(), "use_cpu": not torch.cuda.is_available(), "seed": seed, "gradient_checkpointing": False,
         "save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "max_length": None,
         "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
