@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 from plot_align.preference.target import TRANSFORMS, anchored, counted
 
 SCHEMA = 1
@@ -263,7 +263,7 @@ class PreferenceDistribution:
             )
         damaged = InputError(f"preference file {path} is damaged: its content does not match; estimate it again")
         try:
-            provenance = json.loads(metadata["provenance"])
+            provenance = parse_json(metadata["provenance"])
             preference = cls(tensors["chosen_counts"], tensors["rejected_counts"], provenance)
             digest = preference._digest()
         except (KeyError, ValueError):
