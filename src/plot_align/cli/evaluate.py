@@ -15,6 +15,7 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
 from plot_align.inference.load import check_dtype, load_model, load_tokenizer
+from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -96,8 +97,8 @@ def _run(options: Any) -> int:
         require_template(load_tokenizer(source, trust_remote_code=options.trust_remote_code))
     for name in suite.runs_code if rank() == 0 else ():
         print(
-            f"plot-align: {name} runs programs that the models write, on this machine and with your rights; they can "
-            "delete or send away what you can",
+            f"plot-align: {printable(name)} runs programs that the models write, on this machine and with your "
+            "rights; they can delete or send away what you can",
             file=sys.stderr,
         )
     return _evaluate(models, suite, options)
@@ -119,7 +120,6 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 
 
 def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -131,14 +131,14 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
 
     from plot_align.parallel import on_main, rank
 
-    console = Console(highlight=False, quiet=rank() > 0)
+    console = terminal(quiet=rank() > 0)
     for name, reason in suite.left_out.items():
-        console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"left out: {name}: {reason}", soft_wrap=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
     again: list[str] = []
-    with Progress(*columns, console=Console(file=sys.stderr), disable=rank() > 0) as progress:
+    with Progress(*columns, console=terminal(sys.stderr), disable=rank() > 0) as progress:
         whole = progress.add_task("measures", total=len(models) * len(suite.entries))
         reference = None
         if options.reference is not None:
@@ -176,12 +176,12 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
     if again:
         console.print(
             f"measured again, as the model, the options, the data or the seed were others (the old records end in "
-            f".old): {'; '.join(again)}", markup=False,
+            f".old): {'; '.join(again)}",
             soft_wrap=True,
         )  # fmt: skip
     for what, problem in failed.items():
-        console.print(f"{what}: {problem}", markup=False, soft_wrap=True)
-    console.print(f"see them with: plot-align report {options.output}", markup=False, soft_wrap=True)
+        console.print(f"{what}: {problem}", soft_wrap=True)
+    console.print(f"see them with: plot-align report {options.output}", soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -279,7 +279,6 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
 
 def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> None:
     """A table of every measure's score, and all quantities of the guards."""
-    from rich.markup import escape
     from rich.table import Table
 
     from plot_align.records import read_record
@@ -298,13 +297,13 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
         if entry.section != section:
             section = entry.section
             table.add_section()
-            table.add_row(f"[bold]{section}[/bold]")
+            table.add_row(section, style="bold")
         first = next(iter(found.values()))
         for key in first if entry.section == GUARDS else list(first)[:1]:
             arrow = {"higher": " ↑", "lower": " ↓"}.get(first[key]["better"], "")
             unit = f", {first[key]['unit']}" if "unit" in first[key] else ""
             cells = [number(found[name][key]) if key in found.get(name, {}) else "-" for name in models]
-            table.add_row(escape(f"{first[key]['title']}{unit}{arrow}"), *cells)
+            table.add_row(f"{first[key]['title']}{unit}{arrow}", *cells)
     console.print(table)
 
 

