@@ -93,6 +93,11 @@ def _escaped(character: str) -> str:
     return json.dumps(character)[1:-1] if ord(character) > 0x7F else repr(character)[1:-1]
 
 
+def sendable(text: str) -> str:
+    """Replace half an emoji, which JSON can hold escaped but a request cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def markdown(text: str, *, longest: int = 200) -> str:
     """``text`` on one line of Markdown, also within a table: no markup, link, image or HTML of its own.
 

@@ -374,7 +374,7 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     device = torch.device("cpu" if on_cpu() else "cuda")
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     problem = StepProblem(policy, tokenizer, 2 * setting.pairs, LENGTH, bf16=setting.bf16)
     names = ("off", "on", "measured")
