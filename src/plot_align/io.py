@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -136,6 +138,41 @@ def digest(path: Path) -> str:
         if file.is_file():
             found.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
     return found.hexdigest()[:16]
+
+
+def file_name(text: str) -> str:
+    """The name of a file or folder for a text that anyone may have chosen: an id, or the name of a model.
+
+    The text itself where every file system takes it, else its letters and its digest: it climbs nowhere, names no
+    device, and is never too long, also with an ending. Two texts have two names, unless they differ in case alone,
+    which :func:`require_distinct` refuses.
+    """
+    portable = (
+        re.fullmatch(r'[^<>:"/\\|?*~]+', text) is not None
+        and text.isprintable()
+        and len(text.encode()) <= 200
+        and unicodedata.is_normalized("NFC", text)
+        and not text.startswith((".", " "))
+        and not text.endswith((".", " "))
+        and not re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", text, re.IGNORECASE)
+    )
+    if portable:
+        return text
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9-]+', '_', text)[:60]}~{digest}"
+
+
+def require_distinct(names: Iterable[str], what: str) -> None:
+    """Refuse names of which two would be one file where letters have no case, as on macOS and Windows.
+
+    Raises:
+        InputError: there are such names.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(f"{what} {other!r} and {name!r} differ in case only, and name files; rename one of them")
 
 
 def require_writable(folder: Path) -> None:

@@ -255,15 +255,27 @@ def commit() -> dict[str, Any] | None:
     """Commit of the git repository around the working directory, and whether it has uncommitted changes."""
     try:
         head = _git("rev-parse", "HEAD")
-        return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        names = _git("config", "--list", "--name-only").splitlines()
+        # A folder that was unpacked can hold a repository whose configuration names programs for git to run.
+        off = {"core.fsmonitor": "false"}
+        off |= {name: "" for name in names if name.startswith("filter.") and name.endswith((".clean", ".process"))}
+        off |= {name: "false" for name in names if name.startswith("filter.") and name.endswith(".required")}
+        status = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty", settings=off)
+        return {"id": head, "dirty": bool(status)}
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
+    """What git prints. ``settings``: go before those of its files."""
+    pairs = list((settings or {}).items())
+    environment = {**os.environ, "GIT_CONFIG_COUNT": str(len(pairs))}
+    for number, (name, value) in enumerate(pairs):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
     return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL
-    ).stdout.strip()
+        ["git", *arguments],
+        capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL, env=environment,
+    ).stdout.strip()  # fmt: skip
 
 
 def _cpu_model() -> str | None:

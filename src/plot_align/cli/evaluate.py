@@ -15,6 +15,7 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
 from plot_align.inference.load import check_dtype, load_model, load_tokenizer
+from plot_align.io import complete_or_absent, file_name
 from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
             subject.reference = reference
             for entry in suite.entries:
                 progress.update(whole, description=f"{name}: {entry.name}")
-                path = options.output / name / f"{entry.name}.json"
+                path = _record(options.output, name, entry)
                 config = _config(subject, entry, suite.name)
                 state = on_main(partial(_state, path, config, options.seed))
                 if state != "there":
@@ -204,7 +205,7 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
     model, tokenizer = load_model(
         source, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
-    work = options.output / "work" / name
+    work = options.output / "work" / file_name(name)
     subject = Subject(model, tokenizer, name, source, work, options.seed, options.batch_size, bar=bar)
     # Another model of the same name must not reuse this one's answers.
     subject.folder = work / subject.identity["model"]
@@ -227,6 +228,10 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
         "measure": entry.options(),
         "data": entry.data,
     }
+
+
+def _record(output: Path, model: str, entry: Entry) -> Path:
+    return output / file_name(model) / f"{file_name(entry.name)}.json"
 
 
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
@@ -256,7 +261,7 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
     from plot_align.records import write_record
     from plot_align.results import EVALUATION
 
-    log = subject.folder / f"{entry.name}.error.txt"
+    log = subject.folder / f"{file_name(entry.name)}.error.txt"
     try:
         found = everywhere(lambda: entry.measure.run(subject))
         results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
@@ -267,8 +272,8 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
         return f"failed: {error}"
     except Exception as error:  # an error of a library must not stop the other measures
         if rank() == 0:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            with complete_or_absent(log) as temporary:  # in place of a link, not through it
+                temporary.write_text(traceback.format_exc(), encoding="utf-8")
         return f"failed: {type(error).__name__}: {first_line(error)} (the whole of it is in {log})"
     if rank() == 0:
         log.unlink(missing_ok=True)
@@ -289,7 +294,7 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
     for entry in suite.entries:
         found = {}
         for name in models:
-            path = output / name / f"{entry.name}.json"
+            path = _record(output, name, entry)
             if path.exists():
                 found[name] = read_record(path, EVALUATION)["results"]["quantities"]
         if not found:

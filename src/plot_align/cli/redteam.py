@@ -11,7 +11,7 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
-from plot_align.io import read_yaml
+from plot_align.io import file_name, read_yaml
 from plot_align.redteam.names import ATTACKS, CLASSIFIER, JUDGES, TELL_REFUSALS
 from plot_align.text import terminal
 
@@ -345,7 +345,7 @@ def _report(
     if skipped:
         console.print(f"{len(skipped)} copyright rows were left out and are not counted")
     record = write_record(
-        options.output / f"redteam-{_what(measured, options)}.json",
+        options.output / f"{file_name(f'redteam-{_what(measured, options)}')}.json",
         "redteam",
         {
             "rates": shown,
@@ -393,7 +393,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):
                 for ending in ("png", "svg"):
-                    draw(curves, xlabel, output / f"{attack}-{key}-{name}.{ending}")
+                    draw(curves, xlabel, output / f"{file_name(f'{attack}-{key}-{name}')}.{ending}")
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, parse_json
+from plot_align.io import complete_or_absent, parse_json, require_distinct
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
 CATEGORIES = ("standard", "contextual", "copyright")
@@ -66,6 +66,7 @@ def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False
             copyrighted[behavior.id] = where
         else:
             rows[behavior.id] = behavior
+    require_distinct([*rows, *copyrighted], f"{path}: the ids")
     if copyrighted and not skip_copyright:
         first, where = next(iter(copyrighted.items()))
         count = f"{first!r} is the first of {len(copyrighted)} rows" if len(copyrighted) > 1 else f"{first!r} is a row"
