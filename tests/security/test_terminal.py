@@ -51,7 +51,7 @@ def test_plain_text_stays() -> None:
 
 @pytest.mark.parametrize("speech", [*SPEECH, "[red]x[/blue]", "[/]", ":skull:"])
 def test_a_console_shows_it_as_text(speech: str) -> None:
-    """In a line, a cell, a column's title and a bar's description; on a real terminal, where rich itself sends escapes."""
+    """In a line, a cell, a title and a bar's description; on a terminal, where rich itself sends escapes."""
     shown = io.StringIO()
     console = terminal(shown)
     console._force_terminal = True
