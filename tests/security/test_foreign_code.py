@@ -154,7 +154,7 @@ def test_the_cache_of_lm_eval_is_no_pickle(tmp_path: Path, mark: Path) -> None:
             cache["answer"] = "half \ud83d"
             assert cache["log-likelihood"] == (-0.1, True)
             assert cache["answer"] == "half \ud83d"
-            with pytest.raises(ValueError, match="JSON|codec|UTF|utf"):
+            with pytest.raises(ValueError, match=r"JSON|codec|UTF|utf"):
                 cache["evil"]
     assert not mark.exists()
     with sqlite3.connect(path) as connection:
@@ -190,10 +190,12 @@ COMMANDS: dict[str, Callable[[str, str, str], list[str]]] = {
     "doctor": lambda model, pairs, out: ["doctor", pairs, "--model", model],
     "evaluate": lambda model, pairs, out: ["evaluate", model, "--output", out],
     "bench": lambda model, pairs, out: ["bench", "--model", model, "--output", f"{out}.json"],
-    "dpo": lambda model, pairs, out: ["dpo", "--model_name_or_path", model, "--dataset_name", pairs, "--output_dir", out,
-                                      "--use_cpu"],
-    "pro": lambda model, pairs, out: ["pro", "--model_name_or_path", model, "--dataset_name", pairs, "--output_dir", out,
-                                      "--use_cpu"],
+    **{
+        method: lambda model, pairs, out, method=method: [
+            method, "--model_name_or_path", model, "--dataset_name", pairs, "--output_dir", out, "--use_cpu",
+        ]
+        for method in ("dpo", "pro")
+    },
 }  # fmt: skip
 
 
