@@ -65,7 +65,7 @@ def test_each_fault_is_one_sentence_in_bounded_time(fault: str) -> None:
     with hostile_server(FAULTS[fault]) as server, pytest.raises(EndpointError) as caught:
         asked(f"{server.url}/v1")
     message = str(caught.value)
-    assert time.monotonic() - began < 40  # two tries of five time-outs, and a slow machine
+    assert time.monotonic() - began < 60  # two tries of five time-outs, and a slow machine
     assert server.url in message
     assert "; " in message
     assert "\n" not in message

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plot_align.cli.parser import named_models
@@ -40,6 +40,7 @@ def test_a_plain_name_stays(text: str) -> None:
     assert file_name(text) == text
 
 
+@settings(deadline=None)
 @given(st.text(), st.text())
 @example("a/b", "a_b")
 @example("a/b", "a\\b")
@@ -60,6 +61,7 @@ def test_two_texts_are_two_files_on_any_system(one: str, other: str) -> None:
         assert names[0] != names[1] or folded[0] == folded[1]
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_name_can_leave_its_folder_or_be_too_long(text: str) -> None:
     name = file_name(text)
