@@ -247,7 +247,8 @@ def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the latter of tags such as !!int
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
+        why = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{option} {path}{place} is not valid YAML ({why})") from None
     if not isinstance(content, dict):
         raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
     return content

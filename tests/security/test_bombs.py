@@ -17,6 +17,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation.fastchat import rating, read_answers
 from plot_align.inference.resume import read_journal
 from plot_align.io import json_or_none, parse_json, read_yaml
+from plot_align.preference.datasets import load_pairs
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import read_record
 from plot_align.redteam.behaviors import read_behaviors
@@ -219,14 +220,22 @@ def test_a_sound_file_still_loads(tmp_path: Path) -> None:
 # --- data sets ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json"])
-def test_a_data_file_that_is_a_bomb(tmp_path: Path, ending: str) -> None:
-    from plot_align.preference.datasets import load_pairs
-
-    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
-    bomb = (row + "\n" + '{"chosen": ' + "[" * 3000 + "]" * 3000 + "}\n").encode()
-    file = tmp_path / f"pairs{ending}"
-    file.write_bytes(gzip.compress(bomb) if ending.endswith("gz") else bomb)
-    with pytest.raises(InputError, match="pairs") as caught:
-        load_pairs(file)
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.json", "folder/pairs.jsonl"])
+def test_a_data_file_that_is_a_bomb(tmp_path: Path, name: str) -> None:
+    """Arrow's reader overflows the stack on it, which would end the process without a word."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    row = json.dumps({"prompt": "a", "chosen": '"[[[{{{' * 30, "rejected": "c"})
+    bomb = '{"chosen": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    text = f"[{row},\n{bomb}]" if name.endswith(".json") else f"{row}\n{bomb}\n"
+    file.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    with pytest.raises(InputError, match=r"line 2, is nested more than 64 levels") as caught:
+        load_pairs(file.parent if "/" in name else file)
     assert "\n" not in str(caught.value)
+
+
+def test_brackets_in_texts_are_no_depth(tmp_path: Path) -> None:
+    row = {"prompt": "[" * 200, "chosen": '\\"[{' * 200 + "\\", "rejected": "c"}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    assert load_pairs(file)[0] == row
