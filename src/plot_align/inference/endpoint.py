@@ -237,10 +237,11 @@ def _is_address(url: str) -> bool:
 
 def _bounded(response: Any, seconds: float) -> Any:
     """The stream of a response; a time-out where it takes longer than ``seconds``, an error where it is too large."""
-    httpx = sys.modules[type(response).__module__.partition(".")[0]]  # or httpx2, of later versions of openai
+    httpx: Any = sys.modules[type(response).__module__.partition(".")[0]]  # or httpx2, of later versions of openai
+    base: Any = httpx.SyncByteStream
     stream, until = response.stream, time.monotonic() + seconds
 
-    class Bounded(httpx.SyncByteStream):
+    class Bounded(base):
         def __iter__(self) -> Iterator[bytes]:
             size = 0
             for piece in stream:
