@@ -178,7 +178,8 @@ def own_code(tiny_base: Path, tmp_path: Path, mark: Path) -> Path:
     tokenizer |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.T", "own.T"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (folder / "own.py").write_text(
-        f"from pathlib import Path\nPath({str(mark)!r}).touch()\nfrom transformers import *\n"
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
         "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
         "T = PreTrainedTokenizerFast\n"
     )
@@ -212,8 +213,11 @@ def test_no_command_runs_a_models_code_unasked(
     assert len(told.strip().splitlines()[-1]) < 1000
 
 
-def test_it_runs_where_it_is_asked_for(own_code: Path, mark: Path) -> None:
+def test_it_runs_where_it_is_asked_for(
+    own_code: Path, mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the tests above would show nothing."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     load_model(str(own_code), trust_remote_code=True)
     assert mark.exists()
 

@@ -158,10 +158,10 @@ def test_a_judge_that_fails_and_then_recovers(tmp_path: Path) -> None:
     from plot_align.redteam.run import label
 
     behaviors = [Behavior(f"b{i}", f"request {i}") for i in range(6)]
-    answers: Any = {b.id: [{"test_case": b.text, "generation": f"answer {b.id}"}] for b in behaviors}
+    answers: Any = {b.id: [{"test_case": b.text, "generation": f"said {b.id}"}] for b in behaviors}
 
     def verdict(server: Any, request: Any, write: Any) -> None:
-        number = int(json.loads(request.body)["messages"][1]["content"].split("answer b")[1][0])
+        number = int(json.loads(request.body)["messages"][1]["content"].split("said b")[1][0])
         chat("[[yes]]" if number % 2 else "[[no]]")(server, request, write)
 
     def sometimes(server: Any, request: Any, write: Any) -> None:
