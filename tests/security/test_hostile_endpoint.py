@@ -128,7 +128,8 @@ def test_a_line_break_at_the_end_of_a_key_is_none_of_it(monkeypatch: pytest.Monk
 def test_a_password_in_the_address_is_sent_and_never_shown(caplog: pytest.LogCaptureFixture) -> None:
     """Also not by the client's own log of its requests."""
     caplog.set_level(logging.DEBUG)
-    with hostile_server(reply(400, "no, hunter22/x is wrong")) as server:
+    body = json.dumps({"error": {"message": "no, hunter22/x is wrong"}})
+    with hostile_server(reply(400, body)) as server:
         address = server.url.replace("http://", "http://me:hunter22%2Fx@")
         with pytest.raises(EndpointError) as caught:
             asked(f"{address}/v1")
