@@ -116,8 +116,22 @@ def test_weights_that_lie_are_one_sentence(tiny_base: Path, tmp_path: Path) -> N
         folder = tmp_path / str(number)
         shutil.copytree(tiny_base, folder)
         (folder / "model.safetensors").write_bytes(content)
-        with pytest.raises(InputError, match="no model could be loaded"):
+        with pytest.raises(InputError, match=r"no model could be loaded|no weights for"):
             load_model(str(folder))
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_base: Path, tmp_path: Path) -> None:
+    """Transformers would draw them at random, with a warning, and every number would be of that."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_base, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight and 0 others"):
+        load_model(str(folder))
+    load_model(str(tiny_base))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +287,6 @@ def test_a_suite_cannot_send_a_variable_of_the_environment_anywhere(tmp_path: Pa
 def test_a_suite_cannot_allow_itself_to_run_code(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     suite = tmp_path / "suite.yaml"
-    suite.write_text("code:\n  humaneval: {kind: lm_eval, task: humaneval, allow_code_execution: true}\n")
+    suite.write_text("coding:\n  humaneval: {kind: lm_eval, task: humaneval, allow_code_execution: true}\n")
     with pytest.raises(InputError, match="--allow_code_execution"):
         read_suite(str(suite), Given())

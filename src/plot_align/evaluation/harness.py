@@ -467,7 +467,12 @@ def _cache_without_pickles() -> Iterator[None]:
     import sqlitedict
 
     pickling = sqlitedict.SqliteDict
-    sqlitedict.SqliteDict = partial(pickling, encode=json.dumps, decode=_decoded)
+
+    class Plain(pickling):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "encode": json.dumps, "decode": _decoded})
+
+    sqlitedict.SqliteDict = Plain
     try:
         yield
     finally:

@@ -69,7 +69,7 @@ def load_model(
         dtype: as torch calls it, or ``"auto"`` for the checkpoint's.
 
     Raises:
-        InputError: they cannot be loaded.
+        InputError: they cannot be loaded, or weights are missing in the checkpoint.
     """
     return everywhere(lambda: _load(name, device, dtype, trust_remote_code))
 
@@ -81,9 +81,19 @@ def _load(name: str, device: str | None, dtype: str, trust_remote_code: bool) ->
     refuse_pickles(name)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+        missing = sorted(found["missing_keys"])
+        if missing and not getattr(model, "_hf_peft_config_loaded", False):  # of an adapter it tells other things
+            raise InputError(
+                f"{name!r} has no weights for {missing[0]} and {len(missing) - 1} others, which would be random; get "
+                "the whole checkpoint"
+            )
         return model.to(own_device(device)), tokenizer
     except InputError:
         raise
