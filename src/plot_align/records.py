@@ -23,7 +23,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 
 FORMAT = "plot-align record"
 SCHEMA = 1
@@ -201,7 +201,7 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     except OSError as error:
         raise InputError(f"record {path} cannot be read ({error.strerror}); check the path") from None
     try:
-        record = json.loads(text, parse_constant=_refuse_constant, object_hook=_decode)
+        record = parse_json(text, parse_constant=_refuse_constant, object_hook=_decode)
     except ValueError:
         raise InputError(
             f"{path} is not complete JSON, so it is damaged or was cut off; run the command that wrote it again"
@@ -255,15 +255,27 @@ def commit() -> dict[str, Any] | None:
     """Commit of the git repository around the working directory, and whether it has uncommitted changes."""
     try:
         head = _git("rev-parse", "HEAD")
-        return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        names = _git("config", "--list", "--name-only").splitlines()
+        # A folder that was unpacked can hold a repository whose configuration names programs for git to run.
+        off = {"core.fsmonitor": "false"}
+        off |= {name: "" for name in names if name.startswith("filter.") and name.endswith((".clean", ".process"))}
+        off |= {name: "false" for name in names if name.startswith("filter.") and name.endswith(".required")}
+        status = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty", settings=off)
+        return {"id": head, "dirty": bool(status)}
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str, settings: Mapping[str, str] | None = None) -> str:
+    """What git prints. ``settings``: go before those of its files."""
+    pairs = list((settings or {}).items())
+    environment = {**os.environ, "GIT_CONFIG_COUNT": str(len(pairs))}
+    for number, (name, value) in enumerate(pairs):
+        environment |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
     return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL
-    ).stdout.strip()
+        ["git", *arguments],
+        capture_output=True, text=True, check=True, timeout=10, stdin=subprocess.DEVNULL, env=environment,
+    ).stdout.strip()  # fmt: skip
 
 
 def _cpu_model() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from plot_align.cli.options import PlotOptions, plot_parser
 from plot_align.cli.parser import Parser
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError, first_line
+from plot_align.text import terminal
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +78,6 @@ def run(arguments: list[str]) -> int:
         require_writable(path.parent)  # before the work rather than after it
     load = _source(options, setting)
 
-    from rich.console import Console
-
     with _progress(setting.repeats + 1) as on_round:
         results = bench(load, setting, plain_rounds(setting, on_round), options.profile)
     config = {
@@ -97,14 +97,14 @@ def run(arguments: list[str]) -> int:
         "reference_shares_weights": setting.method == "dpo",
     }
     path = write_record(options.output, "bench", results, config=config, seed=0)
-    console = Console(highlight=False)
+    console = terminal()
     for table in tables(results):
         console.print(table)
     console.print("\nto paste into an issue:")
-    console.print(line(read_record(path, "bench")), markup=False, soft_wrap=True)
-    console.print(f"\nrecord: {path}", markup=False, soft_wrap=True)
+    console.print(line(read_record(path, "bench")), soft_wrap=True)
+    console.print(f"\nrecord: {path}", soft_wrap=True)
     if options.profile is not None:
-        console.print(f"trace:  {options.profile} (open it in ui.perfetto.dev)", markup=False, soft_wrap=True)
+        console.print(f"trace:  {options.profile} (open it in ui.perfetto.dev)", soft_wrap=True)
     return 0
 
 
@@ -198,10 +198,9 @@ def _source(options: Any, setting: Setting) -> Callable[[], tuple[Any, Any]]:
 @contextlib.contextmanager
 def _progress(rounds: int) -> Iterator[Callable[[str, int], None]]:
     """Yields a callback that takes the part that runs and how many of its ``rounds`` are done."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=terminal(sys.stderr)) as progress:
         task = progress.add_task("building", total=rounds)
         yield lambda what, count: progress.update(task, description=what, completed=count)

@@ -16,6 +16,7 @@ from plot_align.environment import NAMED, Package, fast_bf16, packages
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import check_dtype
 from plot_align.io import require_writable
+from plot_align.text import printable
 
 
 def make_parser() -> Parser:
@@ -58,7 +59,7 @@ def run(arguments: list[str]) -> int:
     if given:
         raise InputError(f"--{given[0]} is for a data set, and PAIRS is missing; name the pairs before it")
     found = examine()
-    print(json.dumps(found, indent=2) if options.json else as_text(found))
+    print(json.dumps(found, indent=2) if options.json else printable(as_text(found)))
     return 1 if found["problems"] else 0
 
 
@@ -97,14 +98,14 @@ def _examine_pairs(options: Any) -> int:
         dtype=options.dtype,
         partial=partial,
     )
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
     if partial is not None:
-        print(f"record: {found.write(options.record)}", file=sys.stderr)
+        print(printable(f"record: {found.write(options.record)}"), file=sys.stderr)
         forget_partial(partial)
     if options.page is not None:
         from plot_align.doctor.page import write
 
-        print(f"page: {write(found, options.page)}", file=sys.stderr)
+        print(printable(f"page: {write(found, options.page)}"), file=sys.stderr)
     return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
 
 

@@ -13,6 +13,7 @@ from plot_align.errors import InputError
 from plot_align.inference.load import load_tokenizer
 from plot_align.io import require_writable
 from plot_align.parallel import patient_state
+from plot_align.text import terminal
 
 
 def make_parser() -> Parser:
@@ -134,7 +135,6 @@ def _results(preference: Any) -> dict[str, Any]:
 
 
 def _print(results: dict[str, Any], artefact: Path, record: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -152,7 +152,7 @@ def _print(results: dict[str, Any], artefact: Path, record: Path) -> None:
         ("seconds", f"{results['seconds']:.1f}"),
     ):
         table.add_row(label, value)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(table)
-    console.print(f"preference: {artefact}", markup=False, soft_wrap=True)
-    console.print(f"record:     {record}", markup=False, soft_wrap=True)
+    console.print(f"preference: {artefact}", soft_wrap=True)
+    console.print(f"record:     {record}", soft_wrap=True)

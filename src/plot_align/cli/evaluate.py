@@ -15,6 +15,8 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, PlotAlignError, first_line
 from plot_align.inference.load import check_dtype, load_model, load_tokenizer
+from plot_align.io import complete_or_absent, file_name
+from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -96,8 +98,8 @@ def _run(options: Any) -> int:
         require_template(load_tokenizer(source, trust_remote_code=options.trust_remote_code))
     for name in suite.runs_code if rank() == 0 else ():
         print(
-            f"plot-align: {name} runs programs that the models write, on this machine and with your rights; they can "
-            "delete or send away what you can",
+            f"plot-align: {printable(name)} runs programs that the models write, on this machine and with your "
+            "rights; they can delete or send away what you can",
             file=sys.stderr,
         )
     return _evaluate(models, suite, options)
@@ -119,7 +121,6 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 
 
 def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -131,14 +132,14 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
 
     from plot_align.parallel import on_main, rank
 
-    console = Console(highlight=False, quiet=rank() > 0)
+    console = terminal(quiet=rank() > 0)
     for name, reason in suite.left_out.items():
-        console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"left out: {name}: {reason}", soft_wrap=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
     again: list[str] = []
-    with Progress(*columns, console=Console(file=sys.stderr), disable=rank() > 0) as progress:
+    with Progress(*columns, console=terminal(sys.stderr), disable=rank() > 0) as progress:
         whole = progress.add_task("measures", total=len(models) * len(suite.entries))
         reference = None
         if options.reference is not None:
@@ -158,7 +159,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
             subject.reference = reference
             for entry in suite.entries:
                 progress.update(whole, description=f"{name}: {entry.name}")
-                path = options.output / name / f"{entry.name}.json"
+                path = _record(options.output, name, entry)
                 config = _config(subject, entry, suite.name)
                 state = on_main(partial(_state, path, config, options.seed))
                 if state != "there":
@@ -176,12 +177,12 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
     if again:
         console.print(
             f"measured again, as the model, the options, the data or the seed were others (the old records end in "
-            f".old): {'; '.join(again)}", markup=False,
+            f".old): {'; '.join(again)}",
             soft_wrap=True,
         )  # fmt: skip
     for what, problem in failed.items():
-        console.print(f"{what}: {problem}", markup=False, soft_wrap=True)
-    console.print(f"see them with: plot-align report {options.output}", markup=False, soft_wrap=True)
+        console.print(f"{what}: {problem}", soft_wrap=True)
+    console.print(f"see them with: plot-align report {options.output}", soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -204,7 +205,7 @@ def _load(name: str, source: str, options: Any, progress: Progress) -> Subject:
     model, tokenizer = load_model(
         source, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
-    work = options.output / "work" / name
+    work = options.output / "work" / file_name(name)
     subject = Subject(model, tokenizer, name, source, work, options.seed, options.batch_size, bar=bar)
     # Another model of the same name must not reuse this one's answers.
     subject.folder = work / subject.identity["model"]
@@ -227,6 +228,10 @@ def _config(subject: Subject, entry: Entry, suite: str) -> dict[str, Any]:
         "measure": entry.options(),
         "data": entry.data,
     }
+
+
+def _record(output: Path, model: str, entry: Entry) -> Path:
+    return output / file_name(model) / f"{file_name(entry.name)}.json"
 
 
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
@@ -256,7 +261,7 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
     from plot_align.records import write_record
     from plot_align.results import EVALUATION
 
-    log = subject.folder / f"{entry.name}.error.txt"
+    log = subject.folder / f"{file_name(entry.name)}.error.txt"
     try:
         found = everywhere(lambda: entry.measure.run(subject))
         results = {"quantities": found.quantities, "details": found.details, "unfinished": found.unfinished}
@@ -267,8 +272,8 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
         return f"failed: {error}"
     except Exception as error:  # an error of a library must not stop the other measures
         if rank() == 0:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            log.write_text(traceback.format_exc(), encoding="utf-8")
+            with complete_or_absent(log) as temporary:  # in place of a link, not through it
+                temporary.write_text(traceback.format_exc(), encoding="utf-8")
         return f"failed: {type(error).__name__}: {first_line(error)} (the whole of it is in {log})"
     if rank() == 0:
         log.unlink(missing_ok=True)
@@ -279,7 +284,6 @@ def _measure(subject: Subject, entry: Entry, path: Path, config: dict[str, Any],
 
 def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> None:
     """A table of every measure's score, and all quantities of the guards."""
-    from rich.markup import escape
     from rich.table import Table
 
     from plot_align.records import read_record
@@ -290,7 +294,7 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
     for entry in suite.entries:
         found = {}
         for name in models:
-            path = output / name / f"{entry.name}.json"
+            path = _record(output, name, entry)
             if path.exists():
                 found[name] = read_record(path, EVALUATION)["results"]["quantities"]
         if not found:
@@ -298,13 +302,13 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
         if entry.section != section:
             section = entry.section
             table.add_section()
-            table.add_row(f"[bold]{section}[/bold]")
+            table.add_row(section, style="bold")
         first = next(iter(found.values()))
         for key in first if entry.section == GUARDS else list(first)[:1]:
             arrow = {"higher": " ↑", "lower": " ↓"}.get(first[key]["better"], "")
             unit = f", {first[key]['unit']}" if "unit" in first[key] else ""
             cells = [number(found[name][key]) if key in found.get(name, {}) else "-" for name in models]
-            table.add_row(escape(f"{first[key]['title']}{unit}{arrow}"), *cells)
+            table.add_row(f"{first[key]['title']}{unit}{arrow}", *cells)
     console.print(table)
 
 

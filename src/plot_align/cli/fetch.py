@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plot_align.cli.parser import Parser
 from plot_align.demo.fetch import SMOLLM2, SOURCES, fetch
+from plot_align.text import printable
 
 
 def make_parser() -> Parser:
@@ -23,5 +24,5 @@ def make_parser() -> Parser:
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, fetch, and print the folder. All else goes to standard error."""
     options = make_parser().parse(arguments)
-    print(fetch(options.model, source=options.source))
+    print(printable(str(fetch(options.model, source=options.source))))
     return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from plot_align.cli.parser import Parser, add_loading_options, length
 from plot_align.errors import InputError
 from plot_align.inference.load import check_dtype, load_model, load_tokenizer
+from plot_align.text import terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,7 +182,6 @@ def _results(found: _Scored, kept: Tensor) -> dict[str, Any]:
 
 
 def _print(results: dict[str, Any], output: Path, scores: Path, record: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -199,7 +199,7 @@ def _print(results: dict[str, Any], output: Path, scores: Path, record: Path) ->
         ("seconds", f"{results['seconds']:.1f}"),
     ):
         table.add_row(label, value)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(table)
     for label, path in (("kept:  ", output), ("scores:", scores), ("record:", record)):
-        console.print(f"{label} {path}", markup=False, soft_wrap=True)
+        console.print(f"{label} {path}", soft_wrap=True)

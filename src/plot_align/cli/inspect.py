@@ -12,6 +12,7 @@ from plot_align.cli.parser import Parser, add_loading_options
 from plot_align.errors import InputError, require_packages
 from plot_align.inference.load import load_model, load_tokenizer
 from plot_align.io import require_writable
+from plot_align.text import printable, terminal
 
 
 def make_parser() -> Parser:
@@ -56,20 +57,19 @@ def run(arguments: list[str]) -> int:
             content["contexts"] = [context.to_dict() for context in contexts]
         print(json.dumps(content, indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
         from plot_align.inference.contexts import render
 
-        Console().print(inspection.render(found))
+        terminal().print(inspection.render(found))
         if contexts is not None:
-            Console().print("", render(contexts), sep="\n")
+            terminal().print("", render(contexts), sep="\n")
     if figure is not None:
-        print(f"figure: {figure}", file=sys.stderr)
+        print(printable(f"figure: {figure}"), file=sys.stderr)
     if options.record is not None and contexts is not None:
         from plot_align.records import write_record
 
         results = {"contexts": [context.to_dict() for context in contexts]}
-        print(f"record: {write_record(options.record, 'inspect', results, config=vars(options))}", file=sys.stderr)
+        record = write_record(options.record, "inspect", results, config=vars(options))
+        print(printable(f"record: {record}"), file=sys.stderr)
     return 0
 
 

@@ -11,6 +11,7 @@ from plot_align._version import __version__
 from plot_align.cli.launch import tell_launcher
 from plot_align.cli.output import readable
 from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line
+from plot_align.text import printable
 
 _TRAINING = {
     "dpo": "`trl dpo` with the PLOT term: the same YAML files and flags",
@@ -110,8 +111,8 @@ def dispatch(arguments: list[str]) -> int:
 def _report(message: str, code: int, debug: bool) -> int:
     sys.stdout.flush()
     if debug:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
     elif tell_launcher(message):
         return code
-    print(f"plot-align: {message}", file=sys.stderr)
+    print(f"plot-align: {printable(message)}", file=sys.stderr)
     return code

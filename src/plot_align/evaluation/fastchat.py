@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, fits
+from plot_align.io import complete_or_absent, fits, parse_json
+from plot_align.text import sendable
 
 TEMPERATURES = {
     "writing": 0.7,
@@ -43,7 +44,8 @@ _SLOTS = {
     "single-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2"},
     "single-math-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"},
 }  # judge prompt → exactly the slots that its template must have
-_RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+# FastChat's "\d+\.?\d*" in the form that takes no square of its length to fail.
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
 
 Turns = tuple[str, str]
 Row = dict[str, Any]
@@ -123,14 +125,7 @@ class Bench:
             texts |= dict(zip(("ref_answer_1", "ref_answer_2"), self.references[question.id], strict=True))
         prompt = self.prompts[kind if turn == 1 else f"{kind}-multi-turn"]
         # In one pass, so that braces in the inserted texts stay as they are.
-        return Request(
-            question.id, turn, prompt, prompt.template.format(**{k: _sendable(t) for k, t in texts.items()})
-        )
-
-
-def _sendable(text: str) -> str:
-    """Replace half an emoji, which JSON can hold escaped but a request cannot."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Request(question.id, turn, prompt, prompt.template.format(**{k: sendable(t) for k, t in texts.items()}))
 
 
 def rating(judgment: str) -> int | float | None:
@@ -142,7 +137,7 @@ def rating(judgment: str) -> int | float | None:
     found = next(filter(None, (pattern.search(judgment) for pattern in _RATINGS)), None)
     if found is None or not WORST <= float(found[1]) <= BEST:
         return None
-    return float(found[1]) if "." in found[1] else int(found[1])
+    return float(found[1]) if "." in found[1] else int(float(found[1]))
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark, read
@@ -341,8 +336,8 @@ def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, R
             continue
         place = f"{what} {path}: line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             if torn and number == len(lines):
                 return
             raise InputError(f"{place} is no valid JSON ({error}); correct it") from None

@@ -45,6 +45,7 @@ from plot_align.evaluation.harness_tasks import (
 )
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import evaluating
+from plot_align.io import parse_json
 from plot_align.parallel import OutOfStep, everywhere, on_main
 from plot_align.results import Better, Quantity, of_items, of_whole
 
@@ -67,9 +68,8 @@ class LMEval:
     documents as lm-eval does. If lm-eval aggregates nothing (a tag, some groups), every document counts equally.
 
     Greedy answers and log-probabilities are cached in ``subject.folder/lm_eval`` and reused after an interruption;
-    sampled answers are not. lm-eval pickles its cache, so accept no such folder from strangers. An interruption
-    between batches changes nothing; one within a batch shifts the later ones, which can change a log-probability by
-    rounding and, rarely, an answer.
+    sampled answers are not. An interruption between batches changes nothing; one within a batch shifts the later ones,
+    which can change a log-probability by rounding and, rarely, an answer.
 
     Args:
         task: name of a task, a group or a tag.
@@ -223,20 +223,21 @@ class LMEval:
 
         groups = loaded["groups"]
         try:
-            return simple_evaluate(
-                model,
-                tasks=[groups[self.task]] if self.task in groups else list(loaded["tasks"].values()),
-                task_manager=manager(self.include_path),
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
-                apply_chat_template=self.apply_chat_template,
-                fewshot_as_multiturn=self.apply_chat_template,
-                gen_kwargs=self.gen_kwargs,
-                use_cache=cache,
-                torch_random_seed=seed,
-                bootstrap_iters=0,  # the intervals are ours
-                confirm_run_unsafe_code=self.allow_code_execution,
-            )
+            with _cache_without_pickles():
+                return simple_evaluate(
+                    model,
+                    tasks=[groups[self.task]] if self.task in groups else list(loaded["tasks"].values()),
+                    task_manager=manager(self.include_path),
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    apply_chat_template=self.apply_chat_template,
+                    fewshot_as_multiturn=self.apply_chat_template,
+                    gen_kwargs=self.gen_kwargs,
+                    use_cache=cache,
+                    torch_random_seed=seed,
+                    bootstrap_iters=0,  # the intervals are ours
+                    confirm_run_unsafe_code=self.allow_code_execution,
+                )
         except RuntimeError:
             raise  # out of memory and the like: not the task's fault
         except Exception as error:
@@ -449,7 +450,7 @@ def _cache(subject: Subject) -> str:
     model = subject.model
     settings = [model.config.to_json_string(), model.generation_config.to_json_string()]
     packages = {name: metadata.version(name) for name in ("lm_eval", "transformers", "torch")}
-    path = str(subject.folder / "lm_eval" / _digest([subject.identity, settings, packages]))
+    path = str(subject.folder / "lm_eval" / _digest([subject.identity, settings, packages, "JSON"]))
     file = Path(f"{path}_rank{parallel.rank()}.db")
     if file.is_file():
         try:
@@ -458,6 +459,29 @@ def _cache(subject: Subject) -> str:
         except sqlite3.Error as error:
             raise InputError(f"{file} cannot be read ({error}); delete it, and its answers are made again") from None
     return path
+
+
+@contextmanager
+def _cache_without_pickles() -> Iterator[None]:
+    """lm-eval's cache holds JSON in place of pickles, which would run code where the folder came from a stranger."""
+    import sqlitedict
+
+    pickling = sqlitedict.SqliteDict
+
+    class Plain(pickling):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "encode": json.dumps, "decode": _decoded})
+
+    sqlitedict.SqliteDict = Plain
+    try:
+        yield
+    finally:
+        sqlitedict.SqliteDict = pickling
+
+
+def _decoded(text: str) -> Any:
+    value = parse_json(text)
+    return tuple(value) if isinstance(value, list) else value  # a log-probability, and whether it is the greedy answer
 
 
 def _close_cache(model: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import statistics
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -24,7 +23,7 @@ from plot_align.evaluation.fastchat import TEMPERATURES, Bench, Question, Reques
 from plot_align.evaluation.subject import Found, OnItem, Subject
 from plot_align.inference.chat import continue_rows
 from plot_align.inference.endpoint import Endpoint, EndpointError
-from plot_align.io import match_or_write
+from plot_align.io import file_name, match_or_write
 from plot_align.parallel import each, on_main
 from plot_align.results import Quantity, of_items
 
@@ -105,7 +104,7 @@ class MTBench:
         answers = answer_questions(
             subject,
             bench,
-            folder / "model_answer" / f"{subject.name}.jsonl",
+            folder / "model_answer" / f"{file_name(subject.name)}.jsonl",
             max_new_tokens=self.max_new_tokens,
             on_item=subject.bar("MT-Bench answers", len(bench.questions)),
         )
@@ -114,7 +113,7 @@ class MTBench:
             bench,
             answers,
             endpoint,
-            folder / "model_judgment" / f"{_file_name(self.judge_model)}_single.jsonl",
+            folder / "model_judgment" / f"{file_name(self.judge_model)}_single.jsonl",
             model=subject.name,
             max_tokens=self.judge_max_tokens,
             concurrency=self.concurrency,
@@ -130,11 +129,6 @@ class MTBench:
 
     def _endpoint(self) -> Endpoint:
         return Endpoint(self.judge_url, self.judge_model, key_variable=self.judge_key, timeout=self.judge_timeout)
-
-
-def _file_name(model: str) -> str:
-    """A model's name without path separators."""
-    return re.sub(r"[^\w.-]", "_", model)
 
 
 def _require_positive(name: str, value: Any) -> None:

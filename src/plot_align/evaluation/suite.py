@@ -12,7 +12,7 @@ from typing import Any
 
 from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation.subject import Measure
-from plot_align.io import build, digest, read_yaml
+from plot_align.io import build, digest, read_yaml, require_distinct
 from plot_align.results import SECTIONS
 
 SUITES = ("paper", "quick")
@@ -105,13 +105,14 @@ def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, sk
     """
     if name in SUITES:
         with resources.as_file(resources.files("plot_align.evaluation") / "suites" / f"{name}.yaml") as path:
-            content = read_yaml(str(path), "--suite", unique=True)
+            content = read_yaml(str(path), "--suite")
     elif name.endswith((".yaml", ".yml")):
-        content = read_yaml(name, "--suite", unique=True)
+        content = read_yaml(name, "--suite")
     else:
         near = did_you_mean(name, SUITES, f"expected {', '.join(SUITES)} or a .yaml file")
         raise InputError(f"--suite is {name!r}; {near}")
     specs = list(_specs(content, name))
+    require_distinct((measure for _, measure, _ in specs), f"suite {name}: the measures")
     names = {label for section, measure, spec in specs for label in (section, measure, spec["kind"])}
     for option, wanted in (("--only", only or ()), ("--skip", skip)):
         for label in wanted:
@@ -164,6 +165,12 @@ def _specs(content: dict[str, Any], name: str) -> Any:
 def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
     """The measure, checked; or what it lacks."""
     kind = spec.pop("kind")
+    for option in ("judge_url", "judge_key"):
+        if option in spec:  # else a suite of others could send any variable of the environment anywhere
+            raise InputError(
+                f"{name} names its {option}, and an endpoint and its key come from the command line alone; leave it "
+                f"out and give --{option}"
+            )
     lacking = _fill(kind, spec, given)
     if lacking is not None:
         return lacking

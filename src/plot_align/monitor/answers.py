@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from plot_align.demo import behaviors, benign
 from plot_align.errors import InputError
 from plot_align.evaluation import repetition
 from plot_align.inference.chat import generate
+from plot_align.io import parse_json
 from plot_align.redteam import Behavior, make_judge
-from plot_align.text import one_line
+from plot_align.text import markdown, one_line
 
 Kind = Literal["benign", "harmful"]
 TABLE = "monitor/answers"
@@ -76,7 +76,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 def _request(line: str, where: str) -> Request:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         row = None
     prompt, kind = (row.get("prompt"), row.get("kind")) if isinstance(row, dict) else (None, None)
@@ -145,8 +145,9 @@ def to_loggers(trainer: Any, answers: Sequence[Answer]) -> None:
 
 
 def _markdown(answers: Sequence[Answer]) -> str:
-    def cell(text: str) -> str:
-        return one_line(text, longest=500).replace("|", "\\|").replace("<", "&lt;")
-
-    rows = [f"| {x.kind} | {'refused' if x.refused else ''} | {cell(x.prompt)} | {cell(x.answer)} |" for x in answers]
+    rows = [
+        f"| {x.kind} | {'refused' if x.refused else ''} | {markdown(x.prompt, longest=500)} "
+        f"| {markdown(x.answer, longest=500)} |"
+        for x in answers
+    ]
     return "\n".join(["| kind | | request | answer |", "|---|---|---|---|", *rows])

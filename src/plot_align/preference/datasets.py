@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import file_digest
+from plot_align.io import DEEPEST, file_digest, parse_json
 
+_JSON = re.compile(r"\.(jsonl?)(\.gz)?$")
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -48,6 +49,9 @@ def load_pairs(
     import datasets
 
     path = Path(source)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and (found := _JSON.search(file.name.lower())):
+            _require_shallow(file, by_line=found[1] == "jsonl")
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             data = _load_saved(path, split, streaming)
@@ -76,6 +80,34 @@ def load_pairs(
         raise InputError(f"data file {source} does not exist; check the path (a Hub data set is written owner/name)")
     data = _load(str(source), name=name, split=split, streaming=streaming, revision=revision, data_dir=data_dir)
     return _with_origin(data, str(source), {"revision": _commit(str(source), revision), "data_dir": data_dir})
+
+
+def _require_shallow(path: Path, *, by_line: bool) -> None:
+    """Refuse JSON nested so deeply that Arrow's reader would overflow the stack, which ends the process.
+
+    Args:
+        by_line: whether each line is a value of its own.
+
+    Raises:
+        InputError: it is; the message names the line.
+    """
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    depth = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if by_line and line.count(b"[") + line.count(b"{") <= DEEPEST:
+                    continue  # nearly every line, at a hundredth of the cost
+                depth = 0 if by_line else depth
+                for token in _BRACKETS.findall(line):
+                    depth += (token in b"[{") - (token in b"]}") if len(token) == 1 else 0
+                    if depth > DEEPEST:
+                        raise InputError(
+                            f"data file {path}, line {number}, is nested more than {DEEPEST} levels deep; correct or "
+                            "remove the row"
+                        )
+    except (OSError, EOFError):
+        return  # whoever reads it says what is wrong
 
 
 def _load(source: str, **options: Any) -> Any:
@@ -147,7 +179,7 @@ def _bad_json_row(file: Iterable[str]) -> str | None:
         if number == 1 and text.lstrip()[0] == "[":
             return None  # one JSON array, not lines
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as error:
             return f"line {number} is no valid JSON ({error})"
         if not isinstance(row, dict):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 from plot_align.preference.target import TRANSFORMS, anchored, counted
 
 SCHEMA = 1
@@ -56,6 +56,8 @@ class PreferenceDistribution:
                 )
             if counts.numel() == 0 or bool((counts < 0).any()):
                 raise InputError(f"{name} is empty or has a negative entry, expected how often each token was seen")
+            if float(counts.double().sum()) >= 2**53:
+                raise InputError(f"{name} adds up to 2^53 or more, expected how often each token was seen")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -245,13 +247,14 @@ class PreferenceDistribution:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+                known = set(file.keys()) == {"chosen_counts", "rejected_counts"}  # else it may be larger than memory
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys() if known}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"preference file {path} is no complete safetensors file ({_one_line(error)}), so it is truncated or "
                 "damaged; copy or estimate it again"
             ) from None
-        if metadata.get("format") != FORMAT or tensors.keys() != {"chosen_counts", "rejected_counts"}:
+        if metadata.get("format") != FORMAT or not known:
             raise InputError(
                 f"{path} is a safetensors file but no preference distribution; name a file that "
                 "`plot-align estimate` wrote"
@@ -263,7 +266,7 @@ class PreferenceDistribution:
             )
         damaged = InputError(f"preference file {path} is damaged: its content does not match; estimate it again")
         try:
-            provenance = json.loads(metadata["provenance"])
+            provenance = parse_json(metadata["provenance"])
             preference = cls(tensors["chosen_counts"], tensors["rejected_counts"], provenance)
             digest = preference._digest()
         except (KeyError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ from plot_align.preference.parallel_counting import (
     shared_tally,
     splits_files,
 )
+from plot_align.text import terminal
 
 __all__ = [
     "ScoredSequence",
@@ -432,14 +434,13 @@ def _finish(
 @contextlib.contextmanager
 def progress_bar(label: str, shown: bool, total: int | None, unit: str = "rows") -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error; yields the function that moves it on by a number of ``unit``."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     bar = Progress(
         *columns,
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=terminal(sys.stderr),
         disable=not shown,
         auto_refresh=False,  # no thread beside the tokenizer's
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import write_json
+from plot_align.io import file_name, write_json
 from plot_align.redteam.behaviors import read_json_object
 
 TestCases = dict[str, list[str]]
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def folder(self) -> Path:
-        return self.base / _FOLDERS.get(self.method, self.method) / self.experiment
+        return self.base / _FOLDERS.get(self.method, self.method) / file_name(self.experiment)
 
     @property
     def test_cases(self) -> Path:
@@ -38,14 +38,14 @@ class Layout:
 
     def behavior_folder(self, behavior: str) -> Path:
         """One behaviour's test cases and log, until all are merged."""
-        return self.folder / "test_cases" / "test_cases_individual_behaviors" / behavior
+        return self.folder / "test_cases" / "test_cases_individual_behaviors" / file_name(behavior)
 
     def completions(self, model: str) -> Path:
-        return self.folder / "completions" / f"{model}.json"
+        return self.folder / "completions" / f"{file_name(model)}.json"
 
     def results(self, model: str, judge: str | None = None) -> Path:
         """The main judge's results are where HarmBench looks for them, another judge's in a folder beside it."""
-        return self.folder / (f"results-{judge}" if judge else "results") / f"{model}.json"
+        return self.folder / (f"results-{judge}" if judge else "results") / f"{file_name(model)}.json"
 
 
 def merge_test_cases(layout: Layout, behaviors: Iterable[str]) -> TestCases:

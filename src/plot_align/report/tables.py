@@ -5,19 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from plot_align.results import GUARDS
-from plot_align.text import one_line
+from plot_align.text import markdown, one_line
 
 Entry = str | float | int | None
 _RATE = (0.0, 1.0)
 # A spreadsheet takes a text that begins with one of these for a formula (OWASP, "CSV Injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#|~!$])")
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,14 @@ def _breaking(text: str) -> str:
 
 def as_markdown(table: Table) -> str:
     """A Markdown table under its caption, with foreign texts escaped."""
-    lines = [f"**{_plain(table.caption)}**", "", _line([_plain(column) for column in table.columns])]
+    lines = [f"**{markdown(table.caption)}**", "", _line([markdown(column) for column in table.columns])]
     lines.append(_line(["---:" if right else "---" for right in table.numeric]))
-    lines += [_line([_plain(shown(cell)) for cell in row]) for row in table.rows]
+    lines += [_line([markdown(shown(cell)) for cell in row]) for row in table.rows]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _plain(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", one_line(_breaking(text), longest=200).replace("&", "&amp;")).replace("\\<", "&lt;")
 
 
 def shown(entry: Entry) -> str:

@@ -24,6 +24,7 @@ from plot_align.sweep.figures import draw
 from plot_align.sweep.grid import Job
 from plot_align.sweep.summary import markdown, summarise
 from plot_align.sweep.training import Training
+from plot_align.text import terminal
 
 
 def run(
@@ -53,7 +54,7 @@ def run(
         RunError: some runs failed; the others are finished and in the summary.
     """
     require_packages("sweep", "matplotlib", extra="report")  # for the figures, drawn last
-    console = console or Console()
+    console = console or terminal()
     require_writable(output)
     waiting = [job for job in jobs if not training.record(job).exists()]
     if len(waiting) < len(jobs):
@@ -77,13 +78,13 @@ def run(
 
 def describe(jobs: Sequence[Job], training: Training, console: Console | None = None) -> None:
     """Print what would run, cell by cell, and how much of it is finished."""
-    console = console or Console()
+    console = console or terminal()
     done = {job for job in jobs if training.record(job).exists()}
     for cell in dict.fromkeys(job.cell for job in jobs):
         of_cell = [job for job in jobs if job.cell == cell]
         seeds = " ".join(f"{job.seed}{'*' if job in done else ''}" for job in of_cell)
-        console.print(f"{cell}: seeds {seeds}", highlight=False, soft_wrap=True)
-    console.print(f"{len(jobs)} runs, {len(done)} finished (*), {len(jobs) - len(done)} to run", highlight=False)
+        console.print(f"{cell}: seeds {seeds}", soft_wrap=True)
+    console.print(f"{len(jobs)} runs, {len(done)} finished (*), {len(jobs) - len(done)} to run")
 
 
 def _run_with_bar(jobs: Sequence[Job], training: Training, workers: int | None, console: Console) -> None:

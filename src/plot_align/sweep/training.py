@@ -19,6 +19,7 @@ from plot_align.sweep.summary import Metric
 from plot_align.sweep.workers import CommandWorker, assign_devices, raise_failures, run_jobs, visible_gpus
 
 KIND = "sweep-run"
+_SECRETS = ("env", "token", "hub_token", "push_to_hub_token", "use_auth_token")
 _FLAGS = {"steps": "max_steps", "batch_size": "per_device_train_batch_size"}  # ours → TRL's
 
 
@@ -150,7 +151,7 @@ class Training:
 
     def _describe(self, job: Job) -> dict[str, Any]:
         return {
-            "train": json.loads(json.dumps(self.content, default=str)),  # YAML knows dates
+            "train": json.loads(json.dumps(_without_secrets(self.content), default=str)),  # YAML knows dates
             "method": job.cell.method,
             "setting": dict(job.cell.setting),
             "plot": None if job.cell.plot is None else {n: _flag_text(v) for n, v in job.cell.plot},
@@ -189,6 +190,13 @@ def source_digest() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _without_secrets(content: Any, secret: bool = False) -> Any:
+    """The content of the file with a digest in place of each secret, by which another one is told from it."""
+    if isinstance(content, Mapping):
+        return {name: _without_secrets(value, secret or name in _SECRETS) for name, value in content.items()}
+    return hashlib.sha256(str(content).encode()).hexdigest()[:16] if secret else content
 
 
 def _is_local(value: Any) -> bool:

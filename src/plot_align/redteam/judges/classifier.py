@@ -94,7 +94,7 @@ def _literal(file: Path, name: str) -> dict[str, Any]:
     """The dictionary literal that ``name`` is set to in a Python file; nothing is executed."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise InputError(
             f"{file} cannot be read as Python ({type(error).__name__}); name a checkout of HarmBench or its "
             "eval_utils.py"
@@ -103,7 +103,7 @@ def _literal(file: Path, name: str) -> dict[str, Any]:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
             try:
                 value = ast.literal_eval(node.value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if isinstance(value, dict):
                 return value
