@@ -76,9 +76,9 @@ def make_forecast(model: Any, pairs: Set, seed: int, path: Path) -> None:
     plot = PlotLoss(pairs.preference, model.get_input_embeddings().weight.detach())
     found: dict[str, Any] = {}
     with _as_trained():
-        for optimizer in OPTIMIZERS:
-            step = Step(learning_rate=RATE, optimizer=optimizer, pairs=PAIRS, batches=len(batches))
-            found[optimizer] = effects(model, answers, directions(model, batches, plot, step), RATE)
+        steps = directions(model, batches, plot, Step(learning_rate=RATE), OPTIMIZERS)
+        for (optimizer, loss), values in effects(model, answers, steps, RATE).items():
+            found.setdefault(optimizer, {})[loss] = values
         similarity = torch.cat([ches(model, batch) for batch in batches])  # (pairs, 2)
     found["ches"], found["ches_normalised"] = similarity.T.tolist()
     found["tokens"] = [answer.stop - answer.start for answer in answers]

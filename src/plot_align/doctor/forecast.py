@@ -15,26 +15,31 @@ follow add to it while the gradients stay alike; over such distances first order
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plot_align.errors import InputError, RunError
-from plot_align.head import causal_lm, fused_head, head_spec
-from plot_align.inference.ches import Pair, pair_batches, stacked
+from plot_align.head import HeadOutput, causal_lm, fused_head, head_spec
+from plot_align.inference.ches import Pair, pair_batches
 from plot_align.inference.scoring import collate, last_hidden_states
 from plot_align.plot import BalancedAlpha, PlotLoss
-from plot_align.preference.batch import Batch
+from plot_align.preference.batch import Batch, Pooling
 from plot_align.preference.estimation import ScoredSequence
+from plot_align.transport.base import widest_dtype
 
 LOSSES = ("DPO", "DPO+SFT", "DPO+PLOT")
 OPTIMIZERS = ("adamw", "sgd")
 EPSILON = 1e-8  # AdamW's, in torch and transformers
+_TOGETHER = 2  # answers of like length in one forward pass
+_PART = 1 << 18
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ def forecast(
     """Forecast change of the log-probability, in nats of a whole answer, by loss and answer.
 
     The losses are DPO, DPO with TRL's SFT term (``loss_type: [sigmoid, sft]``) and DPO with the PLOT term. Memory does
-    not grow with the number of pairs: beside the model one batch, one gradient, and three vectors in float32 of the
-    size of the parameters that train.
+    not grow with the number of pairs: beside the model one batch, three gradients, and three vectors in float32
+    of the size of the parameters that train.
 
     Args:
         model: a causal language model, or a PEFT wrapper of one; the parameters that require a gradient train. It is
@@ -107,7 +112,8 @@ def forecast(
     training = model.training
     model.eval()
     try:
-        return effects(model, answers, directions(model, batches, plot, step), step.learning_rate)
+        found = effects(model, answers, directions(model, batches, plot, step), step.learning_rate)
+        return {loss: values for (_, loss), values in found.items()}
     except torch.OutOfMemoryError:
         raise RunError(
             f"the device is out of memory at the gradients of {step.pairs} pairs; use fewer pairs a step, a smaller "
@@ -118,23 +124,26 @@ def forecast(
 
 
 def directions(
-    model: Any, batches: Sequence[Sequence[Pair]], plot: PlotLoss | None, step: Step
-) -> dict[str, list[Tensor]]:
-    """u by loss: the mean step over the batches, one float32 tensor for each parameter that trains."""
+    model: Any,
+    batches: Sequence[Sequence[Pair]],
+    plot: PlotLoss | None,
+    step: Step,
+    optimizers: Sequence[str] | None = None,
+) -> dict[tuple[str, str], list[Tensor]]:
+    """u by optimizer and loss: the mean step over the batches, one float32 tensor for each parameter that trains.
+
+    ``optimizers``: of steps that differ in nothing else and share the gradients; ``None``: the step's own.
+    """
     trained = _trained(model)
-    names = LOSSES if plot is not None else LOSSES[:2]
-    found = {name: [torch.zeros_like(p, dtype=torch.float32) for p in trained] for name in names}
+    optimizers = [step.optimizer] if optimizers is None else optimizers
+    keys = [(optimizer, loss) for optimizer in optimizers for loss in (LOSSES if plot is not None else LOSSES[:2])]
+    found = {key: [torch.zeros(p.shape, dtype=torch.float32, device=p.device) for p in trained] for key in keys}
     for batch in batches:
-        with torch.enable_grad():
-            losses = first_losses(model, batch, plot, step.beta)
-            for name in names:
-                gradients = torch.autograd.grad(
-                    losses[name], trained, retain_graph=name != names[-1], allow_unused=True
-                )
-                for total, gradient in zip(found[name], gradients, strict=True):
-                    if gradient is not None:
-                        total.sub_(_moved(gradient.float(), step.optimizer), alpha=1 / len(batches))
-                del gradients
+        for loss, gradients in first_gradients(model, batch, plot, step.beta):
+            for optimizer in optimizers:
+                for total, gradient in zip(found[optimizer, loss], gradients, strict=True):
+                    for part, of_part in _parts(total, gradient):
+                        part.sub_(_moved(of_part.float(), optimizer), alpha=1 / len(batches))
     return found
 
 
@@ -142,56 +151,94 @@ def _moved(gradient: Tensor, optimizer: str) -> Tensor:
     return gradient / (gradient.abs() + EPSILON) if optimizer == "adamw" else gradient
 
 
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of each, few enough to stay in a processor's cache."""
+    return zip(*(tensor.flatten().split(_PART) for tensor in tensors), strict=True)
+
+
 def effects(
-    model: Any, answers: Sequence[ScoredSequence], steps: dict[str, list[Tensor]], learning_rate: float
-) -> dict[str, list[float]]:
-    """``η·⟨∇ log p(y), u⟩`` of every answer, one backward pass each, by loss."""
+    model: Any, answers: Sequence[ScoredSequence], steps: Mapping[Name, list[Tensor]], learning_rate: float
+) -> dict[Name, list[float]]:
+    """``η·⟨∇ log p(y), u⟩`` of every answer, by the name of u: one backward pass an answer for all of them."""
     trained = _trained(model)
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    found: dict[Name, list[float]] = {name: [] for name in steps}
     for answer in answers:
         with torch.enable_grad():
-            gradients = torch.autograd.grad(_log_p(model, answer), trained, allow_unused=True)
+            _, head = _forward(model, [answer])
+        gradients = torch.autograd.grad(head.log_probs.sum(), trained, materialize_grads=True)
         for name, step in steps.items():
-            products = [
-                (gradient.float() * u).sum(dtype=torch.float64 if u.device.type != "mps" else None)
-                for gradient, u in zip(gradients, step, strict=True)
-                if gradient is not None
-            ]
-            found[name].append(learning_rate * sum(map(float, products)))
-    for name, values in found.items():
-        if not bool(torch.isfinite(torch.tensor(values)).all()):
-            raise RunError(
-                f"the forecast for {name} is not finite, expected numbers; the model overflows in its dtype: use "
-                "bfloat16 or float32, or check its weights"
-            )
+            products = [_inner(gradient, u) for gradient, u in zip(gradients, step, strict=True)]
+            found[name].append(learning_rate * sum(products))
+    if not all(math.isfinite(value) for values in found.values() for value in values):
+        raise RunError(
+            "the forecast is not finite, expected numbers; the model overflows in its dtype: use bfloat16 or float32, "
+            "or check its weights"
+        )
     return found
 
 
-def first_losses(model: Any, batch: Sequence[Pair], plot: PlotLoss | None, beta: float) -> dict[str, Tensor]:
-    """The losses of the first step on a batch, with their graph: the reference is the model itself.
+def _inner(gradient: Tensor, u: Tensor) -> float:
+    parts = [torch.dot(of_part.float(), part) for of_part, part in _parts(gradient, u)]
+    return float(torch.stack(parts).sum(dtype=widest_dtype(u.device)))
+
+
+def first_gradients(
+    model: Any, batch: Sequence[Pair], plot: PlotLoss | None, beta: float
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Gradients of the losses of a first step on a batch of B pairs, by loss: the reference is the model itself.
 
     DPO       −mean log σ(β·[(log p⁺ − log p⁺_ref) − (log p⁻ − log p⁻_ref)])
     DPO+SFT   DPO − the mean log-probability of all chosen tokens of the batch
     DPO+PLOT  DPO + α·W1(p̄, P),  P ∝ max(p̄_ref + λ·d, 0),  α balanced on this batch
+
+    Every margin is 0, where log σ has the slope ½. So with G⁺ and G⁻ the gradients of Σ log p⁺ and Σ log p⁻, DPO's is
+    β/2B·(G⁻ − G⁺), and SFT's −G⁺/n of n chosen tokens. One forward pass and one backward pass of each side give both;
+    PLOT's term takes a second backward pass.
     """
-    base, sequences = causal_lm(model), stacked(batch)
-    head = base.get_output_embeddings()
-    hidden, targets, rows = last_hidden_states(base, sequences)  # (n, H), (n,), (n,)
-    rows = rows.to(hidden.device)
-    labels, places = _labelled(sequences)
+    trained = _trained(model)
+    # The sides meet in sums alone, so each is in the order of its lengths: little of it is padding.
+    sides = [sorted((pair[side] for pair in batch), key=lambda answer: len(answer.ids)) for side in (0, 1)]
+    labels, places = _labelled([*sides[0], *sides[1]])
     pooling = None if plot is None else plot.pooling(labels, places)
-    how = {} if pooling is None else pooling.arguments(hidden.device)
-    result = fused_head(hidden, head.weight, getattr(head, "bias", None), targets, head_spec(base), **how)
-    logps = result.log_probs.new_zeros(len(sequences)).index_add(0, rows, result.log_probs)  # (2B,)
-    chosen, rejected = (logps - logps.detach()).chunk(2)  # (B,) each, against the reference
-    dpo = -F.logsigmoid(beta * (chosen - rejected)).mean()
-    losses = {"DPO": dpo, "DPO+SFT": dpo - result.log_probs[rows < len(batch)].mean()}
-    if plot is not None and pooling is not None and result.distributions is not None:
-        output = result.distributions  # (1, V)
-        target = plot.targets(labels, output, output.detach())
-        term = plot.mean_divergence(output, pooling.counts, *target).to(dpo)
-        losses["DPO+PLOT"] = dpo + BalancedAlpha(plot.config.ratio)(dpo, term, hidden) * term
-    return losses
+    of_sides: list[Pooling | None] = [None, None]
+    if pooling is not None:
+        first = sum(answer.stop - answer.start for answer in sides[0])
+        of_sides = [pooling.rows(slice(first)), pooling.rows(slice(first, None))]
+    with torch.enable_grad():
+        hidden, heads = zip(*map(_forward, [model] * 2, sides, of_sides), strict=True)  # (n⁺, H) and (n⁻, H)
+
+    def gradients(value: Tensor, inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Of a value: the norm of its gradient at the head's inputs, and the gradients in the parameters."""
+        found = torch.autograd.grad(value, [*inputs, *trained], retain_graph=plot is not None, materialize_grads=True)
+        norms = [float(gradient.float().norm()) for gradient in found[: len(inputs)]]
+        return math.hypot(*norms), list(found[len(inputs) :])
+
+    weight = beta / 2 / len(batch)
+    norm_rejected, rejected = gradients(weight * heads[1].log_probs.sum(), hidden[1:])
+    norm_chosen, chosen = gradients(weight * heads[0].log_probs.sum(), hidden[:1])
+    dpo = _combined(rejected, chosen, lambda down, up: down - up)
+    yield "DPO", dpo
+    per_token = 1 / (weight * len(heads[0].log_probs))
+    yield "DPO+SFT", _combined(chosen, dpo, lambda up, of_dpo: of_dpo - up * per_token)
+    del chosen, rejected
+    if plot is not None and pooling is not None:
+        with torch.enable_grad():
+            outputs = torch.stack([head.distributions for head in heads if head.distributions is not None]).sum(0)
+            target = plot.targets(labels, outputs, outputs.detach())  # of (S, V)
+            term = plot.mean_divergence(outputs, pooling.counts, *target)
+        norm, of_term = gradients(term, hidden)
+        alpha = BalancedAlpha(plot.config.ratio)
+        alpha.observe(math.hypot(norm_chosen, norm_rejected), norm)
+        yield "DPO+PLOT", _combined(of_term, dpo, lambda of_plot, of_dpo: of_dpo + of_plot * alpha.value)
+
+
+def _combined(
+    gradients: list[Tensor], others: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """``gradients``, each replaced by its combination with the other one: no second list of their size."""
+    for i, other in enumerate(others):
+        gradients[i] = combine(gradients[i], other)
+    return gradients
 
 
 def _labelled(sequences: Sequence[ScoredSequence]) -> tuple[Batch, Tensor]:
@@ -204,12 +251,17 @@ def _labelled(sequences: Sequence[ScoredSequence]) -> tuple[Batch, Tensor]:
     return Batch(labels, roles), rows * (ids.size(1) - 1) + columns
 
 
-def _log_p(model: Any, answer: ScoredSequence) -> Tensor:
-    """Log-probability of one answer, with its graph."""
+def _forward(
+    model: Any, answers: Sequence[ScoredSequence], pooling: Pooling | None = None
+) -> tuple[Tensor, HeadOutput]:
+    """The head's input at the positions that are scored (n, H), and what the head makes of it; with their graph."""
     base = causal_lm(model)
     head = base.get_output_embeddings()
-    hidden, targets, _ = last_hidden_states(base, [answer])
-    return fused_head(hidden, head.weight, getattr(head, "bias", None), targets, head_spec(base)).log_probs.sum()
+    found = [last_hidden_states(base, answers[at : at + _TOGETHER])[:2] for at in range(0, len(answers), _TOGETHER)]
+    states, tokens = zip(*found, strict=True)
+    hidden, targets = torch.cat(states).requires_grad_(), torch.cat(tokens)  # even where the head alone trains
+    how = {} if pooling is None else pooling.arguments(hidden.device)
+    return hidden, fused_head(hidden, head.weight, getattr(head, "bias", None), targets, head_spec(base), **how)
 
 
 def _trained(model: Any) -> list[Tensor]:

@@ -30,6 +30,10 @@ class Pooling:
         segments = None if self.segments is None else self.segments.to(device)
         return {"weights": self.weights.to(device), "segments": segments, "num_segments": self.counts.numel()}
 
+    def rows(self, some: slice) -> Pooling:
+        """Some of the positions: the distributions of all parts add up to those of the whole."""
+        return Pooling(self.weights[some], None if self.segments is None else self.segments[some], self.counts)
+
 
 @dataclass(frozen=True)
 class Batch:
