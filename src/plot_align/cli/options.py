@@ -207,4 +207,9 @@ def set_environment(env: Any, config_path: str | None) -> None:
     if not isinstance(env, dict):
         raise InputError(f"'env' in {config_path} is not a mapping; write one 'NAME: value' on each line below it")
     for key, value in env.items():
-        os.environ[str(key)] = str(value)
+        try:
+            os.environ[str(key)] = str(value)
+        except (ValueError, OSError):  # a null byte, half an emoji, "=" in the name
+            raise InputError(
+                f"'env' in {config_path} has {str(key)!r}: {str(value)!r}, which no environment can hold; correct it"
+            ) from None
