@@ -61,8 +61,8 @@ _SEED = _plain({5: 3, 9: 4, 299: 1}, {5: 1, 7: 6, 11: 2})
 def _cases(draw: Any) -> bytes:
     counts = {name: tensor.clone() for name, tensor in _SEED.items()}
     provenance, metadata = _provenance(), {}
-    spoil = draw(st.lists(st.sampled_from(("counts", "counts", "shape", "provenance", "provenance", "metadata", "bytes")),
-                          max_size=2))  # fmt: skip
+    kinds = ("counts", "counts", "shape", "provenance", "provenance", "metadata", "bytes")
+    spoil = draw(st.lists(st.sampled_from(kinds), max_size=2))
     if "counts" in spoil:
         for _ in range(draw(st.integers(1, 3))):
             name = draw(st.sampled_from(sorted(counts)))
