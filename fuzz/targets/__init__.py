@@ -18,6 +18,7 @@ class Target(Protocol):
         names: one of these is in every clear error.
         seeds: valid cases, each of which gives a right result.
         cases: spoilt ones.
+        seconds: of the processor for one case, where a target needs more than :data:`fuzz.guard.SECONDS`.
     """
 
     name: str

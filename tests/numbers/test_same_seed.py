@@ -126,8 +126,10 @@ def test_redteam(run: Callable[..., dict[str, Any]], tiny_base: Path, requests_f
     options.write_text("gcg: {steps: 3, search_width: 8}\nbest_of_n: {n: 3}\nrandom: {}\n")
     arguments = [
         "redteam", tiny_base, "--behaviors", requests_folder / "behaviors.csv",
-        "--benign", requests_folder / "benign.csv", "--targets", requests_folder / "targets.json",
-        "--attacks", "random,best_of_n,gcg", "--options", options, "--max_new_tokens", "8", "--cases", "1", "--output", "out",
+        "--benign", requests_folder / "benign.csv",
+        "--targets", requests_folder / "targets.json",
+        "--attacks", "random,best_of_n,gcg", "--options", options, "--max_new_tokens", "8",
+        "--cases", "1", "--output", "out",
     ]  # fmt: skip
     first, second = run("first", *arguments), run("second", *arguments)
     pictures = {name for name in first if name.endswith((".png", ".svg"))}

@@ -365,6 +365,7 @@ class PreferenceDistribution:
 def _provenance(text: str) -> dict[str, Any]:
     """The provenance in a file. Raises ValueError if it has another form than ``estimate`` gives it."""
     found = json.loads(text)
+    json.dumps(found, allow_nan=False)  # whoever shows it as JSON must be able to
     if not fits(found, dict[str, Any]) or not fits(found.get("sources", []), list[dict[str, Any]]):
         raise ValueError("no mapping, or its sources are none")
     if not fits(found.get("tokenizer", {}), dict[str, Any]):
