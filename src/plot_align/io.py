@@ -15,6 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from plot_align.errors import InputError, did_you_mean
 
+DEEPEST = 64  # levels of a JSON or YAML file; ours have fewer than ten
+_MOST_VALUES = 100_000  # of a YAML file
+
 
 def default_cache_dir() -> Path:
     """The folder of downloaded models: ``$PLOT_ALIGN_CACHE``, or ``~/.cache/plot-align``."""
@@ -60,10 +63,33 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_bytes(content + b"\n")
 
 
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
+    """``json.loads`` of a text that anyone may have written.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than :data:`DEEPEST` levels deep.
+    """
+    try:
+        content = json.loads(text, **hooks)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return content
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
 def json_or_none(path: Path) -> Any:
     """What a JSON file holds; None where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -129,32 +155,62 @@ def require_writable(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None
 
 
-def read_yaml(path: str, option: str = "--config", *, unique: bool = False) -> dict[str, Any]:
-    """The options in a YAML file. ``option``: the flag that named it. ``unique``: refuse duplicate keys."""
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """The options in a YAML file. ``option``: the flag that named it.
+
+    Raises:
+        InputError: the file cannot be read or is no mapping; a key stands there twice; it is nested deeply, or its
+            aliases expand to a multiple of what is written.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.depth = self.values = 0
+            self.sizes: dict[Any, int] = {}  # finished node → values in it, aliases expanded
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            before, is_alias = self.values, self.check_event(yaml.AliasEvent)
+            self.depth += 1
+            if self.depth > DEEPEST:
+                raise InputError(f"{option} {path} is nested more than {DEEPEST} levels deep; write it flatter")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            # An alias inside of what it names is never finished.
+            self.values += self.sizes.get(node, _MOST_VALUES) if is_alias else 1
+            if self.values > _MOST_VALUES:
+                raise InputError(
+                    f"{option} {path} holds more than {_MOST_VALUES:,} values, aliases (*name) expanded; write less"
+                )
+            if not is_alias:
+                self.sizes[node] = self.values - before
+            return node
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
             seen = set()
-            for key, _ in node.value if unique else ():
+            for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     continue  # YAML's own constructor refuses it
                 if key.value in seen:
                     line = key.start_mark.line + 1
                     raise InputError(f"{option} {path}, line {line}, has {key.value!r} twice; rename or remove one")
                 seen.add(key.value)
-            return super().construct_mapping(node, deep)
+            return node
 
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise InputError(f"{option} {path} cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError:
+        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # the latter of tags such as !!int
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{option} {path}{place} is not valid YAML ({getattr(error, 'problem', error)})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{option} {path} is not UTF-8 text; name a YAML file") from None
     if not isinstance(content, dict):
         raise InputError(f"{option} {path} holds no mapping; write one 'option: value' on each line")
     return content

@@ -23,7 +23,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 
 FORMAT = "plot-align record"
 SCHEMA = 1
@@ -201,7 +201,7 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     except OSError as error:
         raise InputError(f"record {path} cannot be read ({error.strerror}); check the path") from None
     try:
-        record = json.loads(text, parse_constant=_refuse_constant, object_hook=_decode)
+        record = parse_json(text, parse_constant=_refuse_constant, object_hook=_decode)
     except ValueError:
         raise InputError(
             f"{path} is not complete JSON, so it is damaged or was cut off; run the command that wrote it again"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from plot_align.errors import InputError
-from plot_align.io import file_digest
+from plot_align.io import file_digest, parse_json
 from plot_align.preference.completions import (
     PAIRED,
     ReadBatch,
@@ -98,7 +97,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 row = None
             yield row if isinstance(row, dict) else {"chosen": None, "rejected": None}

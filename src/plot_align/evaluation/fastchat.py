@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, fits
+from plot_align.io import complete_or_absent, fits, parse_json
 
 TEMPERATURES = {
     "writing": 0.7,
@@ -341,8 +341,8 @@ def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, R
             continue
         place = f"{what} {path}: line {number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             if torn and number == len(lines):
                 return
             raise InputError(f"{place} is no valid JSON ({error}); correct it") from None

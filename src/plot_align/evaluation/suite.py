@@ -105,9 +105,9 @@ def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, sk
     """
     if name in SUITES:
         with resources.as_file(resources.files("plot_align.evaluation") / "suites" / f"{name}.yaml") as path:
-            content = read_yaml(str(path), "--suite", unique=True)
+            content = read_yaml(str(path), "--suite")
     elif name.endswith((".yaml", ".yml")):
-        content = read_yaml(name, "--suite", unique=True)
+        content = read_yaml(name, "--suite")
     else:
         near = did_you_mean(name, SUITES, f"expected {', '.join(SUITES)} or a .yaml file")
         raise InputError(f"--suite is {name!r}; {near}")

@@ -6,7 +6,6 @@ status 200. Here a proxy's HTML page, JSON without choices, or an empty answer b
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from plot_align.errors import InputError, RunError, require_packages
+from plot_align.io import parse_json
 
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
@@ -206,7 +206,7 @@ def _check(response: Any) -> None:
 def _read(body: str) -> Reply:
     """The answer in a response's body. Raises ValueError if there is none."""
     try:
-        found = json.loads(body)
+        found = parse_json(body)
     except ValueError:
         start = " ".join(body.split())[:40]
         raise ValueError(f"status 200 with {start!r} instead of JSON") from None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
+from plot_align.io import parse_json
 from plot_align.parallel import each, on_main, rank
 from plot_align.preference.estimation import ScoredSequence
 
@@ -117,8 +118,8 @@ def read_journal(path: Path | None) -> dict[int, list[Any]]:
         return done
     for line in path.read_bytes().splitlines():
         try:
-            number, values = json.loads(line)
+            number, values = parse_json(line)
+            done[number] = values
         except (ValueError, TypeError):
             continue
-        done[number] = values
     return done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from plot_align.demo import behaviors, benign
 from plot_align.errors import InputError
 from plot_align.evaluation import repetition
 from plot_align.inference.chat import generate
+from plot_align.io import parse_json
 from plot_align.redteam import Behavior, make_judge
 from plot_align.text import one_line
 
@@ -76,7 +76,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 def _request(line: str, where: str) -> Request:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         row = None
     prompt, kind = (row.get("prompt"), row.get("kind")) if isinstance(row, dict) else (None, None)

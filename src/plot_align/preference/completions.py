@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from plot_align.errors import InputError, legible
+from plot_align.io import parse_json
 from plot_align.preference.datasets import shown
 
 PAIRED, UNPAIRED = ("chosen", "rejected"), ("completion",)
@@ -264,7 +265,7 @@ def _by_template_options(
     options_column = batch.get("chat_template_kwargs") or [{}] * rows
     for index, (tools, kwargs) in enumerate(zip(tools_column, options_column, strict=True)):
         try:
-            options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
+            options = {"tools": parse_json(tools) if isinstance(tools, str) else tools, **(kwargs or {})}
             key = json.dumps(options, sort_keys=True, default=repr)
         except (TypeError, ValueError) as error:
             raise _refused(

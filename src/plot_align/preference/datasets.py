@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import file_digest
+from plot_align.io import file_digest, parse_json
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -147,7 +146,7 @@ def _bad_json_row(file: Iterable[str]) -> str | None:
         if number == 1 and text.lstrip()[0] == "[":
             return None  # one JSON array, not lines
         try:
-            row = json.loads(text)
+            row = parse_json(text)
         except ValueError as error:
             return f"line {number} is no valid JSON ({error})"
         if not isinstance(row, dict):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, fits
+from plot_align.io import complete_or_absent, fits, parse_json
 from plot_align.preference.target import TRANSFORMS, anchored, counted
 
 SCHEMA = 1
@@ -270,7 +270,7 @@ class PreferenceDistribution:
             provenance = _provenance(metadata["provenance"])
             preference = cls(tensors["chosen_counts"], tensors["rejected_counts"], provenance)
             digest = preference._digest()
-        except (KeyError, ValueError, RecursionError):
+        except (KeyError, ValueError):
             raise damaged from None
         if digest != metadata.get("digest"):
             raise damaged
@@ -364,7 +364,7 @@ class PreferenceDistribution:
 
 def _provenance(text: str) -> dict[str, Any]:
     """The provenance in a file. Raises ValueError if it has another form than ``estimate`` gives it."""
-    found = json.loads(text)
+    found = parse_json(text)
     json.dumps(found, allow_nan=False)  # whoever shows it as JSON must be able to
     if not fits(found, dict[str, Any]) or not fits(found.get("sources", []), list[dict[str, Any]]):
         raise ValueError("no mapping, or its sources are none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
 CATEGORIES = ("standard", "contextual", "copyright")
@@ -196,7 +195,7 @@ def read_json_object(path: str | os.PathLike[str], what: str, shape: str) -> dic
         InputError: the file cannot be read, is damaged, is no object, or names a key twice.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        content = parse_json(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except _RepeatedKeyError as error:
         raise InputError(f"{what} {path} names {error.args[0]!r} twice; keep one of them") from None
     except OSError as error:

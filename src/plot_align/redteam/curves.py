@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import complete_or_absent, parse_json
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
 from plot_align.statistics import proportion
 
@@ -38,7 +37,7 @@ def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestC
     for behavior in behaviors:
         path = layout.behavior_folder(behavior) / "logs.json"
         try:
-            found[behavior] = json.loads(path.read_text(encoding="utf-8"))["snapshots"][str(step)]
+            found[behavior] = parse_json(path.read_text(encoding="utf-8"))["snapshots"][str(step)]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{path} holds no test cases of step {step}; delete {path.parent} to make them again"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
+from plot_align.io import parse_json
 from plot_align.records import FORMAT, read_record
 from plot_align.report.checks import (
     check_demo,
@@ -190,8 +191,8 @@ def _is_record(path: Path) -> bool:
     if f'"{FORMAT}"' not in text:
         return False
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text)
+    except ValueError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -202,10 +203,7 @@ def _read(path: Path) -> Record:
     Raises:
         InputError: it is damaged; the message names the file and the place.
     """
-    try:
-        content = read_record(path)
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply for a record; name what a plot-align command wrote") from None
+    content = read_record(path)
     checks: dict[str, Callable[[Any], None]] = {
         EVALUATION: check_evaluation, "redteam": check_redteam, "sweep": check_sweep,
         "demo": check_demo, "estimate": check_estimate, "inspect": check_inspect,
