@@ -119,7 +119,9 @@ class Artefacts:
         seen = inspect(found, tokenizer(), n=5)
         from rich.console import Console
 
-        with Console(file=(folder / "out").open("w", encoding="utf-8", errors="backslashreplace"), width=100).file as file:
+        with Console(
+            file=(folder / "out").open("w", encoding="utf-8", errors="backslashreplace"), width=100
+        ).file as file:
             Console(file=file, width=100).print(render(seen))
         json.dumps(seen.to_dict(), allow_nan=False)
         if (seen.chosen_tokens, seen.rejected_tokens) != (sum(chosen), sum(rejected)):

@@ -46,7 +46,7 @@ _SCALARS = (
     "<<", "=", "yes", "off",
     "!!int x", "!!float x", "!!timestamp x", "!!binary é", "!!python/object/apply:os.getcwd []", "!!set {a}", "!!str",
     "!!null x", "!!bool x", "!!omap [a]", "!!pairs [a]", "!x y", "&a [*a]", "&a {b: *a}", "*a", "{a: 1}", "[", "{",
-    "'", '"',     "|\n  x", "- a", "? a", "!!int " + "9" * 5000, "9" * 5000, "0o7", "08", "12:30:45",
+    "'", '"',     "|\n  x", "- a", "? a", "!!int " + "9" * 5000, "9" * 5000, "0x" + "f" * 5000, "0o7", "08", "12:30:45",
     "+", "-.inf", "\t", "# x",
 )  # fmt: skip
 _MARK = "@@{}@@"

@@ -19,8 +19,9 @@ _MODULES = rf"(?:{_LIBRARIES}|plot_align)(?:\.|$)"
 def readable() -> Iterator[None]:
     """Within this context transformers, TRL and what they build on do not announce what they will change or remove.
 
-    What they say of the data, the model or the run stays. ``python -W`` and ``PYTHONWARNINGS`` show everything. Characters
-    that standard output cannot hold (half an emoji, Greek in an ASCII terminal) are escaped, as on standard error.
+    What they say of the data, the model or the run stays. ``python -W`` and ``PYTHONWARNINGS`` show everything.
+    Characters that standard output cannot hold (half an emoji, Greek in an ASCII terminal) are escaped, as on
+    standard error.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
