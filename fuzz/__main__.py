@@ -1,4 +1,4 @@
-"""``python -m fuzz``: every target by both engines, a record of each thousand cases, a table, what was found."""
+"""``python -m fuzz``: every target by both engines, a record of each 250 cases, a table, what was found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fuzz.engines import ENGINES, run
 from fuzz.targets import NAMES
 from plot_align.records import read_record, write_record
 
-PART = 1000  # cases of one record, with a seed of their own: what is interrupted goes on after the last
+PART = 250  # cases of one record, with a seed of their own: what is interrupted goes on after the last
 
 
 def main() -> None:
@@ -27,12 +27,14 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES, metavar="E", help=", ".join(ENGINES))
     parser.add_argument("--output", type=Path, default=Path("runs/fuzz"), metavar="DIR", help="(%(default)s)")
     options = parser.parse_args()
-    entries = {}
-    for name in options.targets:
-        for engine in options.engines:
-            parts = [part(name, engine, seed, options) for seed in range(-(-options.cases // PART))]
-            entries[name, engine] = together(parts)
-            print(row(name, engine, entries[name, engine]), flush=True)
+    parts: dict[tuple[str, str], list[dict]] = {(n, e): [] for n in options.targets for e in options.engines}
+    for seed in range(
+        -(-options.cases // PART)
+    ):  # a part of every target, then the next: stopped early, all have some
+        for name, engine in parts:
+            parts[name, engine].append(part(name, engine, seed, options))
+            print(row(name, engine, together(parts[name, engine])), flush=True)
+    entries = {key: together(of) for key, of in parts.items()}
     print("\n" + table(entries))
     for (name, engine), found in entries.items():
         for finding in found["findings"].values():
@@ -41,7 +43,7 @@ def main() -> None:
 
 
 def part(name: str, engine: str, seed: int, options: argparse.Namespace) -> dict:
-    """The results of a thousand cases, from their record where they have run."""
+    """The results of one part, from their record where they have run."""
     cases = min(PART, options.cases - PART * seed)
     path = options.output / f"{name}-{engine}-{seed}-{cases}.json"
     if not path.exists():
