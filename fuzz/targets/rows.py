@@ -23,6 +23,7 @@ from plot_align.methods.ranked import ranked_row
 from plot_align.preference.datasets import load_pairs, require_pairs, require_ranked
 from plot_align.preference.dialogues import as_conversations
 from plot_align.preference.estimation import estimate
+from plot_align.preference.parallel_counting import readable
 
 _STANDARD = [
     {"prompt": "what is one plus two ?", "chosen": " the sum is three .", "rejected": " no idea ."},
@@ -166,7 +167,7 @@ def ranked(path: Path) -> None:
     """Each row as a ranked list: best first, and nothing lost."""
     data = load_pairs(path, streaming=True)
     require_ranked(data)
-    for index, row in enumerate(data):
+    for index, row in enumerate(readable(iter(data))):
         _, completions, rewards = ranked_row(row, f"data row {index}")
         if sorted(rewards, reverse=True) != rewards or rewards[0] == rewards[-1] or len(rewards) != len(completions):
             raise Wrong(f"rewards in the order {rewards}")
