@@ -101,7 +101,7 @@ def _lines(rows: list[Any]) -> bytes:
 
 class Rows:
     name = "rows"
-    names = ("case.", "data row", "training row", "data set", "training set", "no chosen", "no rejected")
+    names = ("case.", "data row", "training row", "data set", "training set", "no chosen", "no rejected", "mode is")
     seeds: ClassVar[list[bytes]] = [
         *(joined(0, _lines(kind)) for kind in _KINDS if kind is not _DIALOGUES),
         joined(3, _lines(_DIALOGUES)),
@@ -117,6 +117,7 @@ class Rows:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         tokenizer()
 
     def run(self, data: bytes, folder: Path) -> None:

@@ -16,6 +16,7 @@ from fuzz.guard import Wrong
 from fuzz.spoil import as_bytes, junk, spoilt
 from fuzz.targets import joined, write
 from plot_align.config import PlotConfig
+from plot_align.sweep import keys
 
 _TRAINING = {
     "model_name_or_path": "m", "dataset_name": "pairs.jsonl", "output_dir": "out", "alpha": 0.1, "target": "relu",
@@ -75,7 +76,7 @@ def _cases(draw: Any) -> bytes:
 
 class Yaml:
     name = "yaml"
-    names = ("case.yaml", "grid", "options were refused", *PlotConfig().to_dict())  # or the option
+    names = ("case.yaml", "grid", "options were refused", *keys())  # a file, or an option
     seeds: ClassVar[list[bytes]] = [joined(i, yaml.safe_dump(value).encode()) for i, value in enumerate(_SEEDS)]
     cases = _cases()
 
