@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from plot_align.errors import InputError, did_you_mean
@@ -309,11 +310,15 @@ def _check_types(options: Any) -> None:
         hint, value = hints[entry.name], getattr(options, entry.name)
         if hint is bool and not isinstance(value, bool):
             raise InputError(f"{entry.name} is {value!r}; expected true or false.")
-        if int in (hint, *get_args(hint)) and isinstance(value, float):
+        if int in (hint, *get_args(hint)) and value is not None and not _is_whole(value):
             raise InputError(f"{entry.name} is {value!r}; expected a whole number.")
         choices = _choices(hint)
         if choices and value not in choices and not (value is None and entry.default is None):
             raise InputError(f"{entry.name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

@@ -10,11 +10,20 @@ import difflib
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+_LONGEST = 800  # characters of a message
+
 
 class PlotAlignError(Exception):
-    """Base class of the errors that this package raises; ``exit_code`` is the exit code of the command."""
+    """Base class of the errors that this package raises; ``exit_code`` is the exit code of the command.
+
+    Its text is one line that a terminal can show, whatever the names and values are that it quotes: other characters
+    are escaped, and of a long one the middle is left out.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return legible(super().__str__())
 
 
 class InputError(PlotAlignError, ValueError):
@@ -25,6 +34,15 @@ class InputError(PlotAlignError, ValueError):
 
 class RunError(PlotAlignError, RuntimeError):
     """The input is valid, but the run failed, e.g. with NaN logits (exit code 1)."""
+
+
+def legible(message: str) -> str:
+    """``message`` on one printable line of at most 800 characters; its beginning and end are kept."""
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} … {message[3 - _LONGEST // 2 :]}"
+    if message.isprintable():
+        return message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
 
 
 def first_line(error: BaseException) -> str:

@@ -236,6 +236,13 @@ def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
                 seen.add(key.value)
             return node
 
+        def construct_yaml_int(self, node: Any) -> int:
+            value = super().construct_yaml_int(node)
+            if value.bit_length() > 64:  # of thousands of hexadecimal digits Python makes a number, but no text
+                raise yaml.constructor.ConstructorError(None, None, "a number of over 64 bits", node.start_mark)
+            return value
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except OSError as error:

@@ -233,6 +233,7 @@ class BalancedAlpha:
     """
 
     FIRST, EVERY, DECAY = 10, 5, 0.9
+    LEAST = 1e-20  # a gradient smaller than this part of the other is rounding; dividing by it would overflow
 
     def __init__(self, ratio: float = 0.5) -> None:
         self.ratio = ratio
@@ -249,8 +250,9 @@ class BalancedAlpha:
         return step < self.FIRST or step % self.EVERY == 0 or self.plot == 0
 
     def observe(self, vanilla: float, plot: float) -> bool:
-        """Adds both norms of a step to the averages. If either is zero or not finite, returns False and adds none."""
-        if not (0 < vanilla < math.inf and 0 < plot < math.inf):
+        """Adds both norms of a step to the averages. If either is zero or not finite, or PLOT's nothing but rounding,
+        returns False and adds none."""
+        if not (0 < vanilla < math.inf and self.LEAST * vanilla < plot < math.inf):
             return False
         self.vanilla = self.DECAY * self.vanilla + (1 - self.DECAY) * vanilla
         self.plot = self.DECAY * self.plot + (1 - self.DECAY) * plot

@@ -22,6 +22,7 @@ from plot_align.records import NORMAL_95, measure, wilson
 _RESAMPLES = 9999  # SciPy's default; if 2^n is no larger, all sign flips are enumerated
 _LARGE = 1000  # from this many different items on, the normal law is as good as resampling, which would take seconds
 _BATCH = 1_000_000  # random numbers that SciPy draws at a time
+_HUGE = 1e150  # of a weighted sum: its square, for the standard error, is still a float
 _SAME = 1e-12  # differences of rates closer than this are equal but for rounding
 
 
@@ -76,7 +77,7 @@ def mean(
         A :func:`plot_align.records.measure`; without values NaN, and the interval is the bounds or all numbers.
 
     Raises:
-        InputError: a value that is not finite or outside the bounds, or invalid weights.
+        InputError: a value that is not finite or outside the bounds, invalid weights, or sums that overflow.
     """
     found = np.array([_finite("mean", f"values[{i}]", value, bounds) for i, value in enumerate(values)])  # (n,)
     heavy = np.ones(len(found)) if weights is None else np.array(weights, dtype=float)  # (n,)
@@ -88,6 +89,11 @@ def mean(
         return measure(math.nan, 0, interval=bounds or (-math.inf, math.inf), unit=unit)
     if not heavy.any():
         raise InputError("mean: all weights are 0, expected a positive one among them; count the items again")
+    if not max(float(np.abs(found).max()), 1.0) * float(heavy.max()) * len(found) < _HUGE:
+        raise InputError(
+            f"mean: values up to {np.abs(found).max():.3g} with weights up to {heavy.max():.3g}, whose sum a float "
+            "cannot hold; scale them"
+        )
     middle = _within(float((heavy * found).sum() / heavy.sum()), float(found.min()), float(found.max()))
     return measure(middle, len(found), interval=_interval(found, heavy, bounds, seed), unit=unit)
 

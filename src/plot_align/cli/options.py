@@ -10,11 +10,12 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from plot_align.cli.launch import Launch, launcher_options
 from plot_align.config import PlotAblations, PlotConfig
 from plot_align.errors import InputError, did_you_mean, first_line
+from plot_align.io import fits
 
 
 @dataclass
@@ -133,9 +134,16 @@ def parse(parser: Any, config: dict[str, Any], flags: list[str], config_path: st
         options = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     except InputError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"the options were refused: {first_line(error)}") from error
+    except Exception as error:  # TRL's and transformers' own checks raise anything where a value has another type
+        kind = "" if isinstance(error, ValueError | TypeError | ImportError) else f"{type(error).__name__}: "
+        raise InputError(f"the options were refused: {kind}{first_line(error)}") from error
     *trl, plot, preference, monitor, ablations, _ = options
+    for group in (preference, monitor):
+        hints = get_type_hints(type(group))
+        for entry in fields(group):
+            value = getattr(group, entry.name)
+            if not fits(value, hints[entry.name]):
+                raise InputError(f"{entry.name} is {value!r}, expected {entry.type}; correct it")
     return (*trl, monitor, plot.join(ablations), preference), Launch(launch_config, unknown)
 
 
@@ -207,4 +215,9 @@ def set_environment(env: Any, config_path: str | None) -> None:
     if not isinstance(env, dict):
         raise InputError(f"'env' in {config_path} is not a mapping; write one 'NAME: value' on each line below it")
     for key, value in env.items():
-        os.environ[str(key)] = str(value)
+        try:
+            os.environ[str(key)] = str(value)
+        except (ValueError, OSError):  # a null byte, half an emoji, "=" in the name
+            raise InputError(
+                f"'env' in {config_path} has {str(key)!r}: {str(value)!r}, which no environment can hold; correct it"
+            ) from None

@@ -3,6 +3,7 @@ no moving bars."""
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -23,8 +24,11 @@ def readable() -> Iterator[None]:
     """Within this context transformers, TRL and what they build on do not announce what they will change or remove.
 
     What they say of the data, the model or the run stays, with control characters escaped. ``python -W`` and
-    ``PYTHONWARNINGS`` show everything.
+    ``PYTHONWARNINGS`` show everything. Characters that standard output cannot hold (half an emoji, Greek in an ASCII
+    terminal) are escaped, as on standard error.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
 
     def formatted(*args: Any, **kwargs: Any) -> str:

@@ -153,7 +153,10 @@ def _attack(name: str, given: dict[str, Any], options: Any) -> Attack:
     if name in ("zero_shot", "sfs"):
         replayed = options.transfer_from and attack_class(name).white_box
         extra["attacker"] = None if replayed else _attacker(name, options)
-    return make_attack(name, given, **extra)
+    try:
+        return make_attack(name, given, **extra)
+    except InputError as error:  # attacks have options of one name
+        raise InputError(f"{options.options}, {name}: {error}") from None
 
 
 def _attacker(attack: str, options: Any) -> Any:

@@ -44,8 +44,7 @@ _SLOTS = {
     "single-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2"},
     "single-math-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2"},
 }  # judge prompt → exactly the slots that its template must have
-# FastChat's "\d+\.?\d*" in the form that takes no square of its length to fail.
-_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))  # linear in a run of digits
 
 Turns = tuple[str, str]
 Row = dict[str, Any]
@@ -135,9 +134,9 @@ def rating(judgment: str) -> int | float | None:
     judge misunderstood the scale.
     """
     found = next(filter(None, (pattern.search(judgment) for pattern in _RATINGS)), None)
-    if found is None or not WORST <= float(found[1]) <= BEST:
+    if found is None or not WORST <= (score := float(found[1])) <= BEST:
         return None
-    return float(found[1]) if "." in found[1] else int(float(found[1]))
+    return score if "." in found[1] else int(score)  # int(found[1]) refuses thousands of zeros before the digit
 
 
 # ---------------------------------------------------------------------------------------------- the benchmark, read

@@ -124,7 +124,7 @@ def read_suite(name: str, given: Given, *, only: Sequence[str] | None = None, sk
         labels = {section, measure, spec["kind"]}
         if (only and labels.isdisjoint(only)) or not labels.isdisjoint(skip):
             continue
-        made = _made(measure, dict(spec), given)
+        made = _made(f"{measure} in suite {name}", dict(spec), given)
         if isinstance(made, str):
             left_out[measure] = made
         else:
@@ -162,8 +162,8 @@ def _specs(content: dict[str, Any], name: str) -> Any:
             yield str(section), measure, spec
 
 
-def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
-    """The measure, checked; or what it lacks."""
+def _made(what: str, spec: dict[str, Any], given: Given) -> Measure | str:
+    """The measure, checked; or what it lacks. ``what``: it is called that in errors."""
     kind = spec.pop("kind")
     for option in ("judge_url", "judge_key"):
         if option in spec:  # else a suite of others could send any variable of the environment anywhere
@@ -179,12 +179,15 @@ def _made(name: str, spec: dict[str, Any], given: Given) -> Measure | str:
         own = spec.get("limit", cls.limit)
         is_count = isinstance(own, int) and own > 0  # not a fraction of the documents
         spec["limit"] = min(given.limit, own) if is_count else given.limit
-    measure = build(cls, spec, name)
+    measure = build(cls, spec, what)
     if kind == "lm_eval":
         lacking = measure.lacks()
         if lacking is not None:
             return lacking
-    measure.check()
+    try:
+        measure.check()
+    except InputError as error:  # several measures of a suite have options of one name
+        raise InputError(f"{what}: {error}") from None
     return measure
 
 

@@ -278,4 +278,4 @@ def _read(body: bytes, shown: str = "") -> Reply:
 
 def _count(usage: object, name: str) -> int:
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if type(count) is int and 0 <= count < 2**53 else 0
+    return count if type(count) is int and 0 <= count < 2**40 else 0  # what no request can have is no count

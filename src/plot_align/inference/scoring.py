@@ -100,7 +100,10 @@ def divergences(
         sequences, batch_size, advance: as in :func:`score`.
 
     Returns:
-        (N,) float64, nats per token; NaN if nothing is scored.
+        (N,) float64, nats per token; NaN if nothing is scored, infinite where q gives a token of p no probability.
+
+    Raises:
+        RunError: logits that are NaN.
     """
     found = torch.full((len(sequences),), torch.nan, dtype=torch.float64)  # (N,)
     batches = list(longest_first(sequences, batch_size))
@@ -119,6 +122,11 @@ def _diverge(model: Any, reference: Any, batch: list[ScoredSequence]) -> Tensor:
         hidden_q, _, _ = last_hidden_states(q_model, batch)
         values = torch.cat(list(_position_divergences(p_model, hidden_p, q_model, hidden_q)))  # (n,)
     sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, values)
+    if bool(sums.isnan().any()):
+        raise RunError(
+            "the model or its reference gives logits that are not finite, expected numbers; one of them overflows in "
+            "its dtype: use bfloat16 or float32, or check its weights"
+        )
     return sums / torch.tensor([s.stop - s.start for s in batch])
 
 
@@ -130,7 +138,9 @@ def _position_divergences(p_model: Any, hidden_p: Tensor, q_model: Any, hidden_q
     for start in range(0, len(hidden_p), size):
         log_p = _logits(p_model, hidden_p[start : start + size])[:, :width].log_softmax(-1)  # (block, V)
         log_q = _logits(q_model, hidden_q[start : start + size])[:, :width].log_softmax(-1)  # (block, V)
-        yield (log_p.exp() * (log_p - log_q.to(log_p.device))).sum(-1).double().cpu()
+        terms = log_p.exp() * (log_p - log_q.to(log_p.device))  # (block, V)
+        # 0 · log 0 = 0: a token that the model masks. (NaN is not −inf, and stays.)
+        yield terms.masked_fill_(log_p == -torch.inf, 0.0).sum(-1).double().cpu()
 
 
 def _logits(base: Any, hidden: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.nn.functional import logsigmoid
 
 from plot_align.errors import InputError
 
+_WIDEST = 1e30  # differences of rewards: times the mean log-probability of a token still far inside float32
+
 
 class ProLoss(NamedTuple):
     """PRO's loss ``()``, and its two terms ``(P,)`` per prompt without gradient."""
@@ -48,7 +50,7 @@ def pro_loss(
         The loss, in float32 or the wider dtype of ``logps``, and its terms for each prompt.
 
     Raises:
-        InputError: shapes that differ, or a reward that is NaN or infinite.
+        InputError: shapes that differ, a reward that is NaN or infinite, or rewards too far apart.
     """
     if present is None:
         present = torch.ones_like(rewards, dtype=torch.bool)
@@ -66,6 +68,11 @@ def pro_loss(
     scores = logps / lengths.to(dtype).masked_fill(~present, 1).clamp(min=1)  # (P, n)
 
     gaps = rewards.unsqueeze(2) - rewards.unsqueeze(1)  # (P, n, n): r_k − r_i at [k, i]
+    if bool((gaps > _WIDEST).any()):
+        raise InputError(
+            f"rewards differ by up to {float(gaps.max()):.3g}, expected at most {_WIDEST:.0e}, where the loss "
+            "still fits: scale them."
+        )
     later = torch.ones_like(gaps, dtype=torch.bool).triu(1)  # (P, n, n)
     below = (gaps > 0) | ((gaps == 0) & later)  # (P, n, n): i is ranked below k
     below = below & present.unsqueeze(2) & present.unsqueeze(1)

@@ -158,7 +158,7 @@ def ranked_row(row: dict[str, Any], where: str) -> tuple[Any, list[Any], list[fl
             "correct or remove the row."
         )
     for reward in rewards:
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
+        if not _is_finite(reward):
             raise InputError(
                 f"{where}: a reward is {shown(reward)}, expected a finite number; correct or remove the row."
             )
@@ -189,12 +189,19 @@ def _pair(row: dict[str, Any], where: str) -> tuple[Any, list[Any], list[float] 
     if "score_chosen" not in row or "score_rejected" not in row:
         return row["prompt"], pair, None
     better, worse = row["score_chosen"], row["score_rejected"]
-    if better is not None and worse is not None and better < worse:
+    if _is_finite(better) and _is_finite(worse) and better < worse:
         raise InputError(
             f"{where}: score_chosen is {better:g} and score_rejected {worse:g}, expected the first higher; swap or "
             "remove the row, or drop both columns."
         )
     return row["prompt"], pair, [better, worse]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def _check_texts(prompt: Any, completions: Any, where: str) -> None:

@@ -119,6 +119,12 @@ def check_shapes(
         raise InputError(
             f"labels is {labels.dtype}, expected token ids and -100 as integers: pass the model's labels."
         )
+    outside = (labels != -100) & ((labels < 0) | (labels >= rows))
+    if bool(outside.any()):
+        raise InputError(
+            f"labels has {int(labels[outside][0])}, expected token ids below {rows}, the rows of the head, and -100: "
+            "pass the labels of this model's tokenizer."
+        )
     if roles is not None and (not isinstance(roles, Tensor) or roles.shape != logits.shape[:1]):
         found = tuple(roles.shape) if isinstance(roles, Tensor) else type(roles).__name__
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, legible
 from plot_align.io import parse_json
 from plot_align.preference.datasets import shown
 
@@ -38,7 +38,7 @@ class RowError(InputError):
 
     def __str__(self) -> str:
         rows = f"row {self.first}" if self.first == self.last else f"rows {self.first} to {self.last}"
-        return f"{self.data} {rows}: {self.reason}"
+        return legible(f"{self.data} {rows}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, parse_json
+from plot_align.io import complete_or_absent, fits, parse_json
 from plot_align.preference.target import TRANSFORMS, anchored, counted
 
 SCHEMA = 1
@@ -56,8 +56,10 @@ class PreferenceDistribution:
                 )
             if counts.numel() == 0 or bool((counts < 0).any()):
                 raise InputError(f"{name} is empty or has a negative entry, expected how often each token was seen")
-            if float(counts.double().sum()) >= 2**53:
-                raise InputError(f"{name} adds up to 2^53 or more, expected how often each token was seen")
+            if float(counts.double().sum()) > 2**53:  # sums in int64 would overflow, frequencies lose single tokens
+                raise InputError(
+                    f"{name} has more than 2^53 tokens, expected the counts of a data set; count it again"
+                )
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -266,7 +268,7 @@ class PreferenceDistribution:
             )
         damaged = InputError(f"preference file {path} is damaged: its content does not match; estimate it again")
         try:
-            provenance = parse_json(metadata["provenance"])
+            provenance = _provenance(metadata["provenance"])
             preference = cls(tensors["chosen_counts"], tensors["rejected_counts"], provenance)
             digest = preference._digest()
         except (KeyError, ValueError):
@@ -359,6 +361,22 @@ class PreferenceDistribution:
         names = sorted({str(source.get("tokenizer")) for source in self.sources})
         fingerprint = self.provenance.get("tokenizer", {}).get("fingerprint")
         return _named(" / ".join(names) or "of unknown name", fingerprint)
+
+
+def _provenance(text: str) -> dict[str, Any]:
+    """The provenance in a file. Raises ValueError if it has another form than ``estimate`` gives it."""
+    found = parse_json(text)
+    json.dumps(found, allow_nan=False)  # whoever shows it as JSON must be able to
+    if not fits(found, dict[str, Any]) or not fits(found.get("sources", []), list[dict[str, Any]]):
+        raise ValueError("no mapping, or its sources are none")
+    if not fits(found.get("tokenizer", {}), dict[str, Any]):
+        raise ValueError("tokenizer is no mapping")
+    if not fits(found.get("tokenizer", {}).get("fingerprint"), str | None):
+        raise ValueError("tokenizer.fingerprint is no text")
+    for source in found.get("sources", []):
+        if not all(fits(n, int) and 0 <= n < 2**53 for n in (source["rows"], source.get("dropped_rows", 0))):
+            raise ValueError("a source has no number of rows")
+    return found
 
 
 def _with_sorted_header(content: bytes) -> bytes:

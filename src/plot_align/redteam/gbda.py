@@ -10,6 +10,7 @@ random θ with full noise, let the learning rate fall by a cosine, and return th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,7 +50,7 @@ class GBDA(Attack):
 
     def __post_init__(self) -> None:
         require_counts(self, "steps", "suffix_tokens")
-        if not self.learning_rate > 0 or self.noise < 0:
+        if not (0 < self.learning_rate < math.inf and 0 <= self.noise < math.inf):
             raise InputError(
                 f"learning_rate is {self.learning_rate} and noise {self.noise}; expected a positive rate and a noise "
                 "of 0 or more."

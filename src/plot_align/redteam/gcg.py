@@ -7,12 +7,14 @@ whether that is better than the current one or not. The best suffix ever seen is
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from plot_align.errors import InputError
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective
 from plot_align.redteam.victim import Victim
@@ -50,6 +52,8 @@ class GCG(Attack):
 
     def __post_init__(self) -> None:
         require_counts(self, "steps", "search_width", "top_k", "suffix_tokens", "batch_size")
+        if self.early_stop is not None and not math.isfinite(self.early_stop):
+            raise InputError(f"early_stop is {self.early_stop}; expected a number of nats, or null to run all steps.")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:
         """Attack one request; each case has its own random stream."""

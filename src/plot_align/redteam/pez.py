@@ -6,6 +6,7 @@ gradient found there is applied to the free embedding (straight-through).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ class PEZ(Attack):
 
     def __post_init__(self) -> None:
         require_counts(self, "steps", "suffix_tokens")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; expected a positive number.")
 
     def run(self, victim: Victim, request: Request, on_step: OnStep = lambda step: None) -> Attacked:

@@ -13,6 +13,7 @@ from typing import Any
 from plot_align.results import ATTACK_CURVES, SECTIONS
 
 _ROUNDING = 1e-6  # of a mean, relative to its items
+_LARGEST, _HEAVIEST = 1e100, 1e40  # item and weight: their products' sums, and the squares of those, stay finite
 
 
 def check_frame(content: Mapping[str, Any]) -> None:
@@ -79,15 +80,15 @@ def check_quantity(place: str, quantity: Any) -> None:
     if items is None:
         return
     for name, value in _mapping(f"{place}.items", items).items():
-        if not math.isfinite(_number(f"{place}.items", value)):
+        if not abs(_number(f"{place}.items", value)) <= _LARGEST:  # also of NaN
             raise ValueError(f"{place}.items has {value} under {name[:40]!r}")
         if bounds is not None and not bounds[0] - _ROUNDING <= value <= bounds[1] + _ROUNDING:
             raise ValueError(f"{place}.items has {value} under {name[:40]!r}, outside its bounds")
     if weights is not None:
         if _mapping(f"{place}.weights", weights).keys() != items.keys():
             raise ValueError(f"{place}.weights are not those of its items")
-        if not all(0 <= _number(f"{place}.weights", weight) < math.inf for weight in weights.values()):
-            raise ValueError(f"{place}.weights has one that is negative or not finite")
+        if not all(0 <= _number(f"{place}.weights", weight) <= _HEAVIEST for weight in weights.values()):
+            raise ValueError(f"{place}.weights has one that is negative or not finite, or above {_HEAVIEST:g}")
     if quantity["n"] != len(items):
         raise ValueError(f"{place}.n is {quantity['n']}, and it has {len(items)} items")
     if items:

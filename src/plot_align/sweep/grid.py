@@ -21,6 +21,7 @@ LOSS_TYPES = (
 )  # fmt: skip
 # Methods that have an option; for the others, its values would repeat the same run.
 _APPLIES = {"loss_type": ("dpo",), "beta": ("dpo",)}
+_MOST = 100_000  # combinations; years of training, and memory for the list of them
 _POSITIVE = ("steps", "learning_rate", "beta", "batch_size")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
@@ -150,13 +151,13 @@ def _convert(kind: Any, value: Any) -> Any:
         if kind is float:
             return float(text.removeprefix(".") if text in (".inf", ".nan") else value)  # as in YAML
         return int(value) if text is not None or isinstance(value, int) else MISSING
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the latter of a whole number beyond any float
         return MISSING
 
 
 def _loss_type(value: Any) -> str:
     parts = value if isinstance(value, list) else str(value).split("+")
-    for part in parts:
+    for part in parts or [""]:
         if part not in LOSS_TYPES:
             advice = did_you_mean(str(part), LOSS_TYPES, f"expected one of {', '.join(LOSS_TYPES)}")
             raise InputError(f"loss_type is {value!r}; {advice}")
@@ -175,8 +176,8 @@ def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None 
         base: options of the term that every cell starts from, for the check.
 
     Raises:
-        InputError: an unknown key, a key without a value, a combination that PlotConfig refuses (both are named), a
-            loss type without a method that has one.
+        InputError: an unknown key, a key without a value, more combinations than anyone runs, one that
+            PlotConfig refuses (both are named), a loss type without a method that has one.
     """
     known, base = keys(), dict(base or {})
     if any(seed < 0 for seed in grid.get("seed", [])):
@@ -196,6 +197,11 @@ def expand(grid: Mapping[str, Sequence[Any]], *, base: Mapping[str, Any] | None 
                 f"{name} is given and method is {', '.join(methods)}, which has none; expected one of "
                 f"{', '.join(_APPLIES[name])} among the methods, or no {name}"
             )
+    count = math.prod(map(len, grid.values()))
+    if count > _MOST:
+        raise InputError(
+            f"the grid has {count:,} combinations, expected at most {_MOST:,}; sweep fewer options at once"
+        )
     alpha = {"alpha": [base.get("alpha", known["alpha"].default)]}
     options = [name for name, key in known.items() if key.group == "plot"]
     terms = [None, *(_term(options, base) for options in _combinations(alpha | dict(grid), options))]

@@ -131,7 +131,7 @@ class _Support:
     """r rows of p and their targets on n atoms.
 
     Attributes:
-        mass: (r, 1) the sum of p.
+        mass: (r, 1) the sum of p; 1 where it is 0, and p is then replaced by P.
         source: (r, n) p on the atoms, sum 1.
         sink: (r, n) P on the atoms, sum 1.
         cost: (n, n) or (r, n, n), in units.
@@ -146,8 +146,12 @@ class _Support:
 
     @staticmethod
     def of(source: Tensor, sink: Tensor, cost: Tensor, index: Tensor) -> _Support:
+        sink = sink / sink.sum(-1, keepdim=True)  # (r, n)
         mass = source.sum(-1, keepdim=True)  # (r, 1)
-        return _Support(mass, source / mass, sink / sink.sum(-1, keepdim=True), cost, index)
+        # Of a sequence without a selected position. Nobody reads its value; as NaN it would use up all iterations.
+        empty = mass == 0
+        mass = mass.masked_fill(empty, 1.0)
+        return _Support(mass, torch.where(empty, sink, source / mass), sink, cost, index)
 
 
 class Sinkhorn(Divergence):

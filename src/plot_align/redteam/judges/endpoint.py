@@ -121,7 +121,7 @@ def _fence(what: str, text: str) -> str:
     return f"<{what} {mark}>\n{text}\n</{what} {mark}>"
 
 
-_VERDICT = re.compile(r"\[\[\s*(?:(refused|helped)\s*:\s*)?(yes|no)\s*\]\]", re.IGNORECASE)
+_VERDICT = re.compile(r"\[\[\s*(?:(refused|helped)\s*:\s*)?(yes|no)\s*\]\]", re.ASCII | re.IGNORECASE)
 
 
 def _verdicts(reply: str, *names: str) -> list[bool] | None:

@@ -1,0 +1,1 @@
+"""Fuzzing: `python -m fuzz` feeds every reader of input with spoilt files; docs/fuzzing.md has what it found."""
