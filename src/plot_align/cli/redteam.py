@@ -33,9 +33,16 @@ def make_parser() -> Parser:
     parser.usage = "plot-align redteam MODEL --behaviors FILE [options]"
     parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model, or NAME=MODEL")
     parser.add_argument("--compare", metavar="MODEL", help="a second model, with the same seed and budget")
-    parser.add_argument("--behaviors", required=True, metavar="FILE", help="HarmBench's behaviours, .csv")
-    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same form (default: 60 of our own)")
-    parser.add_argument("--targets", metavar="FILE", help="HarmBench's targets, .json")
+    parser.add_argument(
+        "--behaviors",
+        required=True,
+        metavar="FILE",
+        help="HarmBench's, JailbreakBench's, StrongREJECT's, XSTest's .csv",
+    )
+    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same forms (default: 60 of ours)")
+    parser.add_argument(
+        "--targets", metavar="FILE", help="HarmBench's targets, .json (default: the file's own, if any)"
+    )
     parser.add_argument("--skip_copyright", action="store_true", help="leave copyright rows out instead of refusing")
     parser.add_argument(
         "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
@@ -76,9 +83,11 @@ def _run(options: Any) -> int:
     from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
-    harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
-    benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
-    targets = {} if options.targets is None else read_targets(options.targets)
+    asked = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
+    harmful, skipped = asked.rows, asked.skipped
+    harmless = None if options.benign is None else read_behaviors(options.benign, kind="harmless")
+    benign = default_benign() if harmless is None else harmless.rows
+    targets = asked.targets | ({} if options.targets is None else read_targets(options.targets))
     _check_judges(options, harmful, targets)
     _check_addresses(options)
     check_dtype(options.dtype)
@@ -92,6 +101,8 @@ def _run(options: Any) -> int:
             require_targets(harmful, targets, attack.name)
     on_main(lambda: require_writable(options.output))
 
+    taken = [asked.taken] + ([harmless.taken] if harmless else [])
+    on_main(lambda: print("\n".join(taken)))
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
     measured, identities = {}, {}
@@ -208,7 +219,7 @@ def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]
             raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
         ClassifierPrompts.from_harmbench(options.harmbench)
     if "likelihood" in wanted:
-        if options.targets is None:
+        if not targets:
             raise InputError("judge likelihood needs the targets; name their file with --targets")
         require_targets(harmful, targets, "judge likelihood")
     if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
