@@ -199,7 +199,7 @@ def test_a_limit_ends_the_steps(victim: Victim) -> None:
 
 
 def test_a_limit_ends_the_samples_and_a_larger_one_goes_on(victim: Victim, tmp_path: Path) -> None:
-    """A sample of a behaviour costs some c tokens; a limit of 2c + 1 pays for the beginning of a third."""
+    """The longer request's c tokens and one more begin its second sample, and the third of one that costs c / 2."""
     cases = {b.id: [b.prompt] for b in (KING, COIN)}
     attack = BestOfN(n=5)
     answering = attack.answering(victim, (KING, COIN), {}, 0)
@@ -211,13 +211,13 @@ def test_a_limit_ends_the_samples_and_a_larger_one_goes_on(victim: Victim, tmp_p
     whole = answers("whole", None)
     cost = spent_on_answers(tmp_path / "whole" / "completions" / "tiny.json", whole)
     king, coin = (int(cost[b.id][0].tokens) for b in (KING, COIN))
-    assert king < coin < 2 * king
-    few = answers("cut", Limit(2 * king + 1))
+    assert 2 * king < coin + 1 <= 3 * king
+    few = answers("cut", Limit(coin + 1))
     assert [len(few[b.id]) for b in (KING, COIN)] == [3, 2]
     assert few == {name: whole[name][: len(few[name])] for name in few}
     assert answers("cut", Limit(1)) == {name: rows[:1] for name, rows in whole.items()}
     assert answers("cut", None) == whole
-    assert answers("cut", Limit(2 * king + 1)) == few
+    assert answers("cut", Limit(coin + 1)) == few
 
 
 def test_cases_made_within_another_limit_are_refused(victim: Victim, tmp_path: Path) -> None:

@@ -203,9 +203,9 @@ def complete(
             return True
         return not limit.reached(sum((Spent.of(cost) for cost in costs.get(name, [])[:i] if cost), Spent()))
 
-    # What a limit leaves to ask is known part by part only. Otherwise all batches are known, and divided, at once.
+    # What a limit leaves to ask is known part by part. Otherwise all batches are known, and divided, at once.
     for group in [[part] for part in parts] if limited else [parts]:
-        asked = [[(name, i) for name, i in part if within(name, i)] for part in group]
+        asked = [[at for at in part if within(*at) and not current([at])] for part in group] if limited else group
         questions = [
             [
                 Question(
@@ -230,8 +230,10 @@ def complete(
                 on_main(partial(write_json, path, found))
             for name in dict.fromkeys(name for name, _ in whole):
                 on_behavior(name)
-    kept = {name: [i for i in range(len(unanswered[name])) if within(name, i)] for name in names}
-    return {name: [found[name][i] for i in kept[name] if i < len(found.get(name, []))] for name in names}
+    return {
+        name: [row for i, row in enumerate(found.get(name, [])[: len(unanswered[name])]) if within(name, i)]
+        for name in names
+    }
 
 
 def spent_on_cases(layout: Layout, behaviors: Iterable[str], step: int | None = None) -> dict[str, list[Spent]]:
