@@ -43,15 +43,16 @@ def test_inspect_reads_what_was_measured(logs: tuple[Path, dict[str, Any]]) -> N
         log, rates = read[name], record["models"]["tiny"]["attacks"][name]
         assert (log.status, log.eval.model) == ("success", "tiny")
         (score,) = log.results.scores
-        assert (score.name, score.reducer) == ("prefixes", "max" if name == "BestOfN" else "mean")
+        assert score.reducer == ("max" if name == "BestOfN" else "mean")
+        assert score.name == "refusal-prefixes"
         assert score.metrics["attack_success_rate"].value == pytest.approx(sum(rates.values()) / len(rates))
         by_behavior: dict[str, list[float]] = {}
         for sample in log.samples:
-            by_behavior.setdefault(sample.id, []).append(sample.scores["prefixes"].value)
+            by_behavior.setdefault(sample.id, []).append(sample.scores["refusal-prefixes"].value)
             results = json.loads((folder.parent / name / _experiment(name) / "results" / "tiny.json").read_text())
             row = results[sample.id][sample.epoch - 1]
             assert (sample.input, sample.output.completion) == (row["test_case"], row["generation"])
-            assert sample.scores["prefixes"].metadata["label"] == row["label"]
+            assert sample.scores["refusal-prefixes"].metadata["label"] == row["label"]
             assert sample.metadata["spent_on_answer"]["forward_tokens"] > 0
         of = max if name == "BestOfN" else lambda values: sum(values) / len(values)
         assert {behavior: of(values) for behavior, values in by_behavior.items()} == rates
@@ -59,6 +60,9 @@ def test_inspect_reads_what_was_measured(logs: tuple[Path, dict[str, Any]]) -> N
     assert read["GCG"].samples[0].target.startswith("Sure, here is how")
     assert read["GCG"].samples[0].metadata["spent_on_case"]["backward_tokens"] > 0
     assert read["GCG"].eval.task_args["steps"] == 1
+    spent = record["models"]["tiny"]["spent"]["GCG"]  # a mean over cases
+    tokens = 10 * (spent["forward_tokens"] + spent["backward_tokens"])
+    assert read["GCG"].stats.model_usage["tiny"].total_tokens == pytest.approx(tokens)
     benign = {score.name: score.metrics[score.name].value for score in read["Benign"].results.scores}
     for kind in ("refused", "helped"):
         rates = record["models"]["tiny"][kind]

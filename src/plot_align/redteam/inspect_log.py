@@ -98,7 +98,7 @@ def _samples(
     scores: Mapping[str, Mapping[str, Sequence[tuple[int, Mapping[str, Any]]]]],
 ) -> list[EvalSample]:
     from inspect_ai.log import EvalSample
-    from inspect_ai.model import ChatMessageUser, ModelOutput
+    from inspect_ai.model import ChatMessageUser, ModelOutput, ModelUsage
     from inspect_ai.scorer import Score
 
     made, answered = spent_on_cases(layout, rows), spent_on_answers(layout.completions(model), rows)
@@ -107,8 +107,9 @@ def _samples(
         request = json_or_none(layout.behavior_folder(behavior.id) / "request.json") or {}
         for i, row in enumerate(rows.get(behavior.id, [])):
             output = ModelOutput.from_content(model, row["generation"])
-            cases = made.get(behavior.id, [])
-            cost = answered[behavior.id][i] if behavior.id in answered else Spent()
+            # A second answer to the same case cost no second case.
+            case = (made.get(behavior.id, [])[i : i + 1] or [Spent()])[0]
+            cost = (answered.get(behavior.id, [])[i : i + 1] or [Spent()])[0]
             given = {
                 judge: Score(
                     value=value,
@@ -128,14 +129,15 @@ def _samples(
                     messages=[ChatMessageUser(content=row["test_case"]), output.choices[0].message],
                     output=output,
                     scores=given,
-                    total_time=cost.seconds,
+                    total_time=(case + cost).seconds,
+                    model_usage={model: ModelUsage(total_tokens=round((case + cost).tokens))},
                     metadata={
                         "behavior": behavior.text,
                         "category": behavior.semantic_category,
                         "attack": layout.method,
                         **({"prefix": row["prefix"]} if "prefix" in row else {}),
-                        "spent_on_case": cases[i % len(cases)].plain if cases else None,
-                        "spent_on_answer": cost.plain if behavior.id in answered else None,
+                        "spent_on_case": case.plain,
+                        "spent_on_answer": cost.plain,
                     },
                 )
             )
@@ -161,6 +163,7 @@ def _log(
         EvalSpec,
         EvalStats,
     )
+    from inspect_ai.model import ModelUsage
 
     method, experiment = layout.folder.parent.name, layout.folder.name
     made_by = json_or_none(layout.folder / "options.json") or {}
@@ -205,6 +208,10 @@ def _log(
                 if of
             ],
         ),
-        stats=EvalStats(started_at=now, completed_at=now),
+        stats=EvalStats(
+            started_at=now,
+            completed_at=now,
+            model_usage={model: ModelUsage(total_tokens=sum(s.model_usage[model].total_tokens for s in samples))},
+        ),
         samples=list(samples),
     )

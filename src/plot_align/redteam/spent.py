@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from plot_align.errors import InputError
@@ -23,13 +23,13 @@ class Spent:
             among them, nor is padding, which depends on what shares a batch.
         backward_tokens: those of them that a gradient was taken through.
         attacker_tokens: read and written by the model that writes the prompts.
-        seconds: of wall time; of a batch of answers, each has an equal share.
+        seconds: of wall time; of a batch of answers, each has an equal share. Two runs of the same are equal without.
     """
 
     forward_tokens: float = 0
     backward_tokens: float = 0
     attacker_tokens: float = 0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def tokens(self) -> float:
@@ -48,7 +48,7 @@ class Spent:
 
     def shares(self, count: int) -> list[Spent]:
         """``count`` equal shares, for cases that are made side by side."""
-        return [Spent(*(a / count for a in astuple(self)))] * count
+        return [self if count == 1 else Spent(*(a / count for a in astuple(self)))] * count
 
     @staticmethod
     def mean(costs: Iterable[Spent]) -> Spent:
