@@ -36,16 +36,23 @@ def write_logs(
         output: the folder with HarmBench's files. found: of :func:`plot_align.redteam.measure.measure`.
     """
     written = []
+    wanted = {behavior.id for behavior in harmful}
+    folders = {Layout(output, attack, "").folder.name: attack for attack in found["attacks"]}
     for path in sorted(output.glob(f"*/*/results/{model}.json")):
         layout = Layout(output, path.parents[2].name, path.parents[1].name)
-        judged = {_judge(other): read_results(other) for other in _of_all_judges(layout, model)}
-        any_answer = path.parents[2].name in found["by_samples"]
+        if layout.method not in folders:
+            continue  # of an earlier command
+        judged = {
+            _judge(other): {name: rows for name, rows in read_results(other).items() if name in wanted}
+            for other in _of_all_judges(layout, model)
+        }
+        any_answer = folders[layout.method] in found["by_samples"]
         scores = {
             judge: {name: [(int(row["label"] == 1), row) for row in rows] for name, rows in results.items()}
             for judge, results in judged.items()
         }
         rates = {judge: success_by_behavior(results, any_answer=any_answer) for judge, results in judged.items()}
-        written.append(_write(layout, model, harmful, read_results(path), scores, rates, any_answer))
+        written.append(_write(layout, model, harmful, next(iter(judged.values())), scores, rates, any_answer))
     layout = Layout(output, BENIGN, "default")
     answers = read_completions(layout.completions(model))
     kinds = {kind: found[kind] for kind in ("refused", "helped")}
