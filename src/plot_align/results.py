@@ -24,6 +24,10 @@ ATTACK_CURVES = {  # curves of an attack's success: key in a record → what it 
     "by_tokens": "tokens of the answer given",
     "by_steps": "update steps",
 }
+BUDGET_CURVES = {  # the same of all attacks of a model, so that they can be compared at equal cost
+    "by_forward_tokens": "forward tokens a test case, a backward pass counted as one more forward",
+    "by_seconds": "seconds a test case",
+}
 
 Better = Literal["higher", "lower"] | None
 Quantity = dict[str, Any]

@@ -66,7 +66,7 @@ def test_undecided_answers_are_counted_and_none_decided_is_an_error(
     found = OverRefusal(limit=5).run(subject)
     assert found.quantities["refused"]["n"] == 2
     answers = found.details.pop("answers")
-    assert found.details == {"judge": "prefixes", "undecided": 3, "first_undecided": "mumbled"}
+    assert found.details == {"judge": "prefixes", "requests": "our own", "undecided": 3, "first_undecided": "mumbled"}
     assert [entry["label"] for entry in answers.values()] == ["refused"] * 2 + ["undecided"] * 3
     monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(0))
     with pytest.raises(RunError, match=r"decided none of 5 answers.*mumbled"):

@@ -197,6 +197,9 @@ def test_a_file_of_requests(tmp_path):
     path = tmp_path / "requests.jsonl"
     path.write_text('{"prompt": "How?", "kind": "benign"}\n\n{"prompt": "Why?", "kind": "harmful"}\n')
     assert [(x.prompt, x.kind) for x in read_requests(path)] == [("How?", "benign"), ("Why?", "harmful")]
+    table = tmp_path / "xstest.csv"
+    table.write_text("id,prompt,type,label\n1,How?,homonyms,safe\n2,Why?,contrast_homonyms,unsafe\n", encoding="utf-8")
+    assert [(x.prompt, x.kind) for x in read_requests(table)] == [("How?", "benign"), ("Why?", "harmful")]
     for bad in (
         '{"prompt": "How?"}',
         '{"prompt": "", "kind": "benign"}',

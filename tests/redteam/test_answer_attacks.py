@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,12 @@ def answered(victim: Victim, attack: Attack, base: Path, **options: Any) -> Rows
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Each file's content; of what was spent without the seconds, which are those of a run."""
+
+    def content(path: Path) -> bytes:
+        return re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes()) if "spent" in str(path) else path.read_bytes()
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def prompt_of(victim: Victim, behavior: Behavior) -> list[int]:

@@ -41,7 +41,7 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
         + 'Explain the plan,contextual,theft,"context, brand new","Line one,\nline two",explain_plan\n'
     )
     path = write(tmp_path, text.replace("\n", "\r\n"), "utf-8-sig")
-    rows, skipped = read_behaviors(path)
+    rows, skipped, *_ = read_behaviors(path)
     assert skipped == []
     assert rows == [
         Behavior("steal_crown", 'Steal the crown, "quietly"', "standard", "theft"),
@@ -61,9 +61,9 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("a,standard,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' was used in an earlier row"),
-        ('a,standard,,,"1\n2",x\n  ,standard,,,,y\n', "line 4: 'y' has an empty Behavior"),
-        ("a,standard,,,,\n", "line 2: BehaviorID is ''"),
+        ("a,standard,,,,x\nb,standard,,,,x\n", "line 3: the id 'x' was used in an earlier row"),
+        ('a,standard,,,"1\n2",x\n  ,standard,,,,y\n', "line 4: 'y' asks for nothing"),
+        ("a,standard,,,,\n", "line 2: the id is ''"),
         ("a,standard,,,,../x\n", "expected a name without slashes"),
         ("a,odd,,,,x\n", "FunctionalCategory 'odd'"),
         ("a,contextual,,,,x\n", "contextual and has no ContextString"),
@@ -74,7 +74,7 @@ def test_a_users_file_is_read_as_it_was_meant(tmp_path: Path) -> None:
         ("a,copyright,,,,x\n", "copyrighted text"),
         ("a,standard,,hash_check,,x\n", "copyrighted text"),
         ("a,standard,,,,c\nb,copyright,,,,x\na,copyright,,,,y\n", "line 3: 'x' is the first of 2 .* --skip_copyright"),
-        ("a,copyright,,,,x\nb,standard,,,,x\n", "line 3: BehaviorID 'x' was used in an earlier row"),
+        ("a,copyright,,,,x\nb,standard,,,,x\n", "line 3: the id 'x' was used in an earlier row"),
         ('a,standard,,,,x\n"b,standard,,,,y\nc,standard,,,,z\n', "row that begins on line 3 is not CSV"),
         ('a,standard,,"1\n"2",,x\n', "row that begins on line 2 is not CSV"),
         ("", "no behaviours"),
@@ -87,9 +87,13 @@ def test_a_wrong_row_is_refused_and_named(tmp_path: Path, rows: str, message: st
 
 def test_copyright_rows_are_left_out_only_where_asked_and_named(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + "a,copyright,,,,x\nb,standard,,,,y\n")
-    rows, skipped = read_behaviors(path, skip_copyright=True)
+    rows, skipped, targets, taken = read_behaviors(path, skip_copyright=True)
     assert [row.id for row in rows] == ["y"]
     assert skipped == ["x"]
+    assert (targets, taken) == (
+        {},
+        "behaviors.csv (HarmBench): 1 harmful request taken, 1 about copyrighted text left",
+    )
     with pytest.raises(InputError, match="no behaviours to attack beside the 1 about copyrighted text"):
         read_behaviors(write(tmp_path, HEADER + "a,copyright,,,,x\n"), skip_copyright=True)
 
@@ -100,9 +104,12 @@ def test_two_columns_are_enough_in_any_order_beside_others(tmp_path: Path) -> No
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no column BehaviorID"):
+    with pytest.raises(
+        InputError,
+        match="has the columns Behavior, Tags; expected those of HarmBench: Behavior, BehaviorID; JailbreakBench: ",
+    ):
         read_behaviors(write(tmp_path, "Behavior,Tags\na,b\n"))
-    with pytest.raises(InputError, match="no column Behavior;"):
+    with pytest.raises(InputError, match="has no line of column names"):
         read_behaviors(write(tmp_path, ""))
     with pytest.raises(InputError, match="has the column Behavior 2 times"):
         read_behaviors(write(tmp_path, "Behavior,BehaviorID,Behavior\na,x,b\n"))

@@ -84,6 +84,9 @@ def test_attacks_on_the_answer(tiny_base: Path, files, tmp_path: Path, capsys) -
         "ASR, BestOfN (any of 3)",
         "balance, BestOfN",
         "ASR, BestOfN (any of 3): +0",
+        "harmful.csv (HarmBench): 2 harmful requests taken",
+        "benign.csv (HarmBench): 3 harmless requests taken",
+        "cost of a case, Prefill",
     ):
         assert text in shown
     (path,) = (tmp_path / "out").glob("redteam-*.json")
@@ -95,7 +98,14 @@ def test_attacks_on_the_answer(tiny_base: Path, files, tmp_path: Path, capsys) -
     assert result["options"]["BestOfN"] == {"temperature": 0.7}
     assert result["by_tokens"]["Prefill"]["0"] == record["rates"]["ASR, DirectRequest"]["other"]
     figures = {p.name for p in (tmp_path / "out").glob("*.png")}
-    assert figures == {f"{curve}-{tiny_base.name}-other.png" for curve in ("Prefill-by_tokens", "BestOfN-by_samples")}
+    assert figures == {
+        *(f"{curve}-{tiny_base.name}-other.png" for curve in ("Prefill-by_tokens", "BestOfN-by_samples")),
+        *(
+            f"DirectRequest-Prefill-BestOfN-by_{budget}-{model}.png"
+            for budget in ("forward_tokens", "seconds")
+            for model in (tiny_base.name, "other")
+        ),
+    }
     rows = read_results(tmp_path / "out" / "Prefill" / "2_tokens" / "results" / "other.json")
     assert [rows["a"][0]["prefix"], rows["b"][0]["prefix"]] == ["Of", "Sure"]
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}

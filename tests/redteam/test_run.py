@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 from plot_align.errors import InputError
+from plot_align.inference.chat import Continuation
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.attackers import LocalAttacker
@@ -34,7 +36,12 @@ def victim(tiny_base: Path) -> Victim:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Each file's content; of what was spent without the seconds, which are those of a run."""
+
+    def content(path: Path) -> bytes:
+        return re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes()) if "spent" in str(path) else path.read_bytes()
+
+    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def everything(victim: Victim, base: Path, **options: object) -> None:
@@ -107,10 +114,10 @@ def test_answers_are_given_once_a_block_and_again_where_cases_changed(victim: Vi
     class Counting:
         identity: ClassVar[dict[str, str]] = {"model": "m"}
 
-        def answers_to_each(self, parts: list[list[Question]], **_: object) -> Iterator[list[str]]:
+        def answers_to_each(self, parts: list[list[Question]], **_: object) -> Iterator[list[Continuation]]:
             for questions in parts:
                 asked.extend(question.test_case for question in questions)
-                yield [question.test_case.upper() for question in questions]
+                yield [Continuation(question.test_case.upper(), 1, 0.0) for question in questions]
 
     path = tmp_path / "completions.json"
     cases = {f"id{i}": [f"case {i}"] for i in range(BLOCK + 1)}

@@ -61,6 +61,8 @@ class Scored:
 
     name: str = "scored"
     seen: list[tuple[str, str]] = field(default_factory=list)
+    forward_tokens: int = 0
+    backward_tokens: int = 0
 
     def target_losses(self, test_cases: Sequence[str], targets: Sequence[str], *, batch_size: int = 64) -> list[float]:
         self.seen += zip(test_cases, targets, strict=True)

@@ -190,7 +190,9 @@ def all_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     attacked = {
         "attacks": {"GCG": {"a": 1.0, "b": 0.5}}, "refused": {"c": 0.0, "d": 1.0}, "helped": {"c": 1.0, "d": 0.0},
         "by_cases": {"GCG": curve}, "by_steps": {"GCG": curve}, "by_samples": {"BestOfN": curve},
-        "by_tokens": {"Prefill": curve}, "titles": {"GCG": "GCG (as asked)"}, "failed": {"GCG": {"c": "out of steps"}},
+        "by_tokens": {"Prefill": curve}, "by_seconds": {"GCG": {"0.25": curve["1"]}, "PEZ": {"2.5": curve["2"]}},
+        "by_forward_tokens": {"GCG": {"812.4": curve["1"]}},
+        "titles": {"GCG": "GCG (as asked)"}, "failed": {"GCG": {"c": "out of steps"}},
         "undecided": {"GCG": {"n": 1, "first": "no verdict"}, "benign requests": {"n": 2, "first": "no verdict"}},
     }  # fmt: skip
     identities = {name: {"model": f"digest of {name}", "template": "t", "dtype": "float32"}

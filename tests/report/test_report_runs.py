@@ -25,6 +25,16 @@ def test_attacks_have_the_curves_that_they_were_measured_on(everything: Path) ->
     assert all({at: e["value"] for at, e in of["base"].items()} == {1: 0.5, 2: 1.0} for *_, of in found)
 
 
+def test_budgets_compare_the_attacks_of_a_model(everything: Path) -> None:
+    """One point of one attack is no curve; two attacks with a point each are compared."""
+    found = list(runs.budget_curves(collect([everything])))
+    assert [(kind, model) for kind, model, _ in found] == [("by_seconds", "base"), ("by_seconds", "tuned")]
+    assert {name: {at: e["value"] for at, e in of.items()} for name, of in found[0][2].items()} == {
+        "GCG": {0.25: 0.5},
+        "PEZ": {2.5: 1.0},
+    }
+
+
 def test_a_sweep_has_a_line_for_each_combination(tmp_path: Path) -> None:
     def cell(plot: Any, value: float) -> dict[str, Any]:
         return {"method": "dpo", "setting": {}, "plot": plot, "seeds": [0, 1],

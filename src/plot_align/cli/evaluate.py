@@ -47,7 +47,7 @@ def make_parser() -> Parser:
     parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--judge_prices", metavar="P,C", help="its prices per million prompt and completion tokens")
-    parser.add_argument("--behaviors", metavar="FILE", help="HarmBench's behaviours, .csv")
+    parser.add_argument("--behaviors", metavar="FILE", help="harmful requests, a .csv as redteam takes")
     parser.add_argument("--targets", metavar="FILE", help="HarmBench's targets, .json")
     parser.add_argument(
         "--allow_code_execution", action="store_true",

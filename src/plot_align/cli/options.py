@@ -66,7 +66,8 @@ class MonitorOptions:
     monitor_requests: str | None = field(
         default=None,
         metadata={
-            "help": "With monitor: ask these instead of our own, a .jsonl file of prompt and kind (benign, harmful)."
+            "help": "With monitor: ask these instead of our own: XSTest's .csv, or a .jsonl file of prompt and kind "
+            "(benign, harmful)."
         },
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from plot_align.redteam.attack import Attack
     from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.spent import Limit
     from plot_align.redteam.victim import Victim
 
 
@@ -35,9 +37,16 @@ def make_parser() -> Parser:
     parser.usage = "plot-align redteam MODEL --behaviors FILE [options]"
     parser.add_argument("model", metavar="MODEL", help="hub id or folder of a chat model, or NAME=MODEL")
     parser.add_argument("--compare", metavar="MODEL", help="a second model, with the same seed and budget")
-    parser.add_argument("--behaviors", required=True, metavar="FILE", help="HarmBench's behaviours, .csv")
-    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same form (default: 60 of our own)")
-    parser.add_argument("--targets", metavar="FILE", help="HarmBench's targets, .json")
+    parser.add_argument(
+        "--behaviors",
+        required=True,
+        metavar="FILE",
+        help="HarmBench's, JailbreakBench's, StrongREJECT's, XSTest's .csv",
+    )
+    parser.add_argument("--benign", metavar="FILE", help="harmless requests, same forms (default: 60 of ours)")
+    parser.add_argument(
+        "--targets", metavar="FILE", help="HarmBench's targets, .json (default: the file's own, if any)"
+    )
     parser.add_argument("--skip_copyright", action="store_true", help="leave copyright rows out instead of refusing")
     parser.add_argument(
         "--attacks", default="direct,gcg", metavar="A,B", help=f"of {', '.join(ATTACKS)} (%(default)s)"
@@ -45,6 +54,10 @@ def make_parser() -> Parser:
     parser.add_argument("--options", metavar="FILE", help="YAML: options of attacks, e.g. prefill: {tokens: 8}")
     parser.add_argument("--cases", type=int, metavar="N", help="test cases per behaviour (default: HarmBench's)")
     parser.add_argument("--snapshots", metavar="N,N", help="update steps of the curve, of attacks that have steps")
+    parser.add_argument(
+        "--max_forward_tokens", type=int, metavar="N", help="budget of a test case; begin no more once spent"
+    )
+    parser.add_argument("--max_seconds", type=float, metavar="S", help="the same in seconds")
     parser.add_argument("--transfer_from", metavar="NAME", help="replay the white-box cases made on this model")
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
@@ -61,6 +74,7 @@ def make_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
     add_num_processes(parser)
     add_loading_options(parser)
+    parser.add_argument("--inspect_logs", action="store_true", help="write logs for `inspect view` as well")
     parser.add_argument("--output", type=Path, default=Path("runs/redteam"), metavar="DIR", help="(%(default)s)")
     return parser
 
@@ -74,19 +88,25 @@ def run(arguments: list[str]) -> int:
 
 def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
+    if options.inspect_logs:
+        require_packages("--inspect_logs", "inspect_ai", extra="inspect-ai")
     from plot_align.io import require_writable
     from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
+    from plot_align.redteam.spent import Limit
 
-    harmful, skipped = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
-    benign = default_benign() if options.benign is None else read_behaviors(options.benign).rows
-    targets = {} if options.targets is None else read_targets(options.targets)
+    asked = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
+    harmful, skipped = asked.rows, asked.skipped
+    harmless = None if options.benign is None else read_behaviors(options.benign, kind="harmless")
+    benign = default_benign() if harmless is None else harmless.rows
+    targets = asked.targets | ({} if options.targets is None else read_targets(options.targets))
     _check_judges(options, harmful, targets)
     _check_addresses(options)
     check_dtype(options.dtype)
     for name in ("max_new_tokens", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    limit = Limit(options.max_forward_tokens, options.max_seconds)
     options.snapshots = _steps(options.snapshots)
     attacks = _attacks(options)
     for attack in attacks:
@@ -94,14 +114,22 @@ def _run(options: Any) -> int:
             require_targets(harmful, targets, attack.name)
     on_main(lambda: require_writable(options.output))
 
+    taken = [asked.taken] + ([harmless.taken] if harmless else [])
+    on_main(lambda: print("\n".join(taken)))
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
     measured, identities = {}, {}
     for name, source in models.items():
         victim = load_victim(source, options, name)
         identities[name] = victim.identity
-        measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
+        measured[name] = _measured(victim, harmful, benign, targets, attacks, limit, options, loaded)
     on_main(lambda: _report(measured, identities, skipped, options))
+    if options.inspect_logs:
+        from plot_align.redteam.inspect_log import FOLDER, write_logs
+
+        for name, found in measured.items():
+            on_main(partial(write_logs, options.output, name, found, harmful, benign))
+        on_main(lambda: print(f"logs of Inspect: inspect view --log-dir {options.output / FOLDER}"))
     return 0
 
 
@@ -213,7 +241,7 @@ def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]
             raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
         ClassifierPrompts.from_harmbench(options.harmbench)
     if "likelihood" in wanted:
-        if options.targets is None:
+        if not targets:
             raise InputError("judge likelihood needs the targets; name their file with --targets")
         require_targets(harmful, targets, "judge likelihood")
     if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
@@ -232,6 +260,7 @@ def _measured(
     benign: list[Behavior],
     targets: dict[str, str],
     attacks: list[Attack],
+    limit: Limit,
     options: Any,
     loaded: dict[str, Any],
 ) -> dict[str, Any]:
@@ -248,7 +277,7 @@ def _measured(
         judge if options.judge in TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
         _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
     )
-    budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size)
+    budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size, limit)
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[update]}"),
@@ -309,6 +338,8 @@ def _report(
     }
     for attack in first["attacks"]:
         table.add_row(f"balance, {attack}", *(f"{balances[m][attack]:.2f}" for m in measured))
+    for attack in first["attacks"]:
+        table.add_row(f"cost of a case, {attack}", *(_cost(r["spent"].get(attack)) for r in measured.values()))
     console.print(table)
     if options.transfer_from:
         console.print(f"white-box test cases made on {options.transfer_from}")
@@ -389,7 +420,7 @@ def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
     """Draw the curves of each attack that have two points."""
     from plot_align.redteam.curves import draw
-    from plot_align.results import ATTACK_CURVES
+    from plot_align.results import ATTACK_CURVES, BUDGET_CURVES
 
     for key, xlabel in ATTACK_CURVES.items():
         for attack in next(iter(measured.values()))[key]:
@@ -397,6 +428,24 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
             if all(len(curve) > 1 for curve in curves.values()):
                 for ending in ("png", "svg"):
                     draw(curves, xlabel, output / f"{file_name(f'{attack}-{key}-{name}')}.{ending}")
+    for key, xlabel in BUDGET_CURVES.items():
+        for model, result in measured.items():
+            if sum(map(len, result[key].values())) > 1:
+                for ending in ("png", "svg"):
+                    draw(
+                        result[key],
+                        xlabel,
+                        output / f"{file_name('-'.join(result[key]) + f'-{key}-{model}')}.{ending}",
+                        budget=True,
+                    )
+
+
+def _cost(spent: dict[str, float] | None) -> str:
+    if spent is None:
+        return "unknown"
+    backward, attacker = spent["backward_tokens"], spent["attacker_tokens"]
+    more = f" + {backward:,.0f} backward" * (backward > 0) + f" + {attacker:,.0f} of the attacker" * (attacker > 0)
+    return f"{spent['forward_tokens']:,.0f}{more} tokens, {spent['seconds']:.1f} s"
 
 
 def _with_text_keys(value: Any) -> Any:

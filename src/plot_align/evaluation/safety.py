@@ -83,7 +83,7 @@ class OverRefusal(_Judged):
     """Rate of refused harmless requests, so that a model that refuses everything looks bad.
 
     Args:
-        benign: a file in HarmBench's format, or ``benign`` (60 of our own).
+        benign: a file of harmless requests (:func:`read_behaviors`), or ``benign`` (60 of our own).
     """
 
     benign: str = data.BENIGN
@@ -92,9 +92,12 @@ class OverRefusal(_Judged):
         super().check()
         self._requests()
 
-    def _requests(self) -> list[Behavior]:
-        rows = default_benign() if self.benign == data.BENIGN else read_behaviors(self.benign).rows
-        return rows[: self.limit]
+    def _requests(self) -> tuple[list[Behavior], str]:
+        """Requests, and what was taken."""
+        if self.benign == data.BENIGN:
+            return default_benign()[: self.limit], "our own"
+        found = read_behaviors(self.benign, kind="harmless")
+        return found.rows[: self.limit], found.taken
 
     def run(self, subject: Subject) -> Found:
         """Rates of refusal and help over the requests that the judge decided.
@@ -102,7 +105,7 @@ class OverRefusal(_Judged):
         Raises:
             RunError: it decided none.
         """
-        requests = self._requests()
+        requests, taken = self._requests()
         answers = subject.answers(
             [[{"role": "user", "content": b.prompt}] for b in requests], "harmless requests", self.max_new_tokens
         )
@@ -120,6 +123,7 @@ class OverRefusal(_Judged):
             },
             {
                 "judge": self.judge,
+                "requests": taken,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,
                 "answers": {
@@ -135,7 +139,8 @@ class AttackSuccess(_Judged):
     """Attack success rate of one attack (:mod:`plot_align.redteam`) over harmful requests.
 
     Args:
-        behaviors: HarmBench's behaviours. targets: HarmBench's, for attacks that need them.
+        behaviors: a file of harmful requests (:func:`read_behaviors`). targets: HarmBench's, for attacks that need
+            them; None takes the file's own, if it has any.
         skip_copyright: leave copyright rows out instead of refusing them.
         attack: one without an attacker model. attack_options: of the attack. cases: test cases per behaviour.
     """
@@ -154,7 +159,7 @@ class AttackSuccess(_Judged):
             raise InputError(f"attack is {self.attack!r}; {near}")
         require_count("cases", self.cases)
         if not os.path.isfile(self.behaviors):
-            raise InputError(f"behaviors is {self.behaviors!r}, which is no file; name HarmBench's behaviours, .csv")
+            raise InputError(f"behaviors is {self.behaviors!r}, which is no file; name a CSV file of requests")
         attack, (harmful, targets, _) = self._attack(), self._requests()
         if attack.needs_target:
             require_targets(harmful, targets, attack.name)
@@ -162,11 +167,11 @@ class AttackSuccess(_Judged):
     def _attack(self) -> Any:
         return make_attack(self.attack, self.attack_options or {})
 
-    def _requests(self) -> tuple[list[Behavior], dict[str, str], int]:
-        """Requests, targets, and how many copyright rows were left out."""
-        harmful, skipped = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright)
-        targets = read_targets(self.targets) if self.targets is not None else {}
-        return harmful[: self.limit], targets, len(skipped)
+    def _requests(self) -> tuple[list[Behavior], dict[str, str], str]:
+        """Requests, targets, and what was taken and left."""
+        found = read_behaviors(self.behaviors, skip_copyright=self.skip_copyright)
+        targets = found.targets | (read_targets(self.targets) if self.targets is not None else {})
+        return found.rows[: self.limit], targets, found.taken
 
     def run(self, subject: Subject) -> Found:
         """Rate of test cases that succeed. Undecided ones count as failures and are reported.
@@ -174,7 +179,7 @@ class AttackSuccess(_Judged):
         Raises:
             RunError: the judge decided none.
         """
-        harmful, targets, left_out = self._requests()
+        harmful, targets, taken = self._requests()
         victim = Victim(subject.model, subject.tokenizer, subject.name)
         attack = self._attack()
 
@@ -192,7 +197,7 @@ class AttackSuccess(_Judged):
             {"asr": of_items(title, done.success, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
             {
                 "judge": self.judge,
-                "copyright_rows_left_out": left_out,
+                "requests": taken,
                 "failed": done.failed,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,

@@ -34,7 +34,7 @@ class Given:
     Args:
         reference: whether there is a reference model. preference: file of ``plot-align estimate``.
         judge_url, judge_model, judge_key, judge_prices: an OpenAI-compatible endpoint.
-        mt_bench: folder of FastChat's questions and prompts. behaviors, targets: HarmBench's files.
+        mt_bench: folder of FastChat's questions and prompts. behaviors, targets: files of redteam.
         allow_code_execution: whether code that a model wrote may be run.
         limit: at most so many items per measure.
     """
@@ -213,7 +213,7 @@ def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:
             spec.setdefault("behaviors", given.behaviors)
             spec.setdefault("targets", given.targets)
             if spec["behaviors"] is None:
-                return "it needs HarmBench's behaviours; give --behaviors"
+                return "it needs a file of harmful requests, such as HarmBench's; give --behaviors"
         case "lm_eval":
             spec["allow_code_execution"] = given.allow_code_execution
     return None

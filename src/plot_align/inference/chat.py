@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -103,7 +104,7 @@ def continue_rows(
         seed=seed,
         advance=advance,
     )
-    return next(parts)
+    return [continuation.text for continuation in next(parts)]
 
 
 class Start(NamedTuple):
@@ -120,6 +121,20 @@ class Start(NamedTuple):
     seed: int | None = None
 
 
+class Continuation(NamedTuple):
+    """What a model made of a start.
+
+    Attributes:
+        text: without special tokens; it begins with the begun answer.
+        tokens: that went through the model: those of the start and all new ones but the last, which nothing reads.
+        seconds: this row's equal share of its batch's.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+
+
 def continue_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,8 +146,8 @@ def continue_each(
     top_p: float = 1.0,
     seed: int = 0,
     advance: Callable[[int], None] = lambda done: None,
-) -> Iterator[list[str]]:
-    """:func:`continue_rows` for each part; parts have separate batches.
+) -> Iterator[list[Continuation]]:
+    """:func:`continue_rows` for each part, and what each row cost; parts have separate batches.
 
     The batches are divided among processes (:func:`~parallel.each`). When sampling, each batch has its own seed, or
     each row (:attr:`Start.seed`), whose draws are then the same in any batch, up to rounding.
@@ -153,12 +168,11 @@ def continue_each(
     )
     done = each(partial(_continued, model, tokenizer, max_new_tokens, pad, sampling), jobs)
     for rows, batches in plans:
-        answers = [""] * len(rows)
+        answers: dict[int, Continuation] = {}
         for batch in batches:
-            for i, text in zip(batch, next(done), strict=True):
-                answers[i] = text
+            answers.update(zip(batch, next(done), strict=True))
             advance(len(batch))
-        yield answers
+        yield [answers[i] for i in range(len(rows))]
 
 
 def _continued(
@@ -168,8 +182,9 @@ def _continued(
     pad: int,
     sampling: dict[str, float],
     job: tuple[list[Start], int],
-) -> list[str]:
+) -> list[Continuation]:
     """Continue one batch. job: its rows, and the seed of the sampling."""
+    began = time.perf_counter()
     rows, seed = job
     ids, mask = _padded_left([row.ids for row in rows], pad)  # (B, T) each
     seeds = [row.seed for row in rows if row.seed is not None] if sampling else []
@@ -192,14 +207,22 @@ def _continued(
             pad_token_id=pad,
             **how,
         )  # (B, T + new)
-    texts = tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
+    new = out[:, ids.size(1) :]  # (B, new)
+    ended = (
+        torch.isin(new, torch.tensor(ends, device=new.device)) if ends is not None else torch.zeros_like(new).bool()
+    )
+    read = (ended[:, :-1].cumsum(-1) == 0).sum(-1).tolist()  # (B,) before the end, and not the last
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     for r, row in enumerate(rows):
         if row.begun:
             begun = tokenizer.decode(row.ids[len(row.ids) - row.begun :], skip_special_tokens=True)
             whole = tokenizer.decode(out[r, ids.size(1) - row.begun :], skip_special_tokens=True)
             # Decode both together to keep the space between them, unless a character is split between them.
             texts[r] = whole if whole.startswith(begun) else begun + texts[r]
-    return texts
+    seconds = (time.perf_counter() - began) / len(rows)
+    return [
+        Continuation(text, len(row.ids) + count, seconds) for text, row, count in zip(texts, rows, read, strict=True)
+    ]
 
 
 class _OwnDraws:

@@ -12,7 +12,7 @@ from plot_align.errors import InputError
 from plot_align.evaluation import repetition
 from plot_align.inference.chat import generate
 from plot_align.io import parse_json
-from plot_align.redteam import Behavior, make_judge
+from plot_align.redteam import Behavior, make_judge, read_labelled
 from plot_align.text import markdown, one_line
 
 Kind = Literal["benign", "harmful"]
@@ -59,11 +59,14 @@ def default_requests(each: int = 12) -> list[Request]:
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """Requests of a file: a JSON object a line, ``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``.
+    """Requests of a file: a JSON object a line, ``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``; or the CSV of
+    a benchmark that says which are harmful (:func:`plot_align.redteam.read_labelled`).
 
     Raises:
         InputError: the file cannot be read or has no request, or a line is none; the message names it.
     """
+    if Path(path).suffix.lower() == ".csv":
+        return [Request("harmful" if harmful else "benign", b.prompt) for b, harmful in read_labelled(path)]
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -47,8 +47,8 @@ class PreferenceMonitor(TrainerCallback):
         benign_refusals: line of refused benign requests; they also have to exceed what they were before training.
         repetition: line of repetition, likewise.
         stop_on: names of lines that end the training.
-        requests: a file of requests (``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``, one a line); ``None``
-            takes 12 of our own of either kind.
+        requests: a file of requests (``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``, one a line), or XSTest's
+            CSV; ``None`` takes 12 of our own of either kind.
         max_new_tokens: of an answer; 0 asks nothing.
 
     Raises:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         Behavior,
         default_benign,
         read_behaviors,
+        read_labelled,
         read_targets,
         require_targets,
         write_behaviors,
@@ -38,6 +39,7 @@ __all__ = [
     "make_attack",
     "make_judge",
     "read_behaviors",
+    "read_labelled",
     "read_targets",
     "require_decided",
     "require_targets",
@@ -47,7 +49,8 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "behaviors": "Behavior default_benign read_behaviors read_targets require_targets write_behaviors",
+        "behaviors": "Behavior default_benign read_behaviors read_labelled read_targets require_targets "
+        "write_behaviors",
         "catalogue": "make_attack make_judge",
         "judges": "Judge Judged RefusalPrefixes",
         "measure": "Budget attack_and_judge require_decided",

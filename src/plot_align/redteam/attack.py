@@ -12,6 +12,7 @@ import torch
 
 from plot_align.errors import InputError
 from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.spent import Limit, Spent
 from plot_align.redteam.victim import Victim
 
 OnStep = Callable[[int], None]
@@ -32,6 +33,7 @@ class Request:
         cases: how many test cases to make.
         seed: decides everything random, together with the behaviour's id (:meth:`generator`).
         snapshots: update steps after which the best test cases so far are kept, for the curve; ascending.
+        limit: of what a test case may cost; an attack with steps begins none once it is reached.
     """
 
     behavior: Behavior
@@ -39,6 +41,7 @@ class Request:
     cases: int = 1
     seed: int = 0
     snapshots: tuple[int, ...] = ()
+    limit: Limit = field(default_factory=Limit)
 
     def numeric_seed(self, *names: object) -> int:
         """:func:`numeric_seed` of this request and ``names``."""
@@ -59,6 +62,8 @@ class Attacked:
         trace: the same after every update step, best so far, mean over the cases; index 0 is before the first step.
         snapshots: update step → the cases as they were then.
         failed: why there are no cases (an endpoint that stayed silent); None if all went well.
+        spent: what each case cost, up to its being there; an attack without steps may leave it out.
+        spent_by_step: update step → the same, for the cases as they were then.
     """
 
     cases: list[str]
@@ -66,6 +71,8 @@ class Attacked:
     trace: list[float] = field(default_factory=list)
     snapshots: dict[int, list[str]] = field(default_factory=dict)
     failed: str | None = None
+    spent: list[Spent] = field(default_factory=list)
+    spent_by_step: dict[int, list[Spent]] = field(default_factory=dict)
 
 
 def require_counts(attack: object, *names: str) -> None:

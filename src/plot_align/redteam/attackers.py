@@ -6,12 +6,12 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from plot_align.errors import InputError
-from plot_align.inference.chat import continue_rows, prompt_ids, require_template
+from plot_align.inference.chat import Start, continue_each, prompt_ids, require_template
 from plot_align.inference.endpoint import Endpoint
 from plot_align.inference.identity import model_identity
 from plot_align.redteam.behaviors import Behavior
@@ -53,6 +53,7 @@ class LocalAttacker:
     tokenizer: PreTrainedTokenizerBase
     name: str
     batch_size: int = 64
+    _tokens: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # of each call
 
     def __post_init__(self) -> None:
         require_template(self.tokenizer)
@@ -72,16 +73,25 @@ class LocalAttacker:
         Raises:
             InputError: ``max_new_tokens`` is below one.
         """
-        return continue_rows(
-            self.model,
-            self.tokenizer,
-            prompt_ids(self.tokenizer, instructions) if instructions else [],
-            max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+        found = next(
+            continue_each(
+                self.model,
+                self.tokenizer,
+                [[Start(row) for row in (prompt_ids(self.tokenizer, instructions) if instructions else [])]],
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
         )
+        self._tokens.append(sum(continuation.tokens for continuation in found))
+        return [continuation.text for continuation in found]
+
+    @property
+    def tokens(self) -> int:
+        """Read and written so far."""
+        return sum(self._tokens)
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,11 @@ class EndpointAttacker:
     def identity(self) -> str:
         """Model and address, without secrets."""
         return self.endpoint.label
+
+    @property
+    def tokens(self) -> int:
+        """Read and written so far, as the server counts; 0 where it does not."""
+        return self.endpoint.usage.prompt_tokens + self.endpoint.usage.completion_tokens
 
     def write(
         self, instructions: Sequence[str], *, temperature: float, top_p: float, max_new_tokens: int, seed: int

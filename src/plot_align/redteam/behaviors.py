@@ -1,4 +1,4 @@
-"""HarmBench's behaviours and targets."""
+"""Behaviours and targets: HarmBench's files, and the requests of other benchmarks in its form."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from plot_align.errors import InputError
 from plot_align.io import complete_or_absent, parse_json, require_distinct
+from plot_align.redteam.formats import COLUMNS, Format, recognise
 
 CONTEXT_SEPARATOR = "\n\n---\n\n"
 CATEGORIES = ("standard", "contextual", "copyright")
-COLUMNS = ("Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID")
+Kind = Literal["harmful", "harmless"]
 
 
 @dataclass(frozen=True)
@@ -36,37 +37,54 @@ class Behavior:
 
 
 class Behaviors(NamedTuple):
-    """What a file holds, and the ids of the copyright rows that were left out."""
+    """What was taken from a file.
+
+    Attributes:
+        rows: the requests.
+        skipped: ids of the copyright rows that were left out.
+        targets: id → how a complying answer begins, where the format has a column of them.
+        taken: a sentence for the user: what was taken, and what was left.
+    """
 
     rows: list[Behavior]
     skipped: list[str]
+    targets: dict[str, str]
+    taken: str
 
 
-def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False) -> Behaviors:
-    """Read HarmBench's behaviours file: a CSV with the columns :data:`COLUMNS`; Behavior and BehaviorID are required.
+def read_behaviors(path: str | os.PathLike[str], *, kind: Kind = "harmful", skip_copyright: bool = False) -> Behaviors:
+    """Read the requests of one kind from a CSV file of HarmBench, JailbreakBench, StrongREJECT or XSTest.
 
-    Texts are kept exactly, line breaks included; ids, categories and tags are stripped.
+    The columns tell which it is (:data:`plot_align.redteam.formats.FORMATS`). XSTest's file holds both kinds, and the
+    other kind is left; HarmBench's and JailbreakBench's are taken as the kind that is asked for. Texts are kept
+    exactly, line breaks included; ids, categories and tags are stripped.
 
     Args:
         path: the file, UTF-8, with or without a byte-order mark.
+        kind: ``harmful`` or ``harmless``.
         skip_copyright: leave out rows of category copyright or tagged ``hash_check``, which only HarmBench's hashes of
             the protected texts can judge; otherwise they are refused.
 
     Raises:
-        InputError: the file cannot be read, or a row is wrong; the message names its line and id.
+        InputError: the file cannot be read, has no request of this kind, or a row is wrong; the message names its line
+            and id.
     """
     path = Path(path)
-    rows: dict[str, Behavior] = {}
+    form, found = _read_rows(path)
+    rows: list[Behavior] = []
+    targets: dict[str, str] = {}
     copyrighted: dict[str, str] = {}  # id → file and line
-    for where, row in _read_rows(path):
-        behavior = _behavior(where, row)
-        if behavior.id in rows or behavior.id in copyrighted:
-            raise InputError(f"{where}: BehaviorID {behavior.id!r} was used in an earlier row; give each row its own")
-        if behavior.functional_category == "copyright" or "hash_check" in behavior.tags:
+    others = 0
+    for where, row, behavior, harmful in found:
+        if harmful is not None and harmful != (kind == "harmful"):
+            others += 1
+        elif behavior.functional_category == "copyright" or "hash_check" in behavior.tags:
             copyrighted[behavior.id] = where
         else:
-            rows[behavior.id] = behavior
-    require_distinct([*rows, *copyrighted], f"{path}: the ids")
+            rows.append(behavior)
+            if form.target and row[form.target].strip():
+                targets[behavior.id] = row[form.target]
+    require_distinct([*(behavior.id for behavior in rows), *copyrighted], f"{path}: the ids")
     if copyrighted and not skip_copyright:
         first, where = next(iter(copyrighted.items()))
         count = f"{first!r} is the first of {len(copyrighted)} rows" if len(copyrighted) > 1 else f"{first!r} is a row"
@@ -74,12 +92,36 @@ def read_behaviors(path: str | os.PathLike[str], *, skip_copyright: bool = False
             f"{where}: {count} about copyrighted text, which no judge here can decide; leave such rows out with "
             "--skip_copyright (skip_copyright=True)"
         )
+    if others and not rows:
+        raise InputError(
+            f"{path} ({form.name}) has no {kind} requests; name XSTest's file, which has both kinds, or one of {kind} "
+            "requests in the form of HarmBench or JailbreakBench"
+        )
     if not rows:
         beside = f" beside the {len(copyrighted)} about copyrighted text" if copyrighted else ""
         raise InputError(
             f"{path} has no behaviours to attack{beside}; write one row or more below the line of column names"
         )
-    return Behaviors(list(rows.values()), list(copyrighted))
+    taken = f"{path.name} ({form.name}): {len(rows)} {kind} request{'s' * (len(rows) > 1)} taken"
+    taken += f", {others} others left" if others else ""
+    taken += f", {len(copyrighted)} about copyrighted text left" if copyrighted else ""
+    return Behaviors(rows, list(copyrighted), targets, taken)
+
+
+def read_labelled(path: str | os.PathLike[str]) -> list[tuple[Behavior, bool]]:
+    """Every request of a file that says itself which are harmful (StrongREJECT's, XSTest's), and whether it is.
+
+    Raises:
+        InputError: as :func:`read_behaviors`, or the file does not say it.
+    """
+    form, found = _read_rows(Path(path))
+    labelled = [(behavior, harmful) for _, _, behavior, harmful in found if harmful is not None]
+    if not labelled:
+        raise InputError(
+            f"{path} ({form.name}) does not say which of its requests are harmful; name a file of XSTest or "
+            "StrongREJECT, or one of .jsonl with a kind in each line"
+        )
+    return labelled
 
 
 def default_benign() -> list[Behavior]:
@@ -106,14 +148,24 @@ def write_behaviors(path: str | os.PathLike[str], behaviors: Iterable[Behavior])
             writer.writerow([x.text, x.functional_category, x.semantic_category, tags, x.context, x.id])
 
 
-def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Each row's file and line, for messages, and its fields by column; missing optional columns are empty."""
+class _Read(NamedTuple):
+    """One row: its file and line, for messages; its fields; the request in it, and whether that is harmful."""
+
+    where: str
+    row: dict[str, str]
+    behavior: Behavior
+    harmful: bool | None
+
+
+def _read_rows(path: Path) -> tuple[Format, list[_Read]]:
+    """The file's format and its rows."""
     line = 1
+    seen: set[str] = set()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
-            _check_header(path, header)
+            form = recognise(path, header)
             found = []
             line = reader.line_num + 1
             for fields in reader:
@@ -127,8 +179,15 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
                         f"that begins with {fields[0][:40]!r}; put fields that hold commas or line breaks in double "
                         "quotes"
                     )
-                found.append((where, dict.fromkeys(COLUMNS, "") | dict(zip(header, fields, strict=True))))
-            return found
+                row = dict(zip(header, fields, strict=True))
+                behavior = _behavior(where, form.as_harmbench(row))
+                if behavior.id in seen:
+                    raise InputError(
+                        f"{where}: the id {behavior.id!r} was used in an earlier row; give each row its own"
+                    )
+                seen.add(behavior.id)
+                found.append(_Read(where, row, behavior, form.harmful(where, row)))
+            return form, found
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as a CSV file in UTF-8") from None
     except csv.Error as error:
@@ -140,26 +199,15 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
         raise InputError(f"behaviours {path} cannot be read ({error.strerror}); check the path") from None
 
 
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    for name in ("Behavior", "BehaviorID"):
-        if name not in header:
-            raise InputError(
-                f"{path} has no column {name}; expected the columns {', '.join(COLUMNS)} in its first line"
-            )
-    for name in COLUMNS:
-        if header.count(name) > 1:
-            raise InputError(f"{path} has the column {name} {header.count(name)} times; keep one of them")
-
-
 def _behavior(where: str, row: Mapping[str, str]) -> Behavior:
     identity = row["BehaviorID"].strip()
     # The id becomes a folder's name.
     if not identity or identity in (".", "..") or any(c in identity for c in "/\\\0"):
         raise InputError(
-            f"{where}: BehaviorID is {row['BehaviorID']!r}, expected a name without slashes; give the row one"
+            f"{where}: the id is {row['BehaviorID']!r}, expected a name without slashes; give the row one"
         )
     if not row["Behavior"].strip():
-        raise InputError(f"{where}: {identity!r} has an empty Behavior; write what is asked for, or delete the row")
+        raise InputError(f"{where}: {identity!r} asks for nothing; write what is asked for, or delete the row")
     category = row["FunctionalCategory"].strip() or "standard"
     if category not in CATEGORIES:
         raise InputError(

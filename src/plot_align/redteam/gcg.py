@@ -17,6 +17,7 @@ from torch import Tensor
 from plot_align.errors import InputError
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request, require_counts
 from plot_align.redteam.objective import TargetObjective
+from plot_align.redteam.spent import Spent
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary
 
@@ -59,19 +60,19 @@ class GCG(Attack):
         """Attack one request; each case has its own random stream."""
         vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         runs = [self._one(victim, request, vocabulary, case, on_step) for case in range(request.cases)]
-        length = max(len(trace) for _, trace, _ in runs)
-        padded = [trace + trace[-1:] * (length - len(trace)) for _, trace, _ in runs]  # after an early stop
+        length = max(len(run.trace) for run in runs)
+        padded = [run.trace + run.trace[-1:] * (length - len(run.trace)) for run in runs]  # after an early stop
         return Attacked(
-            cases=[case for case, _, _ in runs],
-            losses=[trace[-1] for _, trace, _ in runs],
+            cases=[case for run in runs for case in run.cases],
+            losses=[run.trace[-1] for run in runs],
             trace=[sum(column) / len(runs) for column in zip(*padded, strict=True)],
-            snapshots={step: [snapshots[step] for _, _, snapshots in runs] for step in request.snapshots},
+            snapshots={step: [case for run in runs for case in run.snapshots[step]] for step in request.snapshots},
+            spent=[cost for run in runs for cost in run.spent],
+            spent_by_step={step: [c for run in runs for c in run.spent_by_step[step]] for step in request.snapshots},
         )
 
-    def _one(
-        self, victim: Victim, request: Request, vocabulary: Vocabulary, case: int, on_step: OnStep
-    ) -> tuple[str, list[float], dict[int, str]]:
-        """The best test case, the best loss so far after every step, and the snapshots."""
+    def _one(self, victim: Victim, request: Request, vocabulary: Vocabulary, case: int, on_step: OnStep) -> Attacked:
+        """One case."""
         objective = TargetObjective(
             victim,
             request.behavior,
@@ -84,7 +85,8 @@ class GCG(Attack):
         generator = request.generator("cpu", self.name, case)
         current = best = objective.initial  # (L,)
         trace: list[float] = []
-        snapshots: dict[int, str] = {}
+        snapshots: dict[int, list[str]] = {}
+        spent: dict[int, list[Spent]] = {}
         for step in range(1, self.steps + 1):
             loss, gradient = objective.gradient(current)
             if not trace:
@@ -100,12 +102,20 @@ class GCG(Attack):
             else:
                 trace.append(trace[-1])
             if step in request.snapshots:
-                snapshots[step] = objective.test_cases(best[None])[0]
+                snapshots[step], spent[step] = objective.test_cases(best[None]), [objective.meter.read()]
             on_step(case * self.steps + step)
+            if request.limit.reached(objective.meter.read()):
+                break
             if self.early_stop is not None and trace[-1] < self.early_stop:
                 break
-        final = objective.test_cases(best[None])[0]
-        return final, trace, {step: snapshots.get(step, final) for step in request.snapshots}
+        final, cost = objective.test_cases(best[None]), [objective.meter.read()]
+        return Attacked(
+            final,
+            trace=trace,
+            snapshots={step: snapshots.get(step, final) for step in request.snapshots},
+            spent=cost,
+            spent_by_step={step: spent.get(step, cost) for step in request.snapshots},
+        )
 
     def candidates(
         self, objective: TargetObjective, gradient: Tensor, current: Tensor, generator: torch.Generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,22 @@ from plot_align.errors import InputError, RunError
 from plot_align.parallel import on_main
 from plot_align.redteam.attack import Answering, Attack
 from plot_align.redteam.behaviors import Behavior
-from plot_align.redteam.curves import snapshot_cases, success_at_cases
+from plot_align.redteam.curves import snapshot_cases, success_at_cases, success_of_samples, success_within
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.harmbench import Layout, Rows, read_test_cases, success_by_behavior
 from plot_align.redteam.judges import Judge, agreement
-from plot_align.redteam.run import OnBehavior, OnUpdate, complete, label, make_test_cases
+from plot_align.redteam.run import (
+    OnBehavior,
+    OnUpdate,
+    complete,
+    label,
+    make_test_cases,
+    spent_on_answers,
+    spent_on_cases,
+)
+from plot_align.redteam.spent import Limit, Spent
 from plot_align.redteam.victim import Victim
-from plot_align.results import ATTACK_CURVES
+from plot_align.results import ATTACK_CURVES, BUDGET_CURVES
 from plot_align.statistics import proportion
 
 Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
@@ -43,6 +52,7 @@ class Budget:
         seed: of the attacks.
         snapshots: update steps of the curve, ascending.
         max_new_tokens: of an answer. batch_size: answers a pass.
+        limit: of what a test case may cost.
     """
 
     cases: int | None = None
@@ -50,6 +60,7 @@ class Budget:
     snapshots: tuple[int, ...] = ()
     max_new_tokens: int = 512
     batch_size: int = 32
+    limit: Limit = field(default_factory=Limit)
 
 
 def _no_bar(description: str, total: int) -> tuple[OnBehavior, OnUpdate]:
@@ -112,7 +123,7 @@ def attack_and_judge(
     else:
         cases, failed = make_test_cases(
             victim, attack, harmful, targets, layout,
-            cases=budget.cases, seed=budget.seed, snapshots=steps,
+            cases=budget.cases, seed=budget.seed, snapshots=steps, limit=budget.limit,
             on_behavior=advance, on_update=update,
         )  # fmt: skip
     answers = complete(
@@ -122,6 +133,7 @@ def attack_and_judge(
         answering=answering,
         max_new_tokens=budget.max_new_tokens,
         batch_size=budget.batch_size,
+        limit=budget.limit,
         on_behavior=advance,
     )
     results = label(judge, harmful, answers, layout.results(victim.name))
@@ -154,15 +166,26 @@ def measure(
 
     Returns:
         By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
-        has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`), ``agreement`` of the judges; ``undecided``
-        (n and the first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+        has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`, ``BUDGET_CURVES``), ``spent`` (mean
+        :class:`~plot_align.redteam.spent.Spent` of a test case), ``agreement`` of the judges; ``undecided`` (n and the
+        first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
 
     Raises:
         InputError: as in :mod:`plot_align.redteam.run`, or an attack works through the answer and a judge reads none.
         RunError: a judge decided nothing.
     """
     length: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
-    kinds = ("attacks", "titles", "options", "failed", "agreement", *ATTACK_CURVES, "undecided")
+    kinds = (
+        "attacks",
+        "titles",
+        "options",
+        "failed",
+        "agreement",
+        *ATTACK_CURVES,
+        *BUDGET_CURVES,
+        "spent",
+        "undecided",
+    )
     found: dict[str, Any] = {kind: {} for kind in kinds}
     for attack in attacks:  # check all before the first, which may take hours
         answering = attack.answering(victim, harmful, targets, budget.seed)
@@ -192,13 +215,17 @@ def measure(
         for tokens, other in attack.by_tokens.items():
             then = rates if other == attack else success_by_behavior(run(other).results)
             found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
+        by_step: dict[int, tuple[Path, Rows, dict[str, float]]] = {}
         for step in done.steps:
             path = done.layout.folder / "steps" / f"{step}.json"
             cases = on_main(partial(snapshot_cases, done.layout, list(done.answers), step))
-            then = success_by_behavior(
-                label(judges.main, harmful, complete(victim, cases, path, **length), path.with_suffix(".results.json"))
-            )
+            answers = complete(victim, cases, path, **length)
+            then = success_by_behavior(label(judges.main, harmful, answers, path.with_suffix(".results.json")))
             found["by_steps"].setdefault(attack.name, {})[step] = proportion(list(then.values()))
+            by_step[step] = path, answers, then
+        if transfer_from is None or not attack.white_box:  # the cost of replayed cases is that of another model
+            for kind, of in on_main(partial(_budgets, victim, attack, done, by_step)).items():
+                found[kind][attack.name] = of
         if judges.second is not None:
             path = done.layout.results(victim.name, judges.second.name)
             other_results = label(judges.second, harmful, done.answers, path)
@@ -217,6 +244,40 @@ def measure(
     found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
     found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
     return found
+
+
+def _budgets(
+    victim: Victim, attack: Attack, done: JudgedAttack, by_step: Mapping[int, tuple[Path, Rows, dict[str, float]]]
+) -> dict[str, Any]:
+    """``spent``, the mean cost of a test case and its answers, and the curves of success against a budget.
+
+    Nothing if a behaviour's costs are unknown, because it was attacked before they were written.
+    """
+    made = spent_on_cases(done.layout, done.answers)
+    path = done.layout.completions(victim.name)
+    answered = spent_on_answers(path, done.answers)
+    if not done.answers or not made.keys() == answered.keys() == done.answers.keys():
+        return {}
+    rungs: dict[str, list[tuple[Spent, float]]] = {}
+    for name, rows in done.results.items():
+        base, each = Spent.mean(made[name]), Spent.mean(answered[name])
+        if attack.any_answer:
+            rungs[name] = [(base + each * k, rate) for k, rate in enumerate(success_of_samples(rows), 1)]
+        else:
+            rungs[name] = [(base + each, done.success[name])]
+    for step in sorted(by_step, reverse=True):
+        path, answers, then = by_step[step]
+        until, since = spent_on_cases(done.layout, answers, step), spent_on_answers(path, answers)
+        if not until.keys() == since.keys() == rungs.keys():
+            return {}
+        for name, rung in rungs.items():
+            rung.insert(0, (Spent.mean(until[name]) + Spent.mean(since[name]), then[name]))
+    units = {"by_forward_tokens": lambda cost: cost.tokens, "by_seconds": lambda cost: cost.seconds}
+    curves = {
+        kind: success_within({name: [(unit(cost), rate) for cost, rate in of] for name, of in rungs.items()})
+        for kind, unit in units.items()
+    }
+    return {"spent": Spent.mean(of[-1][0] for of in rungs.values()).plain, **curves}
 
 
 def _undecided(reasons: list[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from plot_align.errors import InputError
 from plot_align.redteam.attack import Attacked, OnStep, Request
 from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.spent import Meter, Spent
 from plot_align.redteam.victim import Victim
 from plot_align.redteam.vocabulary import Vocabulary, encode, texts_in_context
 
@@ -59,6 +60,7 @@ class TargetObjective:
         batch_size: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
+        self.meter = Meter(victim)
         self.victim = victim
         self.model = victim.model
         self.length = length
@@ -266,6 +268,9 @@ class TargetObjective:
             before = self.model.get_input_embeddings()(self.before)  # (T_before, H)
             embeds = torch.cat([before.expand(len(embeds), -1, -1), embeds], 1)  # (B, T, H)
         out = self.model(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **options)
+        passed = embeds.size(0) * embeds.size(1)
+        self.victim.forward_tokens += passed
+        self.victim.backward_tokens += passed if torch.is_grad_enabled() else 0
         logits = out.logits[:, -wanted:].float()  # (B, T_target, V)
         target = self.target.repeat(len(embeds))  # (B * T_target,)
         # Flat: with the vocabulary in the middle, as torch takes (B, V, T), the softmax strides through memory.
@@ -276,6 +281,7 @@ class TargetObjective:
     def _keys_values(self, ids: Tensor) -> KeysValues:
         """Keys and values of every layer, for one row of ids (1, T)."""
         cache = self.model(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
+        self.victim.forward_tokens += ids.numel()
         return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -292,18 +298,31 @@ def best_of_each(
     Args:
         start: (C, L).
         update: given the step, 1 to ``steps``, changes the suffixes and returns their tokens (C, L).
+
+    No further step is begun once ``request.limit`` is reached.
     """
     best, least = start.clone(), objective.losses(start)  # (C, L), (C,)
     trace = [float(least.mean())]
     snapshots: dict[int, list[str]] = {}
+    spent: dict[int, list[Spent]] = {}
     for step in range(1, steps + 1):
         tokens = update(step)
         losses = objective.losses(tokens)  # (C,)
         better = losses < least
         best[better], least[better] = tokens[better], losses[better]
         trace.append(float(least.mean()))
+        cost = objective.meter.read().shares(len(start))
         if step in request.snapshots:
-            snapshots[step] = objective.test_cases(best)
+            snapshots[step], spent[step] = objective.test_cases(best), cost
         on_step(step)
-    cases = objective.test_cases(best)
-    return Attacked(cases, least.tolist(), trace, {step: snapshots.get(step, cases) for step in request.snapshots})
+        if request.limit.reached(cost[0]):
+            break
+    cases, cost = objective.test_cases(best), objective.meter.read().shares(len(start))
+    return Attacked(
+        cases,
+        least.tolist(),
+        trace,
+        {step: snapshots.get(step, cases) for step in request.snapshots},
+        spent=cost,
+        spent_by_step={step: spent.get(step, cost) for step in request.snapshots},
+    )

@@ -7,8 +7,8 @@ before, so an interrupted run gives the same files as an uninterrupted one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from plot_align.redteam.attackers import EndpointAttacker
 from plot_align.redteam.behaviors import Behavior, require_targets
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
 from plot_align.redteam.judges import Judge
+from plot_align.redteam.spent import Limit, Meter, Spent
 from plot_align.redteam.victim import Question, Victim
 
 OnBehavior = Callable[[str], None]
@@ -39,6 +40,7 @@ def make_test_cases(
     cases: int | None = None,
     seed: int = 0,
     snapshots: Sequence[int] = (),
+    limit: Limit | None = None,
     on_behavior: OnBehavior = lambda behavior: None,
     on_update: OnUpdate = lambda behavior, step: None,
 ) -> tuple[TestCases, dict[str, str]]:
@@ -47,7 +49,9 @@ def make_test_cases(
     Args:
         targets: BehaviorID to how a complying answer begins; may be empty for an attack that needs none.
         cases: test cases per behaviour; None: HarmBench's number.
-        snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``.
+        snapshots: update steps after which the best cases are kept in the behaviour's ``logs.json``, and what they
+            cost until then in its ``spent.json``.
+        limit: of what a case may cost.
         on_behavior: called with the id of each one that is finished.
         on_update: called with the id of the one under attack and its update step.
 
@@ -68,9 +72,12 @@ def make_test_cases(
         "cases": count,
         "seed": seed,
         "snapshots": list(snapshots),
+        "limit": asdict(limit) if limit and limit != Limit() and attack.steps else None,  # else it decides nothing
     }
     wanted = [
-        Request(b, targets.get(b.id, "") if attack.needs_target else "", count, seed, tuple(snapshots))
+        Request(
+            b, targets.get(b.id, "") if attack.needs_target else "", count, seed, tuple(snapshots), limit or Limit()
+        )
         for b in behaviors
     ]
 
@@ -86,7 +93,9 @@ def make_test_cases(
             on_behavior(request.behavior.id)
 
     def attacked(request: Request) -> Attacked:
-        return attack.run(victim, request, partial(on_update, request.behavior.id))
+        meter = Meter(victim, getattr(attack, "attacker", None))
+        found = attack.run(victim, request, partial(on_update, request.behavior.id))
+        return found if found.spent or not found.cases else replace(found, spent=meter.read().shares(len(found.cases)))
 
     if isinstance(getattr(attack, "attacker", None), EndpointAttacker):
         # One process sends all requests to the endpoint, several at a time.
@@ -117,6 +126,8 @@ def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
     write_json(folder / "request.json", _request_json(request))
     write_json(folder / "logs.json", log)
+    by_step = {step: [cost.plain for cost in costs] for step, costs in result.spent_by_step.items()}
+    write_json(folder / "spent.json", {"cases": [cost.plain for cost in result.spent], "by_step": by_step})
     write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: its presence means finished
 
 
@@ -132,6 +143,7 @@ def complete(
     answering: Answering | None = None,
     max_new_tokens: int = 512,
     batch_size: int = 32,
+    limit: Limit | None = None,
     on_behavior: OnBehavior = lambda behavior: None,
 ) -> Rows:
     """The model's answers to all test cases; those in ``path`` are reused.
@@ -142,6 +154,8 @@ def complete(
     Args:
         answering: None decodes greedily, without a prefix.
         max_new_tokens: of what follows a prefix.
+        limit: of what the samples of a behaviour may cost; none is begun once it is reached, and what the file holds
+            beyond it is left there and not returned. The first answer to every test case is always given.
         on_behavior: called with a behaviour's id for each finished sample of it.
 
     Raises:
@@ -158,6 +172,9 @@ def complete(
         return harmbench.read_completions(path) if path.exists() else {}
 
     found = on_main(earlier)
+    costs: dict[str, list[dict[str, float] | None]] = on_main(
+        lambda: (json_or_none(_beside(path, "spent")) or {}) if path.exists() else {}
+    )
     unanswered: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
     for name, cases in test_cases.items():
         ids = answering.prefixes.get(name, ())
@@ -178,25 +195,68 @@ def complete(
         for n in range(answering.samples):
             of_each = [(name, len(test_cases[name])) for name in names[start : start + BLOCK]]
             parts.append([(name, i) for name, count in of_each for i in range(n * count, (n + 1) * count)])
-    questions = [
-        [
-            Question(unanswered[name][i]["test_case"], answering.prefixes.get(name, ()), answering.seed_of(name, i))
-            for name, i in part
+    limited = limit is not None and limit != Limit() and answering.samples > 1
+
+    def within(name: str, i: int) -> bool:
+        """Whether the answers before the ``i``-th leave something of the limit."""
+        if limit is None or not limited or i < len(test_cases[name]):
+            return True
+        return not limit.reached(sum((Spent.of(cost) for cost in costs.get(name, [])[:i] if cost), Spent()))
+
+    # What a limit leaves to ask is known part by part. Otherwise all batches are known, and divided, at once.
+    for group in [[part] for part in parts] if limited else [parts]:
+        asked = [[at for at in part if within(*at) and not current([at])] for part in group] if limited else group
+        questions = [
+            [
+                Question(
+                    unanswered[name][i]["test_case"], answering.prefixes.get(name, ()), answering.seed_of(name, i)
+                )
+                for name, i in part
+            ]
+            for part in asked
+            if not current(part)
         ]
-        for part in parts
-        if not current(part)
-    ]
-    answered = victim.answers_to_each(
-        questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=answering.temperature
-    )
-    for part in parts:
-        if not current(part):
-            for (name, i), answer in zip(part, next(answered), strict=True):
-                found.setdefault(name, [])[i : i + 1] = [{**unanswered[name][i], "generation": answer}]
-            on_main(partial(write_json, path, found))
-        for name in dict.fromkeys(name for name, _ in part):
-            on_behavior(name)
-    return {name: found.get(name, [])[: len(unanswered[name])] for name in names}
+        answered = victim.answers_to_each(
+            questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=answering.temperature
+        )
+        for whole, part in zip(group, asked, strict=True):
+            if not current(part):
+                for (name, i), answer in zip(part, next(answered), strict=True):
+                    found.setdefault(name, [])[i : i + 1] = [{**unanswered[name][i], "generation": answer.text}]
+                    known = costs.setdefault(name, [])
+                    known += [None] * (i + 1 - len(known))  # answers of before costs were written have none
+                    known[i] = Spent(answer.tokens, seconds=answer.seconds).plain
+                on_main(partial(write_json, _beside(path, "spent"), costs))
+                on_main(partial(write_json, path, found))
+            for name in dict.fromkeys(name for name, _ in whole):
+                on_behavior(name)
+    return {
+        name: [row for i, row in enumerate(found.get(name, [])[: len(unanswered[name])]) if within(name, i)]
+        for name in names
+    }
+
+
+def spent_on_cases(layout: Layout, behaviors: Iterable[str], step: int | None = None) -> dict[str, list[Spent]]:
+    """What the test cases of each behaviour cost to make, in all or until an update step.
+
+    A behaviour attacked before costs were written is left out.
+    """
+    found = {}
+    for behavior in behaviors:
+        content = json_or_none(layout.behavior_folder(behavior) / "spent.json") or {}
+        costs = content.get("cases") if step is None else content.get("by_step", {}).get(str(step))
+        if costs:
+            found[behavior] = list(map(Spent.of, costs))
+    return found
+
+
+def spent_on_answers(path: Path, answers: Rows) -> dict[str, list[Spent]]:
+    """What each of ``answers``, returned by :func:`complete` of ``path``, cost; a behaviour without is left out."""
+    costs = json_or_none(_beside(path, "spent")) or {}
+    found = {name: costs.get(name, [])[: len(rows)] for name, rows in answers.items()}
+    return {
+        name: list(map(Spent.of, of)) for name, of in found.items() if of and all(of) and len(of) == len(answers[name])
+    }
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:

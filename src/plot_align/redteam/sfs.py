@@ -20,6 +20,7 @@ from plot_align.inference.endpoint import EndpointError
 from plot_align.redteam import zero_shot
 from plot_align.redteam.attack import Attack, Attacked, OnStep, Request
 from plot_align.redteam.attackers import ATTEMPTS, Attacker, Sampling, fill, require_slots, with_context, written
+from plot_align.redteam.spent import Meter
 from plot_align.redteam.victim import Victim
 
 TEMPLATE = (
@@ -99,19 +100,31 @@ class SFS(Attack):
             return Attacked(cases=[], failed=str(error))
 
     def _search(self, victim: Victim, request: Request, on_step: OnStep) -> Attacked:
+        meter = Meter(victim, self.attacker)
         pool = _Pool(victim, request)
         pool.add(self._first(request))
         if not pool.texts:
             return Attacked(cases=[], failed=zero_shot.silence(self.attacker, request))
         trace = [pool.mean_of_best()]
         snapshots = {0: pool.best_cases()} if 0 in request.snapshots else {}
+        spent = {0: meter.read().shares(len(pool.best()))} if snapshots else {}
         for step in range(1, self.steps + 1):
             pool.add(self._next(request, step, pool))
             trace.append(pool.mean_of_best())
             if step in request.snapshots:
-                snapshots[step] = pool.best_cases()
+                snapshots[step], spent[step] = pool.best_cases(), meter.read().shares(len(pool.best()))
             on_step(step)
-        return Attacked(pool.best_cases(), [pool.losses[i] for i in pool.best()], trace, snapshots)
+            if request.limit.reached(meter.read().shares(len(pool.best()))[0]):
+                break
+        cases, cost = pool.best_cases(), meter.read().shares(len(pool.best()))
+        return Attacked(
+            cases,
+            [pool.losses[i] for i in pool.best()],
+            trace,
+            {step: snapshots.get(step, cases) for step in request.snapshots if step <= self.steps},
+            spent=cost,
+            spent_by_step={step: spent.get(step, cost) for step in request.snapshots if step <= self.steps},
+        )
 
     @property
     def _sampling(self) -> Sampling:

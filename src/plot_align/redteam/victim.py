@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from plot_align.errors import InputError
-from plot_align.inference.chat import Start, continue_each, prompt_ids, require_template, tail_logps
+from plot_align.inference.chat import Continuation, Start, continue_each, prompt_ids, require_template, tail_logps
 from plot_align.inference.identity import model_identity
 from plot_align.redteam.vocabulary import Vocabulary
 
@@ -41,6 +41,10 @@ class Victim:
         tokenizer: with a chat template.
         name: for files and tables.
 
+    Attributes:
+        forward_tokens, backward_tokens: spent on losses and gradients so far; see
+            :class:`plot_align.redteam.spent.Spent`. Answers carry their own costs.
+
     Raises:
         InputError: the tokenizer has no chat template.
     """
@@ -48,6 +52,8 @@ class Victim:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    forward_tokens: int = field(default=0, init=False, repr=False)
+    backward_tokens: int = field(default=0, init=False, repr=False)
     _vocabularies: dict[bool, Vocabulary] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,12 +91,13 @@ class Victim:
     def answers(self, test_cases: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[str]:
         """Greedy answers, one user turn each, no system message."""
         questions = [[Question(case) for case in test_cases]]
-        return next(self.answers_to_each(questions, max_new_tokens=max_new_tokens, batch_size=batch_size))
+        found = next(self.answers_to_each(questions, max_new_tokens=max_new_tokens, batch_size=batch_size))
+        return [answer.text for answer in found]
 
     def answers_to_each(
         self, parts: Sequence[Sequence[Question]], *, max_new_tokens: int, batch_size: int, temperature: float = 0.0
-    ) -> Iterator[list[str]]:
-        """Yield the answers to each part. Parts have separate batches; a prefix is part of its answer.
+    ) -> Iterator[list[Continuation]]:
+        """Yield the answers to each part, with costs. Parts have separate batches; a prefix is part of its answer.
 
         Args:
             max_new_tokens: of what follows the prefix.
@@ -118,5 +125,6 @@ class Victim:
         """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent."""
         prompts = prompt_ids(self.tokenizer, test_cases)
         rows = [prompt + self.target_ids(target) for prompt, target in zip(prompts, targets, strict=True)]
+        self.forward_tokens += sum(map(len, rows))
         sums, counts = tail_logps(self.model, rows, [len(prompt) for prompt in prompts], batch_size=batch_size)
         return (-sums / counts).tolist()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from plot_align.results import ATTACK_CURVES, SECTIONS
+from plot_align.results import ATTACK_CURVES, BUDGET_CURVES, SECTIONS
 
 _ROUNDING = 1e-6  # of a mean, relative to its items
 _LARGEST, _HEAVIEST = 1e100, 1e40  # item and weight: their products' sums, and the squares of those, stay finite
@@ -163,10 +163,10 @@ def check_redteam(content: Mapping[str, Any]) -> None:
             _check_counted(f"{place}.undecided.{what[:40]}", entry)
         for what, reasons in _mapping(f"{place}.failed", found.get("failed") or {}).items():
             _mapping(f"{place}.failed.{what[:40]}", reasons)
-        for curves in ATTACK_CURVES:
+        for curves in (*ATTACK_CURVES, *BUDGET_CURVES):
             for attack, curve in _mapping(f"{place}.{curves}", found.get(curves) or {}).items():
                 for step, entry in _mapping(f"{place}.{curves}", curve).items():
-                    int(step)
+                    int(step) if curves in ATTACK_CURVES else _finite(f"{place}.{curves}", float(step))
                     check_measure(f"{place}.{curves}.{attack[:40]}.{step[:10]}", entry)
                     _pair(f"{place}.{curves}.interval", entry["interval"])
 

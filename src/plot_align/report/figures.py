@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plot_align.report.compare import Comparison, Row, is_attack, is_refusal
 from plot_align.report.runs import CURVES, Curve
 from plot_align.report.tables import Entry, Table, arrow, count, interval_of, section_title
-from plot_align.results import ATTACK_CURVES, CATEGORIES
+from plot_align.results import ATTACK_CURVES, BUDGET_CURVES, CATEGORIES
 from plot_align.text import one_line, readable
 
 PAPER_TIME = 1.0267  # arXiv 2604.01837: +2.67 % training time over DPO
@@ -360,6 +360,45 @@ def attack(
             title,
             f"One line with a 95 % band for each of {count(len(models), 'model')}.",
             Table(file, title, ["model", xlabel, "attack success", "low", "high", "n"], numbers),
+        )
+
+
+def budget(kind: str, model: str, of: Mapping[str, Mapping[float, Any]], number: int) -> Picture:
+    """Success of a model's attacks against what they spend, one of BUDGET_CURVES: at a place, equal cost."""
+    xlabel = BUDGET_CURVES[kind]
+    file, title = f"budget_{kind}_{number}", f"Attacks on {one_line(model)} against {xlabel.split(',')[0]}"
+    with drawing(_WIDTH, 2.9 + _legend_height(list(of))) as figure:
+        axes = figure.subplots()
+        numbers: list[list[Entry]] = []
+        for index, (attack, curve) in enumerate(of.items()):
+            look = style(index)
+            low, high = zip(*(entry["interval"] for entry in curve.values()), strict=True)
+            faint = 0.3 / max(2, len(of))
+            axes.fill_between(list(curve), low, high, step="post", color=look["color"], alpha=faint, linewidth=0)
+            if len(curve) == 1:
+                axes.vlines(list(curve), low, high, color=look["color"], linewidth=1)
+            axes.plot(
+                list(curve),
+                [entry["value"] for entry in curve.values()],
+                drawstyle="steps-post",
+                color=look["color"],
+                marker=look["marker"],
+                linestyle=look["linestyle"],
+                markersize=5,
+                linewidth=1.5,
+                label=_name(attack),
+            )
+            numbers += [[attack, at, *_numbers(entry)] for at, entry in curve.items()]
+        axes.set(xlabel=_wrapped(xlabel, 50), ylabel="attack success", ylim=(-0.02, 1.02), xscale="log")
+        _percent(axes.yaxis)
+        axes.grid(axis="y")
+        _legend_of(figure, axes)
+        return picture(
+            figure,
+            file,
+            title,
+            f"One line with a 95 % band for each of {count(len(of), 'attack')}.",
+            Table(file, title, ["attack", xlabel, "attack success", "low", "high", "n"], numbers),
         )
 
 

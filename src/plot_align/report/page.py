@@ -106,12 +106,14 @@ def build(
     seven = figures.seven(comparison)
     sweeps = [runs.sweep_lines(record) for record in collected.of_kind("sweep")]
     attacks = enumerate(runs.attack_curves(collected), start=1)
+    budgets = enumerate(runs.budget_curves(collected), start=1)
     ratios = [record.results["cost"].get("time_ratio") for record in collected.of_kind("demo")]
     content.pictures = {
         "scores": [seven] if seven else [],
         "safety": [
             *figures.safety(comparison, paper=paper),
             *(figures.attack(kind, name, of, comparison, i) for i, (kind, name, of) in attacks),
+            *(figures.budget(kind, name, of, i) for i, (kind, name, of) in budgets),
         ],
         "training": figures.curves(runs.training_curves(collected), comparison),
         "alpha": [p for i, lines in enumerate(sweeps, start=1) for p in figures.sensitivity(lines, i)],

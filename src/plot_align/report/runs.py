@@ -10,7 +10,7 @@ from typing import Any
 
 from plot_align.report.observations import TRAINING, Collected, Record
 from plot_align.report.tables import Entry, Table, arrow
-from plot_align.results import ATTACK_CURVES
+from plot_align.results import ATTACK_CURVES, BUDGET_CURVES
 from plot_align.text import readable
 
 # Of the trainer's log: key, label. The first ones that a run has are drawn.
@@ -149,3 +149,14 @@ def attack_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Ma
                         points = sorted((int(number), entry) for number, entry in curve.items())
                         found[kind, attack][model] = dict(points)
     return [(kind, attack, of) for (kind, attack), of in found.items()]
+
+
+def budget_curves(collected: Collected) -> Iterable[tuple[str, str, dict[str, Mapping[float, Any]]]]:
+    """(one of BUDGET_CURVES, model, attack → budget → entry); the newest of each attack, if there are two points."""
+    found: dict[tuple[str, str], dict[str, Mapping[float, Any]]] = defaultdict(dict)
+    for record in sorted(collected.of_kind("redteam"), key=lambda record: record.at):
+        for model, of in record.results["models"].items():
+            for kind in BUDGET_CURVES:
+                for attack, curve in (of.get(kind) or {}).items():
+                    found[kind, model][attack] = dict(sorted((float(at), entry) for at, entry in curve.items()))
+    return [(kind, model, of) for (kind, model), of in found.items() if sum(map(len, of.values())) > 1]
