@@ -41,7 +41,7 @@ def make_parser() -> Parser:
     parser.add_argument("--skip", metavar="A,B", help="the same, left out")
     parser.add_argument("--limit", type=int, metavar="N", help="items a measure, at most")
     parser.add_argument("--mt_bench", metavar="DIR", help="FastChat's questions, judge prompts and references")
-    parser.add_argument("--judge", metavar="A,B", help="of refusals and attacks, as of redteam; the first decides")
+    parser.add_argument("--judge", metavar="A,B", help="of refusals and attacks, see redteam; the first decides")
     parser.add_argument("--judge_url", metavar="URL", help="an OpenAI-compatible endpoint that judges")
     parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
