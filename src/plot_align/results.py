@@ -122,10 +122,10 @@ def disagreements(agreement: Mapping[str, Any]) -> int:
     return int(one + other)
 
 
-def kappa_text(agreement: Mapping[str, Any]) -> str:
-    """``"κ 0.62"``; it has no value where both judges gave one and the same label to all cases."""
-    kappa = agreement["kappa"]
-    return f"κ {'undefined' if math.isnan(kappa) else f'{kappa:.2f}'}"
+def kappa_text(*agreements: Mapping[str, Any]) -> str:
+    """``"κ 0.62"``, or of several ``"κ 0.50 to 0.62"``; there is none where all labels of both judges are the same."""
+    kappas = sorted({f"{a['kappa']:.2f}" for a in agreements if not math.isnan(a["kappa"])}, key=float)
+    return f"κ {' to '.join([kappas[0], *kappas[1:][-1:]]) if kappas else 'undefined'}"
 
 
 def agreement_text(agreement: Mapping[str, Any], what: str) -> str:

@@ -95,7 +95,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def load(checkpoints: dict[str, str]) -> Callable[[str], FineTunedJudge]:
+def load(checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], FineTunedJudge]:
+    """Llama 4's processor needs torchvision; it reads text with its tokenizer, which stands in for it."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr("judgezoo.llama_guard_4.AutoProcessor", AutoTokenizer)
     return lambda name: FineTunedJudge.load(name, checkpoints[name], device="cpu")
 
 
@@ -165,7 +169,8 @@ def test_a_guard_reads_the_conversation_and_says_how_likely_unsafe_is(
         assert f"assistant<|end_header_id|>{plain}<|eot_id|>Safe or unsafe?" in text
         ids = heard.tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|start_header_id|>"])
         assert [row.count(i) for i in ids] == [2, 2]  # what is judged ended no turn and began none
-        logits = judge.scorer.classifier(input_ids=torch.tensor([row])).logits[0, -1]
+        with torch.no_grad():
+            logits = judge.scorer.classifier(input_ids=torch.tensor([row])).logits[0, -1]
         assert reason == f"score {float(logits.float().softmax(-1)[unsafe]):.3f}"
 
 

@@ -117,14 +117,18 @@ def test_a_record_of_one_judge_says_whose_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"judges": ["refusal"]}, {"kappa": "much"}, {"table": [[1, 2], [3]]}, {"table": [[4, 2], [0, 1]]},
+        None, {"judges": ["refusal"]}, {"kappa": "much"}, {"table": [[1, 2], [3]]}, {"table": [[4, 2], [0, 1]]},
         {"table": [[4, 2], [3, -1]]}, {"n": -8},
     ],
 )  # fmt: skip
-def test_a_damaged_agreement_is_refused(records: Path, entry: dict[str, Any]) -> None:
+def test_a_damaged_agreement_is_refused(records: Path, entry: dict[str, Any] | None) -> None:
     path = records / "base.json"
     content = json.loads(path.read_text())
-    content["results"]["models"]["base"]["others"]["prefixes"]["agreement"]["Prefill"].update(entry)
+    agreement = content["results"]["models"]["base"]["others"]["prefixes"]["agreement"]
+    if entry is None:
+        del agreement["Prefill"]
+    else:
+        agreement["Prefill"].update(entry)
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="is damaged or was changed by hand"):
         collect([records])
@@ -162,3 +166,4 @@ def test_agreement_in_words() -> None:
     same = agreed([[10, 0], [0, 0]], float("nan"))
     assert agreement_text(same, "answers") == "refusal and prefixes agree on all 10 answers (κ undefined)"
     assert kappa_text(entry) == "κ 0.40"
+    assert kappa_text(same, entry, agreed([[1, 0], [0, 1]], -0.5), entry) == "κ -0.50 to 0.40"

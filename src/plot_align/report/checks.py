@@ -173,8 +173,8 @@ def check_redteam(content: Mapping[str, Any]) -> None:
         _check_rates(place, found)
         for judge, of in _mapping(f"{place}.others", found.get("others") or {}).items():
             _check_rates(f"{place}.others.{judge[:40]}", of)
-            for what, entry in of["agreement"].items():
-                check_agreement(f"{place}.others.{judge[:40]}.agreement.{what[:40]}", entry)
+            for what in (*of["attacks"], *(name for name in ("refused", "helped") if of[name])):
+                check_agreement(f"{place}.others.{judge[:40]}.agreement.{what[:40]}", of["agreement"][what])
         if found.get("judges") is not None:
             for kind in ("attacks", "benign"):
                 _text(f"{place}.judges.{kind}", found["judges"][kind][0])

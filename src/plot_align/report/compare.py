@@ -16,7 +16,7 @@ from typing import Any, Literal
 from plot_align.errors import InputError
 from plot_align.report.observations import Collected, Observation
 from plot_align.report.tables import count, interval_of, loss_text, with_interval
-from plot_align.results import GUARDS, SECTIONS, Quantity, compare, disagreements
+from plot_align.results import GUARDS, SECTIONS, Quantity, compare, disagreements, kappa_text
 from plot_align.statistics import holm
 from plot_align.text import one_line
 
@@ -347,11 +347,9 @@ def _judges_disagree(comparison: Comparison) -> list[str]:
     for (one, other), found in pairs.items():
         differing = sum(map(disagreements, found))
         if differing:
-            kappas = sorted({f"{a['kappa']:.2f}" for a in found if not math.isnan(a["kappa"])}, key=float)
-            values = f"κ {' to '.join([kappas[0], *kappas[1:][-1:]]) if kappas else 'undefined'}"
             notes.append(
                 f"The judges {one} and {other} disagree on {differing:,} of {sum(a['n'] for a in found):,} verdicts "
-                f"({values}): a rate depends on its judge, so compare it with rates by the same one only."
+                f"({kappa_text(*found)}): a rate depends on its judge, so compare it with rates by the same one only."
             )
     return notes
 
