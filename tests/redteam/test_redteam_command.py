@@ -133,7 +133,7 @@ def test_balance_by_hand() -> None:
         (["--judge", "prefix"], "did you mean 'prefixes'?"),
         (["--judge", "prefixes,jailbreakbench"], "judge jailbreakbench needs an address"),
         (
-            ["--judge", "prefixes,strongreject=no/where"],
+            ["--attacks", "direct", "--judge", "prefixes,strongreject=no/where"],
             "judge strongreject could not be loaded from 'no/where'",
         ),
         (["--judge", "harmbench"], "name a checkout of it with --harmbench"),
