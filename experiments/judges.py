@@ -1,6 +1,7 @@
 """How far the default judges agree on a real model's answers.
 
-SmolLM2-135M-Instruct on 30 of the demo's held-out harmful requests, asked directly and with the answer begun.
+SmolLM2-135M-Instruct on 30 of the demo's held-out harmful requests, asked directly and with the answer begun. Beside
+them, where the request is asked directly, a judge of another kind: the likelihood of the target.
 
     python experiments/judges.py --output runs/judges
 
@@ -21,6 +22,7 @@ from plot_align.records import proportion_of, write_record
 from plot_align.redteam.attack import Attack
 from plot_align.redteam.catalogue import make_judge
 from plot_align.redteam.direct import DirectRequest
+from plot_align.redteam.judges import Judge, TargetLikelihood
 from plot_align.redteam.measure import Budget, agreements, attack_and_judge
 from plot_align.redteam.names import DEFAULT_JUDGES
 from plot_align.redteam.prefill import Prefill
@@ -39,18 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows, targets = data.behaviors(), data.targets()
     harmful = [rows[i * len(rows) // REQUESTS] for i in range(REQUESTS)]  # evenly over the topics
     victim = Victim(*load_model(str(fetch()), dtype="float32"), "SmolLM2-135M-Instruct")
-    judges = {name: make_judge(name) for name in DEFAULT_JUDGES}
+    judges: dict[str, Judge] = {name: make_judge(name) for name in DEFAULT_JUDGES}
     attacks: list[Attack] = [DirectRequest(), Prefill()]
     labels: dict[str, list[int]] = {name: [] for name in judges}
     results: dict[str, dict[str, object]] = {}
     for attack in attacks:
-        done = attack_and_judge(victim, attack, harmful, targets, judges, options.output, BUDGET)
+        asked: dict[str, Judge] = {**judges}
+        if isinstance(attack, DirectRequest):  # it reads no answer, so a begun one is nothing to it
+            asked["likelihood"] = TargetLikelihood(victim, targets)
+        done = attack_and_judge(victim, attack, harmful, targets, asked, options.output, BUDGET)
         given = {name: [row["label"] for of in rows.values() for row in of] for name, rows in done.results.items()}
         for name in judges:
             labels[name] += given[name]
         results[attack.title] = _said(given)
         for behavior in done.answers:
-            verdicts = {name: done.results[name][behavior][0] for name in judges}
+            verdicts = {name: done.results[name][behavior][0] for name in asked}
             if len({row["label"] for row in verdicts.values()}) > 1:
                 print(f"\n{attack.title}, {behavior}: {done.answers[behavior][0]['generation']!r}")
                 print({name: (row["label"], row.get("reason")) for name, row in verdicts.items()})
