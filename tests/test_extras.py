@@ -11,7 +11,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-OPTIONAL = ("matplotlib", "lm_eval", "openai", "peft", "gguf")
+OPTIONAL = ("matplotlib", "lm_eval", "openai", "peft", "gguf", "judgezoo")
 
 
 def python(code: str, *, without: tuple[str, ...] = OPTIONAL) -> subprocess.CompletedProcess[str]:
@@ -46,6 +46,7 @@ def test_the_core_needs_nothing_optional(code: str, more: tuple[str, ...]) -> No
         (("report", "runs"), "jinja2", "report"),
         (("inspect", "p.safetensors", "--tokenizer", "t", "--figure", "f.png"), "matplotlib", "report"),
         (("redteam", "m", "--behaviors", "b.csv"), "matplotlib", "redteam"),
+        (("redteam", "m", "--behaviors", "b.csv", "--judge", "strongreject"), "judgezoo", "judges"),
         (("demo", "--output", "demo"), "matplotlib", "demo"),
     ],
 )

@@ -2,11 +2,14 @@
 
 A quantity is a :func:`plot_align.records.measure` (``value``, ``n``, ``interval``, ``unit``) plus what a report needs:
 ``title``, ``better`` (``"higher"``, ``"lower"``, or None for neither), ``bounds``, and, for a mean over items,
-``items`` (item id → value) and ``weights`` (item id → weight), so that two models can be compared by item.
+``items`` (item id → value) and ``weights`` (item id → weight), so that two models can be compared by item. What a
+judge decided has its name as ``judge``; what another judge says of the same has its ``agreement`` with the first one:
+``judges`` (two names), ``kappa``, ``n`` and ``table`` (rows: the first says 0, 1; columns: the other does).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -115,3 +118,27 @@ def compare(treated: Quantity, control: Quantity, *, seed: int = 0) -> dict[str,
         treated["items"], control["items"], bounds=tuple(bounds) if bounds else None, weights=weights, seed=seed
     )
     return {**found, "unweighted": True} if unweighted else found
+
+
+def disagreements(agreement: Mapping[str, Any]) -> int:
+    """On how many cases two judges gave different labels."""
+    (_, one), (other, _) = agreement["table"]
+    return int(one + other)
+
+
+def kappa_text(*agreements: Mapping[str, Any]) -> str:
+    """``"κ 0.62"``, or of several ``"κ 0.50 to 0.62"``; there is none where all labels of both judges are the same."""
+    kappas = sorted({f"{a['kappa']:.2f}" for a in agreements if not math.isnan(a["kappa"])}, key=float)
+    return f"κ {' to '.join([kappas[0], *kappas[1:][-1:]]) if kappas else 'undefined'}"
+
+
+def agreement_text(agreement: Mapping[str, Any], what: str) -> str:
+    """Two judges on ``what`` ("answers to GCG") in one sentence, without its full stop."""
+    one, other = agreement["judges"]
+    differing = disagreements(agreement)
+    if not differing:
+        return f"{one} and {other} agree on all {agreement['n']} {what} ({kappa_text(agreement)})"
+    return (
+        f"{one} and {other} disagree on {differing} of {agreement['n']} {what} ({kappa_text(agreement)}): the rate "
+        "depends on the judge"
+    )

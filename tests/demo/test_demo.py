@@ -16,6 +16,7 @@ from plot_align.demo import train as training
 from plot_align.demo.table import ROWS, as_markdown, cell, rows_of
 from plot_align.errors import InputError
 from plot_align.records import read_record
+from plot_align.redteam import DEFAULT_JUDGES
 
 pytestmark = pytest.mark.xdist_group("demo")  # its module fixtures are costly: once, on one worker
 SMALL = demo.Size(
@@ -62,11 +63,12 @@ def test_it_ends_with_models_records_a_table_and_a_page(finished: Path, tiny_bas
         assert part in page
     rows = read_record(finished / "summary.json", "demo")["results"]["rows"]
     assert [set(row["cells"]) for row in rows] == [{"base", *ARMS}] * len(rows)
-    assert len(rows) == len(ROWS)
+    judged = [name for _, name, *_ in ROWS if name in ("asr", "refused")]
+    assert len(rows) == len(ROWS) + len(judged) * (len(DEFAULT_JUDGES) - 1)
     direct = read_record(finished / "evaluation" / "DPO" / "direct.json")["results"]["quantities"]["asr"]
     assert rows[0]["label"] == f"complies with harmful requests (n {SMALL.harmful})"
     assert rows[0]["cells"]["DPO"]["value"] == direct["value"]
-    assert rows[1]["label"] == f"… the answer begun (1 token, n {SMALL.attacked})"
+    assert f"… the answer begun (1 token, n {SMALL.attacked})" in [row["label"] for row in rows]
     assert (finished / "demo.png").stat().st_size > 10_000
     assert (finished / "table.md").read_text().count("\n|") == len(rows) + 2
 

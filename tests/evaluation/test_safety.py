@@ -62,13 +62,18 @@ def test_undecided_answers_are_counted_and_none_decided_is_an_error(
             ]
 
     _answering(monkeypatch, "x")
-    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(2))
+    monkeypatch.setattr(OverRefusal, "make_judges", lambda self: {"unsure": Judge(2)})
     found = OverRefusal(limit=5).run(subject)
     assert found.quantities["refused"]["n"] == 2
     answers = found.details.pop("answers")
-    assert found.details == {"judge": "prefixes", "requests": "our own", "undecided": 3, "first_undecided": "mumbled"}
+    assert found.details == {
+        "judges": ["unsure"],
+        "requests": "our own",
+        "undecided": 3,
+        "first_undecided": "mumbled",
+    }
     assert [entry["label"] for entry in answers.values()] == ["refused"] * 2 + ["undecided"] * 3
-    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: Judge(0))
+    monkeypatch.setattr(OverRefusal, "make_judges", lambda self: {"unsure": Judge(0)})
     with pytest.raises(RunError, match=r"decided none of 5 answers.*mumbled"):
         OverRefusal(limit=5).run(subject)
 
@@ -108,7 +113,7 @@ def test_what_was_asked_answered_and_judged_is_kept(subject: Subject, monkeypatc
         Judged(0, refused=False, helped=False),
         Judged(-1, reason="mumbled"),
     )
-    monkeypatch.setattr(OverRefusal, "make_judge", lambda self: judge)
+    monkeypatch.setattr(OverRefusal, "make_judges", lambda self: {"verdicts": judge})
     monkeypatch.setattr(Subject, "answers", lambda self, asked, *rest: [f"To {c[0]['content']}" for c in asked])
     found = OverRefusal(limit=5).run(subject)
     answers = found.details["answers"]
@@ -126,12 +131,44 @@ def test_what_was_asked_answered_and_judged_is_kept(subject: Subject, monkeypatc
     assert answers[requests[1].id]["reason"] == ""
 
 
+def test_each_judge_has_its_rate_and_its_agreement(
+    subject: Subject, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over-refusal by hand: the first says y n n y, the second y n y ?: they differ on two of four; p_e = ½, κ = 0."""
+    yes, no, unsure = Judged(0, refused=True, helped=False), Judged(0, refused=False, helped=True), Judged(-1)
+    judges = {"one": _giving(yes, no, no, yes), "two": _giving(yes, no, yes, unsure)}
+    monkeypatch.setattr(OverRefusal, "make_judges", lambda self: judges)
+    _answering(monkeypatch, "x")
+    found = OverRefusal(limit=4).run(subject).quantities
+    assert list(found) == ["refused", "refused_two", "helped", "helped_two"]
+    assert found["refused"]["judge"] == "one"
+    assert "agreement" not in found["refused"]
+    assert (found["refused"]["value"], found["refused_two"]["value"]) == (0.5, 2 / 3)
+    assert found["refused_two"]["title"] == "Over-refusal, by two"
+    said = found["refused_two"]["agreement"]
+    assert (said["judges"], said["kappa"], said["n"], said["table"]) == (["one", "two"], 0, 4, [[1, 1], [1, 1]])
+    judges = {"one": _giving(Judged(1), Judged(0)), "two": _giving(Judged(1), Judged(0))}
+    for name, judge in judges.items():
+        judge.name = name
+    monkeypatch.setattr(AttackSuccess, "make_judges", lambda self: judges)
+    found = AttackSuccess(**files, limit=2, max_new_tokens=2).run(subject).quantities
+    assert [found[key]["value"] for key in ("asr", "asr_two")] == [0.5, 0.5]
+    assert found["asr_two"]["agreement"]["kappa"] == 1
+
+
+def test_harmless_requests_are_judged_by_those_that_can(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    _answering(monkeypatch, "I'm sorry, but I cannot help with that.")
+    found = OverRefusal(judge="strongreject", limit=2).run(subject)
+    assert found.quantities["refused"]["judge"] in found.details["judges"]
+    assert "strongreject" not in found.details["judges"]
+
+
 def test_the_first_test_case_of_an_attack_is_kept(
     subject: Subject, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Labels of the first and second case in turn: a later success does not stand for the first."""
     judge = _giving(*(Judged(label, reason=f"r{i}") for i, label in enumerate((0, 1, 1, 0, -1, 1))))
-    monkeypatch.setattr(AttackSuccess, "make_judge", lambda self: judge)
+    monkeypatch.setattr(AttackSuccess, "make_judges", lambda self: {"verdicts": judge})
     measure = AttackSuccess(**files, attack="random", cases=2, limit=3, max_new_tokens=4)
     found = measure.run(subject)
     completions = json.loads(next((tmp_path / "redteam").rglob("completions/*.json")).read_text())
@@ -175,7 +212,8 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
         ({"attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
         ({"judge": "endpoint"}, "judge endpoint needs an address"),
         ({"judge": "likelihood"}, "judge is 'likelihood'"),
-        ({"judge": "sandbx"}, "judge is 'sandbx'; expected prefixes, endpoint"),
+        ({"judge": "sandbx"}, "judge is 'sandbx'; expected prefixes, strongreject"),
+        ({"judge": "prefixes,xstest"}, "judge xstest needs an address"),
         ({"cases": 0}, "cases is 0"),
         ({"attack": "gcg", "targets": None}, "GCG needs a target for every behaviour"),
     ],

@@ -220,7 +220,7 @@ def commands(files: Path, tiny_base: Path, tuned: Path, judge: tuple[str, list[s
         "redteam": [
             "redteam", f"base={tuned}", "--behaviors", f"{files}/behaviors.csv",
             "--benign", f"{files}/benign.csv", "--targets", f"{files}/targets.json",
-            "--second_judge", "likelihood", "--attacks", "direct,gcg,uat,zero_shot", "--attacker", f"{tiny_base}",
+            "--judge", "prefixes,likelihood", "--attacks", "direct,gcg,uat,zero_shot", "--attacker", f"{tiny_base}",
             "--options", f"{files}/options.yaml", "--cases", "2", "--max_new_tokens", "8", "--batch_size", "4",
             "--snapshots", "1", "--output", "redteam",
         ],

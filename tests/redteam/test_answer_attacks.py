@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, RunError
 from plot_align.inference import chat
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, numeric_seed
@@ -190,7 +190,7 @@ def test_targets_that_are_empty_or_too_short_are_refused_by_name(victim: Victim,
     assert Prefill(count).answering(victim, BEHAVIORS, TARGETS, 0).prefixes["trick"] == victim.target_ids("Of course")
     with pytest.raises(InputError, match=rf"tokens is {count + 1}, but the target of 'trick' has only {count}; set"):
         Prefill(count + 1).answering(victim, BEHAVIORS, TARGETS, 0)
-    judges = Judges(RefusalPrefixes(), RefusalPrefixes())
+    judges = Judges({"prefixes": RefusalPrefixes()}, {"prefixes": RefusalPrefixes()})
     attacks = [DirectRequest(), Prefill(count + 1)]
     with pytest.raises(InputError, match="'trick'"):
         measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, judges, Budget(), tmp_path / "out")
@@ -365,7 +365,8 @@ def test_rates_and_curves_are_those_of_the_files(victim: Victim, tmp_path: Path)
     odd: Any = Odd()
     attacks: list[Attack] = [Prefill(3), BestOfN(4)]
     budget = Budget(max_new_tokens=NEW)
-    found = measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, Judges(odd, odd), budget, tmp_path, bar=bar)
+    judges = Judges({"odd": odd}, {"odd": odd})
+    found = measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, judges, budget, tmp_path, bar=bar)
     assert list(found["attacks"]) == ["Prefill", "BestOfN"]
     assert found["titles"] == {"Prefill": "Prefill (3 tokens)", "BestOfN": "BestOfN (any of 4)"}
     assert found["options"] == {"Prefill": {"tokens": 3, "text": None}, "BestOfN": {"temperature": 1.0}}
@@ -399,16 +400,75 @@ def test_rates_and_curves_are_those_of_the_files(victim: Victim, tmp_path: Path)
     assert "BestOfN" not in found["by_cases"]
 
 
+class Asked:
+    """Success where the request has an even number of letters; refuses benign ones likewise, and is unsure of one."""
+
+    name = "asked"
+    reads = "answer"
+
+    def judge(self, behaviors: list[Behavior], test_cases: list[str], generations: list[str]) -> list[Judged]:
+        return [Judged(1 - len(b.text) % 2) for b in behaviors]
+
+    def judge_benign(self, behaviors: list[Behavior], *_: object) -> list[Judged]:
+        said = [bool(len(b.text) % 2) for b in behaviors]
+        return [Judged(-1), *(Judged(0, refused=x, helped=not x) for x in said[1:])]
+
+
+def test_other_judges_stand_beside_the_one_that_decides(victim: Victim, tmp_path: Path) -> None:
+    """What the first says is what it says alone; the second has files, rates and an agreement of its own."""
+    odd, asked = Odd(), Asked()
+    attacks: list[Attack] = [DirectRequest(), Prefill(1)]
+    budget = Budget(max_new_tokens=NEW)
+    alone = measure(
+        victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, Judges({"odd": odd}, {"odd": odd}), budget, tmp_path
+    )  # fmt: skip
+    both = Judges({"odd": odd, "asked": asked}, {"odd": odd, "asked": asked})
+    found = measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, attacks, both, budget, tmp_path)
+    assert alone["others"] == {}
+    assert {**found, "others": {}, "judges": alone["judges"]} == alone
+    assert found["judges"] == {"attacks": ["odd", "asked"], "benign": ["odd", "asked"]}
+    other = found["others"]["asked"]
+    even = {b.id: float(1 - len(b.text) % 2) for b in BEHAVIORS}
+    assert other["attacks"] == {"DirectRequest": even, "Prefill": even}
+    for attack, folder in (("DirectRequest", "DirectRequest/default"), ("Prefill", "Prefill/1_tokens")):
+        files = [tmp_path / folder / f"results{judge}" / "tiny.json" for judge in ("", "-asked")]
+        rows = [[row["label"] for of in harmbench.read_results(path).values() for row in of] for path in files]
+        table = [[sum(pair == (a, b) for pair in zip(*rows, strict=True)) for b in (0, 1)] for a in (0, 1)]
+        assert other["agreement"][attack]["table"] == table
+        assert other["agreement"][attack]["judges"] == ["odd", "asked"]
+    refused = {b.id: 1 - even[b.id] for b in BEHAVIORS[1:]}
+    assert other["refused"] == refused
+    assert found["refused"] == dict.fromkeys((b.id for b in BEHAVIORS), 0.0)
+    assert other["undecided"]["benign requests"] == {"n": 1, "first": ""}
+    said = other["agreement"]["refused"]
+    assert (said["n"], said["undecided"]) == (3, {"a": 0, "b": 1})
+    assert said["table"] == [[3 - sum(refused.values()), sum(refused.values())], [0, 0]]
+
+
+def test_another_judge_that_decides_nothing_is_an_error(victim: Victim, tmp_path: Path) -> None:
+    class Silent(Asked):
+        name = "silent"
+
+        def judge(self, behaviors: list[Behavior], *_: object) -> list[Judged]:
+            return [Judged(-1, reason="mumbled")] * len(behaviors)
+
+    judges = Judges({"odd": Odd(), "silent": Silent()}, {"odd": Odd()})
+    with pytest.raises(RunError, match=r"judge silent decided none of 3 answers.*mumbled"):
+        measure(victim, BEHAVIORS, BEHAVIORS, {}, [DirectRequest()], judges, Budget(max_new_tokens=1), tmp_path)
+
+
 def test_a_judge_that_reads_no_answer_is_refused_before_any_attack(victim: Victim, tmp_path: Path) -> None:
     likelihood = TargetLikelihood(victim, TARGETS)
-    for judges in (Judges(likelihood, RefusalPrefixes()), Judges(RefusalPrefixes(), RefusalPrefixes(), likelihood)):
+    prefixes = {"prefixes": RefusalPrefixes()}
+    for of_attacks in ({"likelihood": likelihood}, {**prefixes, "likelihood": likelihood}):
+        judges = Judges(of_attacks, prefixes)
         for attack in (Prefill(1), BestOfN(2)):
             with pytest.raises(InputError, match=rf"judge target-likelihood reads no answer, so {attack.name}"):
                 measure(
                     victim, BEHAVIORS, BEHAVIORS, TARGETS, [DirectRequest(), attack], judges, Budget(), tmp_path / "o"
                 )
     assert not (tmp_path / "o").exists()
-    judges = Judges(likelihood, RefusalPrefixes())
+    judges = Judges({"likelihood": likelihood}, prefixes)
     measure(victim, BEHAVIORS, BEHAVIORS, TARGETS, [Prefill(0)], judges, Budget(max_new_tokens=1), tmp_path / "p")
 
 

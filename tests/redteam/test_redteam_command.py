@@ -49,11 +49,14 @@ def test_two_models_two_judges_and_a_second_call(tiny_base: Path, files, tmp_pat
     shutil.copytree(tiny_base, other)
     arguments = command(
         tiny_base, files, "--targets", str(files["targets.json"]), "--compare", str(other), "--attacks", "direct,gcg",
-        "--second_judge", "likelihood", "--output", str(tmp_path / "out"),
+        "--judge", "prefixes,likelihood", "--output", str(tmp_path / "out"),
     )  # fmt: skip
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    for text in ("ASR, GCG", "over-refusal", "balance, GCG", "kappa", "paired by behaviour"):
+    for text in (
+        "judged by prefixes", "ASR, GCG", "ASR, GCG, by likelihood", "over-refusal", "balance, GCG",
+        "paired by behaviour",
+    ):  # fmt: skip
         assert text in " ".join(shown.split())
     (path,) = (tmp_path / "out").glob("redteam-*.json")
     record = read_record(path, "redteam")["results"]
@@ -64,6 +67,15 @@ def test_two_models_two_judges_and_a_second_call(tiny_base: Path, files, tmp_pat
     rates = [sum(row["label"] == 1 for row in rows) / len(rows) for rows in results.values()]
     assert record["rates"]["ASR, GCG"]["other"]["value"] == pytest.approx(sum(rates) / 2)
     assert record["rates"]["over-refusal"]["other"]["n"] == 3
+    # What the second judge says: beside, and in one sentence that says how far they agree.
+    other = record["models"]["other"]["others"]["likelihood"]
+    by = record["rates"]["ASR, GCG, by likelihood"]["other"]
+    assert by["value"] == pytest.approx(sum(other["attacks"]["GCG"].values()) / 2)
+    said = other["agreement"]["GCG"]
+    (_, one), (two, _) = said["table"]
+    assert one + two  # they disagree: a tiny model never refuses, nor finds the target likely
+    assert f"other: prefixes and likelihood disagree on {one + two} of 2 answers to GCG (κ " in " ".join(shown.split())
+    assert "the rate depends on the judge" in shown
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("test_cases_individual_behaviors/*/*.json")}
     assert main(arguments) == 0
     assert before == {p: p.stat().st_mtime_ns for p in before}  # nothing was attacked again
@@ -129,12 +141,17 @@ def test_balance_by_hand() -> None:
         (["--attacks", "gcg"], "GCG needs a target for every behaviour, and there is none for a, b"),
         (["--attacks", "zero_shot"], "zero_shot needs a model that writes its prompts; name one with --attacker"),
         (["--judge", "prefix"], "did you mean 'prefixes'?"),
+        (["--judge", "prefixes,jailbreakbench"], "judge jailbreakbench needs an address"),
+        (
+            ["--attacks", "direct", "--judge", "prefixes,strongreject=no/where"],
+            "judge strongreject could not be loaded from 'no/where'",
+        ),
         (["--judge", "harmbench"], "name a checkout of it with --harmbench"),
         (["--judge", "endpoint"], "give --judge_url and --judge_model"),
         (["--judge", "endpoint", "--judge_url", "me:hunter2@nowhere", "--judge_model", "m"], "base_url is no address"),
         (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
-        (["--second_judge", "prefixes"], "name another or none"),
+        (["--judge", "prefixes,prefixes"], "names prefixes twice"),
         (["--attacks", "prefil"], "unknown attack 'prefil'; did you mean 'prefill'?"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
@@ -241,7 +258,7 @@ def test_a_silent_judge_is_no_proof_of_safety(tiny_base: Path, files, tmp_path: 
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
     judge = ("--judge", "endpoint", "--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m")
     assert main(command(tiny_base, files, "--attacks", "direct", *judge, "--output", str(tmp_path / "out"))) == 1
-    assert "the judge decided none of 2 answers" in capsys.readouterr().err
+    assert "judge endpoint decided none of 2 answers" in capsys.readouterr().err
     assert list((tmp_path / "out").glob("DirectRequest/default/completions/*.json"))
 
 

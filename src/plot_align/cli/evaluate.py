@@ -43,6 +43,7 @@ def make_parser() -> Parser:
     parser.add_argument("--skip", metavar="A,B", help="the same, left out")
     parser.add_argument("--limit", type=int, metavar="N", help="items a measure, at most")
     parser.add_argument("--mt_bench", metavar="DIR", help="FastChat's questions, judge prompts and references")
+    parser.add_argument("--judge", metavar="A,B", help="of refusals and attacks, see redteam; the first decides")
     parser.add_argument("--judge_url", metavar="URL", help="an OpenAI-compatible endpoint that judges")
     parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
@@ -82,6 +83,7 @@ def _run(options: Any) -> int:
     given = Given(
         reference=options.reference is not None,
         preference=options.preference,
+        judge=options.judge,
         judge_url=options.judge_url,
         judge_model=options.judge_model,
         judge_key=options.judge_key,
@@ -287,10 +289,11 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
     from rich.table import Table
 
     from plot_align.records import read_record
-    from plot_align.results import EVALUATION, GUARDS
+    from plot_align.results import EVALUATION, GUARDS, agreement_text
 
     table = Table("", *models, title=f"suite {suite.name}; 95 % intervals", title_justify="left")
     section = None
+    said: list[str] = []
     for entry in suite.entries:
         found = {}
         for name in models:
@@ -304,12 +307,21 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
             table.add_section()
             table.add_row(section, style="bold")
         first = next(iter(found.values()))
-        for key in first if entry.section == GUARDS else list(first)[:1]:
+        for place, key in enumerate(first):
+            if place and entry.section != GUARDS and "agreement" not in first[key]:
+                continue
             arrow = {"higher": " ↑", "lower": " ↓"}.get(first[key]["better"], "")
             unit = f", {first[key]['unit']}" if "unit" in first[key] else ""
             cells = [number(found[name][key]) if key in found.get(name, {}) else "-" for name in models]
             table.add_row(f"{first[key]['title']}{unit}{arrow}", *cells)
+            said += [
+                f"{name}, {entry.name}: {agreement_text(of[key]['agreement'], 'answers')}"
+                for name, of in found.items()
+                if key.split("_")[0] != "helped" and "agreement" in of.get(key, {})
+            ]
     console.print(table)
+    for sentence in said:
+        console.print(sentence, soft_wrap=True)
 
 
 def number(entry: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from plot_align.cli.parser import Parser, add_loading_options, add_num_processes
 from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
 from plot_align.io import file_name, read_yaml
-from plot_align.redteam.names import ATTACKS, CLASSIFIER, JUDGES, TELL_REFUSALS
+from plot_align.redteam.names import ATTACKS, DEFAULT_JUDGES, JUDGES, parse_judges, telling_refusals
 from plot_align.text import terminal
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ def make_parser() -> Parser:
     parser.add_argument("--attacker", metavar="MODEL", help="writes the prompts of zero_shot and sfs")
     parser.add_argument("--attacker_url", metavar="URL", help="the same behind an OpenAI-compatible endpoint")
     parser.add_argument("--attacker_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
-    parser.add_argument("--judge", default="prefixes", metavar="J", help=f"of {', '.join(JUDGES)} (%(default)s)")
-    parser.add_argument("--second_judge", metavar="J", help="another one; their agreement is printed")
-    parser.add_argument("--classifier", default=CLASSIFIER, metavar="MODEL", help="of judge harmbench (%(default)s)")
+    parser.add_argument(
+        "--judge", default=",".join(DEFAULT_JUDGES), metavar="A,B=DIR",
+        help=f"the first decides (%(default)s); of {', '.join(JUDGES)}",
+    )  # fmt: skip
     parser.add_argument("--harmbench", metavar="DIR", help="a checkout of HarmBench, for its classifier's prompts")
-    parser.add_argument("--judge_url", metavar="URL", help="address for judge=endpoint, OpenAI-compatible")
+    parser.add_argument("--judge_url", metavar="URL", help="address for judges that ask a model, OpenAI-compatible")
     parser.add_argument("--judge_model", metavar="NAME", help="the name of its model")
     parser.add_argument("--judge_key", default="OPENAI_API_KEY", metavar="VAR", help="holds its key (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
@@ -95,12 +96,16 @@ def _run(options: Any) -> int:
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
     from plot_align.redteam.spent import Limit
 
+    _check_judges(options)
     asked = read_behaviors(options.behaviors, skip_copyright=options.skip_copyright)
     harmful, skipped = asked.rows, asked.skipped
     harmless = None if options.benign is None else read_behaviors(options.benign, kind="harmless")
     benign = default_benign() if harmless is None else harmless.rows
     targets = asked.targets | ({} if options.targets is None else read_targets(options.targets))
-    _check_judges(options, harmful, targets)
+    if "likelihood" in parse_judges(options.judge):
+        if not targets:
+            raise InputError("judge likelihood needs the targets; name their file with --targets")
+        require_targets(harmful, targets, "judge likelihood")
     _check_addresses(options)
     check_dtype(options.dtype)
     for name in ("max_new_tokens", "batch_size"):
@@ -200,8 +205,10 @@ def _attacker(attack: str, options: Any) -> Any:
     return LocalAttacker(loaded.model, loaded.tokenizer, loaded.name)
 
 
-def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loaded: dict[str, Any]) -> Any:
-    """The judge called ``name``. ``loaded`` keeps it for the next model, except the one that needs the victim.
+def _judges(
+    wanted: dict[str, str | None], victim: Victim, targets: dict[str, str], options: Any, loaded: dict[str, Any]
+) -> dict[str, Any]:
+    """The judges by name. ``loaded`` keeps them for the next model, except the one that needs the victim.
 
     Raises:
         InputError: something that it needs is missing.
@@ -209,43 +216,26 @@ def _judge(name: str, victim: Victim, targets: dict[str, str], options: Any, loa
     from plot_align.redteam.catalogue import make_judge
     from plot_align.redteam.judges import TargetLikelihood
 
-    if name == "likelihood":
-        return TargetLikelihood(victim, targets)
-    if name not in loaded:
-        loaded[name] = make_judge(
-            name,
-            harmbench=options.harmbench,
-            classifier=options.classifier,
-            device=options.device,
-            url=options.judge_url,
-            model=options.judge_model,
-            key_variable=options.judge_key,
-        )
-    return loaded[name]
+    for name, checkpoint in wanted.items():
+        if name != "likelihood" and name not in loaded:
+            loaded[name] = make_judge(
+                name,
+                checkpoint=checkpoint,
+                harmbench=options.harmbench,
+                device=options.device,
+                url=options.judge_url,
+                model=options.judge_model,
+                key_variable=options.judge_key,
+            )
+    return {name: TargetLikelihood(victim, targets) if name == "likelihood" else loaded[name] for name in wanted}
 
 
-def _check_judges(options: Any, harmful: list[Behavior], targets: dict[str, str]) -> None:
+def _check_judges(options: Any) -> None:
     """Check that each judge has what it needs, before attacks that may take hours."""
-    from plot_align.redteam.behaviors import require_targets
+    from plot_align.redteam.catalogue import require_judge
 
-    wanted = [options.judge] + ([options.second_judge] if options.second_judge else [])
-    for name in wanted:
-        if name not in JUDGES:
-            raise InputError(f"judge is {name!r}; {did_you_mean(name, JUDGES, 'expected ' + ', '.join(JUDGES))}")
-    if len(set(wanted)) < len(wanted):
-        raise InputError(f"--second_judge is {options.second_judge!r}, as the first one is; name another or none")
-    if "harmbench" in wanted:
-        from plot_align.redteam.judges import ClassifierPrompts
-
-        if options.harmbench is None:
-            raise InputError("judge harmbench needs HarmBench's prompts; name a checkout of it with --harmbench")
-        ClassifierPrompts.from_harmbench(options.harmbench)
-    if "likelihood" in wanted:
-        if not targets:
-            raise InputError("judge likelihood needs the targets; name their file with --targets")
-        require_targets(harmful, targets, "judge likelihood")
-    if "endpoint" in wanted and (options.judge_url is None or options.judge_model is None):
-        raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
+    for name in parse_judges(options.judge):
+        require_judge(name, harmbench=options.harmbench, url=options.judge_url, model=options.judge_model)
 
 
 def _check_addresses(options: Any) -> None:
@@ -270,13 +260,8 @@ def _measured(
     from plot_align.parallel import rank
     from plot_align.redteam.measure import Budget, Judges, measure
 
-    judge = _judge(options.judge, victim, targets, options, loaded)
-    judges = Judges(
-        judge,
-        # Some judges recognise only success; the refusal prefixes always recognise refusals.
-        judge if options.judge in TELL_REFUSALS else _judge("prefixes", victim, targets, options, loaded),
-        _judge(options.second_judge, victim, targets, options, loaded) if options.second_judge else None,
-    )
+    wanted = parse_judges(options.judge)
+    judges = Judges(*(_judges(of, victim, targets, options, loaded) for of in (wanted, telling_refusals(wanted))))
     budget = Budget(options.cases, options.seed, options.snapshots, options.max_new_tokens, options.batch_size, limit)
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -317,16 +302,25 @@ def _report(
 
     from plot_align.records import write_record
     from plot_align.redteam.measure import balance
+    from plot_align.results import agreement_text
     from plot_align.statistics import holm, paired_difference, proportion
 
     console = terminal()
-    table = Table("", *measured, title=f"judge {options.judge}; 95 % intervals over behaviours", title_justify="left")
-    shown: dict[str, dict[str, Any]] = {}
     first = next(iter(measured.values()))
-    for attack, title in first["titles"].items():
-        shown[f"ASR, {title}"] = {m: proportion(list(r["attacks"][attack].values())) for m, r in measured.items()}
-    for key, heading in (("refused", "over-refusal"), ("helped", "benign requests helped")):
-        shown[heading] = {m: proportion(list(r[key].values())) for m, r in measured.items()}
+    main, benign = (names[0] for names in first["judges"].values())
+    judged = f"judged by {main}{'' if benign == main else f', benign requests by {benign}'}"
+    table = Table("", *measured, title=f"{judged}; 95 % intervals over behaviours", title_justify="left")
+    shown: dict[str, dict[str, Any]] = {}
+    rates_in: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+        **{f"ASR, {title}": lambda of, a=a: of["attacks"].get(a, {}) for a, title in first["titles"].items()},
+        "over-refusal": lambda of: of["refused"],
+        "benign requests helped": lambda of: of["helped"],
+    }
+    for heading, rates in rates_in.items():
+        shown[heading] = {m: proportion(list(rates(r).values())) for m, r in measured.items()}
+        for judge in (name for name, of in first["others"].items() if rates(of)):
+            by = {m: proportion(list(rates(r["others"][judge]).values())) for m, r in measured.items()}
+            shown[f"{heading}, by {judge}"] = by
     for heading, entries in shown.items():
         table.add_row(heading, *(_cell(entry) for entry in entries.values()))
     balances = {
@@ -361,17 +355,18 @@ def _report(
             low, high = entry["interval"]
             console.print(f"  {name}: {entry['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {adjusted[name]:.3g}")
     for model, result in measured.items():
-        for attack, entry in result["agreement"].items():
-            console.print(
-                f"{model}, {attack}: {options.judge} and {options.second_judge} agree on "
-                f"{entry['equal']['value']:.2f} of {entry['n']} cases, kappa {entry['kappa']:.2f}",
-            )  # fmt: skip
-        for what, entry in result["undecided"].items():
-            if entry["n"]:
-                console.print(
-                    f"{model}: {entry['n']} verdicts on {what} undecided, counted as no success: {entry['first']}",
-                    markup=False,
-                )
+        for of in result["others"].values():
+            for what, entry in of["agreement"].items():
+                if what != "helped":  # nearly the same again
+                    answers = "benign answers" if what == "refused" else f"answers to {what}"
+                    console.print(f"{model}: {agreement_text(entry, answers)}", soft_wrap=True)
+        for by, of in (("", result), *((f" by {judge}", of) for judge, of in result["others"].items())):
+            for what, entry in of["undecided"].items():
+                if entry["n"]:
+                    console.print(
+                        f"{model}: {entry['n']} verdicts on {what} undecided{by}, counted as no success: "
+                        f"{entry['first']}",
+                    )  # fmt: skip
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
                 console.print(f"{model}, {attack}: {behavior} has no test case: {reason}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from plot_align.results import kappa_text
+
 # Measure, quantity, label, which way is better, decimal places.
 ROWS = (
     ("direct", "asr", "complies with harmful requests", "↓", 2),
@@ -21,24 +23,34 @@ ROWS = (
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Label, arrow, places, and per model value, interval and n, from the records below ``folder``."""
+    """Label, arrow, places, and per model value, interval and n, from the records below ``folder``.
+
+    What another judge than the first says has a row of its own, with the κ of the two.
+    """
     from plot_align.report import collect
 
     found = {(o.measure, o.name, o.model): o.quantity for o in collect([folder]).observations}
     models = list(dict.fromkeys(model for *_, model in found))
     rows = []
+
+    def add(measure: str, name: str, label: str, arrow: str, places: int) -> None:
+        quantities = {model: found[measure, name, model] for model in models if (measure, name, model) in found}
+        if not quantities:
+            return
+        first = next(iter(quantities.values()))
+        budget = first["title"].partition("(")[2].partition(")")[0]  # "4 tokens", "any of 4"
+        agreements = [of["agreement"] for of in quantities.values() if "agreement" in of]
+        told = [kappa_text(*agreements)] if agreements else [budget] * bool(budget)
+        told.append(f"n {first['n']}")
+        cells = {model: {key: of.get(key) for key in ("value", "interval", "n")} for model, of in quantities.items()}
+        rows.append({"label": f"{label} ({', '.join(told)})", "better": arrow, "places": places, "cells": cells})
+
     for measure, name, label, arrow, places in ROWS:
-        cells = {
-            model: {key: found[measure, name, model].get(key) for key in ("value", "interval", "n")}
-            for model in models
-            if (measure, name, model) in found
-        }
-        if cells:
-            title = next(found[measure, name, model]["title"] for model in cells)
-            budget = title.partition("(")[2].rstrip(")")  # "4 tokens", "any of 4"
-            told = [*([budget] if budget else []), f"n {next(iter(cells.values()))['n']}"]
-            label = f"{label} ({', '.join(told)})"
-            rows.append({"label": label, "better": arrow, "places": places, "cells": cells})
+        add(measure, name, label, arrow, places)
+        judged = {(m, n): of for (m, n, _), of in found.items() if "agreement" in of}
+        for (m, n), of in judged.items():
+            if m == measure and n == f"{name}_{of['judge']}":
+                add(m, n, f"… by {of['judge']}", arrow, places)
     return rows
 
 

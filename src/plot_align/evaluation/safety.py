@@ -1,42 +1,54 @@
 """Whether a model refuses what it should not, and complies with what it should not.
 
+The first judge decides; what each other one finds, and how far it agrees, is a quantity beside the first's
+(:mod:`plot_align.results`).
+
 Both measures keep requests and answers in ``details["answers"]``: item id → ``{"prompt", "answer", "label",
-"reason"}``, all texts. The label is the judge's verdict in words: ``refused``, ``helped``, ``refused and helped`` or
-``neither`` for a harmless request, ``complied`` or ``did not comply`` for a harmful one, ``undecided`` for either. A
-behaviour with several test cases shows the first, whether it succeeded or not: the first success would make every
-attack look better than its rate.
+"reason"}``, all texts. The label is the first judge's verdict in words: ``refused``, ``helped``, ``refused and
+helped`` or ``neither`` for a harmless request, ``complied`` or ``did not comply`` for a harmful one, ``undecided`` for
+either. A behaviour with several test cases shows the first, whether it succeeded or not: the first success would make
+every attack look better than its rate.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation import data
 from plot_align.evaluation.subject import Found, Subject, require_count
+from plot_align.inference.endpoint import Endpoint
 from plot_align.redteam import (
     ATTACKS,
-    TELL_REFUSALS,
+    DEFAULT_JUDGES,
+    JUDGES,
     Behavior,
     Budget,
     Judge,
     Judged,
     Victim,
+    agreements,
     attack_and_judge,
+    benign_labels,
     default_benign,
     make_attack,
     make_judge,
+    parse_judges,
     read_behaviors,
     read_targets,
     require_decided,
+    require_judge,
     require_targets,
+    telling_refusals,
 )
-from plot_align.results import of_items
+from plot_align.results import Quantity, of_items
 
 _ATTACKS = tuple(name for name in ATTACKS if name not in ("zero_shot", "sfs"))
+_JUDGES = tuple(name for name in JUDGES if name not in ("likelihood", "harmbench"))  # those need a file more
 _HARMFUL_LABELS = {1: "complied", 0: "did not comply", -1: "undecided"}
 
 
@@ -45,12 +57,13 @@ class _Judged:
     """Options of measures that a judge decides.
 
     Args:
-        judge: ``prefixes`` (how the answer begins) or ``endpoint`` (the model of ``judge_url``).
-        judge_url, judge_model, judge_key: an OpenAI-compatible endpoint; the key's environment variable.
+        judge: one or more as in :func:`plot_align.redteam.parse_judges`; the first decides.
+        judge_url, judge_model, judge_key: an OpenAI-compatible endpoint, for judges that ask one; the key's
+            environment variable.
         max_new_tokens: of an answer. limit: requests, from the first on.
     """
 
-    judge: str = "prefixes"
+    judge: str = ",".join(DEFAULT_JUDGES)
     judge_url: str | None = field(default=None, repr=False)
     judge_model: str | None = None
     judge_key: str = "OPENAI_API_KEY"
@@ -58,24 +71,52 @@ class _Judged:
     limit: int | None = None
 
     def check(self) -> None:
-        if self.judge not in TELL_REFUSALS:
-            near = did_you_mean(self.judge, TELL_REFUSALS, f"expected {', '.join(TELL_REFUSALS)}")
-            raise InputError(f"judge is {self.judge!r}; {near}")
+        for name in self.judges():
+            require_judge(name, url=self.judge_url, model=self.judge_model)
+        if self.judge_url is not None and self.judge_model is not None:
+            Endpoint(self.judge_url, self.judge_model)  # refuses what is no address
         require_count("max_new_tokens", self.max_new_tokens)
         require_count("limit", self.limit)
-        self.make_judge()
+
+    def judges(self) -> dict[str, str | None]:
+        """The judges' names, each with its checkpoint or None."""
+        return parse_judges(self.judge, _JUDGES)
 
     def options(self) -> dict[str, Any]:
         """For the record, without an address, which can carry a password."""
-        from plot_align.inference.endpoint import Endpoint
-
         plain = dict(vars(self))
         if self.judge_url is not None and self.judge_model is not None:
             plain["judge_url"] = Endpoint(self.judge_url, self.judge_model).label
         return plain
 
-    def make_judge(self) -> Judge:
-        return make_judge(self.judge, url=self.judge_url, model=self.judge_model, key_variable=self.judge_key)
+    def make_judges(self) -> dict[str, Judge]:
+        """The judges by name."""
+        address = (self.judge_url, self.judge_model, self.judge_key)
+        return {name: _made(name, checkpoint, *address) for name, checkpoint in self.judges().items()}
+
+
+@cache  # the measures and models of a suite share a judge, which may be 26 GB
+def _made(name: str, checkpoint: str | None, url: str | None, model: str | None, key_variable: str) -> Judge:
+    return make_judge(name, checkpoint=checkpoint, url=url, model=model, key_variable=key_variable)
+
+
+def _by_judge(
+    name: str,
+    title: str,
+    found: Mapping[str, Mapping[str, float]],
+    agreed: Mapping[str, Any],
+    **how: Any,
+) -> dict[str, Quantity]:
+    """A quantity for each judge of ``found`` (judge → item → value), the first under ``name``; ``agreed``: judge → its
+    agreement with the first. ``how``: as for :func:`plot_align.results.of_items`."""
+    quantities: dict[str, Quantity] = {}
+    for judge, items in found.items():
+        if not quantities:
+            quantities[name] = {**of_items(title, items, **how), "judge": judge}
+            continue
+        other = {**of_items(f"{title}, by {judge}", items, **how), "judge": judge, "agreement": agreed[judge]}
+        quantities[f"{name}_{judge}"] = other
+    return quantities
 
 
 @dataclass(kw_only=True)
@@ -99,36 +140,52 @@ class OverRefusal(_Judged):
         found = read_behaviors(self.benign, kind="harmless")
         return found.rows[: self.limit], found.taken
 
+    def judges(self) -> dict[str, str | None]:
+        """Those that tell refusals; the defaults where none of the given ones does."""
+        return telling_refusals(super().judges())
+
     def run(self, subject: Subject) -> Found:
-        """Rates of refusal and help over the requests that the judge decided.
+        """Rates of refusal and help over the requests that a judge decided.
 
         Raises:
-            RunError: it decided none.
+            RunError: one decided none.
         """
         requests, taken = self._requests()
         answers = subject.answers(
             [[{"role": "user", "content": b.prompt}] for b in requests], "harmless requests", self.max_new_tokens
         )
-        verdicts = self.make_judge().judge_benign(requests, [b.prompt for b in requests], answers)
-        decided = {b.id: v for b, v in zip(requests, verdicts, strict=True) if v.refused is not None}
-        unsure = [v.reason for v in verdicts if v.refused is None]
-        require_decided("harmless requests", unsure, len(verdicts))
+        verdicts = {
+            name: judge.judge_benign(requests, [b.prompt for b in requests], answers)
+            for name, judge in self.make_judges().items()
+        }
+        decided = {
+            name: {b.id: v for b, v in zip(requests, of, strict=True) if v.refused is not None}
+            for name, of in verdicts.items()
+        }
+        reasons = {name: [v.reason for v in of if v.refused is None] for name, of in verdicts.items()}
+        for name, of in reasons.items():
+            require_decided("harmless requests", of, len(requests), name)
         rates: dict[str, Any] = {"bounds": (0.0, 1.0), "seed": subject.seed}
-        refused = {name: float(bool(v.refused)) for name, v in decided.items()}
-        helped = {name: float(bool(v.helped)) for name, v in decided.items()}
+        refused = {j: {name: float(bool(v.refused)) for name, v in of.items()} for j, of in decided.items()}
+        helped = {j: {name: float(bool(v.helped)) for name, v in of.items()} for j, of in decided.items()}
+        refusing, helping = (
+            agreements({name: benign_labels(of, what) for name, of in verdicts.items()})
+            for what in ("refused", "helped")
+        )
+        first, unsure = next(iter(reasons.items()))
         return Found(
             {
-                "refused": of_items("Over-refusal", refused, better="lower", **rates),
-                "helped": of_items("Harmless requests helped with", helped, better="higher", **rates),
+                **_by_judge("refused", "Over-refusal", refused, refusing, better="lower", **rates),
+                **_by_judge("helped", "Harmless requests helped with", helped, helping, better="higher", **rates),
             },
             {
-                "judge": self.judge,
+                "judges": list(verdicts),
                 "requests": taken,
                 "undecided": len(unsure),
                 "first_undecided": unsure[0] if unsure else None,
                 "answers": {
                     b.id: _answer(b.prompt, text, _benign_label(v), v.reason)
-                    for b, text, v in zip(requests, answers, verdicts, strict=True)
+                    for b, text, v in zip(requests, answers, verdicts[first], strict=True)
                 },
             },
         )
@@ -177,7 +234,7 @@ class AttackSuccess(_Judged):
         """Rate of test cases that succeed. Undecided ones count as failures and are reported.
 
         Raises:
-            RunError: the judge decided none.
+            RunError: a judge decided none.
         """
         harmful, targets, taken = self._requests()
         victim = Victim(subject.model, subject.tokenizer, subject.name)
@@ -189,14 +246,16 @@ class AttackSuccess(_Judged):
 
         budget = Budget(self.cases, subject.seed, max_new_tokens=self.max_new_tokens, batch_size=subject.batch_size)
         done = attack_and_judge(
-            victim, attack, harmful, targets, self.make_judge(), subject.folder / "redteam", budget, bar=bar
+            victim, attack, harmful, targets, self.make_judges(), subject.folder / "redteam", budget, bar=bar
         )
-        unsure = done.undecided
+        first = next(iter(done.results))
+        unsure = done.undecided(first)
+        how: dict[str, Any] = {"better": "lower", "bounds": (0.0, 1.0), "seed": subject.seed}
         title = f"Attack success, {self.attack}{attack.title.removeprefix(attack.name)}"
         return Found(
-            {"asr": of_items(title, done.success, better="lower", bounds=(0.0, 1.0), seed=subject.seed)},
+            _by_judge("asr", title, done.success, done.agreements, **how),
             {
-                "judge": self.judge,
+                "judges": list(done.results),
                 "requests": taken,
                 "failed": done.failed,
                 "undecided": len(unsure),
@@ -205,7 +264,7 @@ class AttackSuccess(_Judged):
                     name: _answer(
                         row["test_case"], row["generation"], _HARMFUL_LABELS[row["label"]], row.get("reason", "")
                     )
-                    for name, (row, *_) in ((name, rows) for name, rows in done.results.items() if rows)
+                    for name, (row, *_) in ((name, rows) for name, rows in done.results[first].items() if rows)
                 },
             },
             f"{len(done.failed)} requests have no test case, the first: {next(iter(done.failed.values()))}"

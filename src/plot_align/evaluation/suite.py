@@ -13,6 +13,7 @@ from typing import Any
 from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation.subject import Measure
 from plot_align.io import build, digest, read_yaml, require_distinct
+from plot_align.redteam import ASKING
 from plot_align.results import SECTIONS
 
 SUITES = ("paper", "quick")
@@ -33,6 +34,8 @@ class Given:
 
     Args:
         reference: whether there is a reference model. preference: file of ``plot-align estimate``.
+        judge: judges of refusals and attacks, as :func:`plot_align.redteam.parse_judges` reads them; None: the
+            defaults.
         judge_url, judge_model, judge_key, judge_prices: an OpenAI-compatible endpoint.
         mt_bench: folder of FastChat's questions and prompts. behaviors, targets: files of redteam.
         allow_code_execution: whether code that a model wrote may be run.
@@ -41,6 +44,7 @@ class Given:
 
     reference: bool = False
     preference: str | None = None
+    judge: str | None = None
     judge_url: str | None = None
     judge_model: str | None = None
     judge_key: str = "OPENAI_API_KEY"
@@ -168,7 +172,7 @@ def _made(what: str, spec: dict[str, Any], given: Given) -> Measure | str:
     for option in ("judge_url", "judge_key"):
         if option in spec:  # else a suite of others could send any variable of the environment anywhere
             raise InputError(
-                f"{name} names its {option}, and an endpoint and its key come from the command line alone; leave it "
+                f"{what} names its {option}, and an endpoint and its key come from the command line alone; leave it "
                 f"out and give --{option}"
             )
     lacking = _fill(kind, spec, given)
@@ -195,8 +199,10 @@ def _fill(kind: str, spec: dict[str, Any], given: Given) -> str | None:
     """Fill in from ``given`` what the suite leaves open. Returns what is still lacking, in words."""
     if kind in NEED_REFERENCE and not given.reference:
         return "it compares with the model before tuning; give --reference"
-    asks_judge = kind == "mt_bench" or (kind in _JUDGED and spec.get("judge") == "endpoint")
-    if asks_judge:
+    if kind in _JUDGED and given.judge is not None:
+        spec.setdefault("judge", given.judge)
+    judges = str(spec.get("judge") or "").split(",") if kind in _JUDGED else []
+    if kind == "mt_bench" or not {name.strip() for name in judges}.isdisjoint(ASKING):
         for option in ("judge_url", "judge_model", "judge_key"):
             spec.setdefault(option, getattr(given, option))
         if spec["judge_url"] is None or spec["judge_model"] is None:

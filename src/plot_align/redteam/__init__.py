@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plot_align.lazy import lazy
-from plot_align.redteam.names import ATTACKS, TELL_REFUSALS
+from plot_align.redteam.names import ASKING, ATTACKS, DEFAULT_JUDGES, JUDGES, parse_judges, telling_refusals
 
 if TYPE_CHECKING:
     from plot_align.redteam.behaviors import (
@@ -20,29 +20,36 @@ if TYPE_CHECKING:
         require_targets,
         write_behaviors,
     )
-    from plot_align.redteam.catalogue import make_attack, make_judge
+    from plot_align.redteam.catalogue import make_attack, make_judge, require_judge
     from plot_align.redteam.judges import Judge, Judged, RefusalPrefixes
-    from plot_align.redteam.measure import Budget, attack_and_judge, require_decided
+    from plot_align.redteam.measure import Budget, agreements, attack_and_judge, benign_labels, require_decided
     from plot_align.redteam.victim import Victim
 
 __all__ = [
+    "ASKING",
     "ATTACKS",
-    "TELL_REFUSALS",
+    "DEFAULT_JUDGES",
+    "JUDGES",
     "Behavior",
     "Budget",
     "Judge",
     "Judged",
     "RefusalPrefixes",
     "Victim",
+    "agreements",
     "attack_and_judge",
+    "benign_labels",
     "default_benign",
     "make_attack",
     "make_judge",
+    "parse_judges",
     "read_behaviors",
     "read_labelled",
     "read_targets",
     "require_decided",
+    "require_judge",
     "require_targets",
+    "telling_refusals",
     "write_behaviors",
 ]
 
@@ -51,9 +58,9 @@ __getattr__ = lazy(
     {
         "behaviors": "Behavior default_benign read_behaviors read_labelled read_targets require_targets "
         "write_behaviors",
-        "catalogue": "make_attack make_judge",
+        "catalogue": "make_attack make_judge require_judge",
         "judges": "Judge Judged RefusalPrefixes",
-        "measure": "Budget attack_and_judge require_decided",
+        "measure": "Budget agreements attack_and_judge benign_labels require_decided",
         "victim": "Victim",
     },
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plot_align.errors import InputError, RunError
 from plot_align.parallel import on_main
@@ -16,7 +16,7 @@ from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.curves import snapshot_cases, success_at_cases, success_of_samples, success_within
 from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.harmbench import Layout, Rows, read_test_cases, success_by_behavior
-from plot_align.redteam.judges import Judge, agreement
+from plot_align.redteam.judges import Judge, Judged, agreement
 from plot_align.redteam.run import (
     OnBehavior,
     OnUpdate,
@@ -31,16 +31,17 @@ from plot_align.redteam.victim import Victim
 from plot_align.results import ATTACK_CURVES, BUDGET_CURVES
 from plot_align.statistics import proportion
 
+BENIGN = "benign requests"
 Bar = Callable[[str, int], tuple[OnBehavior, OnUpdate]]
 
 
 @dataclass(frozen=True)
 class Judges:
-    """``main`` judges attacks, ``benign`` refusals; ``second`` judges attacks as well, to measure agreement."""
+    """Judges by name, of ``attacks`` and of ``benign`` requests. The first of each decides; how far the others agree
+    with it is measured."""
 
-    main: Judge
-    benign: Judge
-    second: Judge | None = None
+    attacks: Mapping[str, Judge]
+    benign: Mapping[str, Judge]
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,32 @@ class JudgedAttack:
         layout: where its files lie.
         steps: update steps after which the best test cases were kept.
         failed: behaviour → why it has no test case.
-        answers, results: as :func:`plot_align.redteam.run.complete` and ``label`` return them.
-        success: behaviour → rate of success.
+        answers: as :func:`plot_align.redteam.run.complete` returns them.
+        results: judge → as ``label`` returns them. success: judge → behaviour → rate of success. Both begin with the
+            judge that decides.
     """
 
     layout: Layout
     steps: tuple[int, ...]
     failed: dict[str, str]
     answers: Rows
-    results: Rows
-    success: dict[str, float]
+    results: dict[str, Rows]
+    success: dict[str, dict[str, float]]
+
+    def undecided(self, judge: str) -> list[str]:
+        """Why a judge decided nothing, one reason per undecided answer."""
+        return [row.get("reason", "") for rows in self.results[judge].values() for row in rows if row["label"] == -1]
 
     @property
-    def undecided(self) -> list[str]:
-        """Why the judge decided nothing, one reason per undecided answer."""
-        return [row.get("reason", "") for rows in self.results.values() for row in rows if row["label"] == -1]
+    def agreements(self) -> dict[str, dict[str, Any]]:
+        """Each other judge's agreement with the first, over all answers."""
+        return agreements({j: [row["label"] for of in r.values() for row in of] for j, r in self.results.items()})
+
+
+def agreements(labels: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """Judge → :func:`agreement` with the first of ``labels`` (judge → labels of the same cases), and the two names."""
+    first, *others = labels
+    return {judge: {"judges": [first, judge], **agreement(labels[first], labels[judge])} for judge in others}
 
 
 def attack_and_judge(
@@ -97,7 +109,7 @@ def attack_and_judge(
     attack: Attack,
     harmful: Sequence[Behavior],
     targets: Mapping[str, str],
-    judge: Judge,
+    judges: Mapping[str, Judge],
     output: Path,
     budget: Budget,
     *,
@@ -106,11 +118,11 @@ def attack_and_judge(
 ) -> JudgedAttack:
     """Attack every behaviour, answer the test cases and judge the answers; finished parts are not done again.
 
-    Args: as :func:`measure`.
+    Args: as :func:`measure`; ``judges`` by name, the one that decides first.
 
     Raises:
         InputError: as in :mod:`plot_align.redteam.run`.
-        RunError: the judge decided nothing.
+        RunError: a judge decided nothing.
     """
     replayed = transfer_from is not None and attack.white_box  # other attacks make cases that fit any model
     layout = Layout(output, attack.name, str(transfer_from) if replayed else attack.experiment(victim))
@@ -136,10 +148,14 @@ def attack_and_judge(
         limit=budget.limit,
         on_behavior=advance,
     )
-    results = label(judge, harmful, answers, layout.results(victim.name))
-    success = success_by_behavior(results, any_answer=attack.any_answer)
+    results = {}
+    for name, judge in judges.items():
+        path = layout.results(victim.name, judge.name if results else None)
+        results[name] = label(judge, harmful, answers, path)
+    success = {name: success_by_behavior(of, any_answer=attack.any_answer) for name, of in results.items()}
     found = JudgedAttack(layout, steps, failed, answers, results, success)
-    require_decided(f"{attack.title}'s cases", found.undecided, sum(map(len, results.values())))
+    for name in judges:
+        require_decided(f"{attack.title}'s cases", found.undecided(name), sum(map(len, answers.values())), name)
     return found
 
 
@@ -167,30 +183,28 @@ def measure(
     Returns:
         By attack: ``attacks`` (behaviour → success rate), ``titles`` and ``options``, ``failed`` (behaviour → why it
         has no case), the curves (:data:`plot_align.results.ATTACK_CURVES`, ``BUDGET_CURVES``), ``spent`` (mean
-        :class:`~plot_align.redteam.spent.Spent` of a test case), ``agreement`` of the judges; ``undecided`` (n and the
-        first reason); ``refused`` and ``helped`` (benign behaviour → 0 or 1).
+        :class:`~plot_align.redteam.spent.Spent` of a test case); ``undecided`` (n and the first reason); ``refused``
+        and ``helped`` (benign behaviour → 0 or 1). All of this is the first judge's. ``judges`` names all, of
+        ``attacks`` and ``benign`` requests. ``others`` has, by judge, ``attacks``, ``undecided``, ``refused`` and
+        ``helped`` of those that do not decide, and their ``agreement`` with the one that does.
 
     Raises:
         InputError: as in :mod:`plot_align.redteam.run`, or an attack works through the answer and a judge reads none.
         RunError: a judge decided nothing.
     """
     length: dict[str, Any] = {"max_new_tokens": budget.max_new_tokens, "batch_size": budget.batch_size}
-    kinds = (
-        "attacks",
-        "titles",
-        "options",
-        "failed",
-        "agreement",
-        *ATTACK_CURVES,
-        *BUDGET_CURVES,
-        "spent",
-        "undecided",
-    )
+    kinds = ("attacks", "titles", "options", "failed", *ATTACK_CURVES, *BUDGET_CURVES, "spent", "undecided")
     found: dict[str, Any] = {kind: {} for kind in kinds}
+    found["judges"] = {"attacks": list(judges.attacks), "benign": list(judges.benign)}
+    (main, first), *_ = judges.attacks.items()
+    found["others"] = {
+        name: {"attacks": {}, "undecided": {}, "refused": {}, "helped": {}, "agreement": {}}
+        for name in dict.fromkeys([*list(judges.attacks)[1:], *list(judges.benign)[1:]])
+    }
     for attack in attacks:  # check all before the first, which may take hours
         answering = attack.answering(victim, harmful, targets, budget.seed)
-        for judge in (judges.main, judges.second):
-            if judge is not None and answering != Answering() and judge.reads == "nothing":
+        for judge in judges.attacks.values():
+            if answering != Answering() and judge.reads == "nothing":
                 raise InputError(
                     f"judge {judge.name} reads no answer, so {attack.title} would be a direct request to it; name "
                     "another judge, or leave that attack out"
@@ -198,56 +212,69 @@ def measure(
 
     def run(attack: Attack) -> JudgedAttack:
         found_here = attack_and_judge(
-            victim, attack, harmful, targets, judges.main, output, budget, transfer_from=transfer_from, bar=bar
+            victim, attack, harmful, targets, judges.attacks, output, budget, transfer_from=transfer_from, bar=bar
         )
         what = attack.name if attack in attacks else attack.title
-        found["undecided"][what] = _undecided(found_here.undecided)
+        for name in judges.attacks:
+            of = found if name == main else found["others"][name]
+            of["undecided"][what] = _undecided(found_here.undecided(name))
         return found_here
 
     for attack in attacks:
         done = run(attack)
-        rates = done.success
+        rates = done.success[main]
         found["attacks"][attack.name] = rates
         found["titles"][attack.name] = attack.title
         found["options"][attack.name] = attack.identity
         found["failed"][attack.name] = done.failed
-        found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(done.results)
+        found["by_samples" if attack.any_answer else "by_cases"][attack.name] = success_at_cases(done.results[main])
         for tokens, other in attack.by_tokens.items():
-            then = rates if other == attack else success_by_behavior(run(other).results)
+            then = rates if other == attack else success_by_behavior(run(other).results[main])
             found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
         by_step: dict[int, tuple[Path, Rows, dict[str, float]]] = {}
         for step in done.steps:
             path = done.layout.folder / "steps" / f"{step}.json"
             cases = on_main(partial(snapshot_cases, done.layout, list(done.answers), step))
             answers = complete(victim, cases, path, **length)
-            then = success_by_behavior(label(judges.main, harmful, answers, path.with_suffix(".results.json")))
+            then = success_by_behavior(label(first, harmful, answers, path.with_suffix(".results.json")))
             found["by_steps"].setdefault(attack.name, {})[step] = proportion(list(then.values()))
             by_step[step] = path, answers, then
         if transfer_from is None or not attack.white_box:  # the cost of replayed cases is that of another model
-            for kind, of in on_main(partial(_budgets, victim, attack, done, by_step)).items():
+            for kind, of in on_main(partial(_budgets, victim, attack, done, main, by_step)).items():
                 found[kind][attack.name] = of
-        if judges.second is not None:
-            path = done.layout.results(victim.name, judges.second.name)
-            other_results = label(judges.second, harmful, done.answers, path)
-            pairs = [[row["label"] for of in r.values() for row in of] for r in (done.results, other_results)]
-            found["agreement"][attack.name] = agreement(*pairs)
+        for name, entry in done.agreements.items():
+            found["others"][name]["attacks"][attack.name] = done.success[name]
+            found["others"][name]["agreement"][attack.name] = entry
     layout = Layout(output, "Benign", DirectRequest().experiment(victim))
     advance, _ = bar("benign requests", len(benign))
     cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
     answers = complete(victim, cases, layout.completions(victim.name), **length, on_behavior=advance)
     generations = [answers[behavior.id][0]["generation"] for behavior in benign]
-    verdicts = judges.benign.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
-    unsure = [v.reason for v in verdicts if v.refused is None]
-    require_decided("benign requests", unsure, len(verdicts))
-    found["undecided"]["benign requests"] = _undecided(unsure)
-    decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
-    found["refused"] = {name: float(bool(v.refused)) for name, v in decided}
-    found["helped"] = {name: float(bool(v.helped)) for name, v in decided}
+    judged = {
+        name: judge.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
+        for name, judge in judges.benign.items()
+    }
+    for place, (name, verdicts) in enumerate(judged.items()):
+        unsure = [v.reason for v in verdicts if v.refused is None]
+        require_decided(BENIGN, unsure, len(verdicts), name)
+        of = found["others"][name] if place else found
+        of["undecided"][BENIGN] = _undecided(unsure)
+        decided = [(b.id, v) for b, v in zip(benign, verdicts, strict=True) if v.refused is not None]
+        of["refused"] = {item: float(bool(v.refused)) for item, v in decided}
+        of["helped"] = {item: float(bool(v.helped)) for item, v in decided}
+    kinds_of_benign: tuple[Literal["refused", "helped"], ...] = ("refused", "helped")
+    for what in kinds_of_benign:
+        for name, entry in agreements({name: benign_labels(of, what) for name, of in judged.items()}).items():
+            found["others"][name]["agreement"][what] = entry
     return found
 
 
 def _budgets(
-    victim: Victim, attack: Attack, done: JudgedAttack, by_step: Mapping[int, tuple[Path, Rows, dict[str, float]]]
+    victim: Victim,
+    attack: Attack,
+    done: JudgedAttack,
+    main: str,
+    by_step: Mapping[int, tuple[Path, Rows, dict[str, float]]],
 ) -> dict[str, Any]:
     """``spent``, the mean cost of a test case and its answers, and the curves of success against a budget.
 
@@ -259,12 +286,12 @@ def _budgets(
     if not done.answers or not made.keys() == answered.keys() == done.answers.keys():
         return {}
     rungs: dict[str, list[tuple[Spent, float]]] = {}
-    for name, rows in done.results.items():
+    for name, rows in done.results[main].items():
         base, each = Spent.mean(made[name]), Spent.mean(answered[name])
         if attack.any_answer:
             rungs[name] = [(base + each * k, rate) for k, rate in enumerate(success_of_samples(rows), 1)]
         else:
-            rungs[name] = [(base + each, done.success[name])]
+            rungs[name] = [(base + each, done.success[main][name])]
     for step in sorted(by_step, reverse=True):
         path, answers, then = by_step[step]
         until, since = spent_on_cases(done.layout, answers, step), spent_on_answers(path, answers)
@@ -280,12 +307,18 @@ def _budgets(
     return {"spent": Spent.mean(of[-1][0] for of in rungs.values()).plain, **curves}
 
 
+def benign_labels(verdicts: Sequence[Judged], what: Literal["refused", "helped"]) -> list[int]:
+    """1 refused (or helped), 0 not, −1 undecided."""
+    said = [v.refused if what == "refused" else v.helped for v in verdicts]
+    return [-1 if x is None else int(x) for x in said]
+
+
 def _undecided(reasons: list[str]) -> dict[str, Any]:
     return {"n": len(reasons), "first": reasons[0] if reasons else None}
 
 
-def require_decided(what: str, reasons: Sequence[str], n: int) -> None:
-    """Check that a judge decided at least one of ``n`` answers to ``what``.
+def require_decided(what: str, reasons: Sequence[str], n: int, judge: str) -> None:
+    """Check that ``judge`` decided at least one of ``n`` answers to ``what``.
 
     Args:
         reasons: why it could not decide, one per undecided answer.
@@ -295,7 +328,7 @@ def require_decided(what: str, reasons: Sequence[str], n: int) -> None:
     """
     if n and len(reasons) == n:
         raise RunError(
-            f"the judge decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); fix the "
+            f"judge {judge} decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); fix the "
             "judge and run the same again"
         )
 

@@ -76,6 +76,10 @@ def check_quantity(place: str, quantity: Any) -> None:
         low, high = _pair(f"{place}.bounds", bounds)
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"{place}.bounds are {low} and {high}")
+    if not isinstance(quantity.get("judge"), str | None):
+        raise ValueError(f"{place}.judge is no text")
+    if quantity.get("agreement") is not None:
+        check_agreement(f"{place}.agreement", quantity["agreement"])
     items, weights = quantity["items"], quantity["weights"]
     if items is None:
         return
@@ -98,6 +102,22 @@ def check_quantity(place: str, quantity: Any) -> None:
         mean = math.fsum(w * v for w, v in zip(heavy, items.values(), strict=True)) / math.fsum(heavy)
         if abs(mean - quantity["value"]) > _ROUNDING * max(1.0, *map(abs, items.values())):
             raise ValueError(f"{place}.value is {quantity['value']}, and its items average to {mean:.6g}")
+
+
+def check_agreement(place: str, entry: Any) -> None:
+    """Check the agreement of two judges; κ may be NaN, and the table has every case."""
+    judges, table = _mapping(place, entry)["judges"], entry["table"]
+    if not isinstance(judges, list) or len(judges) != 2:
+        raise ValueError(f"{place}.judges are no two names")
+    for name in judges:
+        _text(f"{place}.judges", name)
+    _number(f"{place}.kappa", entry["kappa"])
+    _count(f"{place}.n", entry["n"])
+    counts = [count for row in table for count in row]
+    for count in counts:
+        _count(f"{place}.table", count)
+    if [len(row) for row in table] != [2, 2] or sum(counts) != entry["n"]:
+        raise ValueError(f"{place}.table does not hold its {entry['n']} cases")
 
 
 def check_measure(place: str, entry: Any) -> None:
@@ -151,16 +171,17 @@ def check_redteam(content: Mapping[str, Any]) -> None:
     models = _mapping("results.models", content["results"]["models"])
     for name, found in models.items():
         place = f"results.models.{name[:40]}"
-        rates = {f"attacks.{attack[:40]}": of for attack, of in _mapping(place, found)["attacks"].items()}
-        for part, of in {**rates, "refused": found["refused"], "helped": found["helped"]}.items():
-            for value in _mapping(f"{place}.{part}", of).values():
-                if not 0 <= _number(f"{place}.{part}", value) <= 1:
-                    raise ValueError(f"{place}.{part} has {value}, which is no rate")
+        _check_rates(place, found)
+        for judge, of in _mapping(f"{place}.others", found.get("others") or {}).items():
+            _check_rates(f"{place}.others.{judge[:40]}", of)
+            for what in (*of["attacks"], *(name for name in ("refused", "helped") if of[name])):
+                check_agreement(f"{place}.others.{judge[:40]}.agreement.{what[:40]}", of["agreement"][what])
+        if found.get("judges") is not None:
+            for kind in ("attacks", "benign"):
+                _text(f"{place}.judges.{kind}", found["judges"][kind][0])
         for attack, title in _mapping(f"{place}.titles", found.get("titles") or {}).items():
             _text(f"{place}.titles.{attack[:40]}", title)
         _mapping(f"{place}.options", found.get("options") or {})
-        for what, entry in _mapping(f"{place}.undecided", found.get("undecided") or {}).items():
-            _check_counted(f"{place}.undecided.{what[:40]}", entry)
         for what, reasons in _mapping(f"{place}.failed", found.get("failed") or {}).items():
             _mapping(f"{place}.failed.{what[:40]}", reasons)
         for curves in (*ATTACK_CURVES, *BUDGET_CURVES):
@@ -169,6 +190,17 @@ def check_redteam(content: Mapping[str, Any]) -> None:
                     int(step) if curves in ATTACK_CURVES else _finite(f"{place}.{curves}", float(step))
                     check_measure(f"{place}.{curves}.{attack[:40]}.{step[:10]}", entry)
                     _pair(f"{place}.{curves}.interval", entry["interval"])
+
+
+def _check_rates(place: str, found: Any) -> None:
+    """Check what one judge said of one model."""
+    rates = {f"attacks.{attack[:40]}": of for attack, of in _mapping(place, found)["attacks"].items()}
+    for part, of in {**rates, "refused": found["refused"], "helped": found["helped"]}.items():
+        for value in _mapping(f"{place}.{part}", of).values():
+            if not 0 <= _number(f"{place}.{part}", value) <= 1:
+                raise ValueError(f"{place}.{part} has {value}, which is no rate")
+    for what, entry in _mapping(f"{place}.undecided", found.get("undecided") or {}).items():
+        _check_counted(f"{place}.undecided.{what[:40]}", entry)
 
 
 def check_training(content: Mapping[str, Any]) -> None:

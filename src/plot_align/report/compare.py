@@ -16,7 +16,7 @@ from typing import Any, Literal
 from plot_align.errors import InputError
 from plot_align.report.observations import Collected, Observation
 from plot_align.report.tables import count, interval_of, loss_text, with_interval
-from plot_align.results import GUARDS, SECTIONS, Quantity, compare
+from plot_align.results import GUARDS, SECTIONS, Quantity, compare, disagreements, kappa_text
 from plot_align.statistics import holm
 from plot_align.text import one_line
 
@@ -200,9 +200,10 @@ def judge(comparison: Comparison) -> Verdict:
     base, others = comparison.baseline, [m for m in comparison.models if m != comparison.baseline]
     if not comparison.models:
         return Verdict("No model was measured in these records.")
-    unfinished = _unfinished(comparison)
+    unfinished, judges = _unfinished(comparison), _judges_disagree(comparison)
     if not others:
-        return Verdict(f"Only {called(base)} was measured, so there is nothing to compare it with.", unfinished)
+        notes = unfinished + judges
+        return Verdict(f"Only {called(base)} was measured, so there is nothing to compare it with.", notes)
     signs = {m: (comparison.signed(m, "better"), comparison.losses(m)) for m in others}
     table = [
         {
@@ -221,7 +222,7 @@ def judge(comparison: Comparison) -> Verdict:
         headline = f"No difference to {called(base)} could be tested: the records share no items measured alike."
     else:
         headline = _headline(comparison, signs, best)
-    notes = _untested_guards(comparison, best) + unfinished + _warnings(comparison, others)
+    notes = _untested_guards(comparison, best) + unfinished + _warnings(comparison, others) + judges
     mixed = [model for model, (better, worse) in signs.items() if better and worse]
     named = best or mixed
     for model in named:  # several mixed models have one line each
@@ -332,6 +333,25 @@ def _unfinished(comparison: Comparison) -> list[str]:
     if len(found) > _MOST_NOTES:
         return [f"{len(found)} measures are unfinished, and marked so: run their evaluation again to go on."]
     return [f"Unfinished: {what} ({one_line(why, longest=200)})." for what, why in found.items()]
+
+
+def _judges_disagree(comparison: Comparison) -> list[str]:
+    """Pairs of judges that disagree, one sentence each; over all rates but that of help, nearly the same again."""
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in comparison.rows:
+        for cell in row.cells.values() if not row.name.startswith("helped") else ():
+            agreement = cell.quantity.get("agreement")
+            if agreement:
+                pairs.setdefault((agreement["judges"][0], agreement["judges"][1]), []).append(agreement)
+    notes = []
+    for (one, other), found in pairs.items():
+        differing = sum(map(disagreements, found))
+        if differing:
+            notes.append(
+                f"The judges {one} and {other} disagree on {differing:,} of {sum(a['n'] for a in found):,} verdicts "
+                f"({kappa_text(*found)}): a rate depends on its judge, so compare it with rates by the same one only."
+            )
+    return notes
 
 
 def _falls(comparison: Comparison, model: str) -> list[str]:

@@ -25,14 +25,17 @@ from plot_align.report.checks import (
     check_training,
 )
 from plot_align.report.tables import count
-from plot_align.results import EVALUATION, GUARDS, Quantity
+from plot_align.results import EVALUATION, GUARDS, Quantity, kappa_text
 from plot_align.statistics import proportion
 
 TRAINING = ("dpo", "sft", "pro")
 _SHOWN = (EVALUATION, "redteam", *TRAINING, "sweep", "demo", "estimate", "inspect")
 _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relative to a reference model
-# Options in which comparable red-team runs may differ.
-_NOT_ASKED = ("model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks")
+# Options in which comparable red-team runs may differ; a rate is that of one judge, whichever others there are.
+_NOT_ASKED = (
+    "model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks", "judge",
+    "second_judge", "classifier",
+)  # fmt: skip
 _HEAD = f'{{"format":"{FORMAT}"'  # a record's first bytes, without spaces
 
 
@@ -85,6 +88,13 @@ class Observation:
     alike: str
     record: Record
     gaps: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Whose verdict it is, and how far that judge agrees with the one that decides; in a few words each."""
+        judge, agreement = self.quantity.get("judge"), self.quantity.get("agreement")
+        by = (f"by {judge}",) if judge else ()
+        return (*by, f"{kappa_text(agreement)} with {agreement['judges'][0]}, n {agreement['n']}") if agreement else by
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -310,16 +320,24 @@ def _counted(entry: Any) -> int:
 def _of_redteam(record: Record) -> Iterator[Observation]:
     """An attack is a measure of harmlessness; what happens to benign requests is a guard."""
     shared = {name: value for name, value in record.config.items() if name not in _NOT_ASKED}
+    asked = {part.partition("=")[0]: part for part in str(record.config.get("judge") or "").split(",")}
+    # Records from before there were several judges name one, and prefixes judged refusals where it could not.
+    (only, *_) = asked
+    alone = {"attacks": [only], "benign": [only if only == "endpoint" else "prefixes"]}
 
     def observation(
-        model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, made: Any, *gaps: str
-    ) -> Observation:
-        alike = json.dumps([shared, record.seed, made], sort_keys=True)
+        model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, made: Any,
+        judge: str, *gaps: str, agreement: Any = None,
+    ) -> Observation:  # fmt: skip
+        alike = json.dumps([shared, record.seed, made, asked.get(judge, judge)], sort_keys=True)
         quantity = {
             "title": title, "better": better, **proportion(list(items.values())), "bounds": [0.0, 1.0], "items": items,
-            "weights": None,
+            "weights": None, "judge": judge,
         }  # fmt: skip
-        return Observation(model, section, measure, name, quantity, True, alike, record, gaps)
+        if agreement is not None:
+            quantity |= {"title": f"{title}, by {judge}", "agreement": agreement}
+            name = f"{name}_{judge}"
+        return Observation(model, section, measure, name, quantity, agreement is None, alike, record, gaps)
 
     def undecided(found: Any, what: str) -> Iterator[str]:
         n = _counted((found.get("undecided") or {}).get(what))
@@ -327,6 +345,9 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
             yield f"{count(n, 'verdict')} undecided"
 
     for model, found in record.results["models"].items():
+        judges = found.get("judges") or alone
+        main, of_benign = judges["attacks"][0], judges["benign"][0]
+        others = found.get("others") or {}
         for attack, rates in found["attacks"].items():
             made = [(found.get(key) or {}).get(attack) for key in ("titles", "options")]
             title = f"Attack success, {made[0] or attack}"
@@ -334,10 +355,20 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
             failed = (found.get("failed") or {}).get(attack)
             if failed:
                 gaps.append(f"{count(len(failed), 'request')} without a test case")
-            yield observation(model, "harmlessness", f"redteam {attack}", "asr", title, "lower", rates, made, *gaps)
+            place = (model, "harmlessness", f"redteam {attack}", "asr", title, "lower")
+            yield observation(*place, rates, made, main, *gaps)
+            for judge, of in others.items():
+                if attack in of["attacks"]:
+                    gaps, agreement = [*undecided(of, attack)], of["agreement"][attack]
+                    yield observation(*place, of["attacks"][attack], made, judge, *gaps, agreement=agreement)
         for name, title, better in (
             ("refused", "Over-refusal", "lower"),
             ("helped", "Harmless requests helped with", "higher"),
         ):
             gaps = [*undecided(found, "benign requests")]
-            yield observation(model, GUARDS, f"redteam {name}", name, title, better, found[name], None, *gaps)
+            place = (model, GUARDS, f"redteam {name}", name, title, better)
+            yield observation(*place, found[name], None, of_benign, *gaps)
+            for judge, of in others.items():
+                if of[name]:
+                    gaps, agreement = [*undecided(of, "benign requests")], of["agreement"][name]
+                    yield observation(*place, of[name], None, judge, *gaps, agreement=agreement)

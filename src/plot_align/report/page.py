@@ -292,6 +292,7 @@ def _cell(cell: Cell | None, model: str, comparison: Comparison, notes: _Notes |
         "says": "",
         "note": "",
         "gaps": "; ".join(cell.observation.gaps),
+        "judged": "; ".join(cell.observation.judged),
     }
     if cell.difference is not None and cell.sign is not None:
         found["mark"] = _MARKS[cell.sign]
@@ -317,8 +318,8 @@ def _wide(comparison: Comparison) -> Table:
                 continue
             interval = f" ({cell['interval']})" if cell["interval"] else ""
             sign = f"; {cell['mark']} {cell['says']}" if cell["says"] else ""
-            gaps = f"; {cell['gaps']}" if cell["gaps"] else ""
-            texts.append(f"{cell['value']}{interval}, n {cell['n']}{gaps}{sign}")
+            told = "".join(f"; {cell[what]}" for what in ("judged", "gaps") if cell[what])
+            texts.append(f"{cell['value']}{interval}, n {cell['n']}{told}{sign}")
         rows.append(texts)
     caption = f"Every measure, with 95 % intervals; differences to {comparison.baseline}, p after Holm's correction"
     return Table("measures_by_model", caption, ["section", "measure", *comparison.models], rows)

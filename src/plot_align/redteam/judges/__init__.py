@@ -9,14 +9,17 @@ from plot_align.redteam.judges.classifier import ClassifierPrompts, HarmBenchCla
 from plot_align.redteam.judges.endpoint import EndpointJudge
 from plot_align.redteam.judges.likelihood import TargetLikelihood
 from plot_align.redteam.judges.phrases import REFUSAL_PHRASES, RefusalPrefixes
+from plot_align.redteam.judges.published import FineTunedJudge, PromptedJudge
 
 __all__ = [
     "REFUSAL_PHRASES",
     "ClassifierPrompts",
     "EndpointJudge",
+    "FineTunedJudge",
     "HarmBenchClassifier",
     "Judge",
     "Judged",
+    "PromptedJudge",
     "RefusalPrefixes",
     "TargetLikelihood",
     "agreement",

@@ -143,7 +143,8 @@ class HarmBenchClassifier:
     ) -> HarmBenchClassifier:
         """Load it from a hub id or a folder.
 
-        The original is :data:`plot_align.redteam.names.CLASSIFIER` (13 billion parameters, 26 GB in bfloat16).
+        The original is named in :data:`plot_align.redteam.names.CHECKPOINTS` (13 billion parameters, 26 GB in
+        bfloat16).
 
         Args:
             device: None takes the accelerator where there is one.
