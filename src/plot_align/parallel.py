@@ -8,21 +8,29 @@ process computes a whole job (a batch, a request under attack), so no result dep
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import pickle
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from plot_align.errors import InputError, RunError, first_line
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
+PATIENCE = 300  # seconds without a sign of life after which a process counts as hanging; PLOT_ALIGN_PATIENCE
 
 _state: Any = None  # accelerate's PartialState inside in_step() with several processes
 _alone = False  # whether this process is computing a job by itself
@@ -50,8 +58,84 @@ def process_state(**options: Any) -> Any:
 
 
 def patient_state() -> Any:
-    """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour)."""
-    return process_state(timeout=timedelta(days=30))
+    """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour): a job
+    may take long. One that gives no sign of life ends the run; see :class:`_Pulse`."""
+    state = process_state(timeout=timedelta(days=30))
+    if state.num_processes > 1:
+        _Pulse.start_once(state.process_index, state.num_processes)
+    return state
+
+
+class _Pulse(threading.Thread):
+    """Tells the other processes every few seconds that this one lives, and ends this one where another is silent.
+
+    A process that was killed breaks its connections, which the others notice at once. One that was stopped, or whose
+    machine hangs, does not: the others would wait for it in vain.
+    """
+
+    _started = False
+
+    def __init__(self, rank: int, size: int, patience: float) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self.others = [other for other in range(size) if other != rank]
+        self.rank, self.patience = rank, patience
+
+    @classmethod
+    def start_once(cls, rank: int, size: int) -> None:
+        patience = float(os.environ.get("PLOT_ALIGN_PATIENCE", PATIENCE))
+        if not cls._started and patience > 0:
+            cls._started = True
+            cls(rank, size, patience).start()
+
+    def run(self) -> None:
+        from torch.distributed import distributed_c10d
+
+        # A connection of its own, as each operation waits for its answer; not for long, where the process that holds
+        # the store hangs.
+        store = distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=self.patience))
+        heard = {other: (b"", time.monotonic()) for other in self.others}
+        for beat in count():
+            began = time.monotonic()
+            try:
+                store.set(_pulse_of(self.rank), str(beat))
+                beats = {
+                    other: store.get(_pulse_of(other)) for other in self.others if store.check([_pulse_of(other)])
+                }
+            except Exception:
+                if time.monotonic() - began < self.patience / 2:
+                    return  # the store is gone: a process has ended, which the next meeting tells
+                beats = {}
+            for other, (last, since) in heard.items():
+                if beats.get(other, last) != last:
+                    heard[other] = beats[other], time.monotonic()
+                elif time.monotonic() - since > self.patience:
+                    _end(f"process {other} has given no sign of life for {self.patience:g} seconds")
+            time.sleep(self.patience / 10)
+
+
+def _pulse_of(rank: int) -> str:
+    return f"plot_align/pulse/{rank}"
+
+
+def _end(reason: str) -> None:
+    """End this process, whose main thread waits inside of a library, with a sentence."""
+    message = f"{reason}; what is finished is kept, so end that process and run the command again"
+    if not tell_launcher(message):
+        print(f"plot-align: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def tell_launcher(message: str) -> bool:
+    """Hand this process's error to :func:`plot_align.cli.launch.launch`, which prints one for all processes. False if
+    there is no launcher of ours."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if LAUNCHED not in os.environ or not path:
+        return False
+    now = time.time()  # torch elastic reads whole seconds, too coarse to find the first error
+    content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
+    Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
+    return True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
 
 def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
-    from plot_align.io import require_writable
+    from plot_align.io import claimed
     from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
 
@@ -90,16 +91,17 @@ def _run(options: Any) -> int:
     for attack in attacks:
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
-    on_main(lambda: require_writable(options.output))
 
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
     measured, identities = {}, {}
-    for name, source in models.items():
-        victim = load_victim(source, options, name)
-        identities[name] = victim.identity
-        measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
-    on_main(lambda: _report(measured, identities, skipped, options))
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(claimed(options.output)))
+        for name, source in models.items():
+            victim = load_victim(source, options, name)
+            identities[name] = victim.identity
+            measured[name] = _measured(victim, harmful, benign, targets, attacks, options, loaded)
+        on_main(lambda: _report(measured, identities, skipped, options))
     return 0
 
 

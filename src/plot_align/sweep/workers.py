@@ -16,6 +16,7 @@ from plot_align.errors import InputError, RunError
 
 Job = TypeVar("Job")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_PARENT = "PLOT_ALIGN_PARENT"  # with which a command of ours ends; see plot_align.cli.launch
 
 
 def visible_gpus() -> list[str]:
@@ -59,6 +60,7 @@ class CommandWorker:
     def run(self, command: Sequence[str], log: Path) -> int:
         """Run ``command``, write what it prints to ``log``, and return its exit code."""
         environment = os.environ | ({} if self._device is None else {_VISIBLE: self._device})
+        environment[_PARENT] = str(os.getpid())
         with log.open("wb") as file:
             with self._lock:
                 if self._stopped:
