@@ -53,6 +53,16 @@ class Undisturbed:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Inject what is still to be injected; 1 if something ended otherwise than it should."""
+    options = make_parser().parse_args(arguments)
+    record = Record(options.folder / "record.json")
+    if options.report:
+        report.write(record.entries, inputs.ROOT / "docs")
+        return 0
+    return soak(options, record)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", type=_names(FAULTS), default=list(FAULTS), metavar="A,B")
     parser.add_argument("--commands", type=_names(COMMANDS), default=list(COMMANDS), metavar="A,B")
@@ -61,12 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the folders of injections that ended otherwise")
     parser.add_argument("--report", action="store_true", help="write the page from the record, and inject nothing")
-    options = parser.parse_args(arguments)
-    record = Record(options.folder / "record.json")
-    if options.report:
-        report.write(record.entries, inputs.ROOT / "docs")
-        return 0
-    return soak(options, record)
+    return parser
 
 
 def _names(known: dict[str, Any]) -> Any:

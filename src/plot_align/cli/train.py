@@ -209,7 +209,7 @@ def _train_and_save(
         path = write_record(
             Path(training_args.output_dir) / "plot_align_record.json",
             command,
-            results_of(trainer, result.metrics),
+            results_of(trainer, result.metrics, resumed=resume is not None),
             config={
                 "script": vars(script_args),
                 "training": training_args.to_dict(),  # secrets are masked there

@@ -147,7 +147,7 @@ def train(
     write_record(
         folder / RECORD,
         "dpo",
-        results_of(trainer, result.metrics),
+        results_of(trainer, result.metrics, resumed=checkpoint is not None),
         config={
             "arm": arm.name,
             "setting": asdict(setting),
