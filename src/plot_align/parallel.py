@@ -30,6 +30,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
+_DONE = "done"  # the last sign of life of a process that needs the others no more
 PATIENCE = 300  # seconds without a sign of life after which a process counts as hanging; PLOT_ALIGN_PATIENCE
 
 _state: Any = None  # accelerate's PartialState inside in_step() with several processes
@@ -59,59 +60,71 @@ def process_state(**options: Any) -> Any:
 
 def patient_state() -> Any:
     """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour): a job
-    may take long. One that gives no sign of life ends the run; see :class:`_Pulse`."""
-    state = process_state(timeout=timedelta(days=30))
-    if state.num_processes > 1:
-        _Pulse.start_once(state.process_index, state.num_processes)
-    return state
+    may take long. Within :func:`pulse` they do not wait for one that gives no sign of life."""
+    return process_state(timeout=timedelta(days=30))
 
 
-class _Pulse(threading.Thread):
-    """Tells the other processes every few seconds that this one lives, and ends this one where another is silent.
+@contextmanager
+def pulse(state: Any) -> Iterator[None]:
+    """Within this context every process tells the others that it lives, and ends itself if another is silent.
 
     A process that was killed breaks its connections, which the others notice at once. One that was stopped, or whose
     machine hangs, does not: the others would wait for it in vain.
+
+    Args:
+        state: accelerate's ``PartialState``.
     """
+    patience = _patience()
+    if state.num_processes == 1 or patience <= 0:
+        yield
+        return
+    done = threading.Event()
+    options = (state.process_index, state.num_processes, patience, done)
+    thread = threading.Thread(target=_beat, args=options, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(5)
 
-    _started = False
 
-    def __init__(self, rank: int, size: int, patience: float) -> None:
-        super().__init__(name="pulse", daemon=True)
-        self.others = [other for other in range(size) if other != rank]
-        self.rank, self.patience = rank, patience
+def _patience() -> float:
+    given = os.environ.get("PLOT_ALIGN_PATIENCE", str(PATIENCE))
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"PLOT_ALIGN_PATIENCE is {given!r}, expected seconds, e.g. 300, or 0 to wait") from None
 
-    @classmethod
-    def start_once(cls, rank: int, size: int) -> None:
-        patience = float(os.environ.get("PLOT_ALIGN_PATIENCE", PATIENCE))
-        if not cls._started and patience > 0:
-            cls._started = True
-            cls(rank, size, patience).start()
 
-    def run(self) -> None:
-        from torch.distributed import distributed_c10d
+def _beat(own: int, size: int, patience: float, done: threading.Event) -> None:
+    from torch.distributed import distributed_c10d
 
-        # A connection of its own, as each operation waits for its answer; not for long, where the process that holds
-        # the store hangs.
-        store = distributed_c10d._get_default_store().clone()
-        store.set_timeout(timedelta(seconds=self.patience))
-        heard = {other: (b"", time.monotonic()) for other in self.others}
-        for beat in count():
-            began = time.monotonic()
-            try:
-                store.set(_pulse_of(self.rank), str(beat))
-                beats = {
-                    other: store.get(_pulse_of(other)) for other in self.others if store.check([_pulse_of(other)])
-                }
-            except Exception:
-                if time.monotonic() - began < self.patience / 2:
-                    return  # the store is gone: a process has ended, which the next meeting tells
-                beats = {}
-            for other, (last, since) in heard.items():
-                if beats.get(other, last) != last:
-                    heard[other] = beats[other], time.monotonic()
-                elif time.monotonic() - since > self.patience:
-                    _end(f"process {other} has given no sign of life for {self.patience:g} seconds")
-            time.sleep(self.patience / 10)
+    # A connection of its own, as each operation waits for its answer; not for long, where the process that holds the
+    # store hangs.
+    store = distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=patience))
+    others = [other for other in range(size) if other != own]
+    heard = {other: (b"", time.monotonic()) for other in others}
+    for beat in count():
+        began = time.monotonic()
+        try:
+            store.set(_pulse_of(own), _DONE if done.is_set() else str(beat))
+            there = [other for other in others if store.check([_pulse_of(other)])]
+            beats = {other: store.get(_pulse_of(other)) for other in there}
+        except Exception:
+            if time.monotonic() - began < patience / 2:
+                return  # the store is gone: a process has ended, which the next meeting tells
+            beats = {}
+        if done.is_set():
+            return
+        for other, (last, since) in heard.items():
+            now = beats.get(other, last)
+            if now != last or now == _DONE.encode():
+                heard[other] = now, time.monotonic()
+            elif time.monotonic() - since > patience:
+                _end(f"process {other} has given no sign of life for {patience:g} seconds")
+        done.wait(patience / 10)
 
 
 def _pulse_of(rank: int) -> str:
@@ -153,7 +166,8 @@ def in_step() -> Iterator[None]:
             datasets.disable_progress_bars()
             logging.disable_progress_bar()
     try:
-        yield
+        with pulse(state):
+            yield
     finally:
         _state = None
 

@@ -13,7 +13,7 @@ from plot_align.cli.parser import Parser, length
 from plot_align.errors import InputError
 from plot_align.inference.load import load_tokenizer
 from plot_align.io import claimed, require_writable
-from plot_align.parallel import patient_state
+from plot_align.parallel import patient_state, pulse
 
 
 def make_parser() -> Parser:
@@ -71,7 +71,8 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
     state = patient_state()  # ranks meet only at the end, and a stream's files differ in size
     try:
-        return _estimate(options, state.is_main_process)
+        with pulse(state):
+            return _estimate(options, state.is_main_process)
     finally:
         state.destroy_process_group()
 

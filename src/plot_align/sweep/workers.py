@@ -134,6 +134,7 @@ def raise_failures(failures: Mapping[int, Exception], names: Sequence[str], fold
     shown = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
     reason = next(iter(failures.values()))
     raise RunError(
-        f"{len(failed)} of {len(names)} runs failed ({shown}); the first said: {str(reason) or type(reason).__name__} "
-        f"The others are in {folder}; run the same again to try only those that failed"
+        f"{len(failed)} of {len(names)} runs failed ({shown}); the first said: "
+        f"{(str(reason) or type(reason).__name__).rstrip('.')}. The others are in {folder}; run the same again to try "
+        "only those that failed"
     ) from reason
