@@ -123,6 +123,8 @@ def soak(options: argparse.Namespace, record: Record) -> int:
     adopt_orphans()
     inputs.make(folder / "inputs")
     names = list(dict.fromkeys(command for command, _, _ in todo))
+    if "report" in names:  # reads what the evaluation writes
+        names.insert(0, "evaluate")
     undisturbed = _references(names, folder)
     work = [(c, f, n, undisturbed[c], folder, options.keep) for c, f, n in todo]
     started, odd = time.monotonic(), 0

@@ -145,7 +145,7 @@ def check_seal(path: Path) -> None:
         InputError: it was altered, or its seal was.
     """
     seal = seal_of(path)
-    if not seal.exists():
+    if not seal.exists() or not path.exists():
         return
     digests = json_or_none(seal)
     if not isinstance(digests, list) or file_digest(path) not in digests:

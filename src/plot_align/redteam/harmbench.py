@@ -106,8 +106,8 @@ def _is_completion(row: Any) -> bool:
 
 
 def _read(path: str | os.PathLike[str], what: str, shape: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
-    content = read_json_object(path, what, shape)
     check_seal(Path(path))
+    content = read_json_object(path, what, shape)
     for behavior, rows in content.items():
         if not isinstance(rows, list) or not all(map(fits, rows)):
             raise InputError(f"{what} {path}: the entry of {behavior!r} is not of the form {shape}; correct it")
