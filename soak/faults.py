@@ -21,7 +21,7 @@ from soak.commands import Command
 from soak.processes import Running, address_space
 
 _DAY = 86_400
-PATIENCE = 4  # seconds that a rank may give no sign of life, in place of minutes
+PATIENCE = 8  # seconds that a rank may give no sign of life, in place of minutes
 
 
 class Missed(Exception):

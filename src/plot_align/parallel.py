@@ -30,6 +30,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
+_BEATS = 10  # signs of life in that time
 _DONE = "done"  # the last sign of life of a process that needs the others no more
 PATIENCE = 300  # seconds without a sign of life after which a process counts as hanging; PLOT_ALIGN_PATIENCE
 
@@ -103,28 +104,29 @@ def _beat(own: int, size: int, patience: float, done: threading.Event) -> None:
     # A connection of its own, as each operation waits for its answer; not for long, where the process that holds the
     # store hangs.
     store = distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=patience))
+    store.set_timeout(timedelta(seconds=max(1.0, patience / _BEATS)))
     others = [other for other in range(size) if other != own]
-    heard = {other: (b"", time.monotonic()) for other in others}
+    heard = dict.fromkeys(others, b"")
+    silent = dict.fromkeys(others, 0)  # beats of ours: while this process was stopped as well, no time has passed
     for beat in count():
         began = time.monotonic()
+        beats = {}
         try:
             store.set(_pulse_of(own), _DONE if done.is_set() else str(beat))
             there = [other for other in others if store.check([_pulse_of(other)])]
             beats = {other: store.get(_pulse_of(other)) for other in there}
         except Exception:
-            if time.monotonic() - began < patience / 2:
+            if time.monotonic() - began < 0.5:
                 return  # the store is gone: a process has ended, which the next meeting tells
-            beats = {}
         if done.is_set():
             return
-        for other, (last, since) in heard.items():
-            now = beats.get(other, last)
-            if now != last or now == _DONE.encode():
-                heard[other] = now, time.monotonic()
-            elif time.monotonic() - since > patience:
+        for other in others:
+            now = beats.get(other, heard[other])
+            silent[other] = silent[other] + 1 if now == heard[other] != _DONE.encode() else 0
+            heard[other] = now
+            if silent[other] > _BEATS:
                 _end(f"process {other} has given no sign of life for {patience:g} seconds")
-        done.wait(patience / 10)
+        done.wait(patience / _BEATS)
 
 
 def _pulse_of(rank: int) -> str:
