@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -251,8 +252,8 @@ def _judged(case: Case, fault: str, undisturbed: Undisturbed) -> dict[str, Any]:
             case.problems.append(f"the next call said {sentence!r}")
         elif case.broken.name not in sentence and case.broken.parent.name not in sentence:
             case.problems.append(f"{sentence!r} does not name {case.broken}")
-        else:  # do what it says
-            (case.folder / case.broken).unlink(missing_ok=True)
+        else:
+            _obey(sentence, case)
             second = case.call(arguments)
             case.finish(second)
             if second.code() != 0:
@@ -262,6 +263,18 @@ def _judged(case: Case, fault: str, undisturbed: Undisturbed) -> dict[str, Any]:
     if case.problems:
         result = "other"
     return {"result": result, "codes": ends, "said": said, "sentence": sentence, "problems": case.problems}
+
+
+def _obey(sentence: str, case: Case) -> None:
+    """Delete what an error says to delete; the damaged file, if it does not say."""
+    told = re.search(r"delete (\S*?/\S*?)[,;]", sentence)
+    path = case.folder / (told[1] if told else case.broken or "")
+    if not path.resolve().is_relative_to(case.folder.resolve()):
+        raise ValueError(f"{sentence!r} says to delete {path}")
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    seal = path.parent / ".digests" / f"{path.name}.json"
+    if "delete both" in sentence:
+        seal.unlink(missing_ok=True)
 
 
 def _badly_said(running: Running, rank: int) -> list[str]:

@@ -26,6 +26,7 @@ def default_cache_dir() -> Path:
 
 PART = ".part."  # how the name of an unfinished file begins
 LOCK = ".plot-align.lock"
+DIGESTS = "plot_align_digests.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -153,6 +154,37 @@ def check_seal(path: Path) -> None:
             f"{path} is not as it was written, by its digest in {seal}; delete both to make it again, or the digest "
             "alone to take it as it is"
         )
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files below ``folder`` into it, without those of checkpoints in it."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and path.name != DIGESTS and not name.parts[0].startswith("checkpoint-"):
+            digests[name.as_posix()] = file_digest(path)
+    write_json(folder / DIGESTS, digests)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks a folder by the digests in it; one without them was written by another program, or an earlier version.
+
+    Raises:
+        InputError: a file is missing or altered.
+    """
+    path = folder / DIGESTS
+    if not path.exists():
+        return
+    digests = json_or_none(path)
+    if not isinstance(digests, dict):
+        raise InputError(f"{path} is damaged, and {folder} with it, perhaps; delete {folder}, and run the same again")
+    for name, expected in digests.items():
+        file = folder / name
+        if not file.is_file() or file_digest(file) != expected:
+            raise InputError(
+                f"{file} is not as it was written, by its digest in {path.name}; delete {folder}, and run the same "
+                "again"
+            )
 
 
 def seal_of(path: Path) -> Path:

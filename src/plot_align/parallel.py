@@ -103,7 +103,8 @@ def _beat(own: int, size: int, patience: float, done: threading.Event) -> None:
 
     # A connection of its own, as each operation waits for its answer; not for long, where the process that holds the
     # store hangs.
-    store = distributed_c10d._get_default_store().clone()
+    store: Any = distributed_c10d._get_default_store()
+    store = store.clone()
     store.set_timeout(timedelta(seconds=max(1.0, patience / _BEATS)))
     others = [other for other in range(size) if other != own]
     heard = dict.fromkeys(others, b"")

@@ -9,7 +9,9 @@ import yaml
 
 from plot_align.cli.main import main
 from plot_align.errors import InputError
-from plot_align.trl.checkpoints import DIGESTS, check_folder, last_checkpoint, seal_folder
+from plot_align.io import DIGESTS, check_folder, seal_folder
+from plot_align.records import read_record
+from plot_align.trl.checkpoints import last_checkpoint
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
@@ -52,7 +54,8 @@ def test_the_same_command_trains_goes_on_and_refuses_a_damaged_checkpoint(
     output = tmp_path / "out"
     content = {
         "model_name_or_path": str(tiny_llama), "dataset_name": str(pairs_file), "output_dir": str(output),
-        "max_steps": 3, "save_steps": 1, "alpha": 0.1, "use_cpu": True, "bf16": False, "report_to": "none",
+        "max_steps": 3, "save_steps": 1,
+        "logging_steps": 1, "alpha": 0.1, "use_cpu": True, "bf16": False, "report_to": "none",
         "dtype": "float32", "resume_from_checkpoint": True, "disable_tqdm": True,
     }  # fmt: skip
     config = tmp_path / "dpo.yaml"
@@ -60,6 +63,12 @@ def test_the_same_command_trains_goes_on_and_refuses_a_damaged_checkpoint(
     command = ["dpo", "--config", str(config)]
     assert main(command) == 0  # nothing to go on from
     whole = (output / "model.safetensors").read_bytes()
+    record = read_record(output / "plot_align_record.json")["results"]
+    assert main(command) == 0  # trained already: transformers would take a fourth step
+    again = read_record(output / "plot_align_record.json")["results"]
+    assert (output / "model.safetensors").read_bytes() == whole
+    assert again["steps"] == record["steps"] == 3
+    assert again["metrics"]["train_loss"] == record["metrics"]["train_loss"] > 0
     (output / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it was written
     assert main(command) == 0
     assert (output / "model.safetensors").read_bytes() == whole

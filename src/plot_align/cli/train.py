@@ -146,7 +146,7 @@ def _train_and_save(
     from plot_align.records import write_record
     from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
     from plot_align.trl.artifacts import results_of
-    from plot_align.trl.checkpoints import SealCheckpoints
+    from plot_align.trl.checkpoints import train
     from trl import get_peft_config
 
     resume = _checkpoint(training_args)
@@ -197,19 +197,18 @@ def _train_and_save(
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     progress.use(trainer)
-    trainer.add_callback(SealCheckpoints())
     if monitor.monitor:
         from plot_align.monitor import PreferenceMonitor
 
         requests = monitor.monitor_requests
         trainer.add_callback(PreferenceMonitor(trainer, stop_on=monitor.stop_on, requests=requests))
-    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = train(trainer, resume)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         path = write_record(
             Path(training_args.output_dir) / "plot_align_record.json",
             command,
-            results_of(trainer, result.metrics, resumed=resume is not None),
+            results_of(trainer, metrics, resumed=resume is not None),
             config={
                 "script": vars(script_args),
                 "training": training_args.to_dict(),  # secrets are masked there
@@ -228,10 +227,11 @@ def _train_and_save(
         trainer.end()
 
 
-def _checkpoint(training_args: Any) -> str | None:
+def _checkpoint(training_args: Any) -> Path | None:
     """The checkpoint to go on from. With ``true`` the newest whole one; none of it yet is no error: the same command
     can be run until it is done."""
-    from plot_align.trl.checkpoints import check_folder, last_checkpoint
+    from plot_align.io import check_folder
+    from plot_align.trl.checkpoints import last_checkpoint
 
     resume = training_args.resume_from_checkpoint
     if str(resume).lower() == "true":
@@ -244,7 +244,7 @@ def _checkpoint(training_args: Any) -> str | None:
     if not resume:
         return None
     check_folder(Path(resume))
-    return str(resume)
+    return Path(resume)
 
 
 def _trusts_remote_code(training_args: Any, model_args: Any) -> bool:

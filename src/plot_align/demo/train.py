@@ -14,11 +14,13 @@ from typing import Any
 from plot_align.bench import without_plot
 from plot_align.config import PlotConfig
 from plot_align.environment import on_cpu
+from plot_align.io import check_folder, seal_folder
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
 from plot_align.trl import attach
 from plot_align.trl.artifacts import results_of
-from plot_align.trl.checkpoints import SealCheckpoints, check_folder, last_checkpoint, seal_folder
+from plot_align.trl.checkpoints import last_checkpoint
+from plot_align.trl.checkpoints import train as resume
 
 RECORD = "plot_align_record.json"
 
@@ -135,19 +137,18 @@ def train(
         attach(trainer, preference, arm.plot)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Steps())
-    trainer.add_callback(SealCheckpoints())
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         check_folder(checkpoint)
         on_step(int(checkpoint.name.rpartition("-")[2]))
     with kernel:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics = resume(trainer, checkpoint)
     trainer.save_model(str(folder))
     seal_folder(folder)
     write_record(
         folder / RECORD,
         "dpo",
-        results_of(trainer, result.metrics, resumed=checkpoint is not None),
+        results_of(trainer, metrics, resumed=checkpoint is not None),
         config={
             "arm": arm.name,
             "setting": asdict(setting),

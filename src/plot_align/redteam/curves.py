@@ -48,6 +48,7 @@ def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestC
 
 def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, path: Path) -> None:
     """Draw one line per model with its 95 % interval, as PNG or SVG by the ending of ``path``."""
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -64,5 +65,6 @@ def draw(curves: Mapping[str, Mapping[int, Mapping[str, Any]]], xlabel: str, pat
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
-    with complete_or_absent(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    undated: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": "plot-align"}), complete_or_absent(path) as temporary:
+        figure.savefig(temporary, dpi=150, **undated)  # the same curves give the same bytes

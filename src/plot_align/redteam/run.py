@@ -106,7 +106,7 @@ def make_test_cases(
 def _is_attacked(layout: Layout, request: Request) -> bool:
     """Whether test cases for the same request exist."""
     folder = layout.behavior_folder(request.behavior.id)
-    if not (folder / "test_cases.json").exists():
+    if not all((folder / name).exists() for name in ("test_cases.json", "logs.json")):
         return False
     match_or_write(folder / "request.json", _request_json(request), folder)
     for name in ("logs.json", "test_cases.json"):

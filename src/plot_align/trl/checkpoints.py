@@ -7,10 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from plot_align.errors import InputError
-from plot_align.io import file_digest, json_or_none, write_json
-
-DIGESTS = "plot_align_digests.json"
+from plot_align.io import seal_folder
 
 
 class SealCheckpoints(TrainerCallback):
@@ -25,35 +22,28 @@ class SealCheckpoints(TrainerCallback):
             seal_folder(folder)
 
 
-def seal_folder(folder: Path) -> None:
-    """Write the digests of all files below ``folder`` into it, without those of checkpoints in it."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and path.name != DIGESTS and not name.parts[0].startswith("checkpoint-"):
-            digests[name.as_posix()] = file_digest(path)
-    write_json(folder / DIGESTS, digests)
+class _Trained(Exception):
+    """There is nothing left to train."""
 
 
-def check_folder(folder: Path) -> None:
-    """Checks a folder by the digests in it; one without them was written by another program, or an earlier version.
+class _StopAtTheEnd(TrainerCallback):
+    """transformers takes one step too many where it goes on from the last step of ``max_steps``."""
 
-    Raises:
-        InputError: a file is missing or altered.
-    """
-    path = folder / DIGESTS
-    if not path.exists():
-        return
-    digests = json_or_none(path)
-    if not isinstance(digests, dict):
-        raise InputError(f"{path} is damaged, and {folder} with it, perhaps; delete {folder}, and run the same again")
-    for name, expected in digests.items():
-        file = folder / name
-        if not file.is_file() or file_digest(file) != expected:
-            raise InputError(
-                f"{file} is not as it was written, by its digest in {path.name}; delete {folder}, and run the same "
-                "again"
-            )
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise _Trained
+
+
+def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
+    """``trainer.train()``, from ``checkpoint`` on, with checkpoints that are known again. Returns the metrics."""
+    trainer.add_callback(SealCheckpoints())
+    trainer.add_callback(_StopAtTheEnd())
+    try:
+        return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
+    except _Trained:  # the weights are those of the checkpoint
+        metrics = {"total_flos": trainer.state.total_flos, "train_loss": 0.0}  # as transformers without a step has it
+        trainer.log(dict(metrics))
+        return {**metrics, "epoch": trainer.state.epoch}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
