@@ -55,7 +55,7 @@ def _content(path: Path) -> str:
         return hashlib.sha256(data).hexdigest()
     if path.suffix == ".json":
         try:
-            return json.dumps(_timeless(json.loads(text)), indent=1)
+            return json.dumps(_timeless(json.loads(text)), indent=1, sort_keys=True)
         except ValueError:
             return text
     if path.suffix == ".jsonl":
@@ -65,7 +65,9 @@ def _content(path: Path) -> str:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _timeless(entry) for key, entry in value.items() if not _TIMES.search(key)}
+        # A data set's fingerprint, unlike a vocabulary's of 64 digits, is of the place of its file.
+        kept = {k: v for k, v in value.items() if not (k == "fingerprint" and len(str(v)) == 16)}
+        return {key: _timeless(entry) for key, entry in kept.items() if not _TIMES.search(key)}
     if isinstance(value, list):
         return [_timeless(entry) for entry in value]
     return _TEXT_TIMES.sub("TIME", value) if isinstance(value, str) else value

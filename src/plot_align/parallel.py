@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
 _BEATS = 10  # signs of life in that time
+_STARTS = 6  # times that, until all have started
 _DONE = "done"  # the last sign of life of a process that needs the others no more
 PATIENCE = 300  # seconds without a sign of life after which a process counts as hanging; PLOT_ALIGN_PATIENCE
 
@@ -61,8 +62,17 @@ def process_state(**options: Any) -> Any:
 
 def patient_state() -> Any:
     """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour): a job
-    may take long. Within :func:`pulse` they do not wait for one that gives no sign of life."""
-    return process_state(timeout=timedelta(days=30))
+    may take long. Within :func:`pulse` they do not wait for one that gives no sign of life; nor here, where they find
+    each other."""
+    patience = _patience()
+    limit = threading.Timer(_STARTS * patience, _end, ["another process has not started, or hangs"])
+    limit.daemon = True
+    if patience > 0:
+        limit.start()
+    try:
+        return process_state(timeout=timedelta(days=30))
+    finally:
+        limit.cancel()
 
 
 @contextmanager

@@ -71,6 +71,9 @@ def test_the_same_command_trains_goes_on_and_refuses_a_damaged_checkpoint(
     assert again["metrics"]["train_loss"] == record["metrics"]["train_loss"] > 0
     (output / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it was written
     assert main(command) == 0
+    again = read_record(output / "plot_align_record.json")["results"]
+    assert again["last_log"]["num_tokens"] == record["last_log"]["num_tokens"]  # which TRL counts anew
+    assert again["metrics"]["train_loss"] == record["metrics"]["train_loss"]
     assert (output / "model.safetensors").read_bytes() == whole
     weights = output / "checkpoint-3" / "model.safetensors"
     content = bytearray(weights.read_bytes())

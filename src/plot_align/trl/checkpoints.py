@@ -7,11 +7,17 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from plot_align.io import seal_folder
+from plot_align.io import json_or_none, seal_folder, write_json
+
+_COUNTS = "plot_align_counts.json"
+_TOKENS = "_total_train_tokens"  # TRL's name for it
 
 
-class SealCheckpoints(TrainerCallback):
-    """Writes the digests of a checkpoint's files beside them, once all processes have written theirs."""
+class _Keep(TrainerCallback):
+    """Adds to a checkpoint what TRL forgets, and, once all processes have written theirs, the digests of its files."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from accelerate import PartialState
@@ -19,6 +25,7 @@ class SealCheckpoints(TrainerCallback):
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            write_json(folder / _COUNTS, {"num_tokens": getattr(self.trainer, _TOKENS, None)})
             seal_folder(folder)
 
 
@@ -36,8 +43,11 @@ class _StopAtTheEnd(TrainerCallback):
 
 def train(trainer: Any, checkpoint: Path | None) -> dict[str, Any]:
     """``trainer.train()``, from ``checkpoint`` on, with checkpoints that are known again. Returns the metrics."""
-    trainer.add_callback(SealCheckpoints())
+    trainer.add_callback(_Keep(trainer))
     trainer.add_callback(_StopAtTheEnd())
+    counts = json_or_none(checkpoint / _COUNTS) if checkpoint is not None else None
+    if isinstance(counts, dict) and counts.get("num_tokens") is not None:
+        setattr(trainer, _TOKENS, counts["num_tokens"])  # the tokens trained on, which TRL's log would count anew
     try:
         return trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint)).metrics
     except _Trained:  # the weights are those of the checkpoint
