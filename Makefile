@@ -2,6 +2,7 @@
 # make test          the tests, without those marked slow
 # make test-slow     those that are: they train, or start processes
 # make compat        the tests on each TRL from 0.24 on, and docs/compatibility.md
+# make soak          faults injected into every command, about an hour; then docs/reliability.md
 # make plugins       the tests of the plug-ins, each in an environment with its framework
 # make check         lint, format, imports, types
 # make docs          the documentation as a site, site/index.html
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 QUICK ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow compat plugins check docs dist install clean
+.PHONY: demo test test-slow soak compat plugins check docs dist install clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -24,6 +25,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m soak; code=$$?; $(BIN)/python -m soak --report && exit $$code
 
 plugins: $(VENV)/.installed
 	VENV=$(VENV) tests/plugins/environments.sh

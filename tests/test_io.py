@@ -1,13 +1,19 @@
-"""Files are complete or absent, and a folder that cannot be written is refused before the work."""
+"""Files are complete or absent and known again, a folder has one writer, and one that cannot be written is refused."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from plot_align import io
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, require_writable
+from plot_align.io import check_seal, claimed, complete_or_absent, require_writable, seal_of, write_sealed_json
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -36,3 +42,97 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     with pytest.raises(InputError, match="a/b cannot be written"):
         require_writable(tmp_path / "a" / "b")
+
+
+def test_a_folder_has_one_writer_and_a_file_too(tmp_path: Path) -> None:
+    """Another process holds them; once it is killed, nobody does. What it left unfinished goes, and no trace stays."""
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from plot_align.io import claimed, complete_or_absent
+        folder = Path(sys.argv[1])
+        with claimed(folder / "run"), claimed(folder, "kept.jsonl"):
+            with complete_or_absent(folder / "run" / "a" / "record.json"), complete_or_absent(folder / "kept.jsonl"):
+                print("held", flush=True)
+                sys.stdin.read()
+    """
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        for folder, name in ((tmp_path / "run", None), (tmp_path, "kept.jsonl")):
+            with pytest.raises(InputError, match=r"(run|kept\.jsonl) is in use by another plot-align process; wait"):
+                claimed(folder, name).__enter__()
+        with claimed(tmp_path, "other.jsonl"):  # another file in that folder is free
+            pass
+        other.kill()
+    assert len(list(tmp_path.rglob(".part.*"))) == 2
+    (tmp_path / ".part.1.other.jsonl").touch()  # somebody else's
+    with claimed(tmp_path / "run"), claimed(tmp_path, "kept.jsonl"):
+        assert [path.name for path in tmp_path.rglob(".part.*")] == [".part.1.other.jsonl"]
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_claim_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with claimed(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/b cannot be written"):
+        claimed(tmp_path / "file" / "b").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "free some space, and run the same again"),
+        (errno.ENOENT, "its folder was removed meanwhile"),
+        (errno.EROFS, "name a folder you may write to"),
+    ],
+)
+def test_what_to_do_depends_on_what_hinders(
+    code: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(io.os, "replace", refuse)
+    with pytest.raises(InputError, match=advice):
+        io.write_json(tmp_path / "a.json", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sealed_file_is_known_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    check_seal(path.with_name("foreign.json"))  # from elsewhere
+    for value in (1, 2, 3):
+        write_sealed_json(path, {"label": value})
+        check_seal(path)
+    path.write_text(path.read_text().replace("3", "4"))
+    with pytest.raises(InputError, match=r"answers.json is not as it was written, .* delete both to make it again"):
+        check_seal(path)
+    write_sealed_json(path, {"label": 5})
+    check_seal(path)
+    seal_of(path).write_text("[")
+    with pytest.raises(InputError, match=r"answers\.json is not as it was written"):
+        check_seal(path)
+
+
+def test_a_run_killed_between_seal_and_file_leaves_neither_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "answers.json"
+    write_sealed_json(path, 1)
+    real, calls = os.replace, []
+
+    def second_fails(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    monkeypatch.setattr(io.os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        write_sealed_json(path, 2)
+    assert json.loads(path.read_text()) == 1
+    check_seal(path)

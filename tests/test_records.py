@@ -237,3 +237,20 @@ def test_the_mean_of_equal_values_lies_among_them() -> None:
     for hits in range(61):
         entry = records.mean_of([hits / 60] * 3)
         assert entry["spread"][0] <= entry["value"] <= entry["spread"][1]
+
+
+def test_a_number_altered_in_a_record_is_not_believed(tmp_path: Path) -> None:
+    path = records.write_record(
+        tmp_path / "a.json", "estimate", {"rate": 0.25, "far": math.inf}, config={"n": 1}, seed=0
+    )
+    text = path.read_text()
+    assert records.read_record(path)["results"] == {"rate": 0.25, "far": math.inf}
+    for old, new in (("0.25", "0.75"), ('"n": 1', '"n": 2'), ("Infinity", "-Infinity")):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=r"a\.json was altered after it was written.*; delete it"):
+            records.read_record(path)
+    content = json.loads(text)
+    del content["digest"]  # of an earlier version
+    path.write_text(json.dumps(content))
+    assert records.read_record(path)["results"]["rate"] == 0.25

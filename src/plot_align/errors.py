@@ -51,6 +51,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".;") if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of an accelerator ran out; torch says so with errors of several types."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "t allocate memory" in text
+
+
 def require_packages(what: str, *packages: str, extra: str) -> None:
     """Refuses a feature whose optional packages are not installed.
 

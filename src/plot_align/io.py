@@ -1,12 +1,15 @@
-"""Files: writing whole files or none, JSON, YAML, dataclasses built from it, digests, the model cache."""
+"""Files: writing whole files or none, one writer at a time, JSON, YAML, dataclasses built from it, digests, the model
+cache."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +29,28 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("PLOT_ALIGN_CACHE") or Path.home() / ".cache" / "plot-align").expanduser()
 
 
+PART = ".part."  # how the name of an unfinished file begins
+LOCK = ".plot-align.lock"
+DIGESTS = "plot_align_digests.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_full(error: BaseException | str) -> bool:
+    """Whether a disk is full; not every library says so with an OSError (safetensors, tokenizers, pip's output)."""
+    return any(os.strerror(code) in str(error) for code in _FULL)
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What to say where ``path`` cannot be written."""
+    if error.errno in _FULL:
+        advice = "free some space, and run the same again"
+    elif error.errno == errno.ENOENT:
+        advice = "its folder was removed meanwhile, so run the same again"
+    else:
+        advice = "name a folder you may write to"
+    return InputError(f"{path} cannot be written ({error.strerror}); {advice}")
+
+
 @contextlib.contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside ``path`` and renames it to ``path`` at the end of the block.
@@ -36,9 +61,9 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PART, suffix=f".{path.name}")
         temporary = Path(name)
+        os.close(handle)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -49,20 +74,127 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise  # not the file system: gzip and others raise OSError for damaged input
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise unwritable(path, error) from None
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that may no longer be written
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
+    """Within this context no other process may write below ``folder``; or only not the file ``name`` in it.
+
+    Unfinished files of runs that were killed are removed. The lock ends with its process, however that ends.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be created or written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / (LOCK if name is None else f".{name}.lock"), timeout=0)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        for left in folder.rglob(f"{PART}*") if name is None else folder.glob(f"{PART}*.{name.partition('.')[0]}.*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    except Timeout:
+        raise InputError(
+            f"{folder / (name or '')} is in use by another plot-align process; wait until that ends, or name another "
+            "output"
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # no trace of a run that wrote nothing
+            Path(lock.lock_file).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
     """The file is complete or it is not there."""
-    try:
-        content = json.dumps(value, indent=2, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half an emoji, as an endpoint may send: JSON can hold it escaped only
-        content = json.dumps(value, indent=2).encode()
+    content = _json_bytes(value)
     with complete_or_absent(path) as temporary:
-        temporary.write_bytes(content + b"\n")
+        temporary.write_bytes(content)
+
+
+def _json_bytes(value: Any) -> bytes:
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half an emoji, as an endpoint may send: JSON can hold it escaped only
+        return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def write_sealed_json(path: Path, value: Any) -> None:
+    """:func:`write_json`, with a digest of the file in a folder beside it, by which :func:`check_seal` knows it again.
+
+    The digest is written first, beside that of the file to be replaced: a run killed between the two leaves neither
+    file in doubt.
+    """
+    content = _json_bytes(value)
+    former = [file_digest(path)] if path.is_file() else []
+    write_json(seal_of(path), [hashlib.sha256(content).hexdigest(), *former])
+    with complete_or_absent(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def check_seal(path: Path) -> None:
+    """Checks that a file of :func:`write_sealed_json` is as it was written; one without a seal comes from elsewhere.
+
+    Raises:
+        InputError: it was altered, or its seal was.
+    """
+    seal = seal_of(path)
+    if not seal.exists() or not path.exists():
+        return
+    digests = json_or_none(seal)
+    if not isinstance(digests, list) or file_digest(path) not in digests:
+        raise InputError(
+            f"{path} is not as it was written, by its digest in {seal}; delete both to make it again, or the digest "
+            "alone to take it as it is"
+        )
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files below ``folder`` into it, without those of checkpoints in it."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and path.name != DIGESTS and not name.parts[0].startswith("checkpoint-"):
+            digests[name.as_posix()] = file_digest(path)
+    write_json(folder / DIGESTS, digests)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks a folder by the digests in it; one without them was written by another program, or an earlier version.
+
+    Raises:
+        InputError: a file is missing or altered.
+    """
+    path = folder / DIGESTS
+    if not path.exists():
+        return
+    digests = json_or_none(path)
+    if not isinstance(digests, dict):
+        raise InputError(f"{path} is damaged, and {folder} with it, perhaps; delete {folder}, and run the same again")
+    for name, expected in digests.items():
+        file = folder / name
+        if not file.is_file() or file_digest(file) != expected:
+            raise InputError(
+                f"{file} is not as it was written, by its digest in {path.name}; delete {folder}, and run the same "
+                "again"
+            )
+
+
+def seal_of(path: Path) -> Path:
+    """Where the digest of a sealed file is."""
+    return path.parent / ".digests" / f"{path.name}.json"
 
 
 def parse_json(text: str | bytes, **hooks: Any) -> Any:
@@ -189,7 +321,7 @@ def require_writable(folder: Path) -> None:
         for path in missing:
             path.rmdir()
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise unwritable(folder, error) from None
 
 
 def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:

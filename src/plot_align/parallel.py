@@ -8,21 +8,32 @@ process computes a whole job (a batch, a request under attack), so no result dep
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import pickle
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from plot_align.errors import InputError, RunError, first_line
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
+_BEATS = 10  # signs of life in that time
+_STARTS = 6  # times that, until all have started
+_DONE = "done"  # the last sign of life of a process that needs the others no more
+PATIENCE = 300  # seconds without a sign of life after which a process counts as hanging; PLOT_ALIGN_PATIENCE
 
 _state: Any = None  # accelerate's PartialState inside in_step() with several processes
 _alone = False  # whether this process is computing a job by itself
@@ -50,8 +61,107 @@ def process_state(**options: Any) -> Any:
 
 
 def patient_state() -> Any:
-    """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour)."""
-    return process_state(timeout=timedelta(days=30))
+    """Like :func:`process_state`, but processes wait a month for each other (torch's default is half an hour): a job
+    may take long. Within :func:`pulse` they do not wait for one that gives no sign of life; nor here, where they find
+    each other."""
+    patience = _patience()
+    limit = threading.Timer(_STARTS * patience, _end, ["another process has not started, or hangs"])
+    limit.daemon = True
+    if patience > 0:
+        limit.start()
+    try:
+        return process_state(timeout=timedelta(days=30))
+    finally:
+        limit.cancel()
+
+
+@contextmanager
+def pulse(state: Any) -> Iterator[None]:
+    """Within this context every process tells the others that it lives, and ends itself if another is silent.
+
+    A process that was killed breaks its connections, which the others notice at once. One that was stopped, or whose
+    machine hangs, does not: the others would wait for it in vain.
+
+    Args:
+        state: accelerate's ``PartialState``.
+    """
+    patience = _patience()
+    if state.num_processes == 1 or patience <= 0:
+        yield
+        return
+    done = threading.Event()
+    options = (state.process_index, state.num_processes, patience, done)
+    thread = threading.Thread(target=_beat, args=options, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(5)
+
+
+def _patience() -> float:
+    given = os.environ.get("PLOT_ALIGN_PATIENCE", str(PATIENCE))
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"PLOT_ALIGN_PATIENCE is {given!r}, expected seconds, e.g. 300, or 0 to wait") from None
+
+
+def _beat(own: int, size: int, patience: float, done: threading.Event) -> None:
+    from torch.distributed import distributed_c10d
+
+    # A connection of its own, as each operation waits for its answer; not for long, where the process that holds the
+    # store hangs.
+    store: Any = distributed_c10d._get_default_store()
+    store = store.clone()
+    store.set_timeout(timedelta(seconds=max(1.0, patience / _BEATS)))
+    others = [other for other in range(size) if other != own]
+    heard = dict.fromkeys(others, b"")
+    silent = dict.fromkeys(others, 0)  # beats of ours: while this process was stopped as well, no time has passed
+    for beat in count():
+        began = time.monotonic()
+        beats = {}
+        try:
+            store.set(_pulse_of(own), _DONE if done.is_set() else str(beat))
+            there = [other for other in others if store.check([_pulse_of(other)])]
+            beats = {other: store.get(_pulse_of(other)) for other in there}
+        except Exception:
+            if time.monotonic() - began < 0.5:
+                return  # the store is gone: a process has ended, which the next meeting tells
+        if done.is_set():
+            return
+        for other in others:
+            now = beats.get(other, heard[other])
+            silent[other] = silent[other] + 1 if now == heard[other] != _DONE.encode() else 0
+            heard[other] = now
+            if silent[other] > _BEATS:
+                _end(f"process {other} has given no sign of life for {patience:g} seconds")
+        done.wait(patience / _BEATS)
+
+
+def _pulse_of(rank: int) -> str:
+    return f"plot_align/pulse/{rank}"
+
+
+def _end(reason: str) -> None:
+    """End this process, whose main thread waits inside of a library, with a sentence."""
+    message = f"{reason}; what is finished is kept, so end that process and run the command again"
+    if not tell_launcher(message):
+        print(f"plot-align: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def tell_launcher(message: str) -> bool:
+    """Hand this process's error to :func:`plot_align.cli.launch.launch`, which prints one for all processes. False if
+    there is no launcher of ours."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if LAUNCHED not in os.environ or not path:
+        return False
+    now = time.time()  # torch elastic reads whole seconds, too coarse to find the first error
+    content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
+    Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
+    return True
 
 
 @contextmanager
@@ -69,7 +179,8 @@ def in_step() -> Iterator[None]:
             datasets.disable_progress_bars()
             logging.disable_progress_bar()
     try:
-        yield
+        with pulse(state):
+            yield
     finally:
         _state = None
 

@@ -2,12 +2,14 @@
 
 Reports read only these files. A record is strict JSON (RFC 8259), which has neither NaN nor infinity. An infinite
 divergence must stay infinite in the report, so a float that is not finite is written as the object
-``{"$float": "NaN"}`` (or ``"Infinity"``, ``"-Infinity"``) and read back as that float.
+``{"$float": "NaN"}`` (or ``"Infinity"``, ``"-Infinity"``) and read back as that float. ``digest`` is of all else in
+it: a record that was altered is refused. One without it, of an earlier version or written by hand, is read as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -179,9 +181,16 @@ def write_record(
         "commit": commit(),
         "results": _encode(results, "results"),
     }
+    text = json.dumps({**record, "digest": _digest(record)}, indent=2, allow_nan=False)
     with complete_or_absent(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """16 hex digits of a record as JSON has it."""
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
@@ -202,9 +211,11 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
         raise InputError(f"record {path} cannot be read ({error.strerror}); check the path") from None
     try:
         record = parse_json(text, parse_constant=_refuse_constant, object_hook=_decode)
+        plain = parse_json(text)
     except ValueError:
         raise InputError(
-            f"{path} is not complete JSON, so it is damaged or was cut off; run the command that wrote it again"
+            f"{path} is not complete JSON, so it is damaged or was cut off; delete it, and run the command that wrote "
+            "it again"
         ) from None
     schema = record.get("schema") if isinstance(record, dict) and record.get("format") == FORMAT else None
     if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
@@ -216,6 +227,11 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     missing = {"kind", "config", "seed", "versions", "hardware", "commit", "results"} - record.keys()
     if missing:
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}; run the command that wrote it again")
+    if "digest" in plain and plain["digest"] != _digest(plain):
+        raise InputError(
+            f"{path} was altered after it was written, so its numbers cannot be trusted; delete it, and run the "
+            "command that wrote it again"
+        )
     if kind is not None and record["kind"] != kind:
         raise InputError(f"{path} is a record of {record['kind']!r}, expected {kind!r}; name the record of that run")
     return record

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -100,12 +104,47 @@ def test_version(run: Run) -> None:
     assert run("--version") == (0, f"plot-align {__version__}\n", "")
 
 
+def test_sigterm_ends_a_command_in_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in its way out runs, nobody sees a traceback, and the process is as it was."""
+    left: list[str] = []
+
+    def work(_: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            left.append("in order")
+        return 0
+
+    def swallow(number: int, frame: object) -> None:
+        left.append("not ours")
+
+    monkeypatch.setattr(demo, "run", work)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        found, _, err = run("demo")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert (found, left) == (143, ["in order"])
+        assert _one_sentence(err).startswith("ended by SIGTERM before it was done")
+        signal.signal(signal.SIGTERM, swallow)  # of a program that calls main()
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        assert run("demo")[0] == 0
+        assert left == ["in order", "not ours", "in order"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
         (errors.InputError("the input is wrong"), 2, "the input is wrong"),
         (errors.RunError("step 3 has NaN logits"), 1, "step 3 has NaN logits"),
-        (RuntimeError("out of memory\nand a long dump"), 1, "RuntimeError: out of memory (--debug shows where)"),
+        (RuntimeError("no such kernel\nand a long dump"), 1, "RuntimeError: no such kernel (--debug shows where)"),
+        (MemoryError(), 1, "memory ran out (MemoryError); make the batches smaller"),
+        (RuntimeError("CUDA out of memory. Tried"), 1, "memory ran out (CUDA out of memory. Tried); make the batches"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory ran out ("),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full ([Errno 28] No space left on device)"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "the disk is full (I/O error"),
         (KeyError(), 1, "KeyError: KeyError (--debug shows where)"),
         (ModuleNotFoundError("No module named 'trl'", name="trl"), 2, "this needs TRL, which is not installed; run"),
         (

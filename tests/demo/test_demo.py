@@ -190,17 +190,6 @@ def test_a_measure_that_failed_leaves_the_page_and_the_figure(finished: Path, ti
     assert cell(row, "DPO") == "–"
 
 
-def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
-    assert training.last_checkpoint(tmp_path) is None
-    for step, whole in ((2, True), (10, True), (12, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    found = training.last_checkpoint(tmp_path)
-    assert found is not None
-    assert found.name == "checkpoint-10"
-
-
 def test_the_clock_scales_what_is_left_by_how_the_machine_kept_to_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

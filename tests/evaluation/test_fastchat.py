@@ -317,6 +317,23 @@ def test_judgements_have_the_fields_of_play_a_match_single() -> None:
     assert [judgment(1, 1, text)["score"] for text in ("[[7.5]]", "[[95]]", "no idea")] == [7.5, -1, -1]
 
 
+def test_an_altered_answer_or_rating_is_not_believed(tmp_path: Path) -> None:
+    answers, judgments = tmp_path / "tiny.jsonl", tmp_path / "gpt-4_single.jsonl"
+    fastchat.write_answers(answers, {1: fastchat.answer_row("tiny", Question(1, "math", ("a", "b")), ("six", "ten"))})
+    fastchat.append_judgment(judgments, judgment(1, 1))
+    fastchat.append_judgment(judgments, judgment(1, 2))
+    fastchat.write_judgments(judgments, fastchat.read_judgments(judgments))
+    for path, old, new, read in (
+        (answers, "six", "sin", fastchat.read_answer_rows),
+        (judgments, "[[7]]", "[[9]]", fastchat.read_judgments),
+    ):
+        text = path.read_text()
+        assert read(path)
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=r"line 1 was altered after it was written; delete the line"):
+            read(path)
+
+
 def test_an_unfinished_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:
     path = tmp_path / "gpt-4_single.jsonl"
     fastchat.append_judgment(path, judgment(1, 1))

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fuzz.engines import by_structure, check_seeds
-from fuzz.targets import NAMES, make
 
 from fuzz import guard
+from fuzz.engines import by_structure, check_seeds
+from fuzz.targets import NAMES, make
 from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -486,6 +487,32 @@ def test_a_journal_outlives_a_process_that_is_killed(tmp_path: Path) -> None:
     with resume._journal(path) as keep:
         keep(3, [0.1, -2e-9])
         assert resume.read_journal(path) == {3: [0.1, -2e-9]}
+
+
+def test_a_line_of_a_journal_that_was_altered_is_computed_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    computed: list[int] = []
+
+    def compute(batch: int) -> list[float]:
+        computed.append(batch)
+        return [batch / 8]
+
+    assert list(resume.resumed(compute, [1, 2, 3], path)) == [[0.125], [0.25], [0.375]]
+    text = path.read_text()
+    assert text.count("0.25") == 1
+    path.write_text(text.replace("0.25", "0.75"))
+    computed.clear()
+    assert list(resume.resumed(compute, [1, 2, 3], path)) == [[0.125], [0.25], [0.375]]
+    assert computed == [2]
+
+
+def test_a_full_disk_is_said_of_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "ab", buffering=0) as full:
+        monkeypatch.setattr(Path, "open", lambda *given, **options: full)
+        with pytest.raises(InputError, match=r"journal cannot be written .*; free some space"):
+            list(resume.resumed(lambda batch: [1.0], [1, 2], tmp_path / "journal"))
 
 
 def test_a_journal_that_cannot_be_written(

@@ -45,3 +45,12 @@ def test_a_figure_is_written(tmp_path: Path) -> None:
     draw({"m": success_at_cases({"a": rows(1, 0)})}, "test cases", tmp_path / "c.svg")
     text = (tmp_path / "c.svg").read_text(encoding="utf-8")
     assert text.startswith("<?xml")
+
+
+def test_the_same_curves_give_the_same_bytes(tmp_path: Path) -> None:
+    curves = {"m": success_at_cases({"a": rows(1, 0), "b": rows(0, 1)})}
+    for ending in ("png", "svg"):
+        paths = [tmp_path / f"{name}.{ending}" for name in "ab"]
+        for path in paths:
+            draw(curves, "cases", path)
+        assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -12,6 +12,7 @@ import pytest
 
 from plot_align.errors import InputError
 from plot_align.inference.chat import Continuation
+from plot_align.io import seal_of
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.attackers import LocalAttacker
@@ -71,6 +72,25 @@ def test_an_interrupted_run_ends_with_the_files_of_a_whole_one(victim: Victim, t
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     results = harmbench.read_results(Layout(tmp_path / "cut", "GCG", "tiny").results("tiny"))
     assert [len(rows) for rows in results.values()] == [1, 1, 1]
+
+
+def test_an_altered_file_is_named_and_deleting_it_helps(victim: Victim, tmp_path: Path) -> None:
+    everything(victim, tmp_path)
+    whole = files(tmp_path)
+    layout = Layout(tmp_path, "GCG", "tiny")
+    own = layout.behavior_folder("id1")
+    for path in (own / "logs.json", own / "test_cases.json", layout.completions("tiny"), layout.results("tiny")):
+        content = path.read_text()
+        place = next(i for i in range(len(content) // 2, len(content)) if content[i].isalnum())
+        path.write_text(content[:place] + ("1" if content[place] == "0" else "0") + content[place + 1 :])
+        with pytest.raises(InputError, match="is not as it was written") as said:
+            everything(victim, tmp_path)
+        assert str(path) in str(said.value)
+        for damaged in (path, seal_of(path)):
+            damaged.unlink()
+        everything(victim, tmp_path)
+        found = files(tmp_path)
+        assert {name for name in whole if ".digests" not in name and found[name] != whole[name]} == set()
 
 
 def test_other_options_or_other_weights_are_refused(victim: Victim, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_a_folder_is_searched_and_other_json_passed_over(tmp_path: Path, evaluat
     (path.parent / "answers.json").write_text('{"format": 1}')
     (path.parent / "list.json").write_text('["plot-align record"]')
     (path.parent / "half.json").write_text('{"a": [1,')
+    (path.parent / ".part.0a1b.a.json").touch()  # of a command that was killed while it wrote
     (path.parent / "binary.json").write_bytes(b"\xff\xfe")
     found = collect([tmp_path / "records"])
     assert [record.name for record in found.records] == [str(path)]

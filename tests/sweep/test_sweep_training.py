@@ -213,6 +213,26 @@ def test_finished_runs_are_read_and_the_others_run(
     assert [cell["minus_vanilla"].get("eval_loss", {}).get("value") for cell in cells] == [None, 1.0, 2.0]
 
 
+def test_a_damaged_record_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    workload = Training(tmp_path, Path("a.yaml"), {})
+    jobs = expand({"alpha": [1.0], "seed": [0]})
+    ran: list[Job] = []
+
+    def train(worker: Any, job: Job) -> None:
+        ran.append(job)
+        write_record(workload.record(job), "sweep-run", {"eval": {"eval_loss": 2.5}}, config={})
+
+    monkeypatch.setattr(workload, "_train", train)
+    run(jobs, workload, tmp_path, config={}, console=QUIET)
+    for damage in (lambda text: text[:80], lambda text: text.replace("2.5", "7.5")):
+        path = workload.record(jobs[1])
+        path.write_text(damage(path.read_text()))
+        ran.clear()
+        cells = run(jobs, workload, tmp_path, config={}, console=QUIET)
+        assert ran == [jobs[1]]
+        assert [cell["metrics"]["eval_loss"]["value"] for cell in cells] == [2.5, 2.5]
+
+
 def test_options_of_the_term_in_the_training_file(tmp_path: Path) -> None:
     workload = Training(tmp_path, Path("a.yaml"), {"alpha": "1e-1", "pool": True, "max_steps": 3})
     assert workload.plot_options() == {"alpha": 0.1, "pool": True}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers
 from huggingface_hub import HfApi, ModelCard, metadata_load
 
 from plot_align import PlotConfig, attach
+from plot_align.trl import artifacts
 
 METHODS = ["dpo", "sft", "kto", "cpo", "orpo", "grpo", "rloo", "pro"]
 
@@ -70,3 +73,21 @@ def test_a_model_trained_without_the_term_is_not_tagged(when, make_trainer, pref
     trainer.push_to_hub()
     assert "plot-align" not in metadata_load(uploads[0] / "README.md")["tags"]
     assert "plot-align" not in trainer.model.model_tags
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_all_steps() -> None:
+    """(2 · 3 + 1 · 1) / 3 by hand; the trainer's own, of the last step alone, would be 1."""
+    log = [{"loss": 3.0, "step": 2}, {"eval_loss": 9.0, "step": 2}, {"loss": 1.0, "step": 3}]
+    log.append({"train_loss": 1.0, "step": 3})
+    assert artifacts.mean_loss(log, 3) == pytest.approx(7 / 3, rel=1e-15)
+    assert artifacts.mean_loss(log, 4) is None  # the last step is in no entry
+    assert artifacts.mean_loss([], 0) is None
+
+    def found(steps: int, resumed: bool) -> tuple[Any, Any]:
+        trainer = SimpleNamespace(state=SimpleNamespace(log_history=log, global_step=steps))
+        results = artifacts.results_of(trainer, {"train_loss": 1.0}, resumed=resumed)
+        return results["metrics"].get("train_loss"), results["history"][-1].get("train_loss")
+
+    assert found(3, True) == found(3, False) == (artifacts.mean_loss(log, 3),) * 2
+    assert found(4, False) == (1.0, 1.0)
+    assert found(4, True) == (None, None)

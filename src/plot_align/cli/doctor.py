@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import textwrap
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from plot_align.cli.parser import Parser, add_loading_options, length
 from plot_align.environment import NAMED, Package, fast_bf16, packages
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import check_dtype
-from plot_align.io import require_writable
+from plot_align.io import claimed
 from plot_align.text import printable
 
 
@@ -70,15 +71,19 @@ def _examine_pairs(options: Any) -> int:
             "expected one of --model, the model to tune, and --tokenizer, to look at the data alone; name one of them"
         )
     check_dtype(options.dtype)
+    written = {name: getattr(options, name) for name in ("record", "page") if getattr(options, name) is not None}
     for name, endings in (("record", (".json",)), ("page", (".html", ".htm"))):
-        path = getattr(options, name)
-        if path is not None:
-            if path.suffix.lower() not in endings:
-                raise InputError(f"--{name} is {str(path)!r}, expected a name ending in {endings[0]}; rename it")
-            require_writable(path.parent)  # before the work rather than after it
+        if name in written and written[name].suffix.lower() not in endings:
+            raise InputError(f"--{name} is {str(written[name])!r}, expected a name ending in {endings[0]}; rename it")
     if options.page is not None:
         require_packages("--page", "matplotlib", "jinja2", extra="report")
+    with ExitStack() as held:
+        for path in written.values():
+            held.enter_context(claimed(path.parent, path.name))
+        return _diagnose(options)
 
+
+def _diagnose(options: Any) -> int:
     from plot_align.doctor import diagnose
     from plot_align.doctor.findings import at_least
     from plot_align.inference.resume import forget_partial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from plot_align.cli import launch
 from plot_align.cli.parser import Parser, length
 from plot_align.errors import InputError
 from plot_align.inference.load import load_tokenizer
-from plot_align.io import require_writable
-from plot_align.parallel import patient_state
+from plot_align.io import claimed, require_writable
+from plot_align.parallel import patient_state, pulse
 from plot_align.text import terminal
 
 
@@ -71,7 +72,8 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, cores)))
     state = patient_state()  # ranks meet only at the end, and a stream's files differ in size
     try:
-        return _estimate(options, state.is_main_process)
+        with pulse(state):
+            return _estimate(options, state.is_main_process)
     finally:
         state.destroy_process_group()
 
@@ -85,6 +87,11 @@ def _check(options: Any) -> None:
 
 
 def _estimate(options: Any, writes: bool = True) -> int:
+    with claimed(options.output.parent, options.output.name) if writes else nullcontext():
+        return _count(options, writes)
+
+
+def _count(options: Any, writes: bool) -> int:
     from plot_align.preference.distribution import PreferenceDistribution, require_preference
     from plot_align.preference.estimation import estimate, load_pairs
     from plot_align.records import write_record
@@ -96,8 +103,6 @@ def _estimate(options: Any, writes: bool = True) -> int:
     others = [PreferenceDistribution.load(path) for path in options.merge]
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
     pairs = load_pairs(options.data, name=options.name, split=options.split, streaming=options.streaming)
-    if writes:
-        require_writable(options.output.parent)  # before the work rather than after it
     start = time.perf_counter()
     preference = estimate(
         pairs,

@@ -7,6 +7,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def run(arguments: list[str]) -> int:
 def _run(options: Any) -> int:
     from plot_align.evaluation.suite import Given, read_suite
     from plot_align.inference.chat import require_template
-    from plot_align.io import require_writable
+    from plot_align.io import claimed
     from plot_align.parallel import on_main, rank
 
     for name in ("batch_size", "limit"):
@@ -95,7 +96,6 @@ def _run(options: Any) -> int:
         limit=options.limit,
     )
     suite = read_suite(options.suite, given, only=_list(options.only), skip=_list(options.skip) or ())
-    on_main(lambda: require_writable(options.output))
     for source in {*models.values(), *([options.reference] if options.reference else [])}:
         require_template(load_tokenizer(source, trust_remote_code=options.trust_remote_code))
     for name in suite.runs_code if rank() == 0 else ():
@@ -104,7 +104,9 @@ def _run(options: Any) -> int:
             "rights; they can delete or send away what you can",
             file=sys.stderr,
         )
-    return _evaluate(models, suite, options)
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(claimed(options.output)))
+        return _evaluate(models, suite, options)
 
 
 def _list(text: str | None) -> list[str] | None:

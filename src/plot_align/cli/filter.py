@@ -77,7 +77,7 @@ def run(arguments: list[str]) -> int:
     options = make_parser().parse(arguments)
 
     from plot_align.inference.resume import forget_partial
-    from plot_align.io import require_writable
+    from plot_align.io import claimed
     from plot_align.methods import filter as filtering
     from plot_align.preference.datasets import require_pairs
     from plot_align.preference.distribution import PreferenceDistribution
@@ -91,14 +91,14 @@ def run(arguments: list[str]) -> int:
     pairs = load_pairs(options.data, name=options.name, split=options.split)
     require_pairs(pairs)
     filtering.require_json(pairs)
-    require_writable(options.output.parent)  # before the work rather than after it
-    found, seconds = _score(options, pairs, preference)
-    kept = filtering.keep_pairs(found.by, options.share, found.direction)  # (N,)
-    results = {**_results(found, kept), "seconds": seconds}
-    beside = filtering.write_pairs(pairs, found.scores, kept, options.output, found.names)
-    config = {**vars(options), **found.config}
-    record = write_record(filtering.record_path(options.output), "filter", results, config=config)
-    forget_partial(filtering.partial_path(options.output))
+    with claimed(options.output.parent, options.output.name):
+        found, seconds = _score(options, pairs, preference)
+        kept = filtering.keep_pairs(found.by, options.share, found.direction)  # (N,)
+        results = {**_results(found, kept), "seconds": seconds}
+        beside = filtering.write_pairs(pairs, found.scores, kept, options.output, found.names)
+        config = {**vars(options), **found.config}
+        record = write_record(filtering.record_path(options.output), "filter", results, config=config)
+        forget_partial(filtering.partial_path(options.output))
     _print(results, options.output, beside, record)
     return 0
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import ctypes
 import logging
 import os
 import signal
 import subprocess
-import time
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,45 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError, PlotAlignError, RunError, first_line
+from plot_align.parallel import LAUNCHED
 
-_LAUNCHED = "PLOT_ALIGN_LAUNCHED"  # set in the processes that accelerate starts, so that they do not start others
+PARENT = "PLOT_ALIGN_PARENT"  # the process that started this one for its own work, and without which it should end
 _DECIDED_HERE = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}  # options of accelerate
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what ends an interrupted run in order ends this one."""
+
+
+@contextmanager
+def termination_raised() -> Iterator[None]:
+    """Within this context SIGTERM raises :class:`Terminated`.
+
+    Not in a process of several: it may wait for another inside of a library, where no exception reaches it.
+    """
+    ours = threading.current_thread() is threading.main_thread() and not is_launched()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def raise_it(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: it must not disturb the end
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_with_launcher() -> None:
+    """In a process that another of ours started: end when that one is killed, where the system can do so (Linux).
+
+    It would go on for itself otherwise, and write into what the next run writes.
+    """
+    if sys.platform == "linux" and os.environ.get(PARENT) == str(os.getppid()):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -62,12 +99,12 @@ class Launch:
 
 def is_launched() -> bool:
     """Whether a launcher (ours, ``accelerate launch``, torchrun) started this process."""
-    return not {_LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
+    return not {LAUNCHED, "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"}.isdisjoint(os.environ)
 
 
 def launched_by_us() -> bool:
     """Whether this process got all arguments of the user, including those for the launcher."""
-    return _LAUNCHED in os.environ
+    return LAUNCHED in os.environ
 
 
 def launches_by_default() -> bool:
@@ -163,7 +200,8 @@ def launch(
     use_cpu = use_cpu or options.cpu or not torch.accelerator.is_available()
     _choose_devices(options, use_cpu)
     before = dict(os.environ)
-    os.environ[_LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"
+    os.environ[PARENT] = str(os.getpid())
     if use_cpu:
         # Otherwise each process would train alone: accelerate joins processes on the CPU only when told to.
         options.cpu, os.environ["ACCELERATE_USE_CPU"] = False, "true"  # its own --cpu starts only one process
@@ -180,25 +218,16 @@ def launch(
         failures = getattr(error, "failures", None)  # torch.distributed.elastic's ChildFailedError
         if failures:
             raise _reason(failures, output_dir) from None
-        if getattr(error, "sigval", None) == signal.SIGINT:  # its SignalException
-            raise KeyboardInterrupt from None
+        match getattr(error, "sigval", None):  # of its SignalException
+            case signal.SIGINT:
+                raise KeyboardInterrupt from None
+            case signal.SIGTERM:
+                raise Terminated from None
         raise
     finally:
         os.environ.clear()
         os.environ.update(before)
     return 0
-
-
-def tell_launcher(message: str) -> bool:
-    """Hand this process's error to :func:`launch`, which prints one for all processes. False if there is no launcher
-    of ours."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if _LAUNCHED not in os.environ or not path:
-        return False
-    now = time.time()  # torch elastic reads whole seconds, too coarse to find the first error
-    content = {"message": message, "extraInfo": {"timestamp": str(int(now)), "time": now}}
-    Path(path).write_text(json.dumps({"message": content}), encoding="utf-8")
-    return True
 
 
 def _choose_devices(options: Any, use_cpu: bool) -> None:
@@ -251,7 +280,7 @@ def _reason(failures: Mapping[int, Any], output_dir: str | None) -> PlotAlignErr
             f"{_how_to_resume(output_dir)}"
         )
     kind = InputError if failure.exitcode == InputError.exit_code else RunError
-    if isinstance(failure.message, Mapping):  # from tell_launcher()
+    if isinstance(failure.message, Mapping):  # from parallel.tell_launcher()
         return kind(f"rank {rank}: {failure.message['message']}")
     return kind(f"rank {rank} ended with exit code {failure.exitcode}; its message is above")
 

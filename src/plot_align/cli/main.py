@@ -8,9 +8,11 @@ import sys
 import traceback
 
 from plot_align._version import __version__
-from plot_align.cli.launch import tell_launcher
+from plot_align.cli.launch import Terminated, end_with_launcher, termination_raised
 from plot_align.cli.output import readable
-from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line
+from plot_align.errors import InputError, PlotAlignError, did_you_mean, first_line, is_out_of_memory
+from plot_align.io import is_full
+from plot_align.parallel import tell_launcher
 from plot_align.text import printable
 
 _TRAINING = {
@@ -50,7 +52,8 @@ options:
 example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
-exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130 interrupted
+exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130 interrupted,
+            143 ended by SIGTERM
 """.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 
@@ -58,13 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code; ``arguments`` defaults to those of the process."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    end_with_launcher()
     try:
-        with readable():
+        with readable(), termination_raised():
             code = dispatch(arguments)
         sys.stdout.flush()
         return code
     except SystemExit as leave:  # argparse after --help
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except Terminated:
+        return _report("ended by SIGTERM before it was done; what is finished is kept", 143, debug)
     except KeyboardInterrupt:
         return _report("interrupted before it was done", 130, debug)
     except BrokenPipeError:
@@ -77,8 +83,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _report(f"{error}; reinstall plot-align, or the extra that brings it", 1, debug)
         return _report("this needs TRL, which is not installed; run pip install 'trl<1.17'", 2, debug)
     except Exception as error:
+        said = first_line(error)
+        if is_full(error):
+            return _report(f"the disk is full ({said}); free some space, and run the same again", 1, debug)
+        if is_out_of_memory(error):
+            return _report(f"memory ran out ({said}); make the batches smaller, or free some, and go on", 1, debug)
         hint = "" if debug else " (--debug shows where)"
-        return _report(f"{type(error).__name__}: {first_line(error)}{hint}", 1, debug)
+        return _report(f"{type(error).__name__}: {said}{hint}", 1, debug)
 
 
 def dispatch(arguments: list[str]) -> int:

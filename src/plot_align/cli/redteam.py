@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def _run(options: Any) -> int:
     require_packages("redteam", "matplotlib", extra="redteam")  # for the curves, drawn last
     if options.inspect_logs:
         require_packages("--inspect_logs", "inspect_ai", extra="inspect-ai")
-    from plot_align.io import require_writable
+    from plot_align.io import claimed
     from plot_align.parallel import on_main
     from plot_align.redteam.behaviors import default_benign, read_behaviors, read_targets, require_targets
     from plot_align.redteam.spent import Limit
@@ -117,24 +118,25 @@ def _run(options: Any) -> int:
     for attack in attacks:
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
-    on_main(lambda: require_writable(options.output))
 
     taken = [asked.taken] + ([harmless.taken] if harmless else [])
     on_main(lambda: print("\n".join(taken)))
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
     measured, identities = {}, {}
-    for name, source in models.items():
-        victim = load_victim(source, options, name)
-        identities[name] = victim.identity
-        measured[name] = _measured(victim, harmful, benign, targets, attacks, limit, options, loaded)
-    on_main(lambda: _report(measured, identities, skipped, options))
-    if options.inspect_logs:
-        from plot_align.redteam.inspect_log import FOLDER, write_logs
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(claimed(options.output)))
+        for name, source in models.items():
+            victim = load_victim(source, options, name)
+            identities[name] = victim.identity
+            measured[name] = _measured(victim, harmful, benign, targets, attacks, limit, options, loaded)
+        on_main(lambda: _report(measured, identities, skipped, options))
+        if options.inspect_logs:
+            from plot_align.redteam.inspect_log import FOLDER, write_logs
 
-        for name, found in measured.items():
-            on_main(partial(write_logs, options.output, name, found, harmful, benign))
-        on_main(lambda: print(f"logs of Inspect: inspect view --log-dir {options.output / FOLDER}"))
+            for name, found in measured.items():
+                on_main(partial(write_logs, options.output, name, found, harmful, benign))
+            on_main(lambda: print(f"logs of Inspect: inspect view --log-dir {options.output / FOLDER}"))
     return 0
 
 

@@ -41,16 +41,18 @@ def run(arguments: list[str]) -> int:
     if not options.title.strip():
         raise InputError("--title is empty, expected a text; write one, or leave it out for the default")
 
-    from plot_align.io import require_writable
+    from plot_align.io import claimed
     from plot_align.report.observations import collect
     from plot_align.report.page import build, write
     from plot_align.text import one_line, terminal
 
     require_packages("report", "matplotlib", "jinja2", extra="report")
-    require_writable(options.output.parent)
-    collected = collect(options.records, skip_bad=options.skip_bad)
-    content = build(collected, baseline=options.baseline, title=options.title, paper=options.paper, seed=options.seed)
-    folder = write(content, options.output)
+    with claimed(options.output.parent, options.output.name):
+        collected = collect(options.records, skip_bad=options.skip_bad)
+        content = build(
+            collected, baseline=options.baseline, title=options.title, paper=options.paper, seed=options.seed
+        )
+        folder = write(content, options.output)
     console = terminal()
     chosen = [content.chosen] if content.chosen else []
     for line in (content.verdict.headline, *content.verdict.notes, *chosen, *collected.left_out):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from plot_align.cli.options import (
 )
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import load_tokenizer, refuse_pickles
-from plot_align.io import read_yaml
+from plot_align.io import claimed, read_yaml
 from plot_align.text import printable
 
 _HELP = """\
@@ -119,13 +120,6 @@ def _train(
     preference_args: Any,
 ) -> None:
     """What ``trl/scripts/dpo.py`` and ``sft.py`` do, with our trainers. Leaves a record beside the model."""
-    from plot_align.cli import progress
-    from plot_align.preference.datasets import require_pairs, require_ranked
-    from plot_align.records import write_record
-    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
-    from plot_align.trl.artifacts import results_of
-    from trl import get_peft_config
-
     output.drop_deprecations()
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
@@ -134,15 +128,32 @@ def _train(
         raise InputError("--monitor came to sft, whose data hold no rejected answers; leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
-    resume = training_args.resume_from_checkpoint
-    if isinstance(resume, str) and not os.path.isdir(resume):
-        raise InputError(
-            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true in the YAML "
-            "file for the newest in output_dir"
-        )
+    with claimed(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        _train_and_save(command, script_args, training_args, model_args, mixture, monitor, plot, preference_args)
+
+
+def _train_and_save(
+    command: str,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    mixture: Any,
+    monitor: Any,
+    plot: Any,
+    preference_args: Any,
+) -> None:
+    from plot_align.cli import progress
+    from plot_align.preference.datasets import require_pairs, require_ranked
+    from plot_align.records import write_record
+    from plot_align.trl import PlotDPOTrainer, PlotSFTTrainer
+    from plot_align.trl.artifacts import results_of
+    from plot_align.trl.checkpoints import train
+    from trl import get_peft_config
+
+    resume = _checkpoint(training_args)
     for folder in (model_args.model_name_or_path, resume):
-        if isinstance(folder, str):
-            refuse_pickles(folder)
+        if folder is not None:
+            refuse_pickles(str(folder))
     preference = _preference(command, training_args, model_args, preference_args)
     train_dataset, eval_dataset = _datasets(script_args, training_args, mixture)
     trainer_class: Any
@@ -196,13 +207,13 @@ def _train(
 
         requests = monitor.monitor_requests
         trainer.add_callback(PreferenceMonitor(trainer, stop_on=monitor.stop_on, requests=requests))
-    result = trainer.train(resume_from_checkpoint=resume)
+    metrics = train(trainer, resume)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         path = write_record(
             Path(training_args.output_dir) / "plot_align_record.json",
             command,
-            results_of(trainer, result.metrics),
+            results_of(trainer, metrics, resumed=resume is not None),
             config={
                 "script": vars(script_args),
                 "training": _without_tokens(training_args.to_dict()),
@@ -225,6 +236,26 @@ def _without_tokens(options: dict[str, Any]) -> dict[str, Any]:
     """``TrainingArguments.to_dict`` masks its own tokens, and here those of ``model_init_kwargs`` as well."""
     init = {name: "<TOKEN>" if "token" in name else value for name, value in options["model_init_kwargs"].items()}
     return {**options, "model_init_kwargs": init}
+
+
+def _checkpoint(training_args: Any) -> Path | None:
+    """The checkpoint to go on from. With ``true`` the newest whole one; none of it yet is no error: the same command
+    can be run until it is done."""
+    from plot_align.io import check_folder
+    from plot_align.trl.checkpoints import last_checkpoint
+
+    resume = training_args.resume_from_checkpoint
+    if str(resume).lower() == "true":
+        resume = last_checkpoint(Path(training_args.output_dir))
+    elif resume and not os.path.isdir(resume):
+        raise InputError(
+            f"--resume_from_checkpoint is {resume!r}, expected a folder; name a checkpoint, or write true for the "
+            "newest in output_dir"
+        )
+    if not resume:
+        return None
+    check_folder(Path(resume))
+    return Path(resume)
 
 
 def _trusts_remote_code(training_args: Any, model_args: Any) -> bool:

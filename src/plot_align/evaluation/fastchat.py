@@ -16,6 +16,7 @@ import os
 import re
 import string
 import time
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ TEMPERATURES = {
 WITH_REFERENCE = ("math", "reasoning", "coding")  # judged with a reference answer
 WORST, BEST = 1, 10
 UNPARSABLE = -1  # the score of a judgement without a rating
+_CHECKSUM = "checksum"  # the field of the rows that we write
 _SLOTS = {
     "single-v1": {"question", "answer"},
     "single-math-v1": {"question", "answer", "ref_answer_1"},
@@ -308,7 +310,7 @@ def write_judgments(path: Path, rows: Iterable[Row]) -> None:
 def append_judgment(path: Path, row: Row) -> None:
     """Append, and flush to disk before returning: a judgement may cost money."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())
 
@@ -318,7 +320,16 @@ def append_judgment(path: Path, row: Row) -> None:
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
     with complete_or_absent(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+
+
+def _line(row: Row) -> str:
+    """A row of ours: with a checksum, by which one that was altered is known. FastChat passes over it."""
+    return json.dumps({**row, _CHECKSUM: _checksum(row)}) + "\n"
+
+
+def _checksum(row: Row) -> int:
+    return zlib.crc32(json.dumps(row).encode())
 
 
 def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, Row]]:
@@ -342,6 +353,9 @@ def _rows(path: Path, what: str, *, torn: bool = False) -> Iterator[tuple[str, R
             raise InputError(f"{place} is no valid JSON ({error}); correct it") from None
         if not isinstance(row, dict):
             raise InputError(f"{place} is {_shown(row)}, expected an object; correct it")
+        checksum = row.pop(_CHECKSUM, None)  # missing from a file of FastChat's own
+        if checksum is not None and checksum != _checksum(row):
+            raise InputError(f"{place} was altered after it was written; delete the line, and it is made again")
         yield place, row
 
 

@@ -1,10 +1,16 @@
-"""Scoring that an interrupted run goes on with: finished batches are journalled, and never taken for another run's."""
+"""Scoring that an interrupted run goes on with: finished batches are journalled, and never taken for another run's.
+
+A line of a journal is ``[number, values, checksum]``. One that was cut off or altered is as if it were not there.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plot_align.errors import InputError
-from plot_align.io import parse_json
+from plot_align.io import parse_json, unwritable
 from plot_align.parallel import each, on_main, rank
 from plot_align.preference.estimation import ScoredSequence
 
@@ -97,29 +102,38 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[Any]], None]]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        file = path.open("ab", buffering=0)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise unwritable(path, error) from None
+
+    def keep(number: int, values: list[Any]) -> None:
+        line = json.dumps([number, values, _checksum(number, values)]).encode() + b"\n"
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise unwritable(path, error) from None
+
     with file:
         if file.tell():
             file.write(b"\n")  # ends a line that was cut off
-
-        def keep(number: int, values: list[Any]) -> None:
-            file.write(json.dumps([number, values]).encode() + b"\n")
-            file.flush()
-
         yield keep
 
 
+def _checksum(number: int, values: list[Any]) -> int:
+    return zlib.crc32(json.dumps([number, values]).encode())
+
+
 def read_journal(path: Path | None) -> dict[int, list[Any]]:
-    """Results of the batches that an interrupted run finished; an incomplete line is ignored."""
+    """Results of the batches that an interrupted run finished; an incomplete or altered line is ignored."""
     done: dict[int, list[Any]] = {}
     if path is None or not path.exists():
         return done
     for line in path.read_bytes().splitlines():
         try:
-            number, values = parse_json(line)
-            done[number] = values
+            number, values, checksum = parse_json(line)
+            if checksum == _checksum(number, values):
+                done[number] = values
         except (ValueError, TypeError):
             continue
     return done

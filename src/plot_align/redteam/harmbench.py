@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import file_name, write_json
+from plot_align.io import check_seal, file_name, write_sealed_json
 from plot_align.redteam.behaviors import read_json_object
 
 TestCases = dict[str, list[str]]
@@ -65,7 +65,7 @@ def merge_test_cases(layout: Layout, behaviors: Iterable[str]) -> TestCases:
                     "delete the file to make them again"
                 )
             merged.update(found)
-    write_json(layout.test_cases, merged)
+    write_sealed_json(layout.test_cases, merged)
     return merged
 
 
@@ -106,6 +106,7 @@ def _is_completion(row: Any) -> bool:
 
 
 def _read(path: str | os.PathLike[str], what: str, shape: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    check_seal(Path(path))
     content = read_json_object(path, what, shape)
     for behavior, rows in content.items():
         if not isinstance(rows, list) or not all(map(fits, rows)):

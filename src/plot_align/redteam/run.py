@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import json_or_none, match_or_write, plain_json, write_json
+from plot_align.io import check_seal, json_or_none, match_or_write, plain_json, write_json, write_sealed_json
 from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
@@ -115,9 +115,11 @@ def make_test_cases(
 def _is_attacked(layout: Layout, request: Request) -> bool:
     """Whether test cases for the same request exist."""
     folder = layout.behavior_folder(request.behavior.id)
-    if not (folder / "test_cases.json").exists():
+    if not all((folder / name).exists() for name in ("test_cases.json", "logs.json")):
         return False
     match_or_write(folder / "request.json", _request_json(request), folder)
+    for name in ("logs.json", "test_cases.json"):
+        check_seal(folder / name)
     return True
 
 
@@ -125,10 +127,12 @@ def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     folder = layout.behavior_folder(request.behavior.id)
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
     write_json(folder / "request.json", _request_json(request))
-    write_json(folder / "logs.json", log)
+    write_sealed_json(folder / "logs.json", log)
     by_step = {step: [cost.plain for cost in costs] for step, costs in result.spent_by_step.items()}
-    write_json(folder / "spent.json", {"cases": [cost.plain for cost in result.spent], "by_step": by_step})
-    write_json(folder / "test_cases.json", {request.behavior.id: result.cases})  # last: its presence means finished
+    write_sealed_json(folder / "spent.json", {"cases": [cost.plain for cost in result.spent], "by_step": by_step})
+    write_sealed_json(
+        folder / "test_cases.json", {request.behavior.id: result.cases}
+    )  # last: its presence means finished
 
 
 def _request_json(request: Request) -> dict[str, Any]:
@@ -173,7 +177,7 @@ def complete(
 
     found = on_main(earlier)
     costs: dict[str, list[dict[str, float] | None]] = on_main(
-        lambda: (json_or_none(_beside(path, "spent")) or {}) if path.exists() else {}
+        lambda: _costs(_beside(path, "spent")) if path.exists() else {}
     )
     unanswered: dict[str, list[dict[str, str]]] = {}  # the rows without their answers
     for name, cases in test_cases.items():
@@ -226,8 +230,8 @@ def complete(
                     known = costs.setdefault(name, [])
                     known += [None] * (i + 1 - len(known))  # answers of before costs were written have none
                     known[i] = Spent(answer.tokens, seconds=answer.seconds).plain
-                on_main(partial(write_json, _beside(path, "spent"), costs))
-                on_main(partial(write_json, path, found))
+                on_main(partial(write_sealed_json, _beside(path, "spent"), costs))
+                on_main(partial(write_sealed_json, path, found))
             for name in dict.fromkeys(name for name, _ in whole):
                 on_behavior(name)
     return {
@@ -243,7 +247,7 @@ def spent_on_cases(layout: Layout, behaviors: Iterable[str], step: int | None = 
     """
     found = {}
     for behavior in behaviors:
-        content = json_or_none(layout.behavior_folder(behavior) / "spent.json") or {}
+        content = _costs(layout.behavior_folder(behavior) / "spent.json")
         costs = content.get("cases") if step is None else content.get("by_step", {}).get(str(step))
         if costs:
             found[behavior] = list(map(Spent.of, costs))
@@ -252,11 +256,16 @@ def spent_on_cases(layout: Layout, behaviors: Iterable[str], step: int | None = 
 
 def spent_on_answers(path: Path, answers: Rows) -> dict[str, list[Spent]]:
     """What each of ``answers``, returned by :func:`complete` of ``path``, cost; a behaviour without is left out."""
-    costs = json_or_none(_beside(path, "spent")) or {}
+    costs = _costs(_beside(path, "spent"))
     found = {name: costs.get(name, [])[: len(rows)] for name, rows in answers.items()}
     return {
         name: list(map(Spent.of, of)) for name, of in found.items() if of and all(of) and len(of) == len(answers[name])
     }
+
+
+def _costs(path: Path) -> dict[str, Any]:
+    check_seal(path)
+    return json_or_none(path) or {}
 
 
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
@@ -296,8 +305,8 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
             # Keep labels of later blocks that an earlier run paid for.
-            on_main(partial(write_json, path, {**before, **results}))
-    on_main(partial(write_json, path, results))
+            on_main(partial(write_sealed_json, path, {**before, **results}))
+    on_main(partial(write_sealed_json, path, results))
     return results
 
 

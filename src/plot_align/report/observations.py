@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import parse_json
+from plot_align.io import PART, parse_json
 from plot_align.records import FORMAT, read_record
 from plot_align.report.checks import (
     check_demo,
@@ -182,7 +182,11 @@ def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) 
 
 def _files(path: Path) -> Iterator[Path]:
     if path.is_dir():
-        yield from (file for file in sorted(path.rglob("*.json")) if file.is_file() and _is_record(file))
+        yield from (
+            file
+            for file in sorted(path.rglob("*.json"))
+            if not file.name.startswith(PART) and file.is_file() and _is_record(file)
+        )
     elif path.exists():
         yield path
     else:

@@ -13,7 +13,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent
+from plot_align.io import PART, complete_or_absent, unwritable
 from plot_align.report import compare, figures, runs
 from plot_align.report.answers import SideBySide, answers_table, side_by_side
 from plot_align.report.compare import Cell, Comparison, Row, Verdict
@@ -150,7 +150,7 @@ def write(content: Content, output: Path) -> Path:
     page = render(content, folder.name).encode("utf-8", "backslashreplace")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.stem}.") as temporary:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=PART, suffix=f".{output.name}") as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
             for name, data in _files(content):
@@ -161,7 +161,7 @@ def write(content: Content, output: Path) -> Path:
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise unwritable(folder, error) from None
     with complete_or_absent(output) as part:
         part.write_bytes(page)
     return folder

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from plot_align.errors import RunError, require_packages
-from plot_align.io import complete_or_absent, require_writable
+from plot_align.io import claimed, complete_or_absent
 from plot_align.records import write_record
 from plot_align.sweep.figures import draw
 from plot_align.sweep.grid import Job
@@ -55,8 +55,19 @@ def run(
     """
     require_packages("sweep", "matplotlib", extra="report")  # for the figures, drawn last
     console = console or terminal()
-    require_writable(output)
-    waiting = [job for job in jobs if not training.record(job).exists()]
+    with claimed(output):
+        return _run(jobs, training, output, config, workers, console)
+
+
+def _run(
+    jobs: Sequence[Job],
+    training: Training,
+    output: Path,
+    config: Mapping[str, Any],
+    workers: int | None,
+    console: Console,
+) -> list[dict[str, Any]]:
+    waiting = [job for job in jobs if not training.is_finished(job)]
     if len(waiting) < len(jobs):
         finished_before = f"{len(jobs) - len(waiting)} of {len(jobs)} runs were finished before"
         console.print(f"{finished_before} and are read from {output}", soft_wrap=True)
@@ -66,7 +77,7 @@ def run(
             _run_with_bar(waiting, training, workers, console)
         except RunError as error:  # write the summary of the others first
             failure = error
-    finished = {job: training.metrics(job) for job in jobs if training.record(job).exists()}
+    finished = {job: training.metrics(job) for job in jobs if training.is_finished(job)}
     cells = summarise(finished)
     if cells:
         missing = [str(job) for job in jobs if job not in finished]
@@ -79,7 +90,7 @@ def run(
 def describe(jobs: Sequence[Job], training: Training, console: Console | None = None) -> None:
     """Print what would run, cell by cell, and how much of it is finished."""
     console = console or terminal()
-    done = {job for job in jobs if training.record(job).exists()}
+    done = {job for job in jobs if training.is_finished(job)}
     for cell in dict.fromkeys(job.cell for job in jobs):
         of_cell = [job for job in jobs if job.cell == cell]
         seeds = " ".join(f"{job.seed}{'*' if job in done else ''}" for job in of_cell)

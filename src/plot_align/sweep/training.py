@@ -55,6 +55,14 @@ class Training:
         """The path of a finished job's record."""
         return self.output / "records" / f"{self._name(job)}.json"
 
+    def is_finished(self, job: Job) -> bool:
+        """Whether a job has its record; a damaged one is as if it were not there."""
+        try:
+            read_record(self.record(job), KIND)
+        except InputError:
+            return False
+        return True
+
     def run(self, jobs: Sequence[Job], on_finished: Callable[[], None], workers: int | None) -> None:
         """Run the jobs and call ``on_finished`` after each.
 

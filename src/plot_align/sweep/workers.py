@@ -16,6 +16,7 @@ from plot_align.errors import InputError, RunError
 
 Job = TypeVar("Job")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_PARENT = "PLOT_ALIGN_PARENT"  # with which a command of ours ends; see plot_align.cli.launch
 
 
 def visible_gpus() -> list[str]:
@@ -59,6 +60,7 @@ class CommandWorker:
     def run(self, command: Sequence[str], log: Path) -> int:
         """Run ``command``, write what it prints to ``log``, and return its exit code."""
         environment = os.environ | ({} if self._device is None else {_VISIBLE: self._device})
+        environment[_PARENT] = str(os.getpid())
         with log.open("wb") as file:
             with self._lock:
                 if self._stopped:
@@ -132,6 +134,7 @@ def raise_failures(failures: Mapping[int, Exception], names: Sequence[str], fold
     shown = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
     reason = next(iter(failures.values()))
     raise RunError(
-        f"{len(failed)} of {len(names)} runs failed ({shown}); the first said: {str(reason) or type(reason).__name__} "
-        f"The others are in {folder}; run the same again to try only those that failed"
+        f"{len(failed)} of {len(names)} runs failed ({shown}); the first said: "
+        f"{(str(reason) or type(reason).__name__).rstrip('.')}. The others are in {folder}; run the same again to try "
+        "only those that failed"
     ) from reason

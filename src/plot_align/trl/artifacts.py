@@ -81,15 +81,38 @@ def _weight(config: PlotConfig) -> str:
     return f"{name} = {config.alpha:g}{suffix}"
 
 
-def results_of(trainer: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """The results of a training record: the metrics of ``trainer.train()``, and the log."""
+def results_of(trainer: Any, metrics: dict[str, Any], *, resumed: bool = False) -> dict[str, Any]:
+    """The results of a training record: the metrics of ``trainer.train()``, and the log.
+
+    ``train_loss`` is the mean over all steps. The trainer's is that of the steps after the last interruption, and 0
+    where there was none left; it stays where the log does not hold every step, and is left out of a resumed run.
+    """
+    mean = mean_loss(trainer.state.log_history, trainer.state.global_step)
+
+    def corrected(entry: dict[str, Any]) -> dict[str, Any]:
+        if "train_loss" not in entry or (mean is None and not resumed):
+            return entry
+        rest = {name: value for name, value in entry.items() if name != "train_loss"}
+        return rest if mean is None else {**rest, "train_loss": mean}
+
     return {
         "steps": trainer.state.global_step,
-        "metrics": metrics,
+        "metrics": corrected(metrics),
         "last_log": _last_log(trainer, "loss"),
         "eval": _last_log(trainer, "eval_loss"),  # empty without an evaluation
-        "history": thinned(trainer.state.log_history),
+        "history": [corrected(entry) for entry in thinned(trainer.state.log_history)],
     }
+
+
+def mean_loss(log: list[dict[str, Any]], steps: int) -> float | None:
+    """The mean loss of a step; each entry of ``log`` has that of the steps since the one before. None where the log
+    does not reach to the last of ``steps``."""
+    total, before = 0.0, 0
+    for entry in log:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - before)
+            before = entry["step"]
+    return total / steps if steps and before == steps else None
 
 
 def _last_log(trainer: Any, having: str) -> dict[str, Any]:

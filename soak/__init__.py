@@ -1,0 +1,1 @@
+"""Faults, injected into every long command; see ``docs/reliability.md``, which ``make soak`` writes."""
