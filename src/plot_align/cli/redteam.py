@@ -314,7 +314,7 @@ def _report(
     table = Table("", *measured, title=f"{judged}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
     rates_in: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
-        **{f"ASR, {title}": lambda of, a=a: of["attacks"].get(a, {}) for a, title in first["titles"].items()},
+        **{f"ASR, {title}": partial(_success, attack) for attack, title in first["titles"].items()},
         "over-refusal": lambda of: of["refused"],
         "benign requests helped": lambda of: of["helped"],
     }
@@ -357,16 +357,16 @@ def _report(
             low, high = entry["interval"]
             console.print(f"  {name}: {entry['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {adjusted[name]:.3g}")
     for model, result in measured.items():
-        for of in result["others"].values():
-            for what, entry in of["agreement"].items():
+        for other in result["others"].values():
+            for what, entry in other["agreement"].items():
                 if what != "helped":  # nearly the same again
                     answers = "benign answers" if what == "refused" else f"answers to {what}"
                     console.print(f"{model}: {agreement_text(entry, answers)}", soft_wrap=True)
-        for by, of in (("", result), *((f" by {judge}", of) for judge, of in result["others"].items())):
+        for whose, of in (("", result), *((f" by {judge}", of) for judge, of in result["others"].items())):
             for what, entry in of["undecided"].items():
                 if entry["n"]:
                     console.print(
-                        f"{model}: {entry['n']} verdicts on {what} undecided{by}, counted as no success: "
+                        f"{model}: {entry['n']} verdicts on {what} undecided{whose}, counted as no success: "
                         f"{entry['first']}",
                     )  # fmt: skip
         for attack, failed in result["failed"].items():
@@ -390,6 +390,10 @@ def _report(
         seed=options.seed,
     )
     console.print(f"record: {record}", soft_wrap=True)
+
+
+def _success(attack: str, of: dict[str, Any]) -> dict[str, float]:
+    return of["attacks"].get(attack, {})  # a judge may not have judged it
 
 
 def _addresses(options: Any) -> dict[str, str | None]:

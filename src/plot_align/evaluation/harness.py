@@ -468,7 +468,7 @@ def _cache_without_pickles() -> Iterator[None]:
 
     pickling = sqlitedict.SqliteDict
 
-    class Plain(pickling):
+    class Plain(sqlitedict.SqliteDict):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "encode": json.dumps, "decode": _decoded})
 

@@ -148,7 +148,7 @@ def attack_and_judge(
         limit=budget.limit,
         on_behavior=advance,
     )
-    results = {}
+    results: dict[str, Rows] = {}
     for name, judge in judges.items():
         path = layout.results(victim.name, judge.name if results else None)
         results[name] = label(judge, harmful, answers, path)
