@@ -55,6 +55,11 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def no_link(name: str, flags: int) -> int:
+    """An ``opener`` of :func:`open` for files that are written in place: a symbolic link would lead into another one."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_json(path: Path, value: Any) -> None:
     """The file is complete or it is not there."""
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plot_align.errors import InputError
-from plot_align.io import parse_json
+from plot_align.io import no_link, parse_json
 from plot_align.parallel import each, on_main, rank
 from plot_align.preference.estimation import ScoredSequence
 
@@ -97,7 +97,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[Any]], None]]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
+        file = open(path, "ab", opener=no_link)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
     with file:
