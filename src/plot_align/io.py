@@ -56,7 +56,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def no_link(name: str, flags: int) -> int:
-    """An ``opener`` of :func:`open` for files that are written in place: a symbolic link would lead into another one."""
+    """An ``opener`` of :func:`open` for a file that is written in place: a link would lead into another one."""
     return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 

@@ -97,7 +97,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[Any]], None]]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab", opener=no_link)
+        file = open(path, "ab", opener=no_link)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); name a folder you may write to") from None
     with file:
