@@ -38,8 +38,9 @@ from soak.faults import FAULTS, OF_RANKS, Case, Missed  # noqa: E402
 from soak.processes import Running, adopt_orphans, end_children, import_like  # noqa: E402
 
 ATTEMPTS = 8  # until a fault hits a command before its end
-NUMBERS = {"none": 2, "kill": 20, "term": 20, "truncated": 20, "altered": 40, "rank-killed": 20}
-OTHERS = 10  # injections of the other faults
+NUMBERS = {"none": 2, "kill": 20, "term": 20, "truncated": 20, "altered": 20, "rank-killed": 20}
+OTHERS = 6  # injections of the other faults
+LONG = {"demo": 3}  # injections of other faults than the signals into a command ten times as long as the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--faults", type=_names(FAULTS), default=list(FAULTS), metavar="A,B")
     parser.add_argument("--commands", type=_names(COMMANDS), default=list(COMMANDS), metavar="A,B")
-    parser.add_argument("--number", type=int, metavar="N", help="injections of each (default: 2 to 40, by the fault)")
+    parser.add_argument("--number", type=int, metavar="N", help="injections of each (default: 2 to 20, by the fault)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N", help="(%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the folders of injections that ended otherwise")
     parser.add_argument("--report", action="store_true", help="write the page from the record, and inject nothing")
     return parser
+
+
+def _number(fault: str, command: str) -> int:
+    number = NUMBERS.get(fault, OTHERS)
+    return number if fault in ("kill", "term") else min(number, LONG.get(command, number))
 
 
 def _names(known: dict[str, Any]) -> Any:
@@ -111,7 +117,7 @@ def soak(options: argparse.Namespace, record: Record) -> int:
         for number in range(options.number or max(NUMBERS.values()))
         for fault in options.faults
         for command in options.commands
-        if number < (options.number or NUMBERS.get(fault, OTHERS))
+        if number < (options.number or _number(fault, command))
         and ((COMMANDS[command].ranks > 1) == (fault in OF_RANKS) or fault == "none")
         and not record.has(command, fault, number)
     ]

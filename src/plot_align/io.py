@@ -117,6 +117,11 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
                 path.rmdir()
 
 
+def no_link(name: str, flags: int) -> int:
+    """An ``opener`` of :func:`open` for a file that is written in place: a link would lead into another one."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_json(path: Path, value: Any) -> None:
     """The file is complete or it is not there."""
     content = _json_bytes(value)

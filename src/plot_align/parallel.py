@@ -169,20 +169,20 @@ def in_step() -> Iterator[None]:
     """Within this context, the processes that a launcher started divide their work."""
     global _state
     state = patient_state()
-    if state.num_processes > 1:
-        _state = state
-        atexit.register(_leave)
-        if not state.is_main_process:
-            import datasets
-            from transformers.utils import logging
+    with pulse(state):
+        if state.num_processes > 1:
+            _state = state
+            atexit.register(_leave)
+            if not state.is_main_process:
+                import datasets
+                from transformers.utils import logging
 
-            datasets.disable_progress_bars()
-            logging.disable_progress_bar()
-    try:
-        with pulse(state):
+                datasets.disable_progress_bars()
+                logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        _state = None
+        finally:
+            _state = None
 
 
 def _leave() -> None:

@@ -24,6 +24,7 @@ from plot_align.evaluation.fastchat import TEMPERATURES, read_answers, read_benc
 from plot_align.evaluation.mt_bench import MTBench, answer_questions, judge_answers, scores
 from plot_align.evaluation.subject import Subject
 from plot_align.inference.endpoint import Endpoint
+from plot_align.io import file_name
 from plot_align.records import read_record, write_record
 
 pytest.importorskip("openai")
@@ -154,7 +155,7 @@ def measure(server: Server, folder: Path, **options: Any) -> MTBench:
 
 def rows(path: Path, *, timeless: bool = True) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tstamp" or not timeless} for row in found]
+    return [{k: v for k, v in row.items() if k not in ("tstamp", "checksum") or not timeless} for row in found]
 
 
 def answers_of(subject: Subject) -> Path:
@@ -657,5 +658,6 @@ def test_what_a_record_keeps_holds_no_password(folder: Path) -> None:
 
 def test_a_judge_named_like_a_folder_has_one_file(server: Server, subject: Subject, folder: Path) -> None:
     MTBench(folder, server.url, "../org/model", categories=("math",), max_new_tokens=2).run(subject)
-    path = subject.folder / "mt_bench" / "model_judgment" / ".._org_model_single.jsonl"
+    (path,) = (subject.folder / "mt_bench" / "model_judgment").glob("*.jsonl")
+    assert path.name == f"{file_name('../org/model')}_single.jsonl"
     assert rows(path)[0]["judge"] == ["../org/model", "single-math-v1"]

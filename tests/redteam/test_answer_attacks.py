@@ -61,12 +61,13 @@ def answered(victim: Victim, attack: Attack, base: Path, **options: Any) -> Rows
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Each file's content; of what was spent without the seconds, which are those of a run."""
+    """Each file's content; of what was spent without the seconds, which are those of a run, and without its digest."""
 
     def content(path: Path) -> bytes:
         return re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes()) if "spent" in str(path) else path.read_bytes()
 
-    return {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in found.items() if not re.search(r"\.digests/.*spent", name)}
 
 
 def prompt_of(victim: Victim, behavior: Behavior) -> list[int]:

@@ -251,7 +251,7 @@ def test_a_measured_model_has_its_attacks_against_their_cost(victim: Victim, tmp
     judge = RefusalPrefixes()
     attacks = [BestOfN(n=2), GCG(steps=2, suffix_tokens=4, search_width=7, top_k=4)]
     budget = Budget(snapshots=(1, 2), max_new_tokens=4)
-    found = measure(victim, [KING], [COIN], TARGETS, attacks, Judges(judge, judge), budget, tmp_path)
+    found = measure(victim, [KING], [COIN], TARGETS, attacks, Judges({"it": judge}, {"it": judge}), budget, tmp_path)
     samples = json.loads((tmp_path / "BestOfN/default/spent/completions/tiny.json").read_text())[KING.id]
     each = sum(sample["forward_tokens"] for sample in samples) / 2
     assert list(found["by_forward_tokens"]["BestOfN"]) == [each, 2 * each]

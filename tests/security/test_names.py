@@ -109,3 +109,25 @@ def test_a_link_in_the_output_folder_is_replaced_not_followed(tmp_path: Path) ->
     assert precious.read_text() == "mine"
     assert link.read_text() == "ours"
     assert not link.is_symlink()
+
+
+def test_nothing_is_appended_through_a_link(tmp_path: Path) -> None:
+    """A journal, a judgement and a log are written in place; a folder of a stranger may hold links."""
+    from plot_align.evaluation.fastchat import append_judgment
+    from plot_align.inference.resume import resumed
+    from plot_align.sweep.workers import CommandWorker
+
+    precious = tmp_path / "precious"
+    link = tmp_path / "link"
+    for target in (precious, tmp_path / "not yet there"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        precious.write_text("mine")
+        with pytest.raises(OSError, match="symbolic links"):
+            append_judgment(link, {"score": 1})
+        with pytest.raises(InputError, match="symbolic links"):
+            list(resumed(lambda batch: [batch], [1], link))
+        with pytest.raises(OSError, match="symbolic links"):
+            CommandWorker(None).run(["true"], link)
+        assert precious.read_text() == "mine"
+        assert not (tmp_path / "not yet there").exists()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, fits, parse_json
+from plot_align.io import complete_or_absent, fits, no_link, parse_json
 from plot_align.text import sendable
 
 TEMPERATURES = {
@@ -309,7 +309,7 @@ def write_judgments(path: Path, rows: Iterable[Row]) -> None:
 
 def append_judgment(path: Path, row: Row) -> None:
     """Append, and flush to disk before returning: a judgement may cost money."""
-    with path.open("a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=no_link) as file:
         file.write(_line(row))
         file.flush()
         os.fsync(file.fileno())

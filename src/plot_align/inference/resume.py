@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plot_align.io import parse_json, unwritable
+from plot_align.io import no_link, parse_json, unwritable
 from plot_align.parallel import each, on_main, rank
 from plot_align.preference.estimation import ScoredSequence
 
@@ -102,7 +102,7 @@ def _journal(path: Path | None) -> Iterator[Callable[[int, list[Any]], None]]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab", buffering=0)
+        file = open(path, "ab", buffering=0, opener=no_link)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise unwritable(path, error) from None
 

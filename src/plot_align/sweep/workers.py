@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from plot_align.errors import InputError, RunError
+from plot_align.io import no_link
 
 Job = TypeVar("Job")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -61,7 +62,7 @@ class CommandWorker:
         """Run ``command``, write what it prints to ``log``, and return its exit code."""
         environment = os.environ | ({} if self._device is None else {_VISIBLE: self._device})
         environment[_PARENT] = str(os.getpid())
-        with log.open("wb") as file:
+        with open(log, "wb", opener=no_link) as file:
             with self._lock:
                 if self._stopped:
                     raise RunError("the worker was stopped.")
