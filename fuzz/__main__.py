@@ -1,4 +1,4 @@
-"""``python -m fuzz``: every target by both engines, a record of each 250 cases, a table, what was found."""
+"""``python -m fuzz``: every target by both engines, a record of each thousand cases, a table, what was found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fuzz.engines import ENGINES, run
 from fuzz.targets import NAMES
 from plot_align.records import read_record, write_record
 
-PART = 250  # cases of one record, with a seed of their own: what is interrupted goes on after the last
+PART = 1000  # cases of one record, with a seed of their own: what is interrupted goes on after the last
 
 
 def main() -> None:

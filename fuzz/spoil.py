@@ -49,7 +49,7 @@ junk = st.one_of(
     st.integers(),
     st.floats(),
     st.lists(st.integers(-3, 3), max_size=4),
-)
+).map(copy.deepcopy)  # a case may change what it drew
 
 
 @st.composite

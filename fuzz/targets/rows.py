@@ -101,7 +101,17 @@ def _lines(rows: list[Any]) -> bytes:
 
 class Rows:
     name = "rows"
-    names = ("case.", "data row", "training row", "data set", "training set", "no chosen", "no rejected", "mode is")
+    names = (
+        "case.",
+        "data row",
+        "training row",
+        "data set",
+        "training set",
+        "no chosen",
+        "no rejected",
+        "mode is",
+        "rows is a pair",
+    )
     seeds: ClassVar[list[bytes]] = [
         *(joined(0, _lines(kind)) for kind in _KINDS if kind is not _DIALOGUES),
         joined(3, _lines(_DIALOGUES)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -65,7 +66,8 @@ def _to_yaml(value: Any, flow: bool) -> str:
 def _cases(draw: Any) -> bytes:
     variant = draw(st.sampled_from((0, *(1, 2, 3) * 3)))  # a training's parser takes 0.1 s, the others little
     marks = st.sampled_from([_MARK.format(i) for i in range(len(_SCALARS))])
-    scalars = st.one_of(marks, st.sampled_from([1, -1, 0, 0.5, True, None, "x", [1, "x"], {"x": 1}, [], 10**30]), junk)
+    values = st.sampled_from([1, -1, 0, 0.5, True, None, "x", [1, "x"], {"x": 1}, [], 10**30])
+    scalars = st.one_of(marks, values.map(copy.deepcopy), junk)
     value = draw(spoilt(_SEEDS[variant], 3, scalars))
     text = _to_yaml(value, draw(st.booleans()))
     for i, scalar in enumerate(_SCALARS):
@@ -76,7 +78,7 @@ def _cases(draw: Any) -> bytes:
 
 class Yaml:
     name = "yaml"
-    names = ("case.yaml", "grid", "options were refused", *keys())  # a file, or an option
+    names = ("case.yaml", "grid", "options were refused", "workers is", *keys())  # a file, or an option
     seeds: ClassVar[list[bytes]] = [joined(i, yaml.safe_dump(value).encode()) for i, value in enumerate(_SEEDS)]
     cases = _cases()
 

@@ -57,6 +57,9 @@ FOUND: list[tuple[str, bytes, str]] = [
     ("replies", b'\x03{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": -1}}', "-1 tokens"),
     ("replies", b'\x03{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1' + b"0" * 30 + b"}}",
      "10^30 tokens, and their cost"),
+    ("rows", b'\x03{"chosen":"Human:","rejected":""}\n{"x":1}', "TypeError: expected string or bytes-like object"),
+    ("rows", b'\x03{"chosen":"\\n\\nHuman:\xff","rejected":""}', "UnicodeDecodeError, where the rows were read"),
+    ("rows", b'\x03{"prompt":"p","chosen":"a\xff","rejected":"b"}', "UnicodeDecodeError, where the rows were read"),
     ("rows", b'\x07{"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": "x", "score_rejected": 1}',
      "TypeError: '<' not supported between instances of 'str' and 'int'"),
 ]  # fmt: skip

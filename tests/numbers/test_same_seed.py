@@ -157,7 +157,7 @@ def test_a_sweep_by_one_worker_and_by_two(
     given = {"model_name_or_path": str(tiny_llama), "dataset_name": str(pairs_file), **TRAINING, "save_strategy": "no",
              "max_steps": 2}  # fmt: skip
     del given["output_dir"], given["save_steps"]
-    train.write_text("".join(f"{name}: {value}\n" for name, value in given.items()))
+    train.write_text(json.dumps(given))  # which is YAML
     arguments = ["sweep", "--train", train, "--alpha", "0.1", "1", "--seed", "3", "--output", "out", "--workers"]
 
     def summary(name: str, workers: int) -> Any:

@@ -71,6 +71,8 @@ def load_pairs(
         digest = file_digest(path)
         try:
             data = datasets.load_dataset(_READERS[kind], data_files=str(path), split="train", streaming=streaming)
+            if not streaming:
+                data.data.validate(full=True)  # Arrow's JSON reader takes bytes that are no UTF-8, and nobody after it
         except StopIteration:
             raise InputError(f"data file {path} is empty, expected preference pairs; check the file") from None
         except Exception as error:

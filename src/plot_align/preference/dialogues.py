@@ -20,13 +20,15 @@ class Malformed(ValueError):
     """A row that cannot be converted; its message is the reason."""
 
 
-def turns(dialogue: str) -> list[Turn]:
+def turns(dialogue: object) -> list[Turn]:
     """The turns of a raw dialogue, stripped.
 
     Raises:
-        Malformed: a dialogue that does not begin with a human turn, alternate, and end with the assistant, or has an
-            empty turn.
+        Malformed: no text; or a dialogue that does not begin with a human turn, alternate, and end with the
+            assistant, or has an empty turn.
     """
+    if not isinstance(dialogue, str):
+        raise Malformed("is no text")
     before, *parts = _TURN.split(dialogue)
     found = [
         {"role": _ROLES[speaker], "content": text.strip()}
@@ -48,7 +50,7 @@ def is_dialogue(text: object) -> bool:
     return isinstance(text, str) and text.lstrip().startswith("Human:")
 
 
-def convert(chosen: str, rejected: str) -> dict[str, list[Turn]]:
+def convert(chosen: object, rejected: object) -> dict[str, list[Turn]]:
     """Converts one raw row to a pair in TRL's conversational format with an explicit prompt.
 
     Raises:

@@ -34,8 +34,8 @@ class PreferenceDistribution:
         provenance: JSON-able. ``tokenizer``: ``fingerprint`` (:func:`vocabulary_fingerprint`) and ``size``.
             ``policy``: the settings that decide which tokens are counted (``template`` hash, ``eos``, ``max_length``,
             ``truncation_mode``). ``sources``: one entry for each data set counted: its ``id``, ``split``,
-            ``revision`` and ``fingerprint``, the ``tokenizer`` it was read with, ``rows``, ``dropped_rows``,
-            ``tokens`` and package ``versions``.
+            ``revision`` and ``fingerprint`` (None if a trainer tokenised it), the ``tokenizer`` it was read with,
+            ``rows``, ``dropped_rows``, ``tokens`` and package ``versions``.
 
     Raises:
         InputError: the counts are not two int64 vectors of the same length, or one of them is negative.

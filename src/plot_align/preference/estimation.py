@@ -161,6 +161,7 @@ def estimate_tokenized(
         _require_dataset(dataset)
         size = vocabulary_size(tokenizer)
         _begin(tally, dataset, tokenizer, size, max_length, truncation_mode, batch_size, source)
+        tally.origin["fingerprint"] = None  # that of a mapped data set depends on how many processes mapped it
         one = partial(count_table, size=size, max_length=max_length, truncation_mode=truncation_mode)
         _add_all(dataset.with_format("arrow"), one, tally, batch_size, rank, ranks, progress)
 
