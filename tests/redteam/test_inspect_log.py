@@ -16,6 +16,33 @@ from plot_align.records import read_record
 inspect_log = pytest.importorskip("inspect_ai.log", reason='needs pip install "plot-align[inspect-ai]"')
 
 
+def test_labels_of_other_answers_are_left_out(logs: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    """Another judge's labels stand beside the main one's if they are of these answers, and not if of earlier ones."""
+    from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.inspect_log import write_logs
+
+    folder, record = logs
+    direct = folder.parent / "DirectRequest" / "default"
+    labels = json.loads((direct / "results" / "tiny.json").read_text())
+    asked = [Behavior(name, name) for name in labels]
+    benign = [Behavior(name, name) for name in record["models"]["tiny"]["refused"]]
+
+    def judges() -> list[str]:
+        write_logs(folder.parent, "tiny", record["models"]["tiny"], asked, benign)
+        log = inspect_log.read_eval_log(str(folder / "DirectRequest_default_tiny.eval"))
+        assert set(log.samples[0].scores) == {score.name for score in log.results.scores}
+        return [score.name for score in log.results.scores]
+
+    (direct / "results-other").mkdir()
+    other = direct / "results-other" / "tiny.json"
+    other.write_text(json.dumps({name: [{**row, "label": 0} for row in rows] for name, rows in labels.items()}))
+    assert judges() == ["refusal-prefixes", "results-other"]
+    other.write_text(
+        json.dumps({name: [{**row, "generation": "No."} for row in rows] for name, rows in labels.items()})
+    )
+    assert judges() == ["refusal-prefixes"]
+
+
 @pytest.fixture
 def logs(tiny_base: Path, requests_folder: Path, tmp_path: Path, capsys) -> tuple[Path, dict[str, Any]]:
     """The folder of the logs of three attacks, with two judges, and the command's record."""
