@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +19,40 @@ from plot_align.records import read_record
 inspect_log = pytest.importorskip("inspect_ai.log", reason='needs pip install "plot-align[inspect-ai]"')
 
 
-@pytest.fixture
-def logs(tiny_base: Path, requests_folder: Path, tmp_path: Path, capsys) -> tuple[Path, dict[str, Any]]:
-    """The folder of the logs of three attacks, with two judges, and the command's record."""
+def test_labels_of_other_answers_are_left_out(logs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Another judge's labels stand beside the main one's if they are of these answers, and not if of earlier ones."""
+    from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.inspect_log import write_logs
+
+    before, record = logs
+    folder = shutil.copytree(before.parent, tmp_path / "out") / "inspect"
+    direct = folder.parent / "DirectRequest" / "default"
+    labels = json.loads((direct / "results" / "tiny.json").read_text())
+    asked = [Behavior(name, name) for name in labels]
+    benign = [Behavior(name, name) for name in record["models"]["tiny"]["refused"]]
+
+    def judges() -> list[str]:
+        write_logs(folder.parent, "tiny", record["models"]["tiny"], asked, benign)
+        log = inspect_log.read_eval_log(str(folder / "DirectRequest_default_tiny.eval"))
+        assert set(log.samples[0].scores) == {score.name for score in log.results.scores}
+        return [score.name for score in log.results.scores]
+
+    (direct / "results-other").mkdir()
+    other = direct / "results-other" / "tiny.json"
+    other.write_text(json.dumps({name: [{**row, "label": 0} for row in rows] for name, rows in labels.items()}))
+    assert judges() == ["refusal-prefixes", "results-other"]
+    other.write_text(
+        json.dumps({name: [{**row, "generation": "No."} for row in rows] for name, rows in labels.items()})
+    )
+    assert judges() == ["refusal-prefixes"]
+
+
+@pytest.fixture(scope="module")
+def logs(
+    tiny_base: Path, requests_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the logs of three attacks, and the command's record."""
+    tmp_path = tmp_path_factory.mktemp("logs")
     options = tmp_path / "options.yaml"
     options.write_text("gcg: {steps: 1, search_width: 4, top_k: 4, suffix_tokens: 3}\nbest_of_n: {n: 2}\n")
     out = tmp_path / "out"
@@ -28,8 +62,10 @@ def logs(tiny_base: Path, requests_folder: Path, tmp_path: Path, capsys) -> tupl
         "--attacks", "direct,gcg,best_of_n", "--options", str(options), "--cases", "2", "--max_new_tokens", "4",
         "--inspect_logs", "--output", str(out),
     ]  # fmt: skip
-    assert main(arguments) == 0
-    assert f"inspect view --log-dir {out / 'inspect'}" in capsys.readouterr().out
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert main(arguments) == 0
+    assert f"inspect view --log-dir {out / 'inspect'}" in said.getvalue()
     (path,) = out.glob("redteam-*.json")
     return out / "inspect", read_record(path, "redteam")["results"]
 

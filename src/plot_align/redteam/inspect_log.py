@@ -42,17 +42,20 @@ def write_logs(
         layout = Layout(output, path.parents[2].name, path.parents[1].name)
         if layout.method not in folders:
             continue  # of an earlier command
-        judged = {
-            _judge(other): {name: rows for name, rows in read_results(other).items() if name in wanted}
-            for other in _of_all_judges(layout, model)
-        }
+        judged: dict[str, Rows] = {}
+        rows: Rows = {}
+        for labelled in _of_all_judges(layout, model):
+            results = {name: of for name, of in read_results(labelled).items() if name in wanted}
+            rows = rows or results
+            if _answers(results) == _answers(rows):  # else they are labels of an earlier command's answers
+                judged[_judge(labelled)] = results
         any_answer = folders[layout.method] in found["by_samples"]
         scores = {
             judge: {name: [(int(row["label"] == 1), row) for row in rows] for name, rows in results.items()}
             for judge, results in judged.items()
         }
         rates = {judge: success_by_behavior(results, any_answer=any_answer) for judge, results in judged.items()}
-        written.append(_write(layout, model, harmful, next(iter(judged.values())), scores, rates, any_answer))
+        written.append(_write(layout, model, harmful, rows, scores, rates, any_answer))
     layout = Layout(output, BENIGN, "default")
     answers = read_completions(layout.completions(model))
     kinds = {kind: found[kind] for kind in ("refused", "helped")}
@@ -64,6 +67,10 @@ def write_logs(
 def _of_all_judges(layout: Layout, model: str) -> list[Path]:
     """The results of the main judge, then the others'."""
     return [layout.results(model), *sorted(layout.folder.glob(f"results-*/{model}.json"))]
+
+
+def _answers(results: Rows) -> dict[str, list[tuple[str, str]]]:
+    return {name: [(row["test_case"], row["generation"]) for row in rows] for name, rows in results.items()}
 
 
 def _judge(results: Path) -> str:
