@@ -49,12 +49,16 @@ def main() -> None:
         turns = [{"role": "system", "content": SYSTEMS[name]}] if SYSTEMS[name] else []
         turns.append({"role": "user", "content": row["prompt"]})
         ids.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
-        drawn.append({"request": f"XSTest {row['id']}", "kind": row["type"], "source": f"SmolLM2-135M-Instruct, {name}"})
+        drawn.append(
+            {"request": f"XSTest {row['id']}", "kind": row["type"], "source": f"SmolLM2-135M-Instruct, {name}"}
+        )
     answers = continue_rows(
         model, tokenizer, ids, max_new_tokens=NEW_TOKENS, batch_size=BATCH, temperature=TEMPERATURE, seed=SEED
     )
     with complete_or_absent(options.output) as temporary:
-        lines = (json.dumps({**row, "answer": text}, ensure_ascii=False) for row, text in zip(drawn, answers, strict=True))
+        lines = (
+            json.dumps({**row, "answer": text}, ensure_ascii=False) for row, text in zip(drawn, answers, strict=True)
+        )
         temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

@@ -57,6 +57,8 @@ def make_judge(
         InputError: something that it needs is missing.
     """
     match name:
+        case "refusal":
+            return judges.RefusalJudge()
         case "prefixes":
             return judges.RefusalPrefixes()
         case "harmbench":
@@ -70,4 +72,4 @@ def make_judge(
             if url is None or model is None:
                 raise InputError("judge endpoint needs an address and a model; give --judge_url and --judge_model")
             return judges.EndpointJudge(Endpoint(url, model, key_variable))
-    raise InputError(f"judge {name!r} cannot be made from options; expected prefixes, harmbench or endpoint")
+    raise InputError(f"judge {name!r} cannot be made from options; expected refusal, prefixes, harmbench or endpoint")

@@ -9,6 +9,7 @@ from plot_align.redteam.judges.classifier import ClassifierPrompts, HarmBenchCla
 from plot_align.redteam.judges.endpoint import EndpointJudge
 from plot_align.redteam.judges.likelihood import TargetLikelihood
 from plot_align.redteam.judges.phrases import REFUSAL_PHRASES, RefusalPrefixes
+from plot_align.redteam.judges.refusal import RefusalJudge
 
 __all__ = [
     "REFUSAL_PHRASES",
@@ -17,6 +18,7 @@ __all__ = [
     "HarmBenchClassifier",
     "Judge",
     "Judged",
+    "RefusalJudge",
     "RefusalPrefixes",
     "TargetLikelihood",
     "agreement",
