@@ -6,14 +6,14 @@ from common import arguments, pairs, report, settings
 from transformers import AutoTokenizer
 
 from plot_align import PlotConfig, attach, estimate
-from plot_align.redteam.judges import RefusalPrefixes
+from plot_align.redteam.judges import RefusalJudge
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def reward(completions, kind, **_):
     """1 where a harmful request is refused, and any other is not."""
     texts = [answer[-1]["content"] for answer in completions]
-    refuses = [bool(x.refused) for x in RefusalPrefixes().judge_benign(texts, texts, texts)]
+    refuses = [bool(x.refused) for x in RefusalJudge().judge_benign(texts, texts, texts)]
     return [float(refused == (of == "harmful")) for refused, of in zip(refuses, kind, strict=True)]
 
 

@@ -30,7 +30,7 @@ from plot_align.redteam.victim import Victim
 from plot_align.results import agreement_text
 
 REQUESTS = 30
-BUDGET = Budget(max_new_tokens=48, batch_size=30)
+BUDGET = Budget(max_new_tokens=32, batch_size=30)
 RECORD = Path(__file__).resolve().parents[1] / "docs" / "judges.json"
 
 

@@ -163,13 +163,31 @@ def test_what_the_classifier_cannot_judge_is_undecided_and_the_rest_stands(token
     assert "more than the classifier can read" in found[2].reason
 
 
-def test_a_checkpoint_answers_with_its_most_likely_token(tiny_llama: Path) -> None:
+@pytest.fixture(params=["llama", "mistral"])
+def tiny_classifier(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path) -> Path:
+    """The architectures of HarmBench's two classifiers."""
+    if request.param == "llama":
+        return tiny_llama
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **size)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_answers_with_its_most_likely_token(tiny_classifier: Path) -> None:
     """The oracle asks the model itself, one prompt at a time and unpadded; prompts of four lengths share two batches.
 
     The prompt ends in the generation, whose last token weighs most in a model of random weights.
     """
     prompts = ClassifierPrompts("B: {behavior} G: {generation}", PROMPTS.contextual)
-    judge = HarmBenchClassifier.from_checkpoint(str(tiny_llama), prompts, batch_size=3, device="cpu", dtype="float32")
+    judge = HarmBenchClassifier.from_checkpoint(
+        str(tiny_classifier), prompts, batch_size=3, device="cpu", dtype="float32"
+    )
     generations = ["the sum is 3 , gladly .", "no idea", "what is 4 plus 1 ? " * 3 + "7", "leave me alone b"]
     found = judge.judge([KING] * 4, [""] * 4, generations)
     for judged, generation in zip(found, generations, strict=True):

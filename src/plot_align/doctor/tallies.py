@@ -19,7 +19,7 @@ from plot_align.doctor.faults import script
 from plot_align.doctor.findings import CHECKS, EXAMPLES, Finding, percent
 from plot_align.doctor.pairs import Pair
 from plot_align.records import NORMAL_95, measure, wilson
-from plot_align.redteam import RefusalPrefixes
+from plot_align.redteam import RefusalJudge
 
 
 class Sample:
@@ -221,16 +221,16 @@ class FirstWords:
 
 
 class Refusals:
-    """How many chosen and rejected answers begin with a refusal: the phrases of ``redteam``'s prefix judge."""
+    """How many chosen and rejected answers refuse, by ``redteam``'s own judge."""
 
     def __init__(self) -> None:
-        self._judge = RefusalPrefixes()
+        self._judge = RefusalJudge()
         self.counts = [[0, 0], [0, 0]]  # [chosen refuses][rejected refuses]
         self.rows = Rows(), Rows()  # only the chosen refuses; only the rejected
 
     def add(self, pair: Pair) -> tuple[bool, bool]:
         """Whether the chosen and whether the rejected answer refuses."""
-        chosen, rejected = (self._judge.refusal(answer[:300]) is not None for answer in pair.answers)
+        chosen, rejected = (self._judge.refusal(answer) is not None for answer in pair.answers)
         self.counts[chosen][rejected] += 1
         if chosen != rejected:
             self.rows[0 if chosen else 1].add(pair.row)
@@ -259,7 +259,7 @@ class Refusals:
         certain = low if own >= other else -high
         sentence = (
             f"{percent((own + both) / n)} of the chosen and {percent((other + both) / n)} of the rejected answers "
-            f"begin with a refusal; the chosen alone refuses in {own:,} pairs, the rejected alone in {other:,}."
+            f"refuse; the chosen alone refuses in {own:,} pairs, the rejected alone in {other:,}."
         )
         check, count = ("refusals", own) if own >= other else ("never-refuses", other)
         rows = self.rows[0 if own >= other else 1].rows

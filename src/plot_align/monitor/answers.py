@@ -33,7 +33,7 @@ class Answer:
 
     Attributes:
         step: optimiser steps before it.
-        refused: it begins with a refusal phrase. An empty answer refuses nothing.
+        refused: it is a refusal, by the project's own judge. An empty answer refuses nothing.
         tokens: of its text. repetition: share of its 4-grams that repeat earlier ones.
     """
 
@@ -92,14 +92,14 @@ def _request(line: str, where: str) -> Request:
 
 
 def answered(model: Any, tokenizer: Any, requests: Sequence[Request], step: int, max_new_tokens: int) -> list[Answer]:
-    """The model's greedy answers through its chat template, judged by phrases.
+    """The model's greedy answers through its chat template, judged by :class:`~plot_align.redteam.RefusalJudge`.
 
     Raises:
         InputError: the tokenizer has no chat template.
     """
     texts = generate(model, tokenizer, [x.prompt for x in requests], max_new_tokens=max_new_tokens, batch_size=64)
     asked = [Behavior(str(i), x.prompt) for i, x in enumerate(requests)]
-    verdicts = make_judge("prefixes").judge_benign(asked, [x.prompt for x in requests], texts)
+    verdicts = make_judge("refusal").judge_benign(asked, [x.prompt for x in requests], texts)
     return [
         Answer(
             step, x.kind, x.prompt, text, bool(verdict.refused),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         write_behaviors,
     )
     from plot_align.redteam.catalogue import make_attack, make_judge, require_judge
-    from plot_align.redteam.judges import Judge, Judged, RefusalPrefixes
+    from plot_align.redteam.judges import Judge, Judged, RefusalJudge, RefusalPrefixes
     from plot_align.redteam.measure import Budget, agreements, attack_and_judge, benign_labels, require_decided
     from plot_align.redteam.victim import Victim
 
@@ -34,6 +34,7 @@ __all__ = [
     "Budget",
     "Judge",
     "Judged",
+    "RefusalJudge",
     "RefusalPrefixes",
     "Victim",
     "agreements",
@@ -59,7 +60,7 @@ __getattr__ = lazy(
         "behaviors": "Behavior default_benign read_behaviors read_labelled read_targets require_targets "
         "write_behaviors",
         "catalogue": "make_attack make_judge require_judge",
-        "judges": "Judge Judged RefusalPrefixes",
+        "judges": "Judge Judged RefusalJudge RefusalPrefixes",
         "measure": "Budget agreements attack_and_judge benign_labels require_decided",
         "victim": "Victim",
     },

@@ -59,6 +59,8 @@ def make_judge(
         InputError: something that it needs is missing.
     """
     require_judge(name, harmbench=harmbench, url=url, model=model)
+    if name == "refusal":
+        return judges.RefusalJudge()
     if name == "prefixes":
         return judges.RefusalPrefixes()
     if name == "harmbench" and harmbench is not None:

@@ -14,9 +14,9 @@ CHECKPOINTS = {  # of the judges that load a model, as published
 ASKING = ("endpoint", "strongreject-rubric", "jailbreakbench", "xstest")  # judges that ask a model behind an endpoint
 # Those of the package judgezoo.
 PUBLISHED = ("strongreject", "llama-guard-3", "llama-guard-4", "strongreject-rubric", "jailbreakbench", "xstest")
-JUDGES = ("prefixes", "likelihood", *CHECKPOINTS, *ASKING)
-TELL_REFUSALS = ("prefixes", "endpoint", "xstest")  # the other judges know success only
-DEFAULT_JUDGES = ("prefixes",)
+JUDGES = ("refusal", "prefixes", "likelihood", *CHECKPOINTS, *ASKING)
+TELL_REFUSALS = ("refusal", "prefixes", "endpoint", "xstest")  # the other judges know success only
+DEFAULT_JUDGES = ("refusal", "prefixes")
 
 
 def parse_judges(text: str, known: tuple[str, ...] = JUDGES) -> dict[str, str | None]:

@@ -10,6 +10,7 @@ from plot_align.redteam.judges.endpoint import EndpointJudge
 from plot_align.redteam.judges.likelihood import TargetLikelihood
 from plot_align.redteam.judges.phrases import REFUSAL_PHRASES, RefusalPrefixes
 from plot_align.redteam.judges.published import FineTunedJudge, PromptedJudge
+from plot_align.redteam.judges.refusal import RefusalJudge
 
 __all__ = [
     "REFUSAL_PHRASES",
@@ -20,6 +21,7 @@ __all__ = [
     "Judge",
     "Judged",
     "PromptedJudge",
+    "RefusalJudge",
     "RefusalPrefixes",
     "TargetLikelihood",
     "agreement",
