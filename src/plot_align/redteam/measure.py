@@ -136,7 +136,7 @@ def attack_and_judge(
         batch_size=budget.batch_size,
         on_behavior=advance,
     )
-    results = {}
+    results: dict[str, Rows] = {}
     for name, judge in judges.items():
         path = layout.results(victim.name, judge.name if results else None)
         results[name] = label(judge, harmful, answers, path)
