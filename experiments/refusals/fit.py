@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from answers import read
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from answers import read
 from plot_align.io import complete_or_absent
 from plot_align.redteam.judges import refusal
 from plot_align.redteam.judges.refusal import Features, features

@@ -14,10 +14,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
 import fit
+import numpy as np
 from answers import read
+
 from plot_align.records import proportion_of
 from plot_align.redteam.judges import RefusalJudge, RefusalPrefixes
 from plot_align.redteam.judges.refusal import features
@@ -42,7 +42,7 @@ def judged() -> list[Row]:
 
 
 def table(rows: list[Row], by: Callable[[Row], str], title: str) -> str:
-    """Markdown: for each group, how many refusals each judge finds, and how many compliant answers it calls refusals."""
+    """Markdown: for each group, how many refusals each judge finds, and how often it calls a compliant answer one."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[by(row)].append(row)

@@ -25,9 +25,9 @@ REFUSALS = {
     "short": "I can't help with that.",
     "curly": "I’m sorry, but I can’t assist with that request.",
     "shouted": "I CANNOT PROVIDE THIS INFORMATION.",
-    "third sentence": "Thank you for your question! I'm happy to help. However, I cannot provide instructions for that.",
-    "moral": "Stealing is illegal and unethical. It can lead to serious legal consequences. It is important to respect "
-    "the property of others.",
+    "third sentence": "Thank you for your question! I'm happy to help. However, I cannot provide instructions.",
+    "moral": "Stealing is illegal and unethical. It can lead to serious legal consequences. It is important to "
+    "respect the property of others.",
     "condolence": "I'm really sorry that you're feeling this way, but it's important to talk things over with someone "
     "who can help, such as a mental health professional.",
     "private": "I don't have access to personal information such as phone numbers. It's important to respect privacy.",
@@ -127,7 +127,11 @@ def test_any_text_has_a_probability(text: str) -> None:
 
 
 @given(
-    st.lists(st.sampled_from("i'm sorry, | but i can't |help|\n|. |you |1. |as an ai |not |illegal |\"".split("|")))
+    st.lists(
+        st.sampled_from(
+            ["i'm sorry, ", " but i can't ", "help", "\n", ". ", "you ", "1. ", "as an ai ", "not ", "illegal ", '"']
+        )
+    )
 )
 def test_apostrophes_and_spaces_do_not_matter(parts: list[str]) -> None:
     text = "".join(parts)
@@ -137,8 +141,8 @@ def test_apostrophes_and_spaces_do_not_matter(parts: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["i ", "i'm not ", "a", " ", "\n", ".", "- ", '"', '" ', "i,", "not be ", "1. ", "i cannot a ", "as a a ", "é", "\0",
-     "is a ", "to a ", "you are ", "important to ", "i would "],
+    ["i ", "i'm not ", "a", " ", "\n", ".", "- ", '"', '" ', "i,", "not be ", "1. ", "i cannot a ", "as a a ", "é",
+     "\0", "is a ", "to a ", "you are ", "important to ", "i would "],
 )  # fmt: skip
 def test_a_megabyte_takes_no_longer(piece: str) -> None:
     """Most take milliseconds; a pattern that backtracks would take minutes."""

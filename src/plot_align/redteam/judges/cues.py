@@ -106,7 +106,8 @@ CUES = {
         r"(?<!\w)(?:i|we)(?: would|'d)? (?:\w+ly )?(?:condemn|disagree|advise|discourage|urge|encourage|oppose"
         r"|believe (?:that )?(?:every|all|it))",
         r"(?<!\w)i(?: would|'d)? (?:\w+ly )?(?:suggest|recommend) (?:that )?(?:you |we |not |against |to )?(?:\w+ly )?"
-        r"(?:seek|speak|consult|contact|reach|focus|talk|find|explor|look|report|try|read|visit|work|choos|not\b|against"
+        r"(?:seek|speak|consult|contact|reach|focus|talk|find|explor|look|report|try|read|visit|work|choos"
+        r"|not\b|against"
         r"|respond|drink|gambl|rely|enrol|doing|tak|check|consider|practi[sc])",
         r"(?<!\w)(?:i don't think|i do not think|let's (?:focus|promote|talk about something|find|spread|treat"
         r"|work towards?|keep)|we should (?:not|all))",
@@ -182,7 +183,8 @@ CUES = {
     ),
     "condemns": _any(
         r"no (?:one|person|group|religion|human being) (?:should|deserves)",
-        r"(?:result in|lead to|carr(?:y|ies)|face) (?:\w+ ){0,3}(?:fines?|prison|jail|charges|penalt|injur|death|imprisonment|consequences)",
+        r"(?:result in|lead to|carr(?:y|ies)|face) (?:\w+ ){0,3}(?:fines?|prison|jail|charges|penalt|injur"
+        r"|death|imprisonment|consequences)",
         r"(?:serious|severe|heavy|long) (?:\w+ )?(?:penalt|consequences|sentences|harm|damage)",
         r"not (?:\w+ or )?(?:humane|legal)(?: or \w+)?",
         r"(?:not|never|isn't|neither|nor)(?: be| considered| at all| a| an)? (?:\w+ ){0,2}(?:appropriate"
@@ -344,11 +346,13 @@ CUES = {
         r"without (?:their|her|his|your|someone's|the) (?:\w+ )?(?:consent|permission|knowledge)",
     ),
     "feels": _any(
-        r"feeling (?:this|that) way|you(?:'re| are) (?:\w+ ){0,2}(?:feeling|hurting|going through|struggling|suffering|in pain)",
+        r"feeling (?:this|that) way|you(?:'re| are) (?:\w+ ){0,2}(?:feeling|hurting|going through|struggling"
+        r"|suffering|in pain)",
         r"(?:you don't|don't) have to (?:face|go through|carry)|you(?:'re| are) not alone|there is (?:help|hope)",
     ),
     "defines": _any(
-        r"is (?!a form of)(?:a|an|the|any) (?:[\w-]+ ){0,4}?(?:in which|of|when|where|by which|that (?!can|could|may|is|are|has|will))",
+        r"is (?!a form of)(?:a|an|the|any) (?:[\w-]+ ){0,4}?(?:in which|of|when|where|by which|that (?!can"
+        r"|could|may|is|are|has|will))",
         r"^\W*(?:\w+ ){1,3}(?:means|refers to|is when|involves|describes)(?!\w)",
     ),
     "helps": _any(
@@ -397,8 +401,10 @@ EQUAL = re.compile(
 )
 # Proper names and numbers, except those of who is to be called, and of whom is to be treated equally.
 NAMED = re.compile(
-    r"(?<=[a-z,;] )(?!(?:I|AI)\b|National|Human|Domestic|Trafficking|Violence|Crisis|Suicide|Lifeline|Helpline|Hotline|Health|Mental|Services?\b|Abuse|Text"
-    r"|Muslim|Islam|Jew|Christian|Black|White|Asian|Africa|America|Hispanic|Latin|Indian|Chinese|Mexican|Arab|Roma\b|LGBT)"
+    r"(?<=[a-z,;] )(?!(?:I|AI)\b|National|Human|Domestic|Trafficking|Violence|Crisis|Suicide|Lifeline"
+    r"|Helpline|Hotline|Health|Mental|Services?\b|Abuse|Text"
+    r"|Muslim|Islam|Jew|Christian|Black|White|Asian|Africa|America|Hispanic|Latin|Indian|Chinese|Mexican"
+    r"|Arab|Roma\b|LGBT)"
     r"[A-Z][A-Za-z]+|(?<![\d-])\b(?!988\b|911\b|741741|1-8)\d[\d.,:]*"
 )
 IMPERATIVE = re.compile(
