@@ -53,7 +53,7 @@ train() {
 # redteam FOLDER MODEL [option…]
 redteam() {
   plot-align redteam "$2" --behaviors "$behaviors" --targets "$targets" --skip_copyright \
-    --judge harmbench,prefixes --harmbench "$HARMBENCH" --options recipes/attacks.yaml --output "$1" "${@:3}"
+    --judge harmbench,refusal --harmbench "$HARMBENCH" --options recipes/attacks.yaml --output "$1" "${@:3}"
 }
 
 # Data, the same for all families.

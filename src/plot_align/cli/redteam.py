@@ -313,16 +313,16 @@ def _report(
     judged = f"judged by {main}{'' if benign == main else f', benign requests by {benign}'}"
     table = Table("", *measured, title=f"{judged}; 95 % intervals over behaviours", title_justify="left")
     shown: dict[str, dict[str, Any]] = {}
-    rates_in: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
-        **{f"ASR, {title}": partial(_success, attack) for attack, title in first["titles"].items()},
-        "over-refusal": lambda of: of["refused"],
-        "benign requests helped": lambda of: of["helped"],
+    places = {
+        **{f"ASR, {title}": ("attacks", attack) for attack, title in first["titles"].items()},
+        "over-refusal": ("refused",),
+        "benign requests helped": ("helped",),
     }
-    for heading, rates in rates_in.items():
-        shown[heading] = {m: proportion(list(rates(r).values())) for m, r in measured.items()}
-        for judge in (name for name, of in first["others"].items() if rates(of)):
-            by = {m: proportion(list(rates(r["others"][judge]).values())) for m, r in measured.items()}
-            shown[f"{heading}, by {judge}"] = by
+    for heading, place in places.items():
+        shown[heading] = {m: proportion(_rates(r, *place)) for m, r in measured.items()}
+        for judge in (name for name, of in first["others"].items() if _rates(of, *place)):
+            others = {m: proportion(_rates(r["others"][judge], *place)) for m, r in measured.items()}
+            shown[f"{heading}, by {judge}"] = others
     for heading, entries in shown.items():
         table.add_row(heading, *(_cell(entry) for entry in entries.values()))
     balances = {
@@ -390,10 +390,6 @@ def _report(
         seed=options.seed,
     )
     console.print(f"record: {record}", soft_wrap=True)
-
-
-def _success(attack: str, of: dict[str, Any]) -> dict[str, float]:
-    return of["attacks"].get(attack, {})  # a judge may not have judged it
 
 
 def _addresses(options: Any) -> dict[str, str | None]:
