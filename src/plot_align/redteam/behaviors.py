@@ -103,7 +103,7 @@ def read_behaviors(path: str | os.PathLike[str], *, kind: Kind = "harmful", skip
             f"{path} has no behaviours to attack{beside}; write one row or more below the line of column names"
         )
     taken = f"{path.name} ({form.name}): {len(rows)} {kind} request{'s' * (len(rows) > 1)} taken"
-    taken += f", {others} others left" if others else ""
+    taken += f", {others} other{'s' * (others > 1)} left" if others else ""
     taken += f", {len(copyrighted)} about copyrighted text left" if copyrighted else ""
     return Behaviors(rows, list(copyrighted), targets, taken)
 
