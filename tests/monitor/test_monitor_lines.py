@@ -160,8 +160,8 @@ def test_texts_in_the_loggers_tables(make_evaluated, tmp_path, monkeypatch, run)
     assert list(frame.columns) == ["step", "kind", "prompt", "answer", "refused", "tokens", "repetition"]
     assert set(frame[frame.kind == "harmful"].refused) == {True}
     assert [(name, step) for name, _, step in written] == [("monitor/answers", step) for step in (0, 2, 4)]
-    assert r"Here \| is\nhow. |" in written[0][1]
-    assert "&lt;b>Yes" in written[1][1]
+    assert r"Here \| is\\nhow. |" in written[0][1]
+    assert r"&lt;b\>Yes" in written[1][1]
     rows = json.loads((tmp_path / "dpo" / "monitor_answers.json").read_text())
     assert [row["answer"] for row in rows if row["kind"] == "benign"] == [x.answer for x in monitor.answers
                                                                          if x.kind == "benign"]  # fmt: skip

@@ -466,7 +466,7 @@ def _cache_without_pickles() -> Iterator[None]:
     """lm-eval's cache holds JSON in place of pickles, which would run code where the folder came from a stranger."""
     import sqlitedict
 
-    pickling = sqlitedict.SqliteDict
+    pickling: Any = sqlitedict.SqliteDict
 
     class Plain(sqlitedict.SqliteDict):
         def __init__(self, *args: Any, **options: Any) -> None:
