@@ -102,13 +102,15 @@ _REQUEST = fastchat.Request(81, 1, fastchat.Prompt("single-v1", "", "{question}"
 
 def _bracketed(text: str) -> list[str]:
     """The verdicts, found by hand: what stands between [[ and ]], without spaces, lower case."""
-    found = []
-    for part in text.split("[[")[1:]:
-        inner, closed, _ = part.partition("]]")
-        name, colon, word = inner.rpartition(":")
+    found, at = [], text.find("[[")
+    while at >= 0:
+        end = text.find("]]", at)
+        name, colon, word = text[at + 2 : max(end, at + 2)].rpartition(":")
         name, word = name.strip(_BLANK).lower(), word.strip(_BLANK).lower()
-        if closed and word in ("yes", "no") and (name in ("refused", "helped") if colon else True):
+        if end >= 0 and word in ("yes", "no") and (name in ("refused", "helped") if colon else True):
             found.append(f"{name}:{word}" if colon else word)
+            at = end
+        at = text.find("[[", at + 1)
     return found
 
 
