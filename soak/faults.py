@@ -49,7 +49,7 @@ class Case:
     work: float
     size: int
     memory: int
-    limit: float = 120.0
+    limit: float = 300.0
     first: list[Running] = field(default_factory=list)
     broken: Path | None = None
     note: str = ""

@@ -105,9 +105,10 @@ def test_what_to_do_depends_on_what_hinders(
 def test_a_sealed_file_is_known_again(tmp_path: Path) -> None:
     path = tmp_path / "answers.json"
     check_seal(path.with_name("foreign.json"))  # from elsewhere
-    for value in (1, 2, 3):
+    for value in (1, 2, 3, 3):
         write_sealed_json(path, {"label": value})
         check_seal(path)
+    assert len(json.loads(seal_of(path).read_text())) == 1  # written again, it is the same
     path.write_text(path.read_text().replace("3", "4"))
     with pytest.raises(InputError, match=r"answers.json is not as it was written, .* delete both to make it again"):
         check_seal(path)

@@ -144,7 +144,7 @@ def write_sealed_json(path: Path, value: Any) -> None:
     """
     content = _json_bytes(value)
     former = [file_digest(path)] if path.is_file() else []
-    write_json(seal_of(path), [hashlib.sha256(content).hexdigest(), *former])
+    write_json(seal_of(path), list(dict.fromkeys([hashlib.sha256(content).hexdigest(), *former])))
     with complete_or_absent(path) as temporary:
         temporary.write_bytes(content)
 

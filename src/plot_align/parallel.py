@@ -16,11 +16,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,15 +89,15 @@ def pulse(state: Any) -> Iterator[None]:
     if state.num_processes == 1 or patience <= 0:
         yield
         return
-    done = threading.Event()
-    options = (state.process_index, state.num_processes, patience, done)
-    thread = threading.Thread(target=_beat, args=options, name="pulse", daemon=True)
-    thread.start()
+    pulse_of = _Pulse(state.process_index, state.num_processes, patience)
+    threads = [threading.Thread(target=run, daemon=True) for run in (pulse_of.beat, pulse_of.watch)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
-        done.set()
-        thread.join(5)
+        pulse_of.done.set()
+        threads[0].join(5)
 
 
 def _patience() -> float:
@@ -108,36 +108,56 @@ def _patience() -> float:
         raise InputError(f"PLOT_ALIGN_PATIENCE is {given!r}, expected seconds, e.g. 300, or 0 to wait") from None
 
 
-def _beat(own: int, size: int, patience: float, done: threading.Event) -> None:
-    from torch.distributed import distributed_c10d
+class _Pulse:
+    """The signs of life of one process, and of the others as it sees them.
 
-    # A connection of its own, as each operation waits for its answer; not for long, where the process that holds the
-    # store hangs.
-    store: Any = distributed_c10d._get_default_store()
-    store = store.clone()
-    store.set_timeout(timedelta(seconds=max(1.0, patience / _BEATS)))
-    others = [other for other in range(size) if other != own]
-    heard = dict.fromkeys(others, b"")
-    silent = dict.fromkeys(others, 0)  # beats of ours: while this process was stopped as well, no time has passed
-    for beat in count():
-        began = time.monotonic()
-        beats = {}
-        try:
-            store.set(_pulse_of(own), _DONE if done.is_set() else str(beat))
-            there = [other for other in others if store.check([_pulse_of(other)])]
-            beats = {other: store.get(_pulse_of(other)) for other in there}
-        except Exception:
-            if time.monotonic() - began < 0.5:
-                return  # the store is gone: a process has ended, which the next meeting tells
-        if done.is_set():
-            return
-        for other in others:
-            now = beats.get(other, heard[other])
-            silent[other] = silent[other] + 1 if now == heard[other] != _DONE.encode() else 0
-            heard[other] = now
-            if silent[other] > _BEATS:
-                _end(f"process {other} has given no sign of life for {patience:g} seconds")
-        done.wait(patience / _BEATS)
+    They are counted in rounds of this process: while it is stopped itself, no time passes.
+    """
+
+    def __init__(self, own: int, size: int, patience: float) -> None:
+        self.own, self.patience = own, patience
+        self.others = [other for other in range(size) if other != own]
+        self.done = threading.Event()
+        self.rounds = 0
+
+    def beat(self) -> None:
+        """Tell and hear, in rounds. They go through the store by which the processes found each other."""
+        from torch.distributed import distributed_c10d
+
+        store: Any = distributed_c10d._get_default_store()
+        store = store.clone()  # a connection of its own, as each operation waits for its answer
+        heard = dict.fromkeys(self.others, b"")
+        silent = dict.fromkeys(self.others, 0)
+        while not self.done.is_set():
+            self.rounds += 1
+            try:
+                store.set(_pulse_of(self.own), str(self.rounds))
+                there = [other for other in self.others if store.check([_pulse_of(other)])]
+                beats = {other: store.get(_pulse_of(other)) for other in there}
+            except Exception:
+                self.done.set()  # the store is gone: a process has ended, which the next meeting tells
+                return
+            for other in self.others:
+                now = beats.get(other, heard[other])
+                silent[other] = silent[other] + 1 if now == heard[other] != _DONE.encode() else 0
+                heard[other] = now
+                if silent[other] > _BEATS:
+                    self._end(other)
+            self.done.wait(self.patience / _BEATS)
+        with suppress(Exception):
+            store.set(_pulse_of(self.own), _DONE)
+
+    def watch(self) -> None:
+        """End this process if the one that holds the store, the first, does not answer: no operation on it returns."""
+        seen, still = 0, 0
+        while not self.done.wait(self.patience / _BEATS):
+            still = still + 1 if self.rounds == seen else 0
+            seen = self.rounds
+            if still > _BEATS:
+                self._end(0)
+
+    def _end(self, other: int) -> None:
+        _end(f"process {other} has given no sign of life for {self.patience:g} seconds")
 
 
 def _pulse_of(rank: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import accelerate.utils  # noqa: F401 (long imports are no part of what is timed)
@@ -44,3 +46,15 @@ def test_a_stopped_process_ends_the_run(
 def test_a_busy_process_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLOT_ALIGN_PATIENCE", "6")
     assert processes.run(meet, None, 12.0, ranks=2) == [0, 1]
+
+
+def test_a_process_that_never_starts_is_not_waited_for() -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(processes._free_port()), "ACCELERATE_USE_CPU": "true"}
+    program = "import accelerate.utils\nfrom plot_align.parallel import in_step\nwith in_step(): print('met')"
+    found = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **ranks, **place, "PLOT_ALIGN_PATIENCE": "1"},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (1, "")
+    assert "plot-align: another process has not started, or hangs; what is finished is kept" in found.stderr

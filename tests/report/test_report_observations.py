@@ -21,7 +21,7 @@ from plot_align.results import of_items
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
-    del content["digest"]  # as another program might write it
+    content.pop("digest", None)  # as another program might write it
     change(content)
     path.write_text(json.dumps(content))
 

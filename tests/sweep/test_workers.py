@@ -73,7 +73,7 @@ def test_a_failure_costs_itself_alone() -> None:
     assert {index: str(error) for index, error in failures.items()} == {1: "job 1", 4: "job 4", 7: "job 7"}
     with pytest.raises(RunError) as caught:
         workers.raise_failures(failures, [f"run {i}" for i in range(8)], Path("out"))
-    assert str(caught.value).startswith("3 of 8 runs failed (run 1, run 4, run 7); the first said: job 1 ")
+    assert str(caught.value).startswith("3 of 8 runs failed (run 1, run 4, run 7); the first said: job 1. The ")
     workers.raise_failures({}, [], Path("out"))
 
 
