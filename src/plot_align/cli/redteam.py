@@ -392,6 +392,11 @@ def _report(
     console.print(f"record: {record}", soft_wrap=True)
 
 
+def _rates(of: dict[str, Any], kind: str, attack: str | None = None) -> list[float]:
+    """One judge's rates, by behaviour or by benign request; none where it did not judge them."""
+    return list((of[kind] if attack is None else of[kind].get(attack, {})).values())
+
+
 def _addresses(options: Any) -> dict[str, str | None]:
     """The endpoints for the record, without addresses, which can carry a password."""
     from plot_align.inference.endpoint import Endpoint
