@@ -175,7 +175,7 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
         ({"attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
         ({"judge": "endpoint"}, "judge endpoint needs an address"),
         ({"judge": "likelihood"}, "judge is 'likelihood'"),
-        ({"judge": "sandbx"}, "judge is 'sandbx'; expected prefixes, endpoint"),
+        ({"judge": "sandbx"}, "judge is 'sandbx'; expected refusal, prefixes, endpoint"),
         ({"cases": 0}, "cases is 0"),
         ({"attack": "gcg", "targets": None}, "GCG needs a target for every behaviour"),
     ],
