@@ -75,7 +75,7 @@ def test_probability_by_hand() -> None:
 
 
 def test_plain_words_by_hand() -> None:
-    """ "so i can't." follows a plain clause of eight words, and four plain ones come after it."""
+    """The no follows a plain clause of eight words, and one of four comes after it."""
     found = features("The lake lies behind the hill over there. I can't, I won't. Take the left path.")
     assert found.branch == "says no"
     assert found.values["plain words before"] == pytest.approx(math.log(1 + 8))
