@@ -88,7 +88,7 @@ COMMANDS = {
             "demo",
             ("demo", "--quick", "--model", _BASE, "--output", "out"),
             prepare=inputs.make_demo_small,
-            steps_aside=(r"^report",),  # it shows seconds; `report` is compared by itself
+            steps_aside=(r"^report",),  # it shows seconds, and rows in the order of their dates
         ),
         Command("estimate, 2 ranks", _ESTIMATE, ranks=2),
         Command("evaluate, 2 ranks", _EVALUATE, ranks=2),
