@@ -57,6 +57,7 @@ def test_the_same_command_trains_goes_on_and_refuses_a_damaged_checkpoint(
         "max_steps": 3, "save_steps": 1,
         "logging_steps": 1, "alpha": 0.1, "use_cpu": True, "bf16": False, "report_to": "none",
         "dtype": "float32", "resume_from_checkpoint": True, "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
     }  # fmt: skip
     config = tmp_path / "dpo.yaml"
     config.write_text(yaml.safe_dump(content))

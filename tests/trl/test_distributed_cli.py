@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from plot_align import parallel
 from plot_align.cli import launch
 from plot_align.cli.main import main
 from plot_align.errors import InputError
@@ -27,7 +28,7 @@ def test_an_error_of_a_rank_is_one_sentence(capfd):
         launch.with_processes("inspect", 2, ["--tokeniser", "nowhere"])
     assert "Traceback" not in (said := capfd.readouterr().err)
     assert "plot-align" not in said
-    assert launch.tell_launcher("nobody listens") is False
+    assert parallel.tell_launcher("nobody listens") is False
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, None), (1, None)])

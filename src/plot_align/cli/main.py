@@ -52,8 +52,7 @@ options:
 example:
   plot-align dpo --config dpo.yaml --alpha 0.1
 
-exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130 interrupted,
-            143 ended by SIGTERM
+exit codes: 0 done, 1 run failed, 2 wrong input, 3 --fail_on, 130, 143 stopped
 """.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items()))
 
 
