@@ -86,7 +86,11 @@ def test_dpo(run: Callable[..., dict[str, Any]], tiny_llama: Path, pairs_file: P
     same(first, workers)
     other = run("other", *training(tiny_llama, pairs_file, seed=8))
     assert other["out/model.safetensors"] != first["out/model.safetensors"]
-    assert {"out/model.safetensors", "out/trainer_state.json"} <= first.keys()
+    assert {
+        "out/model.safetensors",
+        "out/checkpoint-4/trainer_state.json",
+        "out/checkpoint-4/optimizer.pt",
+    } <= first.keys()
 
 
 @pytest.mark.parametrize("options", [{"granularity": "token"}, {"divergence": "sinkhorn"}, {"geometry": "sliced"}])

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plot_align.config import PlotAblations, PlotConfig
@@ -36,6 +36,7 @@ GRIDS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(grid=GRIDS)
 def test_the_grid_is_the_product_less_what_collapses(grid: dict[str, list[Any]]) -> None:
     """The oracle loops over everything and keeps what differs as a set."""
