@@ -115,3 +115,39 @@ def test_doctor_script(tmp_path, monkeypatch, capsys):
     assert (results["rows"], results["pairs"]) == (30, 29)
     assert "no-pair" in results["findings"]
     assert results["peak"]["value"] >= results["before"]["value"] > 10
+
+
+@pytest.mark.slow
+def test_load_script(tmp_path, monkeypatch, capsys):
+    """Small sizes of two commands; the same command again runs nothing, a larger size runs alone."""
+    import load
+
+    path = tmp_path / "load.json"
+    command = ["load.py", "--rows", "report=20", "--rows", "estimate=50", "--vocabulary", "300", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", command)
+    load.main()
+    results = read_record(path, "load")["results"]
+    assert list(results) == ["report, 20", "estimate, 50"]
+    assert results["report, 20"]["page_mib"] > 0.01
+    estimate = results["estimate, 50"]
+    assert estimate["ratio"] == estimate["processor_seconds"] / estimate["map"]["processor_seconds"]
+    assert estimate["peak_mib"] >= estimate["peak_anonymous_mib"] > 10
+    ran = []
+    monkeypatch.setattr(load, "measured", lambda name, size, *_: ran.append((name, size)) or estimate)
+    monkeypatch.setattr(sys, "argv", [*command, "--rows", "doctor=30"])
+    load.main()
+    assert ran == [("doctor", 30)]
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_load_rows_are_those_asked_for(monkeypatch):
+    """Each of three to twelve words, over several files, the same at every call."""
+    import load
+
+    monkeypatch.setattr(load, "BATCH", 7)
+    found = list(load.tables(17))
+    assert [len(columns["chosen"]) for columns in found] == [7, 7, 3]
+    lengths = {len(text.split()) for columns in found for side in columns.values() for text in side}
+    assert min(lengths) >= 3
+    assert max(lengths) <= 12
+    assert list(load.tables(17)) == found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plot_align.doctor import diagnose
 from plot_align.doctor.forecast import Step
 from plot_align.doctor.model import measure
 from plot_align.parallel import in_step
@@ -28,3 +29,10 @@ def measured(folder: str, data: str, partial: str) -> tuple[dict[str, Any], int]
             bar=lambda *_: moved.append,
         )  # fmt: skip
     return found.to_dict(), sum(moved)
+
+
+def examined(folder: str, data: str) -> dict[str, Any]:
+    """What the checks of the data find, in batches of 20 rows."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with in_step():
+        return {**diagnose(data, tokenizer, batch_size=20, progress=False).to_dict(), "seconds": 0}

@@ -142,6 +142,70 @@ def test_the_page_escapes_and_hides_what_the_data_say(pairs, tiny_llama, tmp_pat
     assert {"main", "findings", "lengths", "preference", "pairs", "made"} <= targets <= set(ids)
 
 
+def test_code_stands_in_code_and_all_else_is_escaped():
+    pytest.importorskip("jinja2")
+    from plot_align.doctor.page import _code
+
+    assert _code("use `a: <b>` & `c`") == "use <code>a: &lt;b&gt;</code> &amp; <code>c</code>"
+    assert [_code(text) for text in ("one ` alone", "`` none")] == ["one ` alone", "`` none"]
+
+
+def test_in_a_browser_by_keyboard(pairs, tiny_llama, tmp_path, browser):
+    """Light and dark, phone and desk: every stop of the Tab key in the order of the page and seen, details that Enter
+    opens and closes, nothing serious for axe, no word on the console."""
+    path = tmp_path / "doctor.html"
+    assert main(["doctor", str(pairs), "--model", str(tiny_llama), "--page", str(path)]) == 0
+    text = path.read_text(encoding="utf-8")
+    assert "`" not in re.sub(r"(?s)<style>.*?</style>", "", text)
+    for scheme, width in (("light", 1280), ("dark", 360)):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme,
+                                      reduced_motion="reduce")  # fmt: skip
+        page = context.new_page()
+        said: list[str] = []
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.on("pageerror", lambda error, said=said: said.append(str(error)))
+        page.goto(path.as_uri())
+        stops = page.evaluate(
+            "[...document.querySelectorAll('a, summary, [tabindex=\"0\"]')].filter(e => e.checkVisibility()).length"
+        )
+        seen = [_tabbed(page) for _ in range(stops)]
+        assert stops > 10
+        assert seen[0]["text"] == "Skip to the verdict"
+        assert [stop for stop in seen if stop["outline"] != "solid" or not stop["inside"]] == []
+        assert [stop["at"] for stop in seen] == sorted({stop["at"] for stop in seen})  # each once
+        summary = page.locator("summary").first
+        summary.focus()
+        for state in (True, False):
+            page.keyboard.press("Enter")
+            assert page.evaluate("document.querySelector('details').open") is state
+        page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
+        assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        assert _serious(page) == {}
+        assert said == []
+        context.close()
+
+
+def _tabbed(page: Any) -> dict[str, Any]:
+    """Where the next Tab leads: the place in the document, and whether the focus can be seen there."""
+    page.keyboard.press("Tab")
+    return page.evaluate(
+        """() => {
+            const one = document.activeElement, box = one.getBoundingClientRect();
+            return {
+                at: [...document.querySelectorAll('*')].indexOf(one), text: one.textContent,
+                outline: getComputedStyle(one).outlineStyle,
+                inside: box.bottom > 0 && box.top < innerHeight && box.right > 0 && box.left < innerWidth,
+            };
+        }"""
+    )
+
+
+def _serious(page: Any) -> dict[str, str]:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    found = axe.Axe().run(page).response["violations"]
+    return {v["id"]: v["nodes"][0]["html"][:200] for v in found if v["impact"] in ("serious", "critical")}
+
+
 def test_json_and_exit_codes(pairs, clean, tiny_llama, tmp_path, capsys):
     base = ["doctor", str(pairs), "--model", str(tiny_llama)]
     assert main([*base, "--json", "--fail_on", "error"]) == 0

@@ -274,9 +274,20 @@ def test_a_row_of_rubbish_is_named_and_skipped_or_refused(clean, tokenizer, tmp_
     diagnosis = diagnose(path, tokenizer, progress=False)
     assert (diagnosis.examination.rows, diagnosis.examination.pairs) == (203, 200)
     assert [finding.rows for finding in diagnosis.examination.findings] == [[11, 50, 51]]
-    assert "row 51: 'chosen' is 5, expected a string" in diagnosis.examination.refused[2]
-    with pytest.raises(InputError, match=r"^data row 11: 'prompt' is missing"):
+    broken, no_object, number = diagnosis.examination.refused
+    assert broken.startswith("row 11: line 12 is no valid JSON (Expecting property name")
+    assert no_object == "row 50: line 51 is a list of length 2, expected an object with chosen and rejected"
+    assert "row 51: 'chosen' is 5, expected a string" in number
+    with pytest.raises(InputError, match=r"^data row 11: line 12 is no valid JSON"):
         diagnose(path, tokenizer, strict=True, progress=False)
+
+
+def test_a_damaged_first_line_is_named_too(clean, tokenizer, tmp_path):
+    """Rows do not count blank lines, lines do."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n{rubbish\n" + "\n".join(json.dumps(row) for row in clean))
+    (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
+    assert refused.startswith("row 0: line 2 is no valid JSON")
 
 
 def test_what_is_no_set_of_pairs_is_refused(tokenizer):

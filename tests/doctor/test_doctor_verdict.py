@@ -82,6 +82,15 @@ def test_contradictions_are_dropped_and_are_noise():
     assert rules(contradictory=0.01) == ["drop", "noise"]
 
 
+def test_errors_come_first():
+    """Noise and lost text at 10 % are errors; equal answers, a wide border and measures of the model are not."""
+    changed = {"identical": 0.05, "near-identical": 0.5, "template": 0.1, "ches_mean": 1.0}
+    found = [(advice.rule, advice.severity) for advice in judge({**CLEAN, **changed})]
+    assert found == [("tokens", "error"), ("drop", "warning"), ("near-identical", "warning"), ("ches", "warning")]
+    assert rules(contradictory=0.1, overlap=0.1, border=0.5) == ["drop", "noise", "overlap", "tokens"]
+    assert judge(CLEAN)[0].severity == "note"
+
+
 def test_the_best_forecast_is_named():
     def said(**forecast):
         (advice,) = judge({"forecast": {name.replace("_", "+"): value for name, value in forecast.items()}})

@@ -6,13 +6,18 @@ import json
 import platform
 import sys
 import textwrap
+<<<<<<< HEAD
 from contextlib import ExitStack
+=======
+from functools import partial
+>>>>>>> refs/heads/load
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from plot_align._version import __version__
-from plot_align.cli.parser import Parser, add_loading_options, length
+from plot_align.cli.launch import on_processes
+from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, length
 from plot_align.environment import NAMED, Package, fast_bf16, packages
 from plot_align.errors import InputError, first_line, require_packages
 from plot_align.inference.load import check_dtype
@@ -46,6 +51,7 @@ def make_parser() -> Parser:
     group.add_argument(
         "--fail_on", choices=("warning", "error"), metavar="S", help="exit code 3 on a warning or error"
     )
+    add_num_processes(group)
     add_loading_options(group)
     return parser
 
@@ -55,7 +61,7 @@ def run(arguments: list[str]) -> int:
     parser = make_parser()
     options = parser.parse(arguments)
     if options.pairs is not None:
-        return _examine_pairs(options)
+        return on_processes("doctor", options.num_processes, arguments, lambda: _examine_pairs(options))
     given = [name for name, value in vars(options).items() if value != parser.get_default(name) and name != "json"]
     if given:
         raise InputError(f"--{given[0]} is for a data set, and PAIRS is missing; name the pairs before it")
@@ -70,11 +76,21 @@ def _examine_pairs(options: Any) -> int:
         raise InputError(
             "expected one of --model, the model to tune, and --tokenizer, to look at the data alone; name one of them"
         )
+    from plot_align.parallel import on_main, rank
+
     check_dtype(options.dtype)
     written = {name: getattr(options, name) for name in ("record", "page") if getattr(options, name) is not None}
     for name, endings in (("record", (".json",)), ("page", (".html", ".htm"))):
+<<<<<<< HEAD
         if name in written and written[name].suffix.lower() not in endings:
             raise InputError(f"--{name} is {str(written[name])!r}, expected a name ending in {endings[0]}; rename it")
+=======
+        path = getattr(options, name)
+        if path is not None:
+            if path.suffix.lower() not in endings:
+                raise InputError(f"--{name} is {str(path)!r}, expected a name ending in {endings[0]}; rename it")
+            on_main(partial(require_writable, path.parent))  # before the work rather than after it
+>>>>>>> refs/heads/load
     if options.page is not None:
         require_packages("--page", "matplotlib", "jinja2", extra="report")
     with ExitStack() as held:
@@ -86,9 +102,8 @@ def _examine_pairs(options: Any) -> int:
 def _diagnose(options: Any) -> int:
     from plot_align.doctor import diagnose
     from plot_align.doctor.findings import at_least
-    from plot_align.inference.resume import forget_partial
 
-    partial = None if options.record is None else options.record.with_suffix(".partial")
+    journal = None if options.record is None else options.record.with_suffix(".partial")
     found = diagnose(
         options.pairs,
         options.model or options.tokenizer,
@@ -101,8 +116,9 @@ def _diagnose(options: Any) -> int:
         sample=options.sample if options.model else 0,
         device=options.device,
         dtype=options.dtype,
-        partial=partial,
+        partial=journal,
     )
+<<<<<<< HEAD
     print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
     if partial is not None:
         print(printable(f"record: {found.write(options.record)}"), file=sys.stderr)
@@ -112,6 +128,25 @@ def _diagnose(options: Any) -> int:
 
         print(printable(f"page: {write(found, options.page)}"), file=sys.stderr)
     return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
+=======
+    if rank() == 0:
+        _show(found, options, journal)
+    return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
+
+
+def _show(found: Any, options: Any, journal: Path | None) -> None:
+    """Print what was found; write the record and the page."""
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
+    if journal is not None:
+        from plot_align.inference.resume import forget_partial
+
+        print(f"record: {found.write(options.record)}", file=sys.stderr)
+        forget_partial(journal)
+    if options.page is not None:
+        from plot_align.doctor.page import write
+
+        print(f"page: {write(found, options.page)}", file=sys.stderr)
+>>>>>>> refs/heads/load
 
 
 def examine() -> dict[str, Any]:

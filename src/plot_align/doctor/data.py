@@ -13,6 +13,7 @@ from plot_align.doctor.masses import preference_of
 from plot_align.doctor.pairs import Pair, batches, open_pairs
 from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, Repeats, Rows, Sample, Scripts
 from plot_align.errors import InputError
+from plot_align.parallel import rank
 from plot_align.preference.completions import RowError
 from plot_align.preference.counting import Counts, count_sides
 from plot_align.preference.estimation import progress_bar
@@ -61,6 +62,8 @@ def examine(
 ) -> Examination:
     """Run every check over the rows, a batch of them in memory at a time.
 
+    Several processes (:mod:`plot_align.parallel`) divide the tokenising; each of them gets the whole result.
+
     Args:
         data: ``datasets.Dataset`` or ``IterableDataset`` of pairs, in any of TRL's formats.
         tokenizer: the one the trainer is given.
@@ -91,7 +94,7 @@ def examine(
     for error in refused:
         refuse(error)
     total = len(data) if hasattr(data, "__len__") else None
-    with progress_bar("examining pairs", progress, total) as advance:
+    with progress_bar("examining pairs", progress and rank() == 0, total) as advance:
         advance(len(refused))
         for batch in batches(rows, rules, batch_size, len(refused)):
             if batch.refused is not None:

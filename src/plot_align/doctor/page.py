@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def render(diagnosis: Diagnosis) -> str:
     """The HTML; every text of the data is escaped."""
     of = diagnosis.examination
     found = environment("plot_align.doctor")
-    found.filters["percent"] = percent
+    found.filters |= {"percent": percent, "code": _code}
     machine = hardware()
     facts = {
         "options": ", ".join(f"{name} {value}" for name, value in diagnosis.config.items() if value is not None),
@@ -61,6 +62,13 @@ def render(diagnosis: Diagnosis) -> str:
         longest=None,
         folder="",
     )
+
+
+def _code(text: str) -> Any:
+    """What stands between backticks as ``<code>``; all else is escaped."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _model(model: Mapping[str, Any]) -> dict[str, Any]:

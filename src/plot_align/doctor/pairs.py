@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from plot_align.errors import InputError
+<<<<<<< HEAD
 from plot_align.io import file_digest, parse_json
+=======
+from plot_align.io import file_digest
+from plot_align.parallel import each
+>>>>>>> refs/heads/load
 from plot_align.preference.completions import (
     PAIRED,
     ReadBatch,
@@ -23,10 +28,12 @@ from plot_align.preference.completions import (
     read_batch,
     scored_ranges,
 )
-from plot_align.preference.datasets import load_pairs, shown
+from plot_align.preference.datasets import json_fault, load_pairs, shown
 from plot_align.preference.dialogues import Malformed, convert, is_dialogue
 from plot_align.preference.estimation import open_rows
 from plot_align.preference.parallel_counting import own_batches, readable
+
+_DAMAGED = "_damaged"  # column of what is wrong with a line of the file
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Batch:
 
 
 def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
-    """:func:`plot_align.load_pairs`; of a JSON-lines file with damaged lines a stream, where those are rows of None.
+    """:func:`plot_align.load_pairs`; of a JSON-lines file with damaged lines a stream, in which each says what it is.
 
     Args and errors: see :func:`plot_align.load_pairs`.
     """
@@ -95,12 +102,19 @@ def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+<<<<<<< HEAD
         for line in filter(str.strip, file):
             try:
                 row = parse_json(line)
             except ValueError:
                 row = None
             yield row if isinstance(row, dict) else {"chosen": None, "rejected": None}
+=======
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                fault = json_fault(line)
+                yield {**dict.fromkeys(PAIRED), _DAMAGED: f"line {number} {fault}"} if fault else json.loads(line)
+>>>>>>> refs/heads/load
 
 
 def open_pairs(
@@ -119,7 +133,7 @@ def open_pairs(
             if wrong is None:
                 break
             reason = f"{wrong!r} is {shown(values.get(wrong))}, expected a string or a list of messages"
-            before.append(RowError("data", row, row, reason))
+            before.append(RowError("data", row, row, values.get(_DAMAGED) or reason))
         else:
             if before:
                 raise InputError(f"none of the {len(before):,} rows is a pair ({before[0]}); check the file")
@@ -134,14 +148,18 @@ def open_pairs(
 
 
 def batches(rows: Any, rules: Rules, batch_size: int, start: int = 0) -> Iterator[Batch]:
-    """The rows in order.
+    """The rows in order; several processes (:mod:`plot_align.parallel`) tokenise a batch each, and all get all.
 
     Args:
         rows, rules: of :func:`open_pairs`. start: index of the first of the rows in the data set.
     """
-    for first, columns in own_batches(rows, batch_size):
+
+    def read(job: tuple[int, dict[str, list[Any]]]) -> list[Batch]:
+        first, columns = job
         size = len(next(iter(columns.values())))
-        yield from _batches(columns, range(start + first, start + first + size), rules)
+        return list(_batches(columns, range(start + first, start + first + size), rules))
+
+    yield from itertools.chain.from_iterable(each(read, own_batches(rows, batch_size)))
 
 
 def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Iterator[Batch]:
@@ -150,7 +168,10 @@ def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Ite
         yield _batch(read_batch(columns, numbers[0], rules), numbers, rules)
     except RowError as error:
         if len(numbers) == 1:
-            yield Batch([], np.zeros(0, np.int64), [], error)
+            damage = columns.get(_DAMAGED, [None])[0]
+            yield Batch(
+                [], np.zeros(0, np.int64), [], RowError("data", numbers[0], numbers[0], damage) if damage else error
+            )
             return
         middle = len(numbers) // 2
         for part in (slice(None, middle), slice(middle, None)):

@@ -10,18 +10,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plot_align.doctor.findings import CHECKS, percent
+from plot_align.doctor.findings import CHECKS, SEVERITIES, Severity, percent
 
 NOTHING = "Nothing wrong was found."
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One sentence of the verdict: what was seen, and what to do. ``rule`` and ``source`` say where it is from."""
+    """One sentence of the verdict: what was seen, and what to do. ``rule`` and ``source`` say where it is from.
+
+    ``severity`` is that of the worst finding it speaks of; a warning where it speaks of none of the checks'.
+    """
 
     rule: str
     sentence: str
     source: str
+    severity: Severity = "warning"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Rule:
 
 
 def judge(measured: Mapping[str, Any]) -> list[Advice]:
-    """What the rules say of ``measured``, in their order; one advice, :data:`NOTHING`, where none applies.
+    """What the rules say of ``measured``, on errors first; one advice, :data:`NOTHING`, where none applies.
 
     Args:
         measured: name → number, or an entry of :func:`plot_align.records.measure`, whose value a rule reads by this
@@ -64,8 +68,14 @@ def judge(measured: Mapping[str, Any]) -> list[Advice]:
         if all(values.get(name) is not None for name in rule.reads):
             sentence = rule.say(*(values[name] for name in rule.reads))
             if sentence is not None:
-                advice.append(Advice(rule.name, sentence, rule.source))
-    return advice or [Advice("nothing", NOTHING, "every rule whose values were measured")]
+                advice.append(Advice(rule.name, sentence, rule.source, _severity(rule, values)))
+    advice.sort(key=lambda said: -SEVERITIES.index(said.severity))  # stable: else in the order of the rules
+    return advice or [Advice("nothing", NOTHING, "every rule whose values were measured", "note")]
+
+
+def _severity(rule: Rule, values: Mapping[str, Any]) -> Severity:
+    found = {CHECKS[name].severity(values[name]) for name in rule.reads if name in CHECKS}
+    return "error" if "error" in found else "warning"
 
 
 # --- thresholds and sentences ---------------------------------------------------------------------------------------
