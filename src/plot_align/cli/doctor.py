@@ -6,11 +6,8 @@ import json
 import platform
 import sys
 import textwrap
-<<<<<<< HEAD
 from contextlib import ExitStack
-=======
 from functools import partial
->>>>>>> refs/heads/load
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -76,32 +73,25 @@ def _examine_pairs(options: Any) -> int:
         raise InputError(
             "expected one of --model, the model to tune, and --tokenizer, to look at the data alone; name one of them"
         )
-    from plot_align.parallel import on_main, rank
+    from plot_align.parallel import on_main
 
     check_dtype(options.dtype)
     written = {name: getattr(options, name) for name in ("record", "page") if getattr(options, name) is not None}
     for name, endings in (("record", (".json",)), ("page", (".html", ".htm"))):
-<<<<<<< HEAD
         if name in written and written[name].suffix.lower() not in endings:
             raise InputError(f"--{name} is {str(written[name])!r}, expected a name ending in {endings[0]}; rename it")
-=======
-        path = getattr(options, name)
-        if path is not None:
-            if path.suffix.lower() not in endings:
-                raise InputError(f"--{name} is {str(path)!r}, expected a name ending in {endings[0]}; rename it")
-            on_main(partial(require_writable, path.parent))  # before the work rather than after it
->>>>>>> refs/heads/load
     if options.page is not None:
         require_packages("--page", "matplotlib", "jinja2", extra="report")
     with ExitStack() as held:
         for path in written.values():
-            held.enter_context(claimed(path.parent, path.name))
+            on_main(partial(held.enter_context, claimed(path.parent, path.name)))
         return _diagnose(options)
 
 
 def _diagnose(options: Any) -> int:
     from plot_align.doctor import diagnose
     from plot_align.doctor.findings import at_least
+    from plot_align.parallel import rank
 
     journal = None if options.record is None else options.record.with_suffix(".partial")
     found = diagnose(
@@ -118,17 +108,6 @@ def _diagnose(options: Any) -> int:
         dtype=options.dtype,
         partial=journal,
     )
-<<<<<<< HEAD
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
-    if partial is not None:
-        print(printable(f"record: {found.write(options.record)}"), file=sys.stderr)
-        forget_partial(partial)
-    if options.page is not None:
-        from plot_align.doctor.page import write
-
-        print(printable(f"page: {write(found, options.page)}"), file=sys.stderr)
-    return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
-=======
     if rank() == 0:
         _show(found, options, journal)
     return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
@@ -136,17 +115,16 @@ def _diagnose(options: Any) -> int:
 
 def _show(found: Any, options: Any, journal: Path | None) -> None:
     """Print what was found; write the record and the page."""
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else found.as_text())
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
     if journal is not None:
         from plot_align.inference.resume import forget_partial
 
-        print(f"record: {found.write(options.record)}", file=sys.stderr)
+        print(printable(f"record: {found.write(options.record)}"), file=sys.stderr)
         forget_partial(journal)
     if options.page is not None:
         from plot_align.doctor.page import write
 
-        print(f"page: {write(found, options.page)}", file=sys.stderr)
->>>>>>> refs/heads/load
+        print(printable(f"page: {write(found, options.page)}"), file=sys.stderr)
 
 
 def examine() -> dict[str, Any]:

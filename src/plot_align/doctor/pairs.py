@@ -13,12 +13,8 @@ from typing import Any
 import numpy as np
 
 from plot_align.errors import InputError
-<<<<<<< HEAD
 from plot_align.io import file_digest, parse_json
-=======
-from plot_align.io import file_digest
 from plot_align.parallel import each
->>>>>>> refs/heads/load
 from plot_align.preference.completions import (
     PAIRED,
     ReadBatch,
@@ -102,19 +98,10 @@ def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-<<<<<<< HEAD
-        for line in filter(str.strip, file):
-            try:
-                row = parse_json(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) else {"chosen": None, "rejected": None}
-=======
         for number, line in enumerate(file, start=1):
             if line.strip():
                 fault = json_fault(line)
-                yield {**dict.fromkeys(PAIRED), _DAMAGED: f"line {number} {fault}"} if fault else json.loads(line)
->>>>>>> refs/heads/load
+                yield {**dict.fromkeys(PAIRED), _DAMAGED: f"line {number} {fault}"} if fault else parse_json(line)
 
 
 def open_pairs(

@@ -180,25 +180,16 @@ def _bad_json_row(file: Iterable[str]) -> str | None:
             continue
         if number == 1 and text.lstrip()[0] == "[":
             return None  # one JSON array, not lines
-<<<<<<< HEAD
-        try:
-            row = parse_json(text)
-        except ValueError as error:
-            return f"line {number} is no valid JSON ({error})"
-        if not isinstance(row, dict):
-            return f"line {number} is {shown(row)}, expected an object with chosen and rejected"
-=======
         fault = json_fault(text)
         if fault:
             return f"line {number} {fault}"
->>>>>>> refs/heads/load
     return None
 
 
 def json_fault(text: str) -> str | None:
     """Why a line is no row, to follow its number; None of a row."""
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except ValueError as error:
         return f"is no valid JSON ({error})"
     return None if isinstance(row, dict) else f"is {shown(row)}, expected an object with chosen and rejected"
