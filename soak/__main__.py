@@ -272,8 +272,8 @@ def _judged(case: Case, fault: str, undisturbed: Undisturbed) -> dict[str, Any]:
 
 
 def _obey(sentence: str, case: Case) -> None:
-    """Delete what an error says to delete; the damaged file, if it does not say."""
-    told = re.search(r"delete (\S*?/\S*?)[,;]", sentence)
+    """Delete what an error says to delete or move; the damaged file, if it does not say."""
+    told = re.search(r"(?:delete|whole of) (\S*?/\S*?)[,;]", sentence)
     path = case.folder / (told[1] if told else case.broken or "")
     if not path.resolve().is_relative_to(case.folder.resolve()):
         raise ValueError(f"{sentence!r} says to delete {path}")

@@ -144,8 +144,8 @@ def write(content: Content, output: Path) -> Path:
     stranger = _stranger(folder)
     if stranger is not None:
         raise InputError(
-            f"the report's files would take the place of {stranger}, which no report wrote; move it, or name another "
-            "page with --output"
+            f"the report's files would take the place of {stranger}, which no report wrote; move it or the whole "
+            f"of {folder}, or name another page with --output"
         )
     page = render(content, folder.name).encode("utf-8", "backslashreplace")
     try:
