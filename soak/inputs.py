@@ -49,7 +49,6 @@ def make(folder: Path) -> None:
         return
     import yaml
 
-    from conftest import tiny.ANSWERS, tiny.BENIGN, tiny.CHAT_TEMPLATE, tiny.HARMFUL, tiny._save_llama, tiny._train_tokenizer
     from plot_align.io import write_json
     from plot_align.redteam.behaviors import Behavior, write_behaviors
 
@@ -69,9 +68,11 @@ def make(folder: Path) -> None:
     _lines(folder / "chat.jsonl", chat)
     _lines(folder / "prompts.jsonl", [{"prompt": text} for text in tiny.BENIGN.values()])
     texts = [text for row in rows for text in row.values()]
-    texts += [f"{text} {answer}" for text in (*tiny.HARMFUL.values(), *tiny.BENIGN.values()) for answer in tiny.ANSWERS]
-    special = ["<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer = tiny._train_tokenizer(texts, 400, pad_token="<|pad|>", eos_token="<|end|>", extra_special_tokens=special)
+    both = (*tiny.HARMFUL.values(), *tiny.BENIGN.values())
+    texts += [f"{text} {answer}" for text in both for answer in tiny.ANSWERS]
+    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    more = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = tiny._train_tokenizer(texts, 400, **special, extra_special_tokens=more)
     tiny._save_llama(tokenizer, folder / "llama")
     tokenizer.chat_template = tiny.CHAT_TEMPLATE
     tiny._save_llama(tokenizer, folder / "base")
@@ -79,7 +80,8 @@ def make(folder: Path) -> None:
     for name, requests in (("behaviors", tiny.HARMFUL), ("benign", tiny.BENIGN)):
         rows_of = [Behavior(key, text, "standard", name) for key, text in requests.items()]
         write_behaviors(folder / f"{name}.csv", rows_of[:3])
-    write_json(folder / "targets.json", {name: f"Sure, here is how to {name.replace('_', ' ')}." for name in tiny.HARMFUL})
+    targets = {name: f"Sure, here is how to {name.replace('_', ' ')}." for name in tiny.HARMFUL}
+    write_json(folder / "targets.json", targets)
     gcg = {"steps": 2, "search_width": 4, "top_k": 4, "suffix_tokens": 3}
     attacks = {"prefill": {"tokens": 2}, "best_of_n": {"n": 2}, "gcg": gcg}
     (folder / "attacks.yaml").write_text(yaml.safe_dump(attacks), encoding="utf-8")
