@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -48,10 +49,10 @@ def make(folder: Path) -> None:
         return
     import yaml
 
-    from conftest import ANSWERS, BENIGN, CHAT_TEMPLATE, HARMFUL, _save_llama, _train_tokenizer
     from plot_align.io import write_json
     from plot_align.redteam.behaviors import Behavior, write_behaviors
 
+    tiny = _tiny()
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -65,19 +66,22 @@ def make(folder: Path) -> None:
     chat = [{side: [{"role": roles[side], "content": row[side]}] for side in roles} for row in rows]
     _lines(folder / "pairs.jsonl", rows)
     _lines(folder / "chat.jsonl", chat)
-    _lines(folder / "prompts.jsonl", [{"prompt": text} for text in BENIGN.values()])
+    _lines(folder / "prompts.jsonl", [{"prompt": text} for text in tiny.BENIGN.values()])
     texts = [text for row in rows for text in row.values()]
-    texts += [f"{text} {answer}" for text in (*HARMFUL.values(), *BENIGN.values()) for answer in ANSWERS]
-    special = ["<|system|>", "<|user|>", "<|assistant|>"]
-    tokenizer = _train_tokenizer(texts, 400, pad_token="<|pad|>", eos_token="<|end|>", extra_special_tokens=special)
-    _save_llama(tokenizer, folder / "llama")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    _save_llama(tokenizer, folder / "base")
+    both = (*tiny.HARMFUL.values(), *tiny.BENIGN.values())
+    texts += [f"{text} {answer}" for text in both for answer in tiny.ANSWERS]
+    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
+    more = ["<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = tiny._train_tokenizer(texts, 400, **special, extra_special_tokens=more)
+    tiny._save_llama(tokenizer, folder / "llama")
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    tiny._save_llama(tokenizer, folder / "base")
     _tuned(folder / "base", folder / "tuned")
-    for name, requests in (("behaviors", HARMFUL), ("benign", BENIGN)):
+    for name, requests in (("behaviors", tiny.HARMFUL), ("benign", tiny.BENIGN)):
         rows_of = [Behavior(key, text, "standard", name) for key, text in requests.items()]
         write_behaviors(folder / f"{name}.csv", rows_of[:3])
-    write_json(folder / "targets.json", {name: f"Sure, here is how to {name.replace('_', ' ')}." for name in HARMFUL})
+    targets = {name: f"Sure, here is how to {name.replace('_', ' ')}." for name in tiny.HARMFUL}
+    write_json(folder / "targets.json", targets)
     gcg = {"steps": 2, "search_width": 4, "top_k": 4, "suffix_tokens": 3}
     attacks = {"prefill": {"tokens": 2}, "best_of_n": {"n": 2}, "gcg": gcg}
     (folder / "attacks.yaml").write_text(yaml.safe_dump(attacks), encoding="utf-8")
@@ -91,6 +95,16 @@ def make(folder: Path) -> None:
         (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
     _wheel(folder)
     (folder / "made").touch()
+
+
+def _tiny() -> Any:
+    """tests/conftest.py, which is not the only module of that name."""
+    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "conftest.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError("tests/conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _lines(path: Path, rows: list[Any]) -> None:
