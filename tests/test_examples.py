@@ -39,8 +39,8 @@ def test_runs(run, tiny_base, monkeypatch, capsys, tmp_path):
         assert all(0 < value < math.inf for name in ("loss", "vanilla_loss") for value in metrics[f"plot/{name}"])
         return
     assert metrics["plot/alpha"] == [0.5, 0.5]
-    if run[0] == "grpo":  # all answers to a request are rewarded alike, so nothing is preferred yet
-        assert metrics["plot/loss"] == [0, 0]
+    if run[0] == "grpo":  # where all answers to a request are rewarded alike, nothing is preferred
+        assert all(0 <= value < math.inf for value in metrics["plot/loss"])
         return
     for name in ("loss", "vanilla_loss", "preferred_mass", "rejected_mass", "grad_ratio"):
         assert all(0 < value < math.inf for value in metrics[f"plot/{name}"]), name

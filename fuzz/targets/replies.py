@@ -80,7 +80,7 @@ class Replies:
                 json.dumps(row)
             case 3:
                 try:
-                    reply = endpoint._read(text)
+                    reply = endpoint._read(text.encode(errors="replace"))
                 except ValueError:
                     return
                 if not reply.text.strip() or min(reply.prompt_tokens, reply.completion_tokens) < 0:

@@ -188,7 +188,8 @@ def test_the_real_benchmark_end_to_end(server: Server, subject: Subject, real_da
     # FastChat's formats, and each turn of each question asked about once.
     theirs = json.loads((real_data / "mt_bench" / "reference_answer_gpt-4.jsonl").open(encoding="utf-8").readline())
     for row in answers:
-        assert {key: type(value) for key, value in row.items()} == {k: type(v) for k, v in theirs.items()}
+        ours = {key: type(value) for key, value in row.items() if key != "checksum"}
+        assert ours == {key: type(value) for key, value in theirs.items()}
         assert row["model_id"] == "tiny"
         assert len(row["choices"][0]["turns"]) == 2
     assert [row["question_id"] for row in answers] == list(range(81, 161))

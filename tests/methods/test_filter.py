@@ -510,7 +510,7 @@ def test_a_full_disk_is_said_of_a_journal(tmp_path: Path, monkeypatch: pytest.Mo
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     with open("/dev/full", "ab", buffering=0) as full:
-        monkeypatch.setattr(Path, "open", lambda *given, **options: full)
+        monkeypatch.setattr(resume, "open", lambda *given, **options: full, raising=False)
         with pytest.raises(InputError, match=r"journal cannot be written .*; free some space"):
             list(resume.resumed(lambda batch: [1.0], [1, 2], tmp_path / "journal"))
 

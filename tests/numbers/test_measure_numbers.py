@@ -27,10 +27,10 @@ from plot_align.statistics import holm, mean, paired_difference, proportion
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.floats(-1e140, 1e140, allow_subnormal=True), min_size=1, max_size=12),
+    st.lists(st.floats(-1e138, 1e138, allow_subnormal=True), min_size=1, max_size=12),
     st.sampled_from([1e-300, 1e-9, 1.0, 1e9]),
 )
-def test_a_mean_is_the_exact_one_or_refused(values: list[float], weight: float) -> None:
+def test_a_mean_is_the_exact_one(values: list[float], weight: float) -> None:
     """Against fractions; the interval holds finite values and lies within the values."""
     weights = [weight * (1 + i % 3) for i in range(len(values))]
     found = mean(values, weights=weights)

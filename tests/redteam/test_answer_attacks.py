@@ -67,7 +67,7 @@ def files(folder: Path) -> dict[str, bytes]:
         return re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes()) if "spent" in str(path) else path.read_bytes()
 
     found = {str(path.relative_to(folder)): content(path) for path in folder.rglob("*") if path.is_file()}
-    return {name: content for name, content in found.items() if not re.search(r"\.digests/.*spent", name)}
+    return {name: content for name, content in found.items() if not (".digests" in name and "spent" in name)}
 
 
 def prompt_of(victim: Victim, behavior: Behavior) -> list[int]:

@@ -39,6 +39,7 @@ def hostile_report(all_kinds: Path, tmp_path_factory: pytest.TempPathFactory) ->
     records = Path(shutil.copytree(all_kinds, folder / "records"))
     for file in records.rglob("*.json"):
         record = json.loads(file.read_text())
+        del record["digest"]  # made by a stranger
         parts = ("config", "results", "versions", "hardware", "commit")
         file.write_text(json.dumps({**record, **{part: hostile(record[part]) for part in parts}}))
     page = folder / "page.html"

@@ -6,6 +6,7 @@ import gzip
 import json
 import struct
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def test_json_up_to_the_limit() -> None:
 
 def test_a_journal_whose_number_is_none(tmp_path: Path) -> None:
     file = tmp_path / "x.partial"
-    file.write_bytes(b'[[1], [2]]\n[{}, 1]\n{"a": 1, "b": 2}\n[3, [4]]\n')
+    checksum = zlib.crc32(b"[3, [4]]")
+    file.write_text(f'[[1], [2], 3]\n[{{}}, 1, 2]\n{{"a": 1, "b": 2, "c": 3}}\n[3, [4], {checksum}]\n')
     assert read_journal(file)[3] == [4]
 
 
@@ -209,7 +211,7 @@ def test_a_large_tensor_of_another_name_is_not_read(tmp_path: Path, monkeypatch:
 def test_counts_whose_sum_would_overflow() -> None:
     """2^62 + 2^62 + 1 is negative in 64 bits, and so would be every frequency."""
     large, plain = torch.tensor([2**62, 2**62, 1]), torch.tensor([1, 2, 3])
-    with pytest.raises(InputError, match="chosen_counts adds up"):
+    with pytest.raises(InputError, match="chosen_counts has more than"):
         PreferenceDistribution(large, plain, {})
 
 

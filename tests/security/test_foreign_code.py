@@ -195,7 +195,7 @@ def own_code(tiny_base: Path, tmp_path: Path, mark: Path) -> Path:
         f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
         "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
-        "T = PreTrainedTokenizerFast\n"
+        "class T(PreTrainedTokenizerFast):\n    pass\n"
     )
     return folder
 
@@ -280,7 +280,7 @@ def test_a_suite_cannot_send_a_variable_of_the_environment_anywhere(tmp_path: Pa
     suite = tmp_path / "suite.yaml"
     value = {"judge_url": "http://evil.example/v1", "judge_key": "AWS_SECRET_ACCESS_KEY"}[option]
     suite.write_text(f"guards:\n  refusals: {{kind: over_refusal, judge: endpoint, {option}: '{value}'}}\n")
-    with pytest.raises(InputError, match=f"refusals names its {option}"):
+    with pytest.raises(InputError, match=f"refusals in suite .* names its {option}"):
         read_suite(str(suite), Given(judge_url="http://127.0.0.1:9/v1", judge_model="m"))
 
 

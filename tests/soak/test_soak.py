@@ -41,7 +41,9 @@ def test_a_filter_goes_on_to_the_same_result(folder: Path) -> None:
     faults = "kill,term,altered,in-use"
     entries = injected(folder, faults, "filter")
     assert {entry["fault"] for entry in entries} == set(faults.split(","))
-    assert {entry["result"] for entry in entries} <= {"same", "sentence"}, entries
+    results = [entry["result"] for entry in entries]
+    assert set(results) <= {"same", "sentence", "missed"}, entries  # missed: the run was done before its moment
+    assert results.count("missed") < 2, entries
     assert injected(folder, faults, "filter") == entries  # all of it is done
 
 

@@ -25,8 +25,7 @@ from plot_align.text import printable
 def make_parser() -> Parser:
     parser = Parser(
         "doctor",
-        "Show whether training can run here, and how; exit code 1 if it cannot. With\n"
-        "PAIRS: what is wrong with a preference data set, or with a model on it.",
+        "Can training run here? With PAIRS: what is wrong with them, or a model on them.",
         "  plot-align doctor pairs.jsonl --model Qwen/Qwen3-0.6B --page doctor.html",
     )
     parser.usage = "plot-align doctor [PAIRS --model MODEL] [options]"

@@ -56,7 +56,7 @@ def length(text: str) -> int | None:
 def add_num_processes(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """``--num_processes``, see :func:`plot_align.cli.launch.on_processes`."""
     parser.add_argument(
-        "--num_processes", type=int, metavar="N", help="divide the work among N processes, a GPU each (default: 1)"
+        "--num_processes", type=int, metavar="N", help="divide the work among N processes, a GPU each (1)"
     )
 
 

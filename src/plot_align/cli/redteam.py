@@ -15,7 +15,7 @@ from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
 from plot_align.io import file_name, read_yaml
 from plot_align.redteam.names import ATTACKS, DEFAULT_JUDGES, JUDGES, parse_judges, telling_refusals
-from plot_align.text import terminal
+from plot_align.text import printable, terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -120,7 +120,7 @@ def _run(options: Any) -> int:
             require_targets(harmful, targets, attack.name)
 
     taken = [asked.taken] + ([harmless.taken] if harmless else [])
-    on_main(lambda: print("\n".join(taken)))
+    on_main(lambda: print("\n".join(printable(sentence) for sentence in taken)))
     models = named_models([options.model] + ([options.compare] if options.compare else []))
     loaded: dict[str, Any] = {}
     measured, identities = {}, {}
