@@ -136,7 +136,7 @@ def _run(options: Any) -> int:
 
             for name, found in measured.items():
                 on_main(partial(write_logs, options.output, name, found, harmful, benign))
-            on_main(lambda: print(f"logs of Inspect: inspect view --log-dir {options.output / FOLDER}"))
+            on_main(lambda: print(printable(f"logs of Inspect: inspect view --log-dir {options.output / FOLDER}")))
     return 0
 
 
