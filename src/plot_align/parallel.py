@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from plot_align.errors import InputError, RunError, first_line
+from plot_align.text import printable
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -168,7 +169,7 @@ def _end(reason: str) -> None:
     """End this process, whose main thread waits inside of a library, with a sentence."""
     message = f"{reason}; what is finished is kept, so end that process and run the command again"
     if not tell_launcher(message):
-        print(f"plot-align: {message}", file=sys.stderr, flush=True)
+        print(f"plot-align: {printable(message)}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
