@@ -73,6 +73,29 @@ def test_a_folder_has_one_writer_and_a_file_too(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.lock"))
 
 
+def test_a_claim_leaves_unfinished_files_of_others(tmp_path: Path) -> None:
+    """Of a name that begins alike, and of a run in a subfolder."""
+    (tmp_path / ".part.1.kept.v1.jsonl").touch()
+    (tmp_path / ".part.1.kept.v2.jsonl").touch()
+    (tmp_path / ".part.1.kept.v2.json").touch()
+    with claimed(tmp_path, "kept.v2.jsonl"):
+        assert [path.name for path in tmp_path.glob(".part.*")] == [".part.1.kept.v1.jsonl"]
+    (tmp_path / "sub").mkdir()
+    with claimed(tmp_path / "sub"):
+        (tmp_path / "sub" / ".part.1.x.json").touch()
+        with claimed(tmp_path):
+            assert [path.name for path in tmp_path.rglob(".part.*")] == [".part.1.x.json"]
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".plot-align.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError), claimed(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_a_claim_that_wrote_nothing_leaves_no_folder(tmp_path: Path) -> None:
     with claimed(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()

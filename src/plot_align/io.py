@@ -97,7 +97,7 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        for left in folder.rglob(f"{PART}*") if name is None else folder.glob(f"{PART}*.{name.partition('.')[0]}.*"):
+        for left in _leftovers(folder, name):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     except Timeout:
         raise InputError(
@@ -115,6 +115,16 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def _leftovers(folder: Path, name: str | None) -> list[Path]:
+    """Unfinished files below ``folder``, but not where a subfolder has a lock of its own; or those of the file ``name``
+    and of its neighbours that differ in their ending."""
+    if name is not None:
+        pattern = re.compile(rf"{re.escape(PART)}[^.]+\.{re.escape(Path(name).stem)}(\.[^.]+)?")
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    locked = {path.parent for path in folder.rglob(LOCK)} - {folder}
+    return [path for path in folder.rglob(f"{PART}*") if locked.isdisjoint(path.parents)]
 
 
 def no_link(name: str, flags: int) -> int:

@@ -120,6 +120,8 @@ def test_sigterm_ends_a_command_in_order(run: Run, monkeypatch: pytest.MonkeyPat
         left.append("not ours")
 
     monkeypatch.setattr(demo, "run", work)
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):  # which a trainer of another test may have left
+        monkeypatch.delenv(name, raising=False)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         found, _, err = run("demo")
