@@ -118,8 +118,8 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
 
 
 def _leftovers(folder: Path, name: str | None) -> list[Path]:
-    """Unfinished files below ``folder``, but not where a subfolder has a lock of its own; or those of the file ``name``
-    and of its neighbours that differ in their ending."""
+    """Unfinished files below ``folder``, but not where a subfolder has a lock of its own; or those of the file
+    ``name`` and of its neighbours that differ in their ending."""
     if name is not None:
         pattern = re.compile(rf"{re.escape(PART)}[^.]+\.{re.escape(Path(name).stem)}(\.[^.]+)?")
         return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
