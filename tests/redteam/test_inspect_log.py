@@ -83,7 +83,7 @@ def logs(
         "redteam", f"tiny={tiny_base}", "--behaviors", f"{requests_folder}/behaviors.csv",
         "--targets", f"{requests_folder}/targets.json", "--benign", f"{requests_folder}/benign.csv",
         "--attacks", "direct,gcg,best_of_n", "--options", str(options), "--cases", "2", "--max_new_tokens", "4",
-        "--inspect_logs", "--output", str(out),
+        "--judge", "prefixes", "--inspect_logs", "--output", str(out),
     ]  # fmt: skip
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
