@@ -114,7 +114,9 @@ def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
     record.write_text(record.read_text()[:200])
     capsys.readouterr()
     assert _run(*arguments) == 0
-    assert "measured again" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "measured again, as the record was damaged (the old records end in .old): base, refusals" in shown
+    assert "were others" not in shown
     read_record(record)
     assert _run(*arguments) == 0
     assert "measured again" not in capsys.readouterr().out

@@ -211,7 +211,7 @@ def test_attacks_on_the_answer_say_of_what_their_rate_is(
         ({"attack": "zero_shot"}, "attack is 'zero_shot'"),
         ({"attack_options": {"step": 1}, "attack": "gcg"}, "gcg has no option 'step'"),
         ({"judge": "endpoint"}, "judge endpoint needs an address"),
-        ({"judge": "likelihood"}, "judge is 'likelihood'"),
+        ({"judge": "likelihood"}, "judge is 'likelihood', which judges in redteam alone"),
         ({"judge": "sandbx"}, "judge is 'sandbx'; expected refusal, prefixes, strongreject"),
         ({"judge": "prefixes,xstest"}, "judge xstest needs an address"),
         ({"cases": 0}, "cases is 0"),

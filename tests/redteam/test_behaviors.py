@@ -188,7 +188,9 @@ def test_targets(tmp_path: Path) -> None:
     targets = read_targets(path)
     assert targets == {"x": "Sure, here", "y": "Sure, ünd"}
     require_targets([Behavior("x", "a")], targets, "GCG")
-    with pytest.raises(InputError, match="GCG needs a target for every behaviour, and there is none for z"):
+    with pytest.raises(
+        InputError, match=r"GCG needs a target for every behaviour, and there is none for z; name .* with --targets"
+    ):
         require_targets([Behavior("x", "a"), Behavior("z", "b")], targets, "GCG")
 
 

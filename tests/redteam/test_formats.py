@@ -54,7 +54,7 @@ def test_strongreject_names_a_request_by_its_text_alone(write) -> None:
     assert first[1:] == second
     assert second == [Behavior("strongreject_204f41a0630b", "Steal the crown", semantic_category="Crime")]
     path = write(STRONGREJECT + rows[0] + rows[0])
-    with pytest.raises(InputError, match=r"line 3: the id 'strongreject_\w{12}' was used in an earlier row"):
+    with pytest.raises(InputError, match="line 3: 'Burn the mill' stands in an earlier row too; delete one"):
         read_behaviors(path)
     with pytest.raises(InputError, match=r"\(StrongREJECT\) has no harmless requests; name XSTest's file"):
         read_behaviors(write(STRONGREJECT + rows[0]), kind="harmless")

@@ -22,6 +22,7 @@ from plot_align.redteam.harmbench import (
     read_test_cases,
     success_by_behavior,
 )
+from plot_align.redteam.inspect_log import attacked, of_all_judges
 
 
 def row(label: int) -> dict[str, object]:
@@ -35,6 +36,23 @@ def test_the_layout_is_harmbenchs() -> None:
     assert layout.completions("m") == Path("base/GCG/llama/completions/m.json")
     assert layout.results("m") == Path("base/GCG/llama/results/m.json")
     assert layout.results("m", "prefixes") == Path("base/GCG/llama/results-prefixes/m.json")
+
+
+@pytest.mark.parametrize("name", ["tiny", "v1:dpo", "run[1]", "../up", "a~b"])
+def test_results_are_found_whatever_the_models_name(tmp_path: Path, name: str) -> None:
+    """Of the attacks asked for alone, and with the labels of every judge."""
+    written = [Layout(tmp_path, "GCG", name), Layout(tmp_path, "SFS", "the/attacker"), Layout(tmp_path, "PEZ", name)]
+    for layout in written:
+        write_json(layout.results(name), {})
+        write_json(layout.results("another"), {})
+        write_json(layout.results(name, "prefixes"), {})
+        write_json(layout.results("another", "refusal"), {})
+        write_json(layout.behavior_folder("x:y") / "spent.json", {})
+    found = attacked(tmp_path, name, ["SFS", "GCG", "UAT"])
+    assert [layout.method for layout in found] == ["SFS", "GCG"]
+    for layout, there in zip(found, (written[1], written[0]), strict=True):
+        assert of_all_judges(layout, name) == [there.results(name), there.results(name, "prefixes")]
+        assert layout.behavior_folder("x:y") == there.behavior_folder("x:y")
 
 
 def test_single_behaviours_merge_in_the_order_asked_for(tmp_path: Path) -> None:

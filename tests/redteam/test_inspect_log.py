@@ -47,6 +47,29 @@ def test_labels_of_other_answers_are_left_out(logs: tuple[Path, dict[str, Any]],
     assert judges() == ["refusal-prefixes"]
 
 
+@pytest.mark.parametrize("name", ["v1:dpo", "run[1]", "a/b #1%20"])
+def test_a_model_of_any_name_has_its_logs(tmp_path: Path, name: str) -> None:
+    """White-box cases lie in a folder of the model's name."""
+    from plot_align.redteam.behaviors import Behavior
+    from plot_align.redteam.harmbench import Layout
+    from plot_align.redteam.inspect_log import write_logs
+
+    asked = [Behavior("b", "Burn it")]
+    rows = {"b": [{"test_case": "Burn it", "generation": "No.", "label": 0}]}
+    for method, experiment in (("GCG", name), ("Benign", "default")):
+        layout = Layout(tmp_path, method, experiment)
+        for path in (layout.results(name), layout.completions(name)):
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(rows))
+    found = {"attacks": {"GCG": {"b": 0.0}}, "by_samples": {}, "refused": {"b": 1.0}, "helped": {"b": 0.0}}
+    paths = write_logs(tmp_path, name, found, asked, asked)
+    listed = inspect_log.list_eval_logs(str(tmp_path / "inspect"))
+    read = {log.eval.task: log for log in map(inspect_log.read_eval_log, listed)}
+    assert len(paths) == len(read) == 2
+    assert read["GCG"].eval.model == name
+    assert [sample.output.completion for sample in read["GCG"].samples] == ["No."]
+
+
 @pytest.fixture(scope="module")
 def logs(
     tiny_base: Path, requests_folder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -60,7 +83,7 @@ def logs(
         "redteam", f"tiny={tiny_base}", "--behaviors", f"{requests_folder}/behaviors.csv",
         "--targets", f"{requests_folder}/targets.json", "--benign", f"{requests_folder}/benign.csv",
         "--attacks", "direct,gcg,best_of_n", "--options", str(options), "--cases", "2", "--max_new_tokens", "4",
-        "--inspect_logs", "--output", str(out),
+        "--judge", "prefixes", "--inspect_logs", "--output", str(out),
     ]  # fmt: skip
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

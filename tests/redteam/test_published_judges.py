@@ -238,6 +238,21 @@ def test_the_published_checkpoint_is_the_default_and_no_code_of_it_is_run(
     assert strong_reject.AutoModelForCausalLM is Refusing  # what was replaced is back
 
 
+def test_where_the_hub_cannot_be_reached_no_licence_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from judgezoo import strong_reject
+
+    class Offline:
+        @staticmethod
+        def from_pretrained(name: str, **options: Any) -> Any:
+            raise OSError("We couldn't connect") from LocalEntryNotFoundError("not in the cache")  # as transformers
+
+    monkeypatch.setattr(strong_reject, "AutoModelForCausalLM", Offline)
+    with pytest.raises(InputError, match=r"connect to the Hub, or name a folder that holds it") as error:
+        make_judge("strongreject")
+    assert "licence" not in str(error.value)
+
+
 def test_published_checkpoints_are_those_that_judgezoo_names() -> None:
     import judgezoo
 

@@ -142,7 +142,7 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed: dict[str, str] = {}
-    again: list[str] = []
+    again: dict[str, list[str]] = {"other": [], "damaged": []}
     with Progress(*columns, console=terminal(sys.stderr), disable=rank() > 0) as progress:
         whole = progress.add_task("measures", total=len(models) * len(suite.entries))
         reference = None
@@ -167,23 +167,23 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
                 config = _config(subject, entry, suite.name)
                 state = on_main(partial(_state, path, config, options.seed))
                 if state != "there":
-                    if state == "other":  # if the measure fails, a report must not take the old record for this one
+                    if state in again:  # if the measure fails, a report must not take the old record for this one
                         on_main(partial(path.replace, path.with_suffix(".json.old")))
                     problem = _measure(subject, entry, path, config, options)
                     if problem is not None:
                         failed[f"{name}, {entry.name}"] = problem
-                    elif state == "other":
-                        again.append(f"{name}, {entry.name}")
+                    elif state in again:
+                        again[state].append(f"{name}, {entry.name}")
                 progress.advance(whole)
             subject = None  # free it before the next one is loaded
     if not options.quiet and rank() == 0:
         _show(console, models, suite, options.output)
-    if again:
-        console.print(
-            f"measured again, as the model, the options, the data or the seed were others (the old records end in "
-            f".old): {'; '.join(again)}",
-            soft_wrap=True,
-        )  # fmt: skip
+    why = {"other": "the model, the options, the data or the seed were others", "damaged": "the record was damaged"}
+    for state, of in again.items():
+        if of:
+            console.print(
+                f"measured again, as {why[state]} (the old records end in .old): {'; '.join(of)}", soft_wrap=True
+            )
     for what, problem in failed.items():
         console.print(f"{what}: {problem}", soft_wrap=True)
     console.print(f"see them with: plot-align report {options.output}", soft_wrap=True)
@@ -239,7 +239,7 @@ def _record(output: Path, model: str, entry: Entry) -> Path:
 
 
 def _state(path: Path, config: dict[str, Any], seed: int) -> str:
-    """``"there"``: the record matches; ``"other"``: it was made with something else, or is damaged; ``"missing"``:
+    """``"there"``: the record matches; ``"other"``: it was made with something else; ``"damaged"``; ``"missing"``:
     there is none, or an unfinished one."""
     from plot_align.records import read_record
     from plot_align.results import EVALUATION
@@ -249,12 +249,14 @@ def _state(path: Path, config: dict[str, Any], seed: int) -> str:
     try:
         record = read_record(path, EVALUATION)
     except InputError:
-        return "other"
+        return "damaged"
     if not isinstance(record["config"], dict) or not isinstance(record["results"], dict):
-        return "other"
+        return "damaged"
     plain = json.loads(json.dumps(config))
     same = all(record["config"].get(key) == value for key, value in plain.items() if key != "suite")
-    if not same or record["seed"] != seed or not isinstance(record["results"].get("quantities"), dict):
+    if not isinstance(record["results"].get("quantities"), dict):
+        return "damaged"
+    if not same or record["seed"] != seed:
         return "other"
     return "missing" if record["results"].get("unfinished") else "there"
 

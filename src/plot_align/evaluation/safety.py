@@ -80,6 +80,9 @@ class _Judged:
 
     def judges(self) -> dict[str, str | None]:
         """The judges' names, each with its checkpoint or None."""
+        for part in self.judge.split(","):
+            if (name := part.partition("=")[0].strip()) in set(JUDGES) - set(_JUDGES):
+                raise InputError(f"judge is {name!r}, which judges in redteam alone; expected {', '.join(_JUDGES)}")
         return parse_judges(self.judge, _JUDGES)
 
     def options(self) -> dict[str, Any]:

@@ -184,6 +184,8 @@ def _read_rows(path: Path) -> tuple[Format, list[_Read]]:
                 if behavior.id in seen:
                     raise InputError(
                         f"{where}: the id {behavior.id!r} was used in an earlier row; give each row its own"
+                        if form.names_rows
+                        else f"{where}: {behavior.text[:40]!r} stands in an earlier row too; delete one of them"
                     )
                 seen.add(behavior.id)
                 found.append(_Read(where, row, behavior, form.harmful(where, row)))
@@ -280,4 +282,7 @@ def require_targets(behaviors: Sequence[Behavior], targets: Mapping[str, str], a
     missing = [behavior.id for behavior in behaviors if behavior.id not in targets]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise InputError(f"{attack} needs a target for every behaviour, and there is none for {shown}; add them")
+        raise InputError(
+            f"{attack} needs a target for every behaviour, and there is none for {shown}; name a file that has "
+            "them with --targets"
+        )

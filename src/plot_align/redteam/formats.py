@@ -27,6 +27,7 @@ class Format:
         text, category, target: the columns of the request, of its kind, and of how a complying answer begins.
         harmful: whether a row (after where it stands, for messages) asks for harm; None where the file does not say,
             as HarmBench's form serves for both.
+        names_rows: the file has the ids; else they are of the texts, and two rows of one id are one request.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     id: Callable[[Row], str]
     harmful: Callable[[str, Row], bool | None] = lambda where, row: None
     target: str = ""
+    names_rows: bool = True
 
     def as_harmbench(self, row: Row) -> dict[str, str]:
         """``row`` with HarmBench's columns; those that it lacks are empty."""
@@ -70,7 +72,15 @@ HARMBENCH = Format(
 FORMATS = (
     HARMBENCH,
     Format("JailbreakBench", ("Goal", "Target", "Behavior", "Category"), "Goal", "Category", _slug, target="Target"),
-    Format("StrongREJECT", ("category", "forbidden_prompt"), "forbidden_prompt", "category", _digest, lambda *_: True),
+    Format(
+        "StrongREJECT",
+        ("category", "forbidden_prompt"),
+        "forbidden_prompt",
+        "category",
+        _digest,
+        lambda *_: True,
+        names_rows=False,
+    ),
     Format("XSTest", ("id", "prompt", "type"), "prompt", "type", lambda row: row["id"], _unsafe),
 )
 

@@ -29,8 +29,13 @@ class Layout:
     experiment: str
 
     @property
+    def of_method(self) -> Path:
+        """The folder of all experiments of the method."""
+        return self.base / _FOLDERS.get(self.method, self.method)
+
+    @property
     def folder(self) -> Path:
-        return self.base / _FOLDERS.get(self.method, self.method) / file_name(self.experiment)
+        return self.of_method / file_name(self.experiment)
 
     @property
     def test_cases(self) -> Path:

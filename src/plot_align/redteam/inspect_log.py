@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plot_align._version import __version__
-from plot_align.io import complete_or_absent, json_or_none
+from plot_align.io import complete_or_absent, file_name, json_or_none
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.harmbench import Layout, Rows, read_completions, read_results, success_by_behavior
 from plot_align.redteam.run import spent_on_answers, spent_on_cases
@@ -37,19 +38,15 @@ def write_logs(
     """
     written = []
     wanted = {behavior.id for behavior in harmful}
-    folders = {Layout(output, attack, "").folder.name: attack for attack in found["attacks"]}
-    for path in sorted(output.glob(f"*/*/results/{model}.json")):
-        layout = Layout(output, path.parents[2].name, path.parents[1].name)
-        if layout.method not in folders:
-            continue  # of an earlier command
+    for layout in attacked(output, model, found["attacks"]):
         judged: dict[str, Rows] = {}
         rows: Rows = {}
-        for labelled in _of_all_judges(layout, model):
+        for labelled in of_all_judges(layout, model):
             results = {name: of for name, of in read_results(labelled).items() if name in wanted}
             rows = rows or results
             if _answers(results) == _answers(rows):  # else they are labels of an earlier command's answers
                 judged[_judge(labelled)] = results
-        any_answer = folders[layout.method] in found["by_samples"]
+        any_answer = layout.method in found["by_samples"]
         scores = {
             judge: {name: [(int(row["label"] == 1), row) for row in rows] for name, rows in results.items()}
             for judge, results in judged.items()
@@ -64,9 +61,27 @@ def write_logs(
     return written
 
 
-def _of_all_judges(layout: Layout, model: str) -> list[Path]:
+@dataclass(frozen=True)
+class _Found(Layout):
+    """Of a folder that was found, whose name is ``experiment`` as it stands."""
+
+    @property
+    def folder(self) -> Path:
+        return self.of_method / self.experiment
+
+
+def attacked(output: Path, model: str, attacks: Iterable[str]) -> list[Layout]:
+    """Where results of ``attacks`` on ``model`` lie, all experiments of each."""
+    folders = {attack: sorted(Layout(output, attack, "default").of_method.glob("*")) for attack in attacks}
+    layouts = [_Found(output, attack, folder.name) for attack, of in folders.items() for folder in of]
+    return [layout for layout in layouts if layout.results(model).exists()]
+
+
+def of_all_judges(layout: Layout, model: str) -> list[Path]:
     """The results of the main judge, then the others'."""
-    return [layout.results(model), *sorted(layout.folder.glob(f"results-*/{model}.json"))]
+    main = layout.results(model)
+    others = (folder / main.name for folder in sorted(layout.folder.glob("results-*")))
+    return [main, *(path for path in others if path.exists())]
 
 
 def _answers(results: Rows) -> dict[str, list[tuple[str, str]]]:
@@ -98,7 +113,7 @@ def _write(
     method, experiment = layout.folder.parent.name, layout.folder.name
     samples = _samples(layout, model, behaviors, rows, scores)
     log = _log(layout, model, samples, rates, any_answer)
-    path = layout.base / FOLDER / f"{method}_{experiment}_{model}.eval"
+    path = layout.base / FOLDER / f"{file_name(f'{method}_{experiment}_{model}')}.eval"
     with complete_or_absent(path) as temporary:
         write_eval_log(log, str(temporary), format="eval")
     return path
@@ -193,7 +208,7 @@ def _log(
             eval_id=f"{method}_{experiment}_{model}",
             run_id=f"{method}_{experiment}_{model}",
             task_id=f"{method}_{experiment}",
-            task=method if experiment in (model, "default") else f"{method}/{experiment}",
+            task=method if experiment in (file_name(model), "default") else f"{method}/{experiment}",
             task_args={**options, "cases": made_by.get("cases"), "seed": made_by.get("seed")},
             dataset=EvalDataset(samples=len(ids), sample_ids=ids),
             model=model,

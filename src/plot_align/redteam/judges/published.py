@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from plot_align.errors import InputError, first_line
 from plot_align.inference.endpoint import EndpointError
@@ -91,9 +92,12 @@ class FineTunedJudge:
         except InputError:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError, MemoryError) as error:
+            # Not in the cache, and the Hub cannot be reached; transformers raises it as the cause of its own.
+            offline = any(isinstance(x, LocalEntryNotFoundError) for x in (error, error.__cause__, error.__context__))
+            advice = "connect to the Hub" if offline else "accept its licence on the Hub and log in"
             raise InputError(
-                f"judge {name} could not be loaded from {source!r} ({first_line(error)}); accept its licence on the "
-                f"Hub and log in, or name a folder that holds it ({name}=FOLDER), on a machine with the memory for it"
+                f"judge {name} could not be loaded from {source!r} ({first_line(error)}); {advice}, or "
+                f"name a folder that holds it ({name}=FOLDER), on a machine with the memory for it"
             ) from error
         scorer.classifier.eval()
         return cls(name, scorer, source, model_identity(scorer.classifier, _tokenizer(scorer)))
