@@ -20,7 +20,7 @@ from plot_align.cli.main import main
 pytestmark = pytest.mark.slow
 # What differs without a difference in results: when, how fast, and numbers of workers in a record's configuration.
 _PASSING = re.compile(
-    r"created|seconds|.*runtime|.*per_second|tstamp|.*_time|num_proc|num_processes|dataset_num_proc|dataloader_.*|"
+    r"created|digest|seconds|.*runtime|.*per_second|tstamp|.*_time|num_proc|num_processes|dataset_num_proc|dataloader_.*|"
     r".*seconds.*|logging_dir|workers"
 )
 _DATED = ("training_args.bin",)  # holds the folder of the Trainer's log, which is named after the hour
