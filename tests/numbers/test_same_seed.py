@@ -23,7 +23,8 @@ _PASSING = re.compile(
     r"created|digest|seconds|.*runtime|.*per_second|tstamp|.*_time|num_proc|num_processes|dataset_num_proc|dataloader_.*|"
     r".*seconds.*|logging_dir|workers"
 )
-_DATED = ("training_args.bin",)  # holds the folder of the Trainer's log, which is named after the hour
+# The first holds the folder of the Trainer's log, which is named after the hour; the second its digest.
+_DATED = ("training_args.bin", "plot_align_digests.json")
 
 
 def results(folder: Path) -> dict[str, Any]:
