@@ -21,10 +21,10 @@ demo: $(VENV)/.installed
 	$(BIN)/plot-align demo $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m "not slow"
 
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m slow
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m soak; code=$$?; $(BIN)/python -m soak --report && exit $$code
