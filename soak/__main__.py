@@ -250,9 +250,10 @@ def _judged(case: Case, fault: str, undisturbed: Undisturbed) -> dict[str, Any]:
     case.finish(second)
     result, sentence = "same", None
     if second.code() != 0:
-        result, sentence = "sentence", _last(second.said())
+        failures = [line for line in second.printed().splitlines() if "failed: " in line]  # of a part of the command
+        result, sentence = "sentence", (failures or [_last(second.said())])[0]
         case.problems += _badly_said(second, 0)
-        if not sentence.startswith("plot-align: "):
+        if not failures and not sentence.startswith("plot-align: "):
             case.problems.append(f"the next call ended with {second.code()} and said {sentence!r}")
         elif case.broken is None:
             case.problems.append(f"the next call said {sentence!r}")

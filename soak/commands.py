@@ -40,7 +40,7 @@ _REDTEAM = (
     *("--options", "inputs/attacks.yaml", "--max_new_tokens", "4", "--batch_size", "4", "--output", "out"),
 )
 
-_WORK = (r"^work/",)  # of measures that are done; read only where one is not
+_WORK = (r"^work/", r"\.json\.old$")  # of measures that are done, read only where one is not; damaged records
 COMMANDS = {
     command.name: command
     for command in (

@@ -77,9 +77,13 @@ def test_a_claim_leaves_unfinished_files_of_others(tmp_path: Path) -> None:
     """Of a name that begins alike, and of a run in a subfolder."""
     (tmp_path / ".part.1.kept.v1.jsonl").touch()
     (tmp_path / ".part.1.kept.v2.jsonl").touch()
-    (tmp_path / ".part.1.kept.v2.json").touch()
+    for ending in ("json", "jsonl.gz", "record.json", "scores.jsonl.gz"):
+        (tmp_path / f".part.1.kept.v2.{ending}").touch()
     with claimed(tmp_path, "kept.v2.jsonl"):
         assert [path.name for path in tmp_path.glob(".part.*")] == [".part.1.kept.v1.jsonl"]
+    (tmp_path / ".part.1.kept.v1.record.json").touch()
+    with claimed(tmp_path, "kept.v1.jsonl.gz"):
+        assert not list(tmp_path.glob(".part.*"))
     (tmp_path / "sub").mkdir()
     with claimed(tmp_path / "sub"):
         (tmp_path / "sub" / ".part.1.x.json").touch()

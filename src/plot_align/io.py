@@ -119,9 +119,10 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
 
 def _leftovers(folder: Path, name: str | None) -> list[Path]:
     """Unfinished files below ``folder``, but not where a subfolder has a lock of its own; or those of the file
-    ``name`` and of its neighbours that differ in their ending."""
+    ``name``, of its neighbours that differ in their ending, and of the records and scores beside it."""
     if name is not None:
-        pattern = re.compile(rf"{re.escape(PART)}[^.]+\.{re.escape(Path(name).stem)}(\.[^.]+)?")
+        stem = re.escape(Path(name.removesuffix(".gz")).stem)
+        pattern = re.compile(rf"{re.escape(PART)}[^.]+\.{stem}(\.record|\.scores)?(\.[^.]+)?(\.gz)?")
         return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
     locked = {path.parent for path in folder.rglob(LOCK)} - {folder}
     return [path for path in folder.rglob(f"{PART}*") if locked.isdisjoint(path.parents)]

@@ -80,7 +80,8 @@ def test_an_altered_file_is_named_and_deleting_it_helps(victim: Victim, tmp_path
     whole = files(tmp_path)
     layout = Layout(tmp_path, "GCG", "tiny")
     own = layout.behavior_folder("id1")
-    for path in (own / "logs.json", own / "test_cases.json", layout.completions("tiny"), layout.results("tiny")):
+    made = [own / name for name in ("logs.json", "spent.json", "test_cases.json")]
+    for path in (*made, layout.completions("tiny"), layout.results("tiny")):
         content = path.read_text()
         place = next(i for i in range(len(content) // 2, len(content)) if content[i].isalnum())
         path.write_text(content[:place] + ("1" if content[place] == "0" else "0") + content[place + 1 :])

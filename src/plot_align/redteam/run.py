@@ -115,11 +115,12 @@ def make_test_cases(
 def _is_attacked(layout: Layout, request: Request) -> bool:
     """Whether test cases for the same request exist."""
     folder = layout.behavior_folder(request.behavior.id)
-    if not all((folder / name).exists() for name in ("test_cases.json", "logs.json")):
+    written = [folder / name for name in ("logs.json", "spent.json", "test_cases.json")]
+    if not all(path.exists() for path in written):
         return False
     match_or_write(folder / "request.json", _request_json(request), folder)
-    for name in ("logs.json", "test_cases.json"):
-        check_seal(folder / name)
+    for path in written:
+        check_seal(path)
     return True
 
 
