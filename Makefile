@@ -12,6 +12,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
+# A worker that crashes ends the run: the others would wait for it for ever. A test that hangs fails.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 --timeout 1200
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test test-slow soak compat plugins check docs dist install clean
@@ -21,10 +23,10 @@ demo: $(VENV)/.installed
 	$(BIN)/plot-align demo $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m slow
+	$(PYTEST) -m slow
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m soak; code=$$?; $(BIN)/python -m soak --report && exit $$code
