@@ -11,10 +11,13 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -44,7 +47,7 @@ from plot_align.methods.filter import (
     write_pairs,
 )
 from plot_align.preference.distribution import PreferenceDistribution
-from plot_align.preference.estimation import estimate, load_pairs
+from plot_align.preference.estimation import ScoredSequence, estimate, load_pairs
 
 CHATML = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<eos>{% endfor %}"
@@ -641,3 +644,18 @@ def test_lengths_by_hand(tokenizer: Any) -> None:
     assert cut[:2].tolist() == [[2, 2], [2, 2]]
     assert bool(cut[2].isnan().all())
     assert length_ratio(cut).isnan().tolist() == [False, False, True]
+
+
+def test_lengths_need_no_more_memory_for_more_rows(monkeypatch):
+    def pairs(*_: object, **__: object) -> Iterator[tuple[ScoredSequence, ...]]:
+        for size in range(100):
+            yield tuple(ScoredSequence(np.zeros(1 << 20, np.int32), 1, 1 + n) for n in (size, 2))
+
+    monkeypatch.setattr(filtering, "scored_pairs", pairs)
+    tracemalloc.start()
+    found = completion_lengths(None, iter(()), progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20  # a few sequences of 4 MiB; all of them are 800
+    assert math.isnan(found[0, 0])
+    assert found[1:].tolist() == [[size, 2] for size in range(1, 100)]

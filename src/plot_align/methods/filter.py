@@ -11,13 +11,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import date, time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,7 @@ DIRECTIONS = ("highest", "lowest")
 SCORES = ("chosen", "margin")
 READINGS = ("log", "prob")
 SUFFIXES = (".jsonl", ".jsonl.gz")
+_BLOCK = 4096  # rows that are Python's own objects at a time
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def score_pairs(
         raise InputError(f"reading is {reading!r}, expected {' or '.join(READINGS)}")
     _check_batch_size(batch_size)
     score = _scorer(model, tokenizer, preference, reading)
-    pairs = _read(pairs, tokenizer, max_length, truncation_mode, progress)
+    pairs = _reading(pairs, tokenizer, max_length, truncation_mode, progress)
     sequences = [sequence for pair in pairs for sequence in pair]  # chosen and rejected in turn
     batches = list(longest_first(sequences, batch_size))
 
@@ -155,7 +157,7 @@ def ches_scores(
         token.
     """
     _check_batch_size(batch_size)
-    read = _read(pairs, tokenizer, max_length, truncation_mode, progress)
+    read = list(_reading(pairs, tokenizer, max_length, truncation_mode, progress))
     batches = list(pair_batches(read, max(1, batch_size // 2)))
 
     def values_of(batch: list[int]) -> list[list[float]]:
@@ -189,9 +191,9 @@ def completion_lengths(
     Returns:
         (N, 2) float64; NaN for a completion without a scored token.
     """
-    read = _read(pairs, tokenizer, max_length, truncation_mode, progress)
-    lengths = [[float(side.stop - side.start) or math.nan for side in pair] for pair in read]
-    return torch.tensor(lengths, dtype=torch.float64).view(-1, 2)
+    read = _reading(pairs, tokenizer, max_length, truncation_mode, progress)  # lengths stay, tokens do not
+    lengths = np.fromiter((side.stop - side.start or math.nan for pair in read for side in pair), np.float64)
+    return torch.from_numpy(lengths).view(-1, 2)
 
 
 def length_ratio(lengths: Tensor) -> Tensor:
@@ -271,7 +273,8 @@ def write_pairs(
         InputError: another ending, a folder that cannot be written, a value that JSON cannot hold.
     """
     beside = scores_path(path)
-    rows = zip(scores.tolist(), kept.tolist(), strict=True)
+    parts = zip(scores.split(_BLOCK), kept.split(_BLOCK), strict=True)
+    rows = (row for part in parts for row in zip(*(column.tolist() for column in part), strict=True))
     _write_lines(
         beside,
         (
@@ -357,15 +360,15 @@ def _check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size is {batch_size!r}, expected a whole number of 1 or more")
 
 
-def _read(pairs: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, progress: bool) -> list[Pair]:
-    """The tokens of all pairs, under a bar."""
-    found: list[Pair] = []
+def _reading(
+    pairs: Any, tokenizer: Any, max_length: int | None, truncation_mode: str, progress: bool
+) -> Iterator[Pair]:
+    """The tokens of one pair after the other, under a bar."""
     total = len(pairs) if hasattr(pairs, "__len__") else None
     with progress_bar("reading pairs", progress, total) as advance:
         for pair in scored_pairs(pairs, tokenizer, max_length=max_length, truncation_mode=truncation_mode):
-            found.append(pair)
+            yield pair
             advance(1)
-    return found
 
 
 def _require_finite(what: str, value: float) -> None:
