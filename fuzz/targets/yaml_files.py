@@ -78,7 +78,7 @@ def _cases(draw: Any) -> bytes:
 
 class Yaml:
     name = "yaml"
-    names = ("case.yaml", "grid", "options were refused", "workers is", *keys())  # a file, or an option
+    names = ("case.yaml", "grid", "options were refused", "workers is", "argument --", *keys())  # a file, or an option
     seeds: ClassVar[list[bytes]] = [joined(i, yaml.safe_dump(value).encode()) for i, value in enumerate(_SEEDS)]
     cases = _cases()
 
