@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import resource
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 from plot_align.errors import PlotAlignError
 
 SECONDS = 2.0  # of the processor, for one case; ten times as long for one that waits
-STUCK = (
-    300.0  # seconds for fifty cases: beyond it one hangs where no signal reaches, and the process ends with its stacks
-)
+STUCK = 300.0  # seconds for one case: it hangs where no signal reaches, and the process ends with its stacks
 MIB = 1024  # of address space beyond what the process has at the start of a case
 LONGEST = 800  # characters of a message, the file's path included
 
@@ -53,8 +50,6 @@ class Tally:
 
     def add(self, target: Any, data: bytes, folder: Path) -> None:
         """Run one case and count it."""
-        if self.cases % 50 == 0:
-            faulthandler.dump_traceback_later(STUCK, exit=True)
         outcome = run_case(target, data, folder)
         if isinstance(outcome, Finding):
             self.failed += 1
@@ -65,34 +60,40 @@ class Tally:
             self.refused += 1
 
 
-@contextlib.contextmanager
-def limits(seconds: float) -> Iterator[None]:
-    """Raises :class:`Slow` beyond the time, and MemoryError beyond the memory."""
+def limited(call: Callable[[], object], seconds: float) -> None:
+    """``call()``, which gets :class:`Slow` beyond the time and MemoryError beyond the memory; no limit outlives it."""
+    over = False
 
     def stop(number: int, frame: Any) -> None:
-        raise Slow(f"more than {seconds:g} s of the processor or {10 * seconds:g} s in all")
+        if not over:
+            raise Slow(f"more than {seconds:g} s of the processor or {10 * seconds:g} s in all")
 
-    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGPROF, signal.SIGALRM)}
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGPROF, signal.SIGALRM)}
+    memory = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (MIB << 20), hard))
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
     try:
-        yield
+        faulthandler.dump_traceback_later(STUCK, exit=True)
+        for kind in handlers:
+            signal.signal(kind, stop)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (MIB << 20), memory[1]))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+        call()
     finally:
+        over = True  # before all else: an alarm that comes only now must not leave the rest undone
+        resource.setrlimit(resource.RLIMIT_AS, memory)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        for kind, handler in before.items():
+        faulthandler.cancel_dump_traceback_later()
+        for kind, handler in handlers.items():
+            signal.signal(kind, signal.SIG_IGN)  # drops one on its way, which would end the process
             signal.signal(kind, handler)
 
 
 def run_case(target: Any, data: bytes, folder: Path) -> bool | Finding:
     """True for a right result, False for a clear error, else the finding."""
     try:
-        with limits(getattr(target, "seconds", SECONDS)):
-            target.run(data, folder)
+        limited(lambda: target.run(data, folder), getattr(target, "seconds", SECONDS))
         return True
     except PlotAlignError as error:
         complaint = unclear(str(error), target.names)

@@ -129,17 +129,16 @@ class Running:
         return path.with_name(f"{path.name}-out").read_text(encoding="utf-8", errors="replace")
 
 
-def end_children() -> list[str]:
-    """Kill whatever is left below this process; what it was."""
-    left = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            left.append(" ".join(child.cmdline()[:6]))
-            child.kill()
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, 0)[0]:
-            pass
-    return left
+def end_children() -> None:
+    """Kill whatever is left below this process."""
+    while children := psutil.Process().children(recursive=True):  # a killed one leaves us its own
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.001)
 
 
 def _free_port() -> int:

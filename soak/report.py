@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import collections
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from plot_align.text import markdown
 from soak.commands import COMMANDS
 from soak.faults import FAULTS
 
 PAGE = "reliability.md"
 RECORD = "reliability.json"
 _START, _END = "<!-- made by python -m soak --report: do not edit -->", "<!-- until here -->"
+_LONGEST = 2000  # characters of a problem; a traceback was cut before
 
 
 def write(entries: list[dict[str, Any]], docs: Path) -> None:
@@ -59,5 +60,7 @@ def lines(cells: dict[str, dict[str, dict[str, int]]], odd: list[dict[str, Any]]
     found.append(f"| **all** | | {' | '.join(f'**{number}**' for number in numbers)} |")
     if odd:
         found += ["", "The last column:", ""]
-        found += [f"- {e['command']}, {e['fault']} {e['number']}: {json.dumps(e['problems'][0])[:200]}" for e in odd]
+        for entry in odd:
+            found.append(f"- {entry['command']}, {FAULTS[entry['fault']].__doc__} ({markdown(entry['note'])}):")
+            found += [f"    - {markdown(problem, longest=_LONGEST)}" for problem in entry["problems"]]
     return found

@@ -12,16 +12,19 @@ see what torchrun sets (``RANK``, ``WORLD_SIZE``, ...) before any library is imp
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -97,6 +100,19 @@ def run(function: Callable[..., Any], *arguments: Any, ranks: int = 1, timeout: 
     if errors:
         raise AssertionError("\n".join(errors))
     return [outcome.value for outcome in outcomes]
+
+
+@contextlib.contextmanager
+def bounded(process: subprocess.Popen[Any], seconds: float = 120) -> Iterator[None]:
+    """Kills ``process`` at the end of the block, or where that does not come in time, so that a read of it ends."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
 
 
 def _free_port() -> int:

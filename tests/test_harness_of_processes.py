@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 
-from processes import run, start
+from processes import bounded, run, start
 
 
 def work(how: str) -> object:
@@ -54,3 +56,10 @@ def test_a_killed_process_says_so():
 def test_one_that_hangs_is_killed():
     with start(work, "waits", timeout=2) as processes:
         assert processes.outcomes()[0].error is not None
+
+
+def test_a_command_that_says_nothing_is_killed():
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process, bounded(process, 0.2):
+        assert process.stdout.readline() == b""
+    assert process.returncode < 0

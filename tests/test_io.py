@@ -14,6 +14,7 @@ import pytest
 from plot_align import io
 from plot_align.errors import InputError
 from plot_align.io import check_seal, claimed, complete_or_absent, require_writable, seal_of, write_sealed_json
+from processes import bounded
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_folder_has_one_writer_and_a_file_too(tmp_path: Path) -> None:
                 sys.stdin.read()
     """
     command = [sys.executable, "-c", program, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other, bounded(other):
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         for folder, name in ((tmp_path / "run", None), (tmp_path, "kept.jsonl")):

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_every_dependency_has_a_tested_version_within_its_bounds() -> None:
 def test_make_targets(arguments: list[str], expected: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     shown = subprocess.run(
-        ["make", "-n", *arguments], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        ["make", "-n", *arguments], cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=60
     ).stdout.strip()
     assert re.search(expected, shown.splitlines()[-1])
 
@@ -102,5 +103,5 @@ def test_make_targets(arguments: list[str], expected: str) -> None:
 def test_ci_runs_the_checks_and_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=60)
     assert "\nmake check test test-slow compat\n" in script.read_text()

@@ -137,6 +137,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         (b'{"format": "plot-align record", "schema": 1}', "lacks commit, config"),
         (b'{"a": NaN}', "is not complete JSON"),
         (b'{"a": {"$float": "seven"}}', "is not complete JSON"),
+        (b'{"a": {"$float": []}}', "is not complete JSON"),
         (b"\xff\xfe\x00", "it is not text"),
     ],
 )
@@ -217,7 +218,7 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
         return subprocess.run(
-            ["git", *identity, *arguments], check=True, capture_output=True, text=True
+            ["git", *identity, *arguments], check=True, capture_output=True, text=True, timeout=60
         ).stdout.strip()
 
     git("init", "-q")

@@ -210,8 +210,8 @@ def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[s
     except OSError as error:
         raise InputError(f"record {path} cannot be read ({error.strerror}); check the path") from None
     try:
-        record = parse_json(text, parse_constant=_refuse_constant, object_hook=_decode)
-        plain = parse_json(text)
+        plain = parse_json(text, parse_constant=_refuse_constant)
+        record = _decode(plain)
     except ValueError:
         raise InputError(
             f"{path} is not complete JSON, so it is damaged or was cut off; delete it, and run the command that wrote "
@@ -339,13 +339,18 @@ def _encode(value: Any, place: str) -> Any:
     )
 
 
-def _decode(mapping: dict[str, Any]) -> Any:
-    """The JSON reader's ``object_hook``: turns ``{"$float": …}`` back into a float."""
-    if mapping.keys() != {_FLOAT}:
-        return mapping
-    if mapping[_FLOAT] not in _SPECIAL:
-        raise ValueError(f"unknown float {mapping[_FLOAT]!r}")
-    return _SPECIAL[mapping[_FLOAT]]
+def _decode(value: Any) -> Any:
+    """``value`` as JSON has it, every ``{"$float": …}`` in it as that float."""
+    if isinstance(value, list):
+        return [_decode(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() != {_FLOAT}:
+        return {key: _decode(entry) for key, entry in value.items()}
+    name = value[_FLOAT]
+    if not isinstance(name, str) or name not in _SPECIAL:
+        raise ValueError(f"unknown float {name!r}")
+    return _SPECIAL[name]
 
 
 def _refuse_constant(name: str) -> float:

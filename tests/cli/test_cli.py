@@ -109,6 +109,7 @@ def test_sigterm_ends_a_command_in_order(run: Run, monkeypatch: pytest.MonkeyPat
     left: list[str] = []
 
     def work(_: list[str]) -> int:
+        assert callable(signal.getsignal(signal.SIGTERM)), "without a handler the signal would end the tests"
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)

@@ -70,7 +70,7 @@ def test_rehearsal(monkeypatch, capfd):
 def test_script_refuses_in_one_sentence(arguments, said):
     environment = {key: value for key, value in os.environ.items() if key != "HARMBENCH"}
     script = RECIPES / FAMILIES[0] / "run.sh"
-    done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", script, *arguments], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1

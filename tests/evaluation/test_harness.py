@@ -217,7 +217,7 @@ def reference(checkpoint: Path, own_tasks: Path, tmp_path_factory: pytest.TempPa
     command += ["--tasks", "local_gsm8k,overlap,by_size,by_task,prose,judged", "--include_path", str(own_tasks)]
     command += ["--apply_chat_template", "--batch_size", str(BATCH), "--device", "cpu"]
     command += ["--output_path", str(folder), "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(next(folder.rglob("results_*.json")).read_text())
     found["samples"] = {

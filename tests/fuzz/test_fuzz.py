@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +19,7 @@ from fuzz.targets import NAMES, make
 from plot_align.errors import InputError
 from plot_align.preference.distribution import PreferenceDistribution
 
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"rows": 15, "records": 25, "yaml": 25}  # cases; 60 of the others
 
 
@@ -136,6 +141,41 @@ def test_the_guard_stops_what_runs_on_and_what_fills_the_memory(
         found = case(run, tmp_path)
         assert isinstance(found, guard.Finding)
         assert found.key.startswith(key)
+
+
+def limits() -> tuple[Any, ...]:
+    """Those that this process is under."""
+    kinds = ((signal.SIGPROF, signal.ITIMER_PROF), (signal.SIGALRM, signal.ITIMER_REAL))
+    return resource.getrlimit(resource.RLIMIT_AS), [(signal.getsignal(a), signal.getitimer(b)) for a, b in kinds]
+
+
+def test_an_alarm_at_the_last_moment_leaves_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, done = limits(), []
+    setrlimit = resource.setrlimit
+
+    def late(kind: int, values: tuple[int, int]) -> None:
+        setrlimit(kind, values)
+        if done:
+            signal.raise_signal(signal.SIGPROF)
+
+    monkeypatch.setattr(resource, "setrlimit", late)
+    assert case(lambda: done.append(1), tmp_path) is True
+    assert limits() == before
+
+
+def test_nothing_ends_the_process_after_the_last_case() -> None:
+    code = """
+import time
+from types import SimpleNamespace
+from fuzz import guard
+
+guard.STUCK = 0.1
+target = SimpleNamespace(names=(), run=lambda data, folder: None)
+guard.Tally().add(target, b"", None)
+time.sleep(0.4)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_finding_is_made_as_short_as_it_gets(tmp_path: Path) -> None:

@@ -348,14 +348,15 @@ def test_a_killed_process_ends_the_run_and_one_goes_on(
         [sys.executable, "-m", "plot_align.cli", *command, "--num_processes", "2"],
         env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    first = tmp_path / "out" / "base" / "accuracy.json"
-    deadline = time.monotonic() + 120
-    while not first.exists() and running.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert first.exists()
-    ranks = {p.environ().get("RANK"): p for p in psutil.Process(running.pid).children(recursive=True)}
-    ranks["1"].send_signal(signal.SIGKILL)
-    _, complaint = running.communicate(timeout=60)
+    with processes.bounded(running, 240):
+        first = tmp_path / "out" / "base" / "accuracy.json"
+        deadline = time.monotonic() + 120
+        while not first.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert first.exists()
+        ranks = {p.environ().get("RANK"): p for p in psutil.Process(running.pid).children(recursive=True)}
+        ranks["1"].send_signal(signal.SIGKILL)
+        _, complaint = running.communicate(timeout=60)
     assert running.returncode == 1, complaint
     assert "rank 1 was killed by SIGKILL" in complaint
     assert complaint.count("plot-align: ") == 1

@@ -622,7 +622,7 @@ def test_ches_after_sigkill_writes_the_same_bytes(tiny_llama: Path, pairs_file: 
         command = [sys.executable, "-c", code, "filter", pairs_file, "--model", tiny_llama, "--by", "ches", "--share"]
         command += ["0.5", "--batch_size", "8", "--output", output]
         before = output.parent.exists()
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == (-signal.SIGKILL if name == "killed" and not before else 0), done.stderr
     for name in ("kept.jsonl", "kept.scores.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

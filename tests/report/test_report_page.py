@@ -259,6 +259,40 @@ def test_a_file_that_no_report_wrote_is_never_touched(
         assert {file.name for file in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("damage", ["cut off", "altered", "emptied", "no text"])
+def test_a_report_knows_its_files_where_their_list_is_damaged(
+    damage: str, evaluation: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = evaluation("m")
+    folder = path.parent / "page_files"
+    assert report(path)[0] == 0
+    whole = (folder / ".plot-align-report").read_bytes()
+    damaged = {
+        "cut off": whole[: len(whole) // 3], "altered": whole.replace(b"measures.csv", b"measures.cs\xff"),
+        "emptied": b"", "no text": b"\xff" * 9,
+    }  # fmt: skip
+    assert damaged[damage] != whole
+    (folder / ".plot-align-report").write_bytes(damaged[damage])
+    (folder / "thesis.tex").write_text("mine")
+    assert report(path)[0] == 2
+    assert f"would take the place of {folder / 'thesis.tex'}, which no report wrote" in capsys.readouterr().err
+    (folder / "thesis.tex").unlink()
+    assert report(path)[0] == 0
+    assert (folder / ".plot-align-report").read_bytes() == whole
+
+
+def test_a_name_that_a_whole_list_does_not_have_is_not_the_reports(all_kinds: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(all_kinds / "demo.json"), "-o", str(page)]) == 0
+    folder = tmp_path / "page_files"
+    few = {file.name for file in folder.iterdir()}
+    assert main(["report", str(all_kinds), "-o", str(tmp_path / "other.html")]) == 0
+    mine = next(folder / f.name for f in (tmp_path / "other_files").iterdir() if f.name not in few)
+    mine.write_text("mine")
+    assert main(["report", str(all_kinds), "-o", str(page)]) == 2
+    assert mine.read_text() == "mine"
+
+
 def test_an_empty_folder_is_filled_and_a_file_in_its_place_is_not_replaced(
     evaluation: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

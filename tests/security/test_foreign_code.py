@@ -249,7 +249,7 @@ def test_the_records_commit_runs_no_program_of_the_repository(
 
     def git(*arguments: str) -> None:
         name = ["-c", "user.name=n", "-c", "user.email=e"]
-        subprocess.run(["git", *name, *arguments], check=True, capture_output=True)
+        subprocess.run(["git", *name, *arguments], check=True, capture_output=True, timeout=60)
 
     git("init")
     Path("a.txt").write_text("one")
@@ -271,7 +271,7 @@ def test_the_records_commit_runs_no_program_of_the_repository(
     found = commit()
     assert not mark.exists()
     assert found is not None
-    subprocess.run(["git", "status"], capture_output=True)
+    subprocess.run(["git", "status"], capture_output=True, timeout=60)
     assert mark.exists()  # the trap works
 
 

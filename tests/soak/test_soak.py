@@ -80,10 +80,11 @@ def test_times_are_left_out_and_numbers_are_not(tmp_path: Path) -> None:
 
 
 def test_the_table_counts(tmp_path: Path) -> None:
+    problems = ["it said 'out/kept.jsonl is no file'" + " and more" * 40, "a <b>.json is missing"]
     entries = [
-        {"command": "filter", "fault": "kill", "number": number, "note": "", "result": result, "problems": problems}
-        for number, (result, problems) in enumerate(
-            [("same", []), ("same", []), ("sentence", []), ("other", ["traceback"]), ("missed", [])]
+        {"command": "filter", "fault": "kill", "number": number, "note": "at 3", "result": result, "problems": found}
+        for number, (result, found) in enumerate(
+            [("same", []), ("same", []), ("sentence", []), ("other", problems), ("missed", [])]
         )
     ]
     (tmp_path / report.PAGE).write_text("before\n<!-- made by python -m soak --report: do not edit -->\nold\n"
@@ -93,4 +94,6 @@ def test_the_table_counts(tmp_path: Path) -> None:
         page = (tmp_path / report.PAGE).read_text()
         assert f"| {FAULTS['kill'].__doc__} | filter | 4 | 2 | 1 | 1 |" in page
         assert "| **all** | | **4** | **2** | **1** | **1** |" in page
+        assert f"\n- filter, {FAULTS['kill'].__doc__} (at 3):\n    - it said 'out/kept" in page
+        assert " and more\n    - a &lt;b\\>.json is missing\n" in page  # to its end
         assert (page.startswith("before"), page.endswith("after\n"), "old" in page) == (True, True, False)

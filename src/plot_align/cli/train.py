@@ -65,10 +65,10 @@ def run(command: str, arguments: list[str]) -> int:
         parser.print_help()
         return 0
     options, launcher = parse(parser, config, flags, config_path)
+    _, training_args, *_ = options
     if not launch.is_launched():
         launch_arguments = launcher.arguments()
         if launch_arguments or launch.launches_by_default():
-            _, training_args, *_ = options
             return launch.launch(
                 command,
                 launch_arguments,
@@ -80,7 +80,8 @@ def run(command: str, arguments: list[str]) -> int:
         raise InputError(
             f"{launcher.flags[0]} came to a process that is already launched; give it to the launcher instead"
         )
-    _train(command, *options)
+    with claimed(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        _train(command, *options)
     return 0
 
 
@@ -123,25 +124,10 @@ def _train(
     output.drop_deprecations()
     if model_args.use_peft:
         require_packages("--use_peft", "peft", extra="peft")
-
     if monitor.monitor and command == "sft":
         raise InputError("--monitor came to sft, whose data hold no rejected answers; leave it out")
     if model_args.model_name_or_path is None:
         raise InputError("--model_name_or_path is missing, expected a hub id or a folder; name the model to tune")
-    with claimed(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
-        _train_and_save(command, script_args, training_args, model_args, mixture, monitor, plot, preference_args)
-
-
-def _train_and_save(
-    command: str,
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    mixture: Any,
-    monitor: Any,
-    plot: Any,
-    preference_args: Any,
-) -> None:
     from plot_align.cli import progress
     from plot_align.preference.datasets import require_pairs, require_ranked
     from plot_align.records import write_record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import string
 import tempfile
@@ -37,7 +38,7 @@ from plot_align.report.tables import (
 from plot_align.results import CATEGORIES, SECTIONS
 from plot_align.text import one_line, passage, readable
 
-_LIST = ".plot-align-report"  # in the folder beside the page: lists the files that the report wrote
+_LIST = ".plot-align-report"  # in the folder beside the page: lists the files that the report wrote, and a digest
 _LONGEST_TABLE = 150  # rows of a figure's numbers on the page; the file has all of them
 _LONGEST_TEXT = 300  # characters of a text in a record's configuration
 _LONGEST_CONFIG = 6000
@@ -141,12 +142,6 @@ def write(content: Content, output: Path) -> Path:
         InputError: they cannot be written, or the folder holds files that no report wrote.
     """
     folder = output.with_name(f"{output.stem}_files")
-    stranger = _stranger(folder)
-    if stranger is not None:
-        raise InputError(
-            f"the report's files would take the place of {stranger}, which no report wrote; move it or the whole "
-            f"of {folder}, or name another page with --output"
-        )
     page = render(content, folder.name).encode("utf-8", "backslashreplace")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +151,13 @@ def write(content: Content, output: Path) -> Path:
             for name, data in _files(content):
                 (new / name).write_bytes(data)
             names = sorted(file.name for file in new.iterdir())
-            (new / _LIST).write_text("\n".join(names) + "\n", encoding="utf-8")
+            stranger = _stranger(folder, names)
+            if stranger is not None:
+                raise InputError(
+                    f"the report's files would take the place of {stranger}, which no report wrote; move it or the "
+                    f"whole of {folder}, or name another page with --output"
+                )
+            (new / _LIST).write_text("\n".join([*names, _seal(names)]), encoding="utf-8")
             if folder.exists():
                 folder.rename(Path(temporary) / "old")
             new.rename(folder)
@@ -167,18 +168,25 @@ def write(content: Content, output: Path) -> Path:
     return folder
 
 
-def _stranger(folder: Path) -> Path | None:
-    """A file in the report's folder that no report wrote; None if there is none."""
+def _stranger(folder: Path, names: Sequence[str]) -> Path | None:
+    """A file in the report's folder that no report wrote; None if there is none.
+
+    Where the list in it was altered or cut off, a file under one of ``names``, those of this report, is a report's.
+    """
     if not folder.is_dir():
         return folder if folder.exists() else None
+    own = {_LIST}
     try:
-        listed = {*(folder / _LIST).read_text(encoding="utf-8").splitlines(), _LIST}
-    except (OSError, UnicodeDecodeError):
-        listed = set()
-    try:
-        return next((f for f in sorted(folder.iterdir()) if f.name not in listed or not f.is_file()), None)
+        if (folder / _LIST).is_file():
+            *listed, seal = (folder / _LIST).read_text(encoding="utf-8", errors="replace").split("\n")
+            own.update(listed, () if seal == _seal(listed) else names)
+        return next((f for f in sorted(folder.iterdir()) if f.name not in own or not f.is_file()), None)
     except OSError:
         return folder  # it cannot be read
+
+
+def _seal(names: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _files(content: Content) -> Iterator[tuple[str, bytes]]:
