@@ -180,6 +180,7 @@ class Costly:
 
     version: int = 1
     name: str = "costly"
+    reads: ClassVar[str] = "answer"
 
     def judge(self, behaviors: list[Behavior], test_cases: list[str], generations: list[str]) -> list[Judged]:
         if "stop" in generations:
@@ -230,6 +231,24 @@ def test_labels_that_are_not_reached_again_are_not_lost(tmp_path: Path) -> None:
     ASKED.clear()
     label(Costly(), behaviors, answers, path)
     assert ASKED == ["no"]
+
+
+def test_labels_outlive_narrower_calls_and_other_judges(tmp_path: Path) -> None:
+    """Fewer behaviours, fewer samples, another judge, another order of judges: nothing is asked twice."""
+    behaviors = [Behavior(name, "a") for name in "ab"]
+    answers = {b.id: [{"test_case": "t", "generation": f"x{i}"} for i in range(2)] for b in behaviors}
+    answers["a"][1]["prefix"] = "x"
+    main, beside = (tmp_path / folder / "m.json" for folder in ("results", "results-costly"))
+    ASKED.clear()
+    whole = label(Costly(), behaviors, answers, main)
+    assert len(ASKED) == 4
+    one = {"a": answers["a"][:1]}
+    assert label(Costly(), behaviors, one, main) == harmbench.read_results(main) == {"a": whole["a"][:1]}
+    label(Costly(version=2), behaviors, one, main)
+    assert len(ASKED) == 5
+    assert label(Costly(), behaviors, answers, main) == harmbench.read_results(main) == whole
+    assert label(Costly(), behaviors, answers, beside) == whole
+    assert len(ASKED) == 5
 
 
 def test_prompts_of_another_attacker_of_the_same_name_are_refused(
