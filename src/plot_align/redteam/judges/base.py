@@ -32,7 +32,7 @@ class Judge(Protocol):
     """Judges generations; all three arguments have one entry per case.
 
     Attributes:
-        name: for files and tables.
+        name: the one that chooses it on the command line, for files and tables.
         reads: what it reads of a prefilled answer: the whole ``answer``, as a user would; only the ``continuation``,
             if it judges by how an answer begins; or ``nothing``.
     """

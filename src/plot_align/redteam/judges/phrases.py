@@ -85,7 +85,7 @@ class RefusalPrefixes:
 
     phrases: tuple[str, ...] = REFUSAL_PHRASES
     beginning: int = 100
-    name: str = field(default="refusal-prefixes", init=False)
+    name: str = field(default="prefixes", init=False)
     reads: ClassVar[Literal["answer", "continuation", "nothing"]] = "continuation"
 
     def __post_init__(self) -> None:
