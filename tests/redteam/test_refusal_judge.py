@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from plot_align.errors import InputError
 from plot_align.redteam import make_judge
 from plot_align.redteam.behaviors import Behavior
-from plot_align.redteam.judges import Judged, RefusalJudge, RefusalPrefixes
+from plot_align.redteam.judges import Judged, RefusalJudge, RefusalPrefixes, base
 from plot_align.redteam.judges import refusal as module
 from plot_align.redteam.judges.refusal import features
 
@@ -143,6 +144,17 @@ def test_weights_are_those_of_the_features() -> None:
     for answer in ("I can't help with that.", "Sure."):
         found = features(answer)
         assert set(weights[found.branch]) == {"bias", *found.values}
+
+
+@pytest.mark.parametrize("name", ["refusal.json", "cues.py", "refusal.py"])
+def test_rules_are_known_by_all_that_decides(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(Path(module.__file__).parent, tmp_path / "judges")
+    monkeypatch.setattr(base.resources, "files", lambda package: folder)
+    fresh = base.digest_of.__wrapped__
+    before = fresh("refusal.json", "cues.py", "refusal.py")
+    assert before == JUDGE.rules
+    (folder / name).write_text((folder / name).read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert fresh("refusal.json", "cues.py", "refusal.py") != before
 
 
 def test_verdicts() -> None:

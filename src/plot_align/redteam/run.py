@@ -273,9 +273,9 @@ def _costs(path: Path) -> dict[str, Any]:
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
     """The judge's labels, in HarmBench's results file, with a ``reason`` if the judge gives one.
 
-    ``path`` holds the labels of these behaviours and answers alone. All labels that the judge ever gave, except −1, are
-    kept beside it and reused, so that a call for fewer behaviours, or by another judge, loses none. Each block of
-    behaviours is on disk before the next, as a judge may cost money.
+    ``path`` holds the labels of these behaviours and answers alone. All that the judge ever gave, except −1, are kept
+    beside it and reused: a call for fewer behaviours, or by another judge, loses none. Each block of behaviours is on
+    disk before the next, as a judge may cost money.
     """
     identity = plain_json(_identity(judge))
     judged_by = _beside(path, "judged_by")

@@ -17,13 +17,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import ClassVar, Literal, NamedTuple
 
 from plot_align.errors import InputError
 from plot_align.redteam.behaviors import Behavior
-from plot_align.redteam.judges.base import Judged, same_length
+from plot_align.redteam.judges.base import Judged, digest_of, same_length
 from plot_align.redteam.judges.cues import CUES, EQUAL, IMPERATIVE, MORAL, NAMED
 
 Branch = Literal["says no", "other"]
@@ -172,12 +172,16 @@ class RefusalJudge:
     Args:
         threshold: the probability of a refusal from which on an answer counts as one.
 
+    Attributes:
+        rules: digest of the weights, the cues and the code that reads them.
+
     Raises:
         InputError: ``threshold`` is not between 0 and 1.
     """
 
     threshold: float = 0.5
     name: str = field(default="refusal", init=False)
+    rules: str = field(default_factory=partial(digest_of, "refusal.json", "cues.py", "refusal.py"), init=False)
     reads: ClassVar[Literal["answer", "continuation", "nothing"]] = "continuation"
 
     def __post_init__(self) -> None:
