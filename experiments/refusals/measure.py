@@ -22,7 +22,7 @@ from plot_align.records import proportion_of
 from plot_align.redteam.judges import RefusalJudge, RefusalPrefixes
 from plot_align.redteam.judges.refusal import features
 
-NEW = ("drawn_test", "last_test")  # never fitted on
+NEW = ("drawn_test", "last_test", "roles_test")  # never fitted on
 Row = dict[str, Any]
 
 

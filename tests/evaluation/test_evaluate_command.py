@@ -122,6 +122,23 @@ def test_another_seed_other_options_or_a_damaged_record_is_measured_again(
     assert "measured again" not in capsys.readouterr().out
 
 
+def test_a_record_of_older_rules_is_measured_again(
+    suite: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the judges that decided it alone."""
+    arguments = (f"base={tiny_base}", "--suite", suite, "--only", "refusals", "--judge", "refusal")
+    record = tmp_path / "out" / "base" / "refusals.json"
+    rules = safety.judge_rules()
+    for changed, again in (("refusal", True), ("prefixes", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(safety, "judge_rules", lambda changed=changed: {**rules, changed: "older"})
+            assert _run(*arguments, "--output", tmp_path / "out") == 0
+        capsys.readouterr()
+        assert _run(*arguments, "--output", tmp_path / "out") == 0
+        assert ("a judge's rules" in " ".join(capsys.readouterr().out.split())) == again
+        assert read_record(record)["config"]["measure"]["rules"] == {"refusal": rules["refusal"]}
+
+
 TEXTS = """\
 guards:
   news: {kind: perplexity, texts: %s, max_length: 16}

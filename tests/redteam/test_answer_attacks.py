@@ -464,7 +464,7 @@ def test_a_judge_that_reads_no_answer_is_refused_before_any_attack(victim: Victi
     for of_attacks in ({"likelihood": likelihood}, {**prefixes, "likelihood": likelihood}):
         judges = Judges(of_attacks, prefixes)
         for attack in (Prefill(1), BestOfN(2)):
-            with pytest.raises(InputError, match=rf"judge target-likelihood reads no answer, so {attack.name}"):
+            with pytest.raises(InputError, match=rf"judge likelihood reads no answer, so {attack.name}"):
                 measure(
                     victim, BEHAVIORS, BEHAVIORS, TARGETS, [DirectRequest(), attack], judges, Budget(), tmp_path / "o"
                 )

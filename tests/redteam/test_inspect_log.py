@@ -40,11 +40,11 @@ def test_labels_of_other_answers_are_left_out(logs: tuple[Path, dict[str, Any]],
     (direct / "results-other").mkdir()
     other = direct / "results-other" / "tiny.json"
     other.write_text(json.dumps({name: [{**row, "label": 0} for row in rows] for name, rows in labels.items()}))
-    assert judges() == ["refusal-prefixes", "results-other"]
+    assert judges() == ["prefixes", "results-other"]
     other.write_text(
         json.dumps({name: [{**row, "generation": "No."} for row in rows] for name, rows in labels.items()})
     )
-    assert judges() == ["refusal-prefixes"]
+    assert judges() == ["prefixes"]
 
 
 @pytest.mark.parametrize("name", ["v1:dpo", "run[1]", "a/b #1%20"])
@@ -103,15 +103,15 @@ def test_inspect_reads_what_was_measured(logs: tuple[Path, dict[str, Any]]) -> N
         assert (log.status, log.eval.model) == ("success", "tiny")
         (score,) = log.results.scores
         assert score.reducer == ("max" if name == "BestOfN" else "mean")
-        assert score.name == "refusal-prefixes"
+        assert score.name == "prefixes"
         assert score.metrics["attack_success_rate"].value == pytest.approx(sum(rates.values()) / len(rates))
         by_behavior: dict[str, list[float]] = {}
         for sample in log.samples:
-            by_behavior.setdefault(sample.id, []).append(sample.scores["refusal-prefixes"].value)
+            by_behavior.setdefault(sample.id, []).append(sample.scores["prefixes"].value)
             results = json.loads((folder.parent / name / _experiment(name) / "results" / "tiny.json").read_text())
             row = results[sample.id][sample.epoch - 1]
             assert (sample.input, sample.output.completion) == (row["test_case"], row["generation"])
-            assert sample.scores["refusal-prefixes"].metadata["label"] == row["label"]
+            assert sample.scores["prefixes"].metadata["label"] == row["label"]
             assert sample.metadata["spent_on_answer"]["forward_tokens"] > 0
         of = max if name == "BestOfN" else lambda values: sum(values) / len(values)
         assert {behavior: of(values) for behavior, values in by_behavior.items()} == rates

@@ -11,6 +11,7 @@ import pytest
 from plot_align.cli.main import main
 from plot_align.records import read_record
 from plot_align.redteam.behaviors import COLUMNS
+from plot_align.redteam.catalogue import judge_rules
 from plot_align.redteam.harmbench import read_results
 from plot_align.redteam.measure import balance
 
@@ -59,6 +60,7 @@ def test_two_models_two_judges_and_a_second_call(tiny_base: Path, files, tmp_pat
     ):  # fmt: skip
         assert text in " ".join(shown.split())
     (path,) = (tmp_path / "out").glob("redteam-*.json")
+    assert read_record(path, "redteam")["config"]["rules"] == judge_rules()
     record = read_record(path, "redteam")["results"]
     # The same weights under two names: every difference is 0.
     assert {entry["value"] for entry in record["paired"].values()} == {0.0}

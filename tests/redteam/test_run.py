@@ -17,9 +17,10 @@ from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Attacked, Request
 from plot_align.redteam.attackers import LocalAttacker
 from plot_align.redteam.behaviors import Behavior
+from plot_align.redteam.catalogue import judge_rules
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.harmbench import Layout
-from plot_align.redteam.judges import Judged, RefusalPrefixes
+from plot_align.redteam.judges import Judged, RefusalJudge, RefusalPrefixes
 from plot_align.redteam.run import BLOCK, complete, label, make_test_cases
 from plot_align.redteam.victim import Question, Victim
 from plot_align.redteam.zero_shot import ZeroShot
@@ -181,6 +182,7 @@ class Costly:
 
     version: int = 1
     name: str = "costly"
+    reads: ClassVar[str] = "answer"
 
     def judge(self, behaviors: list[Behavior], test_cases: list[str], generations: list[str]) -> list[Judged]:
         if "stop" in generations:
@@ -231,6 +233,37 @@ def test_labels_that_are_not_reached_again_are_not_lost(tmp_path: Path) -> None:
     ASKED.clear()
     label(Costly(), behaviors, answers, path)
     assert ASKED == ["no"]
+
+
+def test_labels_outlive_narrower_calls_and_other_judges(tmp_path: Path) -> None:
+    """Fewer behaviours, fewer samples, another judge, another order of judges: nothing is asked twice."""
+    behaviors = [Behavior(name, "a") for name in "ab"]
+    answers = {b.id: [{"test_case": "t", "generation": f"x{i}"} for i in range(2)] for b in behaviors}
+    answers["a"][1]["prefix"] = "x"
+    main, beside = (tmp_path / folder / "m.json" for folder in ("results", "results-costly"))
+    ASKED.clear()
+    whole = label(Costly(), behaviors, answers, main)
+    assert len(ASKED) == 4
+    one = {"a": answers["a"][:1]}
+    assert label(Costly(), behaviors, one, main) == harmbench.read_results(main) == {"a": whole["a"][:1]}
+    label(Costly(version=2), behaviors, one, main)
+    assert len(ASKED) == 5
+    assert label(Costly(), behaviors, answers, main) == harmbench.read_results(main) == whole
+    assert label(Costly(), behaviors, answers, beside) == whole
+    assert len(ASKED) == 5
+
+
+def test_labels_of_older_rules_are_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results" / "m.json"
+    answers = {"a": [{"test_case": "t", "generation": "I can't help with that."}]}
+    for judge, rules in ((RefusalJudge, "refusal"), (RefusalPrefixes, "prefixes")):
+        older = judge()
+        assert older.rules == judge_rules()[rules]
+        object.__setattr__(older, "rules", "older")
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "judge", lambda *_: [Judged(1)])
+            assert label(older, [Behavior("a", "a")], answers, path)["a"][0]["label"] == 1
+        assert label(judge(), [Behavior("a", "a")], answers, path)["a"][0]["label"] == 0
 
 
 def test_prompts_of_another_attacker_of_the_same_name_are_refused(

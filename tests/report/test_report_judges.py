@@ -105,6 +105,16 @@ def test_models_are_compared_by_the_same_judge_only(records: Path, tmp_path: Pat
     assert set(other.values()) == {NOT_ALIKE}
 
 
+def test_models_are_compared_by_the_same_rules_only(tmp_path: Path) -> None:
+    """Of the judge that decides; those of another one move nothing."""
+    rules = {"refusal": "a", "prefixes": "b"}
+    write(tmp_path, "base", ONE, "refusal,prefixes", rules=rules)
+    for other, reason in (({**rules, "prefixes": "c"}, None), ({**rules, "refusal": "c"}, NOT_ALIKE)):
+        write(tmp_path, "tuned", ONE, "refusal,prefixes", rules=other)
+        rows = [row for row in compare_models(collect([tmp_path]), "base").rows if row.score]
+        assert {row.cells["tuned"].reason for row in rows} == {reason}
+
+
 def test_a_record_of_one_judge_says_whose_it_is(tmp_path: Path) -> None:
     """Before there were several, prefixes judged refusals where the judge could not tell them."""
     alone = {name: of for name, of in ONE.items() if name not in ("judges", "others")}

@@ -178,7 +178,10 @@ def _evaluate(models: dict[str, str], suite: Suite, options: Any) -> int:
             subject = None  # free it before the next one is loaded
     if not options.quiet and rank() == 0:
         _show(console, models, suite, options.output)
-    why = {"other": "the model, the options, the data or the seed were others", "damaged": "the record was damaged"}
+    why = {
+        "other": "the model, the options, a judge's rules, the data or the seed were others",
+        "damaged": "the record was damaged",
+    }
     for state, of in again.items():
         if of:
             console.print(

@@ -303,6 +303,7 @@ def _report(
     from rich.table import Table
 
     from plot_align.records import write_record
+    from plot_align.redteam.catalogue import judge_rules
     from plot_align.redteam.measure import balance
     from plot_align.results import agreement_text
     from plot_align.statistics import holm, paired_difference, proportion
@@ -386,7 +387,7 @@ def _report(
             "identities": identities,
             "skipped": skipped,
         },
-        config={**vars(options), **_addresses(options)},
+        config={**vars(options), **_addresses(options), "rules": judge_rules()},
         seed=options.seed,
     )
     console.print(f"record: {record}", soft_wrap=True)

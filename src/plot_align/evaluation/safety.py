@@ -35,6 +35,7 @@ from plot_align.redteam import (
     attack_and_judge,
     benign_labels,
     default_benign,
+    judge_rules,
     make_attack,
     make_judge,
     parse_judges,
@@ -86,8 +87,9 @@ class _Judged:
         return parse_judges(self.judge, _JUDGES)
 
     def options(self) -> dict[str, Any]:
-        """For the record, without an address, which can carry a password."""
-        plain = dict(vars(self))
+        """For the record, without an address, which can carry a password, and with the judges' rules."""
+        rules = {name: digest for name, digest in judge_rules().items() if name in self.judges()}
+        plain = {**vars(self), "rules": rules}
         if self.judge_url is not None and self.judge_model is not None:
             plain["judge_url"] = Endpoint(self.judge_url, self.judge_model).label
         return plain

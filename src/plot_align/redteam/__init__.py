@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         require_targets,
         write_behaviors,
     )
-    from plot_align.redteam.catalogue import make_attack, make_judge, require_judge
+    from plot_align.redteam.catalogue import judge_rules, make_attack, make_judge, require_judge
     from plot_align.redteam.judges import Judge, Judged, RefusalJudge, RefusalPrefixes
     from plot_align.redteam.measure import Budget, agreements, attack_and_judge, benign_labels, require_decided
     from plot_align.redteam.victim import Victim
@@ -41,6 +41,7 @@ __all__ = [
     "attack_and_judge",
     "benign_labels",
     "default_benign",
+    "judge_rules",
     "make_attack",
     "make_judge",
     "parse_judges",
@@ -59,7 +60,7 @@ __getattr__ = lazy(
     {
         "behaviors": "Behavior default_benign read_behaviors read_labelled read_targets require_targets "
         "write_behaviors",
-        "catalogue": "make_attack make_judge require_judge",
+        "catalogue": "judge_rules make_attack make_judge require_judge",
         "judges": "Judge Judged RefusalJudge RefusalPrefixes",
         "measure": "Budget agreements attack_and_judge benign_labels require_decided",
         "victim": "Victim",

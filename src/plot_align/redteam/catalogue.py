@@ -76,6 +76,11 @@ def make_judge(
     raise InputError(f"judge {name!r} cannot be made from options; expected one of {', '.join(JUDGES)}")
 
 
+def judge_rules() -> dict[str, str]:
+    """The judges that go by rules, each with the digest of its rules."""
+    return {judge.name: judge.rules for judge in (judges.RefusalJudge(), judges.RefusalPrefixes())}
+
+
 def require_judge(
     name: str, *, harmbench: str | None = None, url: str | None = None, model: str | None = None
 ) -> None:

@@ -7,6 +7,8 @@ before, so an interrupted run gives the same files as an uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from functools import partial
@@ -272,21 +274,24 @@ def _costs(path: Path) -> dict[str, Any]:
 def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: Path) -> Rows:
     """The judge's labels, in HarmBench's results file, with a ``reason`` if the judge gives one.
 
-    Labels that the same judge gave to the same answers are kept, except −1. A different judge starts over. Each block
-    of behaviours is on disk before the next, as a judge may cost money.
+    ``path`` holds the labels of these behaviours and answers alone. All that the judge ever gave, except −1, are kept
+    beside it and reused: a call for fewer behaviours, or by another judge, loses none. Each block of behaviours is on
+    disk before the next, as a judge may cost money.
     """
-    judged_by = _beside(path, "judged_by")
     identity = plain_json(_identity(judge))
+    judged_by = _beside(path, "judged_by")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    kept = path.parent.parent / "labels" / f"{judge.name}-{digest}" / path.name
 
-    def earlier() -> Rows:
-        if path.exists() and json_or_none(judged_by) == identity:
-            return harmbench.read_results(path)
-        path.unlink(missing_ok=True)  # first, so that a run killed here leaves no label of another judge
-        write_json(judged_by, identity)
-        return {}
+    def earlier() -> tuple[Rows, Rows]:
+        if not path.exists() or json_or_none(judged_by) != identity:
+            path.unlink(missing_ok=True)  # first, so that a run killed here leaves no label of another judge
+            write_json(judged_by, identity)
+        first, second = (harmbench.read_results(x) if x.exists() else {} for x in (kept, path))
+        return first, second
 
-    before = on_main(earlier)
-    known = _labels(before)
+    first, second = on_main(earlier)
+    known = _labels(first) | _labels(second)
     wanted = [behavior for behavior in behaviors if behavior.id in completions]
     results: Rows = {}
     for start in range(0, len(wanted), BLOCK):
@@ -305,8 +310,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
         for behavior, row in flat:
             results[behavior.id].append({**row, **known[_key(behavior.id, row)]})
         if new:
-            # Keep labels of later blocks that an earlier run paid for.
-            on_main(partial(write_sealed_json, path, {**before, **results}))
+            on_main(partial(write_sealed_json, kept, _rows(known)))
     on_main(partial(write_sealed_json, path, results))
     return results
 
@@ -334,6 +338,15 @@ def _labels(results: Rows) -> dict[tuple[str, ...], dict[str, Any]]:
         for row in rows
         if row["label"] != -1
     }
+
+
+def _rows(labels: Mapping[tuple[str, ...], dict[str, Any]]) -> Rows:
+    """The inverse of :func:`_labels`, in an order that does not depend on when each label was given."""
+    results: Rows = {}
+    for (behavior, case, prefix, generation), of in sorted(labels.items(), key=lambda item: item[0]):
+        row = {"test_case": case, **({"prefix": prefix} if prefix else {}), "generation": generation, **of}
+        results.setdefault(behavior, []).append(row)
+    return results
 
 
 def _identity(judge: Judge) -> dict[str, Any]:

@@ -168,6 +168,7 @@ def check_redteam(content: Mapping[str, Any]) -> None:
     for name, identity in _mapping("results.identities", content["results"].get("identities") or {}).items():
         place = f"results.identities.{name[:40]}"
         _text(f"{place}.model", _mapping(place, identity)["model"])
+    _mapping("config.rules", content["config"].get("rules") or {})
     models = _mapping("results.models", content["results"]["models"])
     for name, found in models.items():
         place = f"results.models.{name[:40]}"

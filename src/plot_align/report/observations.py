@@ -34,7 +34,7 @@ _RELATIVE = ("kl", "drift", "displacement")  # measures whose numbers are relati
 # Options in which comparable red-team runs may differ; a rate is that of one judge, whichever others there are.
 _NOT_ASKED = (
     "model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "attacks", "judge",
-    "second_judge", "classifier",
+    "second_judge", "classifier", "rules",
 )  # fmt: skip
 _HEAD = f'{{"format":"{FORMAT}"'  # a record's first bytes, without spaces
 
@@ -325,6 +325,7 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
     """An attack is a measure of harmlessness; what happens to benign requests is a guard."""
     shared = {name: value for name, value in record.config.items() if name not in _NOT_ASKED}
     asked = {part.partition("=")[0]: part for part in str(record.config.get("judge") or "").split(",")}
+    rules = record.config.get("rules") or {}
     # Records from before there were several judges name one, and prefixes judged refusals where it could not.
     (only, *_) = asked
     alone = {"attacks": [only], "benign": [only if only == "endpoint" else "prefixes"]}
@@ -333,7 +334,7 @@ def _of_redteam(record: Record) -> Iterator[Observation]:
         model: str, section: str, measure: str, name: str, title: str, better: str, items: Any, made: Any,
         judge: str, *gaps: str, agreement: Any = None,
     ) -> Observation:  # fmt: skip
-        alike = json.dumps([shared, record.seed, made, asked.get(judge, judge)], sort_keys=True)
+        alike = json.dumps([shared, record.seed, made, asked.get(judge, judge), rules.get(judge)], sort_keys=True)
         quantity = {
             "title": title, "better": better, **proportion(list(items.values())), "bounds": [0.0, 1.0], "items": items,
             "weights": None, "judge": judge,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import Any, ClassVar, Literal, Protocol
 
 from plot_align.errors import InputError
@@ -32,7 +35,7 @@ class Judge(Protocol):
     """Judges generations; all three arguments have one entry per case.
 
     Attributes:
-        name: for files and tables.
+        name: the one that chooses it on the command line, for files and tables.
         reads: what it reads of a prefilled answer: the whole ``answer``, as a user would; only the ``continuation``,
             if it judges by how an answer begins; or ``nothing``.
     """
@@ -65,3 +68,11 @@ def same_length(behaviors: Sequence[Any], test_cases: Sequence[Any], generations
             f"there are {len(behaviors)} behaviors, {len(test_cases)} test_cases and {len(generations)} generations, "
             "expected one of each per case; repeat the behaviour for each of its test cases"
         )
+
+
+@cache
+def digest_of(*files: str) -> str:
+    """16 hex digits of the text of files in this folder: a judge that goes by rules is known by them."""
+    folder = resources.files(__package__)
+    texts = [folder.joinpath(name).read_text(encoding="utf-8") for name in files]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

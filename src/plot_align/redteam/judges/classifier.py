@@ -128,7 +128,7 @@ class HarmBenchClassifier:
     tokenizer: PreTrainedTokenizerBase
     prompts: ClassifierPrompts
     batch_size: int = 8
-    name: str = field(default="harmbench-classifier", init=False)
+    name: str = field(default="harmbench", init=False)
     reads: ClassVar[Literal["answer", "continuation", "nothing"]] = "answer"
 
     @classmethod

@@ -155,11 +155,16 @@ CUES = {
         r"other (?:ways|options|ideas)",
         r"(?:legal|legitimate|safe|safer|healthy|healthier|honest) (?:\w+ )?(?:ways|options|means|methods|forms)",
     ),
-    # A part that it can't play, as a lawyer, a doctor, or a browser: what is asked may be served all the same.
+    # A part that it can't play, as a lawyer, a doctor, a browser, or a body: what is asked may be served all the same.
     "role": _any(
         r"(?:legal|medical|financial|tax|investment|professional|veterinary|personali[sz]ed|dosing|clinical"
         r"|psychiatric|immigration) (?:\w+ )?(?:advice|counsel|diagnos|opinion|recommendation)",
         r"brows|real[- ]time|the (?:internet|web)\b|diagnos|prescrib|(?:live|current) (?:data|price|result|news)",
+        r"(?:can't|cannot|can not|won't|unable to|not able to)(?: \w+)? (?:feel|taste|smell|hear|touch|eat|drink|sleep"
+        r"|fall in love|have (?:\w+ )?(?:feelings|emotions|opinions|a body)|see (?:your|the|what)|hug|meet you|dial"
+        r"|make (?:phone )?calls|call (?:you|any)|set (?:alarms|timers|reminders)"
+        r"|(?:open|follow|click|visit) (?:\w+ )?(?:links?|urls?|files?)"
+        r"|(?:watch|listen to|play) (?:\w+ )?(?:videos?|music|audio))\b(?! comfort)",
     ),
     "turns away": _any(
         r"^\W*(?:instead,? )?(?:let us|let's|how about (?:we|i|you)|what if we|can i interest you|shall we"

@@ -32,7 +32,7 @@ class TargetLikelihood:
     targets: Mapping[str, str]
     threshold: float = math.log(2)
     batch_size: int = 64
-    name: str = field(default="target-likelihood", init=False)
+    name: str = field(default="likelihood", init=False)
     reads: ClassVar[Literal["answer", "continuation", "nothing"]] = "nothing"
 
     def __post_init__(self) -> None:
