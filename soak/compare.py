@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _TIMES = re.compile(
-    r"^(created|resume_from_checkpoint|seconds|tstamp|digest|.*_runtime|.*_per_second|.*seconds.*|time.*|step_time|elapsed.*)$|/s$"
+    r"^(created|commit|resume_from_checkpoint|seconds|tstamp|digest|.*_runtime|.*_per_second|.*seconds.*|time.*|step_time|elapsed.*)$|/s$"
 )
 _TEXT_TIMES = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?( ?UTC|\+00:00)?|[\d.,]+ (s|seconds|min|ms)\b|(?<=runtime': )[^,}]*"

@@ -288,6 +288,9 @@ def test_a_damaged_first_line_is_named_too(clean, tokenizer, tmp_path):
     path.write_text("\n{rubbish\n" + "\n".join(json.dumps(row) for row in clean))
     (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
     assert refused.startswith("row 0: line 2 is no valid JSON")
+    path.write_text("null\n" + "\n".join(json.dumps(row) for row in clean))
+    (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
+    assert refused == "row 0: line 1 is null, expected an object with chosen and rejected"
 
 
 def test_what_is_no_set_of_pairs_is_refused(tokenizer):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -234,6 +235,34 @@ def test_a_data_file_that_is_a_bomb(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"line 2, is nested more than 64 levels") as caught:
         load_pairs(file.parent if "/" in name else file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("pairs.jsonl", "null", 1),
+        ("pairs.jsonl.gz", "\n \tnull\n{row}", 2),
+        ("pairs.jsonl", "{row}\n{row}\nnull\n{row}", 3),
+        ("pairs.jsonl", "\ufeffnull{row}", 1),
+        ("pairs.json", "null\r{row}", 1),
+        ("folder/pairs.json", "{row}\nnull\n{row}", 2),
+    ],
+)
+def test_a_row_that_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, line: int) -> None:
+    """Arrow's reader, which must not see it, dies where it is the first row of a block."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    content = text.replace("{row}", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})).encode()
+    file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the reader saw it"))
+    with pytest.raises(InputError, match=rf"line {line}, is null, expected an object with chosen and rejected"):
+        load_pairs(file.parent if "/" in name else file)
+
+
+def test_null_as_a_value_is_no_null_row(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.json"
+    file.write_text('[\n{"prompt": "a",\n"chosen": "b", "rejected": "c", "note":\nnull}\n]\n')
+    assert load_pairs(file)[0]["note"] is None
 
 
 def test_brackets_in_texts_are_no_depth(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from plot_align.io import DEEPEST, file_digest, parse_json
 
 _JSON = re.compile(r"\.(jsonl?)(\.gz)?$")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+_NULL = re.compile(rb"(?:\xef\xbb\xbf)?\s*null")
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -51,7 +52,7 @@ def load_pairs(
     path = Path(source)
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and (found := _JSON.search(file.name.lower())):
-            _require_shallow(file, by_line=found[1] == "jsonl")
+            _require_harmless(file, by_line=found[1] == "jsonl")
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             data = _load_saved(path, split, streaming)
@@ -84,20 +85,28 @@ def load_pairs(
     return _with_origin(data, str(source), {"revision": _commit(str(source), revision), "data_dir": data_dir})
 
 
-def _require_shallow(path: Path, *, by_line: bool) -> None:
-    """Refuse JSON nested so deeply that Arrow's reader would overflow the stack, which ends the process.
+def _require_harmless(path: Path, *, by_line: bool) -> None:
+    """Refuse JSON by which Arrow's reader would end the process: nested so deeply that it overflows the stack, or a
+    row ``null``, which it cannot begin a block with (apache/arrow#47409).
 
     Args:
-        by_line: whether each line is a value of its own.
+        by_line: whether each line is a value of its own; of a ``.json`` file the first line tells.
 
     Raises:
         InputError: it is; the message names the line.
     """
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    depth = 0
+    depth, rows = 0, None
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                if rows is None and line.strip():
+                    rows = by_line or bool(_NULL.match(line)) or line.rstrip().endswith(b"}")
+                if rows and _NULL.match(line):
+                    raise InputError(
+                        f"data file {path}, line {number}, is null, expected an object with chosen and rejected; "
+                        "correct or remove the row"
+                    )
                 if by_line and line.count(b"[") + line.count(b"{") <= DEEPEST:
                     continue  # nearly every line, at a hundredth of the cost
                 depth = 0 if by_line else depth
@@ -192,7 +201,9 @@ def json_fault(text: str) -> str | None:
         row = parse_json(text)
     except ValueError as error:
         return f"is no valid JSON ({error})"
-    return None if isinstance(row, dict) else f"is {shown(row)}, expected an object with chosen and rejected"
+    if isinstance(row, dict):
+        return None
+    return f"is {'null' if row is None else shown(row)}, expected an object with chosen and rejected"
 
 
 def shown(value: Any) -> str:
