@@ -181,6 +181,7 @@ def gone(case: Case) -> None:
     case.until(running)
     shutil.rmtree(case.out, ignore_errors=True)
     case.finish(running)
+    case.broken = Path("out")
 
 
 def in_use(case: Case) -> None:

@@ -74,6 +74,24 @@ def test_a_folder_has_one_writer_and_a_file_too(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.lock"))
 
 
+def test_a_claim_waits_for_what_is_ending(tmp_path: Path) -> None:
+    """Processes that a killed run started end after it, and its next call comes at once."""
+    program = """if True:
+        import sys, time
+        from pathlib import Path
+        from plot_align.io import claimed
+        with claimed(Path(sys.argv[1])):
+            print("held", flush=True)
+            time.sleep(0.5)
+    """
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other, bounded(other):
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with claimed(tmp_path):
+            pass
+
+
 def test_a_claim_leaves_unfinished_files_of_others(tmp_path: Path) -> None:
     """Of a name that begins alike, and of a run in a subfolder."""
     (tmp_path / ".part.1.kept.v1.jsonl").touch()

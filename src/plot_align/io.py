@@ -30,6 +30,7 @@ def default_cache_dir() -> Path:
 
 
 PART = ".part."  # how the name of an unfinished file begins
+_ENDING = 3.0  # seconds in which the processes of a run that was killed may still be ending
 LOCK = ".plot-align.lock"
 DIGESTS = "plot_align_digests.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -92,7 +93,7 @@ def claimed(folder: Path, name: str | None = None) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / (LOCK if name is None else f".{name}.lock"), timeout=0)
+    lock = FileLock(folder / (LOCK if name is None else f".{name}.lock"), timeout=_ENDING)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -137,7 +137,8 @@ def test_interrupted_in_training_and_in_judging_it_ends_the_same(
     for arm in ARMS:
         one, other = weights(finished, arm), weights(output, arm)
         assert all(torch.equal(one[name], other[name]) for name in one), arm
-    assert rows_of(output) == rows_of(finished)
+    names = ["base", *ARMS]
+    assert rows_of(output, names) == rows_of(finished, names)
 
 
 def test_another_demo_is_not_mixed_with_this_one(finished: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -182,7 +183,9 @@ def test_a_measure_that_failed_leaves_the_page_and_the_figure(finished: Path, ti
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "evaluation" / "DPO" / "over_refusal.json").unlink()
-    rows = rows_of(copy)
+    order = ["DPO+SFT", "base", "DPO+PLOT", "DPO"]
+    rows = rows_of(copy, order)
+    assert [list(row["cells"]) for row in rows[:2]] == [order] * 2
     demo.draw(copy, ["base", *ARMS], copy / "again.png")
     assert (copy / "again.png").stat().st_size > 10_000
     row = next(row for row in rows if row["label"].startswith("refuses harmless"))
@@ -237,7 +240,7 @@ def test_other_pairs(tiny_base: Path, tmp_path: Path, pairs_file: Path, monkeypa
     monkeypatch.setattr(
         demo,
         "rows_of",
-        lambda folder: [
+        lambda folder, models: [
             {"label": "a", "better": "", "places": 2, "cells": {"base": {"value": 1.0, "interval": None, "n": 1}}}
         ],
     )

@@ -144,7 +144,7 @@ def _demo(quick: bool, output: Path, model: str | None, dataset: str | None, see
     called = own if model is None else model
     arguments = [str(output), "--output", str(output / "report.html"), "--baseline", "DPO"]
     arguments += ["--title", f"plot-align demo: {called}, preference-tuned"]
-    rows = rows_of(output)
+    rows = rows_of(output, list(models))
     write_record(output / "summary.json", "demo", {"rows": rows, "cost": cost}, config=asdict(setting), seed=seed)
     codes.append(_command("report", arguments, console))
     with complete_or_absent(output / "table.md") as temporary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ ROWS = (
 )
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """Label, arrow, places, and per model value, interval and n, from the records below ``folder``.
+def rows_of(folder: Path, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Label, arrow, places, and per model, in the order of ``models``, value, interval and n, from the records below
+    ``folder``.
 
     What another judge than the first says has a row of its own, with the κ of the two.
     """
     from plot_align.report import collect
 
     found = {(o.measure, o.name, o.model): o.quantity for o in collect([folder]).observations}
-    models = list(dict.fromkeys(model for *_, model in found))
     rows = []
 
     def add(measure: str, name: str, label: str, arrow: str, places: int) -> None:
