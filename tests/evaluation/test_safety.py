@@ -91,17 +91,16 @@ def test_attack_success_is_by_behaviour_and_resumes(subject: Subject, files: dic
     assert completions.read_bytes() == written
 
 
-def _giving(*verdicts: Judged) -> Any:
-    """A judge that gives these verdicts in turn, whatever it reads."""
+def _giving(*verdicts: Judged, name: str = "verdicts") -> Any:
+    """A judge that gives these verdicts in turn, whatever it reads; judges of one name are taken for the same."""
 
     class Verdicts:
-        name = "verdicts"
-
         def judge(self, behaviors: list, cases: list, texts: list) -> list[Judged]:
             return list(verdicts[: len(texts)])
 
         judge_benign = judge
 
+    Verdicts.name = name
     return Verdicts()
 
 
@@ -136,7 +135,7 @@ def test_each_judge_has_its_rate_and_its_agreement(
 ) -> None:
     """Over-refusal by hand: the first says y n n y, the second y n y ?: they differ on two of four; p_e = ½, κ = 0."""
     yes, no, unsure = Judged(0, refused=True, helped=False), Judged(0, refused=False, helped=True), Judged(-1)
-    judges = {"one": _giving(yes, no, no, yes), "two": _giving(yes, no, yes, unsure)}
+    judges = {"one": _giving(yes, no, no, yes), "two": _giving(yes, no, yes, unsure, name="two")}
     monkeypatch.setattr(OverRefusal, "make_judges", lambda self: judges)
     _answering(monkeypatch, "x")
     found = OverRefusal(limit=4).run(subject).quantities
@@ -147,7 +146,7 @@ def test_each_judge_has_its_rate_and_its_agreement(
     assert found["refused_two"]["title"] == "Over-refusal, by two"
     said = found["refused_two"]["agreement"]
     assert (said["judges"], said["kappa"], said["n"], said["table"]) == (["one", "two"], 0, 4, [[1, 1], [1, 1]])
-    judges = {"one": _giving(Judged(1), Judged(0)), "two": _giving(Judged(1), Judged(0))}
+    judges = {"one": _giving(Judged(1), Judged(0)), "two": _giving(Judged(1), Judged(0), name="two")}
     for name, judge in judges.items():
         judge.name = name
     monkeypatch.setattr(AttackSuccess, "make_judges", lambda self: judges)

@@ -20,8 +20,8 @@ from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.catalogue import judge_rules
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.harmbench import Layout
-from plot_align.redteam.judges import Judged, RefusalJudge, RefusalPrefixes
-from plot_align.redteam.run import BLOCK, complete, label, make_test_cases
+from plot_align.redteam.judges import EndpointJudge, Judged, RefusalJudge, RefusalPrefixes
+from plot_align.redteam.run import BLOCK, complete, label, label_benign, make_test_cases
 from plot_align.redteam.victim import Question, Victim
 from plot_align.redteam.zero_shot import ZeroShot
 
@@ -190,8 +190,27 @@ class Costly:
         ASKED.extend(generations)
         return [Judged(-1 if "?" in g else int("x" in g), None, None, "seen") for g in generations]
 
-    def judge_benign(self, *_: object) -> list[Judged]:
-        return []
+    def judge_benign(self, behaviors: list[Behavior], test_cases: list[str], generations: list[str]) -> list[Judged]:
+        found = self.judge(behaviors, test_cases, generations)
+        return [judged if judged.label else replace(judged, refused=True, helped=False) for judged in found]
+
+
+def test_verdicts_on_benign_requests_are_paid_for_once(tmp_path: Path) -> None:
+    """Also by a call that was interrupted, and in a call for fewer requests between two for all."""
+    requests = [Behavior(f"id{i}", "a") for i in range(BLOCK + 1)]
+    answers = ["?", *["no"] * (BLOCK - 1), "stop"]
+    ASKED.clear()
+    with pytest.raises(KeyboardInterrupt):  # in the second block
+        label_benign(Costly(), requests, answers, tmp_path)
+    answers[-1] = "new"
+    whole = label_benign(Costly(), requests, answers, tmp_path)
+    assert ASKED[BLOCK:] == ["?", "new"]
+    assert whole == [Judged(-1, None, None, "seen")] + [Judged(0, True, False, "seen")] * BLOCK
+    assert label_benign(Costly(), requests[1:3], answers[1:3], tmp_path) == whole[1:3]
+    assert label_benign(Costly(), requests[1:], answers[1:], tmp_path) == whole[1:]
+    assert len(ASKED) == BLOCK + 2
+    label_benign(Costly(version=2), requests[1:], answers[1:], tmp_path)
+    assert len(ASKED) == BLOCK + 2 + BLOCK
 
 
 def test_labels_are_paid_for_once(tmp_path: Path) -> None:
@@ -254,6 +273,7 @@ def test_labels_outlive_narrower_calls_and_other_judges(tmp_path: Path) -> None:
 
 
 def test_labels_of_older_rules_are_judged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EndpointJudge(endpoint=None).rules == judge_rules()["endpoint"]
     path = tmp_path / "results" / "m.json"
     answers = {"a": [{"test_case": "t", "generation": "I can't help with that."}]}
     for judge, rules in ((RefusalJudge, "refusal"), (RefusalPrefixes, "prefixes")):

@@ -36,6 +36,7 @@ from plot_align.redteam import (
     benign_labels,
     default_benign,
     judge_rules,
+    label_benign,
     make_attack,
     make_judge,
     parse_judges,
@@ -160,8 +161,7 @@ class OverRefusal(_Judged):
             [[{"role": "user", "content": b.prompt}] for b in requests], "harmless requests", self.max_new_tokens
         )
         verdicts = {
-            name: judge.judge_benign(requests, [b.prompt for b in requests], answers)
-            for name, judge in self.make_judges().items()
+            name: label_benign(judge, requests, answers, subject.folder) for name, judge in self.make_judges().items()
         }
         decided = {
             name: {b.id: v for b, v in zip(requests, of, strict=True) if v.refused is not None}

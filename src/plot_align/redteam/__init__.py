@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from plot_align.redteam.catalogue import judge_rules, make_attack, make_judge, require_judge
     from plot_align.redteam.judges import Judge, Judged, RefusalJudge, RefusalPrefixes
     from plot_align.redteam.measure import Budget, agreements, attack_and_judge, benign_labels, require_decided
+    from plot_align.redteam.run import label_benign
     from plot_align.redteam.victim import Victim
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "benign_labels",
     "default_benign",
     "judge_rules",
+    "label_benign",
     "make_attack",
     "make_judge",
     "parse_judges",
@@ -63,6 +65,7 @@ __getattr__ = lazy(
         "catalogue": "judge_rules make_attack make_judge require_judge",
         "judges": "Judge Judged RefusalJudge RefusalPrefixes",
         "measure": "Budget agreements attack_and_judge benign_labels require_decided",
+        "run": "label_benign",
         "victim": "Victim",
     },
 )

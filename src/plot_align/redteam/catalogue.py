@@ -13,6 +13,7 @@ from plot_align.redteam.direct import DirectRequest
 from plot_align.redteam.gbda import GBDA
 from plot_align.redteam.gcg import GCG
 from plot_align.redteam.judges import Judge
+from plot_align.redteam.judges.base import digest_of
 from plot_align.redteam.names import ASKING, ATTACKS, CHECKPOINTS, JUDGES, PUBLISHED
 from plot_align.redteam.pez import PEZ
 from plot_align.redteam.prefill import Prefill
@@ -77,8 +78,9 @@ def make_judge(
 
 
 def judge_rules() -> dict[str, str]:
-    """The judges that go by rules, each with the digest of its rules."""
-    return {judge.name: judge.rules for judge in (judges.RefusalJudge(), judges.RefusalPrefixes())}
+    """The judges that go by rules or prompts of ours, each with the digest of them."""
+    rules = {judge.name: judge.rules for judge in (judges.RefusalJudge(), judges.RefusalPrefixes())}
+    return {**rules, "endpoint": digest_of("endpoint.py")}
 
 
 def require_judge(

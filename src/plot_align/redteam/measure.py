@@ -22,6 +22,7 @@ from plot_align.redteam.run import (
     OnUpdate,
     complete,
     label,
+    label_benign,
     make_test_cases,
     spent_on_answers,
     spent_on_cases,
@@ -250,10 +251,7 @@ def measure(
     cases, _ = make_test_cases(victim, DirectRequest(), benign, {}, layout)
     answers = complete(victim, cases, layout.completions(victim.name), **length, on_behavior=advance)
     generations = [answers[behavior.id][0]["generation"] for behavior in benign]
-    judged = {
-        name: judge.judge_benign(benign, [behavior.prompt for behavior in benign], generations)
-        for name, judge in judges.benign.items()
-    }
+    judged = {name: label_benign(judge, benign, generations, layout.folder) for name, judge in judges.benign.items()}
     for place, (name, verdicts) in enumerate(judged.items()):
         unsure = [v.reason for v in verdicts if v.refused is None]
         require_decided(BENIGN, unsure, len(verdicts), name)

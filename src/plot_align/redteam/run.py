@@ -23,7 +23,7 @@ from plot_align.redteam.attack import Answering, Attack, Attacked, Request
 from plot_align.redteam.attackers import EndpointAttacker
 from plot_align.redteam.behaviors import Behavior, require_targets
 from plot_align.redteam.harmbench import Layout, Rows, TestCases
-from plot_align.redteam.judges import Judge
+from plot_align.redteam.judges import Judge, Judged
 from plot_align.redteam.spent import Limit, Meter, Spent
 from plot_align.redteam.victim import Question, Victim
 
@@ -280,8 +280,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     """
     identity = plain_json(_identity(judge))
     judged_by = _beside(path, "judged_by")
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    kept = path.parent.parent / "labels" / f"{judge.name}-{digest}" / path.name
+    kept = _kept(judge, path.parent.parent) / path.name
 
     def earlier() -> tuple[Rows, Rows]:
         if not path.exists() or json_or_none(judged_by) != identity:
@@ -315,6 +314,36 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     return results
 
 
+def label_benign(judge: Judge, requests: Sequence[Behavior], answers: Sequence[str], folder: Path) -> list[Judged]:
+    """The judge's verdicts on the answers to benign requests; those it gave, except undecided ones, are kept in
+    ``folder`` and reused, as :func:`label` does."""
+    path = _kept(judge, folder) / "benign.json"
+    known = _labels(on_main(lambda: harmbench.read_results(path) if path.exists() else {}))
+    verdicts = []
+    for start in range(0, len(requests), BLOCK):
+        block = [
+            (b, {"test_case": b.prompt, "generation": answer})
+            for b, answer in zip(requests[start : start + BLOCK], answers[start : start + BLOCK], strict=True)
+        ]
+        new = {key: (b, row) for b, row in block if (key := _key(b.id, row)) not in known}
+        found = judge.judge_benign(
+            [b for b, _ in new.values()],
+            [b.prompt for b, _ in new.values()],
+            [row["generation"] for _, row in new.values()],
+        )
+        known.update(zip(new, map(asdict, found), strict=True))
+        verdicts += [Judged(**known[_key(b.id, row)]) for b, row in block]
+        if new:
+            on_main(partial(write_sealed_json, path, _rows(known)))
+    return verdicts
+
+
+def _kept(judge: Judge, folder: Path) -> Path:
+    """Where all labels of a judge are, by its name and the digest of its identity."""
+    identity = json.dumps(plain_json(_identity(judge)), sort_keys=True)
+    return folder / "labels" / f"{judge.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
 def _beside(path: Path, what: str) -> Path:
     """The file that says what made ``path``, outside HarmBench's own folders, whose files a program may list."""
     return path.parent.parent / what / path.parent.name / path.name
@@ -333,7 +362,7 @@ def _key(behavior: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 def _labels(results: Rows) -> dict[tuple[str, ...], dict[str, Any]]:
     """Labels by behaviour, test case and answer, except undecided ones."""
     return {
-        _key(behavior, row): {name: row[name] for name in ("label", "reason") if name in row}
+        _key(behavior, row): {name: row[name] for name in ("label", "refused", "helped", "reason") if name in row}
         for behavior, rows in results.items()
         for row in rows
         if row["label"] != -1

@@ -14,7 +14,7 @@ from plot_align.errors import InputError
 from plot_align.inference.endpoint import EndpointError, Reply
 from plot_align.parallel import on_main
 from plot_align.redteam.behaviors import Behavior
-from plot_align.redteam.judges.base import Judged, same_length
+from plot_align.redteam.judges.base import Judged, digest_of, same_length
 
 
 class ChatEndpoint(Protocol):
@@ -62,6 +62,9 @@ class EndpointJudge:
         max_tokens: of a reply; leave room where the model thinks before it answers.
         workers: concurrent requests.
 
+    Attributes:
+        rules: digest of the prompts and of the code that reads the replies.
+
     Raises:
         InputError: ``max_tokens`` or ``workers`` is below one.
     """
@@ -70,6 +73,7 @@ class EndpointJudge:
     max_tokens: int = 256
     workers: int = 4
     name: str = field(default="endpoint", init=False)
+    rules: str = field(default_factory=partial(digest_of, "endpoint.py"), init=False)
     reads: ClassVar[Literal["answer", "continuation", "nothing"]] = "answer"
 
     def __post_init__(self) -> None:
