@@ -291,6 +291,10 @@ def test_a_damaged_first_line_is_named_too(clean, tokenizer, tmp_path):
     path.write_text("null\n" + "\n".join(json.dumps(row) for row in clean))
     (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
     assert refused == "row 0: line 1 is null, expected an object with chosen and rejected"
+    good = "\n".join(json.dumps(row) for row in clean).encode()
+    path.write_bytes(good + b'\n{"prompt": "a", "chosen": "b\xff", "rejected": "c"}\n')
+    (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
+    assert refused == "row 200: line 201 is no UTF-8"
 
 
 def test_what_is_no_set_of_pairs_is_refused(tokenizer):
@@ -309,7 +313,7 @@ def test_one_pair_is_enough(tokenizer):
         Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]), tokenizer, progress=False
     )
     assert json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))["pairs"] == 1
-    assert "1 pairs of" in diagnosis.as_text()
+    assert "1 pair of" in diagnosis.as_text()
 
 
 # --- what PLOT would train ------------------------------------------------------------------------------------------

@@ -70,7 +70,10 @@ class Diagnosis:
     def as_text(self) -> str:
         """For people, in 80 columns: the findings, worst first, and the verdict."""
         of = self.examination
-        lines = [f"{of.pairs:,} pairs of {self.source}, read with {self.tokenizer}", ""]
+        lines = [
+            f"{of.pairs:,} {'pair' if of.pairs == 1 else 'pairs'} of {self.source}, read with {self.tokenizer}",
+            "",
+        ]
         for finding in of.findings:
             lines += _wrapped(f"{finding.severity:<8} ", f"{finding.sentence} {_rows(finding)}".strip())
         if not of.findings:

@@ -97,11 +97,15 @@ def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as file:
+    with opener(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                fault = json_fault(line)
-                yield {**dict.fromkeys(PAIRED), _DAMAGED: f"line {number} {fault}"} if fault else parse_json(line)
+                try:
+                    text = line.decode()
+                    fault = json_fault(text)
+                except UnicodeDecodeError:
+                    fault = "is no UTF-8"
+                yield {**dict.fromkeys(PAIRED), _DAMAGED: f"line {number} {fault}"} if fault else parse_json(text)
 
 
 def open_pairs(
