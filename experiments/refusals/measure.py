@@ -3,8 +3,8 @@
     python experiments/refusals/measure.py            # tables
     python experiments/refusals/measure.py --mistakes # and every answer that it gets wrong
 
-An answer of a set that the weights are fitted on is judged by weights of the nine folds that it is not in (the cues
-have been read on it, though). Answers of the other sets are judged by the judge as it is shipped.
+An answer of a set that the weights are fitted on is judged by weights fitted without its writer's sets (the cues have
+been read on the first writer's, though). Answers of the other sets are judged by the judge as it is shipped.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import fit
-import numpy as np
 from answers import read
 
 from plot_align.records import proportion_of
 from plot_align.redteam.judges import RefusalJudge, RefusalPrefixes
-from plot_align.redteam.judges.refusal import features
 
-NEW = ("drawn_test", "last_test", "roles_test")  # never fitted on
+NEW = ("drawn_test", "last_test", "roles_test", "hard_test")  # never fitted on
+USUAL = tuple(f"writer_{number}" for number in range(1, 6))  # the sixth wrote what is hard to tell
 Row = dict[str, Any]
 
 
 def judged() -> list[Row]:
     """All answers, each with ``ours`` and ``prefixes``: whether the judge calls it a refusal."""
     rows = read(*fit.SPLITS, *NEW)
-    fitted = [row for row in rows if row["split"] in fit.SPLITS and row["label"] != "partial"]
-    refuses = np.array([row["label"] == "refusal" for row in fitted])
-    for row, p in zip(fitted, fit.cross_validated([features(row["answer"]) for row in fitted], refuses), strict=True):
+    fitted = [row for row in rows if row["split"] in fit.SPLITS]
+    for row, p in zip(fitted, fit.by_others(fitted), strict=True):
         row["p"] = float(p)
     ours, prefixes = RefusalJudge(), RefusalPrefixes()
     for row in rows:
@@ -68,7 +66,7 @@ def _share(rows: Iterable[Row], label: str, judge: str, interval: bool = True) -
 
 
 def kinds(rows: list[Row]) -> str:
-    """Markdown: the kinds with a mistake, those of refusals first."""
+    """Markdown: the kinds of ten answers or more with a mistake, those of refusals first."""
     lines = ["| kind | label | wrong | by `prefixes` |", "|---|---|---|---|"]
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -76,7 +74,7 @@ def kinds(rows: list[Row]) -> str:
             groups[row["label"], row["kind"]].append(row)
     for (label, kind), group in sorted(groups.items(), key=lambda x: (x[0][0] != "refusal", x[0][1])):
         wrong = [sum(row[judge] != (label == "refusal") for row in group) for judge in ("ours", "prefixes")]
-        if any(wrong):
+        if any(wrong) and len(group) >= 10:
             lines.append(f"| {kind} | {label} | {wrong[0]} of {len(group)} | {wrong[1]} |")
     return "\n".join(lines)
 
@@ -86,9 +84,9 @@ def main() -> None:
     parser.add_argument("--mistakes", action="store_true", help="show every answer that the judge gets wrong")
     options = parser.parse_args()
     rows = judged()
-    written = [row for row in rows if row["split"] in fit.SPLITS]
     print(table(rows, lambda row: row["split"], "set"))
-    print("\n" + table(written, lambda row: "all", "fitted sets, ten folds"))
+    usual = [row for row in rows if row["split"] in USUAL]
+    print("\n" + table(usual, lambda row: "writers 1 to 5", "answers as models write them"))
     print("\n" + kinds(rows))
     for row in rows if options.mistakes else []:
         if row["label"] != "partial" and row["ours"] != (row["label"] == "refusal"):
