@@ -287,3 +287,21 @@ def test_a_step_that_a_budget_left_out_is_not_drawn(victim: Victim, tmp_path: Pa
         folder = tmp_path / "GCG/tiny/test_cases/test_cases_individual_behaviors" / cases[0].id
         assert list(json.loads((folder / "spent.json").read_text())["by_step"]) == list(map(str, steps))
     assert len(found["by_forward_tokens"]["GCG"]) == len(found["by_seconds"]["GCG"]) == 2
+
+
+def test_the_answer_to_an_unchanged_case_counts_as_it_was_timed_first(
+    victim: Victim, tmp_path: Path, monkeypatch
+) -> None:
+    """No candidate survives, so the case stays as it was: three steps, each dearer by its gradient alone."""
+    monkeypatch.setattr(
+        "plot_align.redteam.objective.TargetObjective.survive", lambda self, drawn: torch.zeros(len(drawn)).bool()
+    )
+    attack = GCG(steps=3, suffix_tokens=4, search_width=7, top_k=4)
+    judges = Judges({"it": RefusalPrefixes()}, {"it": RefusalPrefixes()})
+    budget = Budget(snapshots=(1, 2, 3), max_new_tokens=4)
+    found = measure(victim, [KING], [COIN], TARGETS, [attack], judges, budget, tmp_path)
+    folder = tmp_path / "GCG/tiny"
+    made = json.loads((folder / f"test_cases/test_cases_individual_behaviors/{KING.id}/spent.json").read_text())
+    answer = json.loads((folder / "spent/steps/1.json").read_text())[KING.id][0]
+    expected = [of[0]["seconds"] + answer["seconds"] for of in made["by_step"].values()]
+    assert list(found["by_seconds"]["GCG"]) == pytest.approx(expected, rel=1e-12)
