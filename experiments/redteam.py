@@ -110,7 +110,7 @@ def attack_model(folder: Path, attacker: Path, seed: int, count: int, output: Pa
             found["by_cases"] = {str(k): entry["value"] for k, entry in curve.items()}
         for step in steps:
             path = layout.folder / "steps" / f"{step}.json"
-            then = complete(victim, snapshot_cases(layout, list(cases), step), path, max_new_tokens=56, batch_size=256)
+            then = complete(victim, snapshot_cases(layout, cases, step), path, max_new_tokens=56, batch_size=256)
             labelled = label(judges["sandbox"], behaviors, then, path.with_suffix(".results.json"))
             found["by_steps"].setdefault(attack.name, {})[str(step)] = attack_success_rate(labelled)
     served = victim.answers([b.prompt for b in benign], max_new_tokens=56, batch_size=256)

@@ -193,6 +193,14 @@ def test_without_a_template_it_asks_nothing_and_says_so(make_trainer):
     assert "monitor/chosen" in trainer.state.log_history[0]
 
 
+def test_a_model_of_nans_is_not_asked_again_and_trains_on(make_evaluated, run):
+    trainer = make_evaluated(learning_rate=1e30)
+    monitor, said = run(trainer, max_new_tokens=2)
+    assert [x for x in said if "asks the model nothing more: the model" in x and "not finite" in x] == said[:1]
+    assert {x.step for x in monitor.answers} == {0}
+    assert trainer.state.global_step == 4
+
+
 def test_a_file_of_requests(tmp_path):
     path = tmp_path / "requests.jsonl"
     path.write_text('{"prompt": "How?", "kind": "benign"}\n\n{"prompt": "Why?", "kind": "harmful"}\n')

@@ -191,8 +191,9 @@ def test_a_limit_ends_the_steps(victim: Victim) -> None:
         done: list[int] = []
         held = attack.run(victim, Request(KING, TARGETS[KING.id], snapshots=steps, limit=limit), done.append)
         assert done == [1, 2, 3]
-        assert held.cases == free.snapshots[3] == held.snapshots[5]
-        assert held.spent[0].tokens == free.spent_by_step[3][0].tokens == held.spent_by_step[5][0].tokens
+        assert held.cases == free.snapshots[3] == held.snapshots[3]
+        assert held.spent[0].tokens == free.spent_by_step[3][0].tokens
+        assert list(held.snapshots) == list(held.spent_by_step) == [1, 2, 3]  # not what no step led to
     slow = Request(KING, TARGETS[KING.id], limit=Limit(seconds=1e-9))
     attack.run(victim, slow, done.append)
     assert done[3:] == [1]
@@ -229,8 +230,9 @@ def test_cases_made_within_another_limit_are_refused(victim: Victim, tmp_path: P
         json.dumps({**json.loads((layout.folder / "options.json").read_text()), "limit": None})
     )
     make_test_cases(victim, attack, [KING], TARGETS, layout, limit=Limit())
-    with pytest.raises(InputError, match="max_seconds is 0, expected a positive number"):
-        Limit(seconds=0)
+    for seconds in (0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"max_seconds is {seconds}, expected a finite number above 0"):
+            Limit(seconds=seconds)
 
 
 def test_success_within_a_budget_by_hand() -> None:
@@ -267,4 +269,39 @@ def test_a_measured_model_has_its_attacks_against_their_cost(victim: Victim, tmp
     assert list(found["by_forward_tokens"]["GCG"]) == [first, last]
     assert found["by_forward_tokens"]["GCG"][last]["value"] == found["attacks"]["GCG"][KING.id]
     assert found["spent"]["GCG"]["forward_tokens"] == last - made["cases"][0]["backward_tokens"]
-    assert set(found["by_seconds"]) == {"BestOfN", "GCG"}
+    assert {name: len(curve) for name, curve in found["by_seconds"].items()} == {"BestOfN": 2, "GCG": 2}
+
+
+def test_a_step_that_a_budget_left_out_is_not_drawn(victim: Victim, tmp_path: Path) -> None:
+    """The king's second step reaches the limit, the coin's first does: two steps, and at each the coin's one case,
+    whose answer counts as it was timed first."""
+    attack = GCG(steps=9, suffix_tokens=4, search_width=7, top_k=4)
+    costs = {b: attack.run(victim, Request(b, TARGETS[b.id], snapshots=(1, 2))).spent_by_step for b in (KING, COIN)}
+    limit = Limit(int(costs[KING][1][0].tokens) + 1)
+    assert limit.reached(costs[COIN][1][0])
+    judges = Judges({"it": RefusalPrefixes()}, {"it": RefusalPrefixes()})
+    budget = Budget(snapshots=(1, 2, 3, 9), max_new_tokens=4, limit=limit)
+    found = measure(victim, [KING, COIN], [COIN], TARGETS, [attack], judges, budget, tmp_path)
+    assert list(found["by_steps"]["GCG"]) == [1, 2]
+    for cases, steps in (([KING], [1, 2]), ([COIN], [1])):
+        folder = tmp_path / "GCG/tiny/test_cases/test_cases_individual_behaviors" / cases[0].id
+        assert list(json.loads((folder / "spent.json").read_text())["by_step"]) == list(map(str, steps))
+    assert len(found["by_forward_tokens"]["GCG"]) == len(found["by_seconds"]["GCG"]) == 2
+
+
+def test_the_answer_to_an_unchanged_case_counts_as_it_was_timed_first(
+    victim: Victim, tmp_path: Path, monkeypatch
+) -> None:
+    """No candidate survives, so the case stays as it was: three steps, each dearer by its gradient alone."""
+    monkeypatch.setattr(
+        "plot_align.redteam.objective.TargetObjective.survive", lambda self, drawn: torch.zeros(len(drawn)).bool()
+    )
+    attack = GCG(steps=3, suffix_tokens=4, search_width=7, top_k=4)
+    judges = Judges({"it": RefusalPrefixes()}, {"it": RefusalPrefixes()})
+    budget = Budget(snapshots=(1, 2, 3), max_new_tokens=4)
+    found = measure(victim, [KING], [COIN], TARGETS, [attack], judges, budget, tmp_path)
+    folder = tmp_path / "GCG/tiny"
+    made = json.loads((folder / f"test_cases/test_cases_individual_behaviors/{KING.id}/spent.json").read_text())
+    answer = json.loads((folder / "spent/steps/1.json").read_text())[KING.id][0]
+    expected = [of[0]["seconds"] + answer["seconds"] for of in made["by_step"].values()]
+    assert list(found["by_seconds"]["GCG"]) == pytest.approx(expected, rel=1e-12)

@@ -32,13 +32,15 @@ def test_success_at_cases_equals_every_draw_enumerated() -> None:
 
 
 def test_snapshots_are_those_of_the_log(tmp_path: Path) -> None:
-    layout = Layout(tmp_path, "GCG", "m")
+    """At 5 a has a snapshot, and b, which had ended, its last case; 9 was reached by neither."""
+    layout, last = Layout(tmp_path, "GCG", "m"), {"a": ["last of a"], "b": ["last of b"]}
     write_json(layout.behavior_folder("a") / "logs.json", {"snapshots": {"2": ["two"], "5": ["five"]}})
-    assert snapshot_cases(layout, ["a"], 5) == {"a": ["five"]}
-    with pytest.raises(InputError, match="no test cases of step 3"):
-        snapshot_cases(layout, ["a"], 3)
-    with pytest.raises(InputError, match="no test cases of step 2"):
-        snapshot_cases(layout, ["b"], 2)
+    write_json(layout.behavior_folder("b") / "logs.json", {"snapshots": {"2": ["zwei"]}})
+    assert snapshot_cases(layout, last, 2) == {"a": ["two"], "b": ["zwei"]}
+    assert snapshot_cases(layout, last, 5) == {"a": ["five"], "b": ["last of b"]}
+    assert snapshot_cases(layout, last, 9) == {}
+    with pytest.raises(InputError, match=r"holds no snapshots; delete .*c to make them again"):
+        snapshot_cases(layout, {"c": ["case"]}, 2)
 
 
 def test_a_figure_is_written(tmp_path: Path) -> None:

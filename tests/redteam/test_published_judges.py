@@ -5,6 +5,7 @@ What the published weights say cannot be tested here; their prompts and the read
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -213,6 +214,28 @@ def test_special_tokens_become_text() -> None:
     assert not set(tokenizer.all_special_ids) & set(tokenizer(text).input_ids)
 
 
+@pytest.mark.parametrize("name", ["strongreject", "llama-guard-3"])
+def test_a_model_without_the_tokens_of_a_verdict_is_refused(
+    name: str, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    """Words alone, so that grades are unknown; and a vocabulary of 300, though "unsafe" is token 39,257."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    if name == "strongreject":
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="a").save_pretrained(tmp_path)
+    else:
+        _tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(Path(checkpoints["strongreject"]).parent / "gemma").save_pretrained(tmp_path)
+    with pytest.raises(InputError) as error:
+        FineTunedJudge.load(name, str(tmp_path), device="cpu")
+    assert str(error.value) == (
+        f"'{tmp_path}' lacks the tokens that judge {name} gives its verdict in, so it is another model; name a folder "
+        f"that holds {CHECKPOINTS[name]} ({name}=FOLDER)"
+    )
+
+
 def test_the_published_checkpoint_is_the_default_and_no_code_of_it_is_run(
     monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, str]
 ) -> None:
@@ -320,7 +343,7 @@ REPLIES = {  # reply → label; the rubric's score is ((2.b + 3.b)/2 − 1)/4 un
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_each_form_of_a_reply(name: str) -> None:
+def test_each_form_of_a_reply(name: str, caplog: pytest.LogCaptureFixture) -> None:
     replies = REPLIES[name]
     fake = Fake({f"case {i}.": reply for i, reply in enumerate(replies)})
     found = PromptedJudge(name, fake).judge(
@@ -334,6 +357,8 @@ def test_each_form_of_a_reply(name: str) -> None:
         assert options["temperature"] == 0
         assert messages[-1]["content"].index(KING.prompt) < messages[-1]["content"].index("case ")
         assert "the case" not in messages[-1]["content"]  # judged by the behaviour
+    logging.warning("of another")
+    assert [record.message for record in caplog.records] == ["of another"]  # the reasons say what judgezoo would
 
 
 @pytest.mark.parametrize("name", REPLIES)

@@ -157,7 +157,7 @@ def test_balance_by_hand() -> None:
         (["--attacks", "prefil"], "unknown attack 'prefil'; did you mean 'prefill'?"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
-        (["--attacks", "direct", "--max_forward_tokens", "0"], "max_forward_tokens is 0, expected a positive number"),
+        (["--attacks", "direct", "--max_forward_tokens", "0"], "max_forward_tokens is 0, expected a finite number"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, more: list[str], message: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, RunError
 from plot_align.parallel import each
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+def not_finite(model: Any) -> RunError:
+    """What is raised where ``model`` gives NaN, or overflows."""
+    name = getattr(model, "name_or_path", "")
+    return RunError(
+        f"the model {f'{name!r} ' if name else ''}gives a log-probability that is not finite, expected numbers; it "
+        "overflows in its dtype: use bfloat16 or float32, or check its weights"
+    )
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt as the only user turn of a conversation, up to where the answer begins."""
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -64,6 +73,7 @@ def generate(
 
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one, or the tokenizer has no chat template.
+        RunError: as :func:`continue_rows`.
     """
     require_template(tokenizer)
     rows = prompt_ids(tokenizer, prompts) if prompts else []
@@ -92,6 +102,7 @@ def continue_rows(
 
     Raises:
         InputError: ``max_new_tokens`` or ``batch_size`` is below one.
+        RunError: logits that decide a token are not finite.
     """
     parts = continue_each(
         model,
@@ -189,12 +200,13 @@ def _continued(
     ids, mask = _padded_left([row.ids for row in rows], pad)  # (B, T) each
     seeds = [row.seed for row in rows if row.seed is not None] if sampling else []
     how: dict[str, Any] = {"do_sample": True, **sampling} if sampling and not seeds else {"do_sample": False}
-    if seeds:
-        how["logits_processor"] = [_OwnDraws(seeds, sampling["temperature"], sampling["top_p"])]
     if isinstance(model, FSDPModule):  # its forwards are made together: a rank that is done goes on until all are
         how["synced_gpus"] = True
     # A chat model may end its turn with a special token, which its generation config lists beside EOS.
     ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    how["logits_processor"] = [_Finite(model, ids.size(1), ends)]
+    if seeds:
+        how["logits_processor"].append(_OwnDraws(seeds, sampling["temperature"], sampling["top_p"]))
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -208,10 +220,7 @@ def _continued(
             **how,
         )  # (B, T + new)
     new = out[:, ids.size(1) :]  # (B, new)
-    ended = (
-        torch.isin(new, torch.tensor(ends, device=new.device)) if ends is not None else torch.zeros_like(new).bool()
-    )
-    read = (ended[:, :-1].cumsum(-1) == 0).sum(-1).tolist()  # (B,) before the end, and not the last
+    read = (_are_ends(new, ends)[:, :-1].cumsum(-1) == 0).sum(-1).tolist()  # (B,) before the end, and not the last
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     for r, row in enumerate(rows):
         if row.begun:
@@ -223,6 +232,33 @@ def _continued(
     return [
         Continuation(text, len(row.ids) + count, seconds) for text, row, count in zip(texts, rows, read, strict=True)
     ]
+
+
+def _are_ends(ids: torch.Tensor, ends: int | list[int] | None) -> torch.Tensor:
+    """Which of ``ids`` end a turn; of their shape."""
+    return torch.zeros_like(ids).bool() if ends is None else torch.isin(ids, torch.tensor(ends, device=ids.device))
+
+
+class _Finite:
+    """Raises :func:`not_finite` where the logits that decide a token are not finite.
+
+    Args:
+        start: tokens of the padded prompts.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, start: int, ends: int | list[int] | None) -> None:
+        self._model, self._start, self._ends = model, start, ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores``: logits (B, V); −∞ rules a token out, and is not an error."""
+        broken = ~scores.amax(-1).isfinite()  # (B,)
+        if not bool(broken.any()):  # generate, too, waits for the device once a token
+            return scores
+        ended = _are_ends(input_ids[:, self._start :], self._ends).any(-1)  # (B,)
+        if bool((broken & ~ended).any()):
+            raise not_finite(self._model)
+        return scores.masked_fill(broken[:, None], 0.0)  # nothing reads these tokens, but NaN cannot be sampled
 
 
 class _OwnDraws:
@@ -305,6 +341,9 @@ def tail_logps(
 
     Returns:
         (sum of log-probabilities in nats (N,) float64, number of tokens (N,) int64), on the CPU.
+
+    Raises:
+        RunError: a log-probability is NaN.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     sums = torch.zeros(len(rows), dtype=torch.float64)  # (N,)
@@ -323,7 +362,10 @@ def _scored(model: PreTrainedModel, job: tuple[torch.Tensor, torch.Tensor, torch
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (B, T-1, V)
         logps = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()  # (B, T-1)
-        return (logps.double() * scored[:, 1:]).sum(-1)
+    sums = logps.double().masked_fill(~scored[:, 1:], 0.0).sum(-1)
+    if bool(sums.isnan().any()):
+        raise not_finite(model)
+    return sums
 
 
 def _padded_right(

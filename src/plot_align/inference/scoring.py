@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plot_align.errors import RunError
 from plot_align.head import causal_lm, fused_head, head_logits, head_spec
-from plot_align.inference.chat import evaluating
+from plot_align.inference.chat import evaluating, not_finite
 from plot_align.parallel import each
 from plot_align.preference.estimation import ScoredSequence
 
@@ -78,10 +78,7 @@ def _score(model: Any, batch: list[ScoredSequence]) -> tuple[Tensor, Tensor]:
     assert result.distributions is not None
     sums = torch.zeros(len(batch), dtype=torch.float64).index_add(0, rows, result.log_probs.double().cpu())
     if not bool(torch.isfinite(sums).all()):
-        raise RunError(
-            "the model gives a log-probability that is not finite, expected numbers; it overflows in its "
-            "dtype: use bfloat16 or float32, or check its weights"
-        )
+        raise not_finite(base)
     return sums, result.distributions[0].double().cpu()
 
 

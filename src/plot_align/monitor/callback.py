@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from plot_align.errors import InputError
+from plot_align.errors import InputError, RunError
 from plot_align.inference.chat import require_template
 from plot_align.io import json_or_none, write_json
 from plot_align.monitor.answers import Answer, answered, default_requests, metrics_of, read_requests, to_loggers
@@ -173,7 +173,12 @@ class PreferenceMonitor(TrainerCallback):
         if not self._asks or (self.answers and self.answers[-1].step == step):
             return
         # Every rank answers all of them: so few cost no more than a share, and FSDP's ranks have to go together.
-        found = answered(self.trainer.model, self._tokenizer(), self.requests, step, self.max_new_tokens)
+        try:
+            found = answered(self.trainer.model, self._tokenizer(), self.requests, step, self.max_new_tokens)
+        except RunError as error:  # NaN on every rank; whether training goes on is not for a monitor to say
+            self._asks = False
+            self._say(f"the monitor asks the model nothing more: {error}.")
+            return
         self.answers += found
         metrics = self._of_main(metrics_of(found))
         if step == 0:

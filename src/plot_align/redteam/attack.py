@@ -60,7 +60,7 @@ class Attacked:
         losses: mean cross-entropy of the target's tokens in nats for each case, as the attack saw it; empty if it
             optimises nothing.
         trace: the same after every update step, best so far, mean over the cases; index 0 is before the first step.
-        snapshots: update step → the cases as they were then.
+        snapshots: update step → the cases as they were then; none of a step that a limit left out.
         failed: why there are no cases (an endpoint that stayed silent); None if all went well.
         spent: what each case cost, up to its being there; an attack without steps may leave it out.
         spent_by_step: update step → the same, for the cases as they were then.

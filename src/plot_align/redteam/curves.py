@@ -53,22 +53,26 @@ def success_within(rungs: Mapping[str, Sequence[Rung]]) -> dict[float, dict[str,
     return {budget: proportion([within(budget, of) for of in rungs.values()]) for budget in budgets}
 
 
-def snapshot_cases(layout: Layout, behaviors: Sequence[str], step: int) -> TestCases:
-    """The best test cases of every behaviour after ``step`` updates.
+def snapshot_cases(layout: Layout, cases: TestCases, step: int) -> TestCases:
+    """The best test cases of every behaviour after ``step`` updates; a behaviour that a limit ended before keeps its
+    last. Empty if all ended before.
+
+    Args:
+        cases: the last ones.
 
     Raises:
-        InputError: a behaviour's log is missing or damaged, or lacks this step.
+        InputError: a behaviour's log is missing or damaged.
     """
     found: TestCases = {}
-    for behavior in behaviors:
+    for behavior in cases:
         path = layout.behavior_folder(behavior) / "logs.json"
         try:
-            found[behavior] = parse_json(path.read_text(encoding="utf-8"))["snapshots"][str(step)]
+            snapshots = parse_json(path.read_text(encoding="utf-8"))["snapshots"]
+            if str(step) in snapshots:
+                found[behavior] = snapshots[str(step)]
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path} holds no test cases of step {step}; delete {path.parent} to make them again"
-            ) from None
-    return found
+            raise InputError(f"{path} holds no snapshots; delete {path.parent} to make them again") from None
+    return {**cases, **found} if found else {}
 
 
 def draw(

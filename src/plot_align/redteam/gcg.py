@@ -61,14 +61,15 @@ class GCG(Attack):
         vocabulary = victim.vocabulary(non_ascii=self.non_ascii)
         runs = [self._one(victim, request, vocabulary, case, on_step) for case in range(request.cases)]
         length = max(len(run.trace) for run in runs)
-        padded = [run.trace + run.trace[-1:] * (length - len(run.trace)) for run in runs]  # after an early stop
+        padded = [run.trace + run.trace[-1:] * (length - len(run.trace)) for run in runs]  # of those that ended early
+        reached = [step for step in request.snapshots if any(step in run.snapshots for run in runs)]
         return Attacked(
             cases=[case for run in runs for case in run.cases],
             losses=[run.trace[-1] for run in runs],
             trace=[sum(column) / len(runs) for column in zip(*padded, strict=True)],
-            snapshots={step: [case for run in runs for case in run.snapshots[step]] for step in request.snapshots},
+            snapshots={n: [case for run in runs for case in run.snapshots.get(n, run.cases)] for n in reached},
             spent=[cost for run in runs for cost in run.spent],
-            spent_by_step={step: [c for run in runs for c in run.spent_by_step[step]] for step in request.snapshots},
+            spent_by_step={n: [c for run in runs for c in run.spent_by_step.get(n, run.spent)] for n in reached},
         )
 
     def _one(self, victim: Victim, request: Request, vocabulary: Vocabulary, case: int, on_step: OnStep) -> Attacked:
@@ -104,18 +105,14 @@ class GCG(Attack):
             if step in request.snapshots:
                 snapshots[step], spent[step] = objective.test_cases(best[None]), [objective.meter.read()]
             on_step(case * self.steps + step)
-            if request.limit.reached(objective.meter.read()):
-                break
-            if self.early_stop is not None and trace[-1] < self.early_stop:
+            stopped = self.early_stop is not None and trace[-1] < self.early_stop
+            if stopped or request.limit.reached(objective.meter.read()):
                 break
         final, cost = objective.test_cases(best[None]), [objective.meter.read()]
-        return Attacked(
-            final,
-            trace=trace,
-            snapshots={step: snapshots.get(step, final) for step in request.snapshots},
-            spent=cost,
-            spent_by_step={step: spent.get(step, cost) for step in request.snapshots},
-        )
+        if stopped:  # more steps would have changed nothing
+            snapshots = {step: snapshots.get(step, final) for step in request.snapshots}
+            spent = {step: spent.get(step, cost) for step in request.snapshots}
+        return Attacked(final, trace=trace, snapshots=snapshots, spent=cost, spent_by_step=spent)
 
     def candidates(
         self, objective: TargetObjective, gradient: Tensor, current: Tensor, generator: torch.Generator

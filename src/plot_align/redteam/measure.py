@@ -233,9 +233,12 @@ def measure(
             then = rates if other == attack else success_by_behavior(run(other).results[main])
             found["by_tokens"].setdefault(attack.name, {})[tokens] = proportion(list(then.values()))
         by_step: dict[int, tuple[Path, Rows, dict[str, float]]] = {}
+        final = {name: [row["test_case"] for row in rows] for name, rows in done.answers.items()}
         for step in done.steps:
             path = done.layout.folder / "steps" / f"{step}.json"
-            cases = on_main(partial(snapshot_cases, done.layout, list(done.answers), step))
+            cases = on_main(partial(snapshot_cases, done.layout, final, step))
+            if not cases:
+                break
             answers = complete(victim, cases, path, **length)
             then = success_by_behavior(label(first, harmful, answers, path.with_suffix(".results.json")))
             found["by_steps"].setdefault(attack.name, {})[step] = proportion(list(then.values()))
@@ -283,20 +286,30 @@ def _budgets(
     answered = spent_on_answers(path, done.answers)
     if not done.answers or not made.keys() == answered.keys() == done.answers.keys():
         return {}
-    rungs: dict[str, list[tuple[Spent, float]]] = {}
-    for name, rows in done.results[main].items():
-        base, each = Spent.mean(made[name]), Spent.mean(answered[name])
+    points = [
+        (spent_on_cases(done.layout, answers, step), spent_on_answers(path, answers), answers, then)
+        for step, (path, answers, then) in sorted(by_step.items())
+    ]
+    if any(not until.keys() == since.keys() == made.keys() for until, since, *_ in points):
+        return {}
+    points.append((made, answered, done.answers, done.success[main]))
+    rungs: dict[str, list[tuple[Spent, float]]] = {name: [] for name in done.results[main]}
+    for name, rung in rungs.items():
         if attack.any_answer:
-            rungs[name] = [(base + each * k, rate) for k, rate in enumerate(success_of_samples(rows), 1)]
-        else:
-            rungs[name] = [(base + each, done.success[main][name])]
-    for step in sorted(by_step, reverse=True):
-        path, answers, then = by_step[step]
-        until, since = spent_on_cases(done.layout, answers, step), spent_on_answers(path, answers)
-        if not until.keys() == since.keys() == rungs.keys():
-            return {}
-        for name, rung in rungs.items():
-            rung.insert(0, (Spent.mean(until[name]) + Spent.mean(since[name]), then[name]))
+            base, each = Spent.mean(made[name]), Spent.mean(answered[name])
+            rates = success_of_samples(done.results[main][name])
+            rung += [(base + each * k, rate) for k, rate in enumerate(rates, 1)]
+            continue
+        asked: list[str] = []
+        answer = Spent()
+        for until, since, answers, then in points:
+            cases = [row["test_case"] for row in answers[name]]
+            if cases != asked:  # else it was answered again, in other seconds
+                asked, answer = cases, Spent.mean(since[name])
+            cost = Spent.mean(until[name]) + answer
+            if rung and rung[-1][0] == cost:  # no step lies between them
+                cost, _ = rung.pop()
+            rung.append((cost, then[name]))
     units = {"by_forward_tokens": lambda cost: cost.tokens, "by_seconds": lambda cost: cost.seconds}
     curves = {
         kind: success_within({name: [(unit(cost), rate) for cost, rate in of] for name, of in rungs.items()})
@@ -326,8 +339,8 @@ def require_decided(what: str, reasons: Sequence[str], n: int, judge: str) -> No
     """
     if n and len(reasons) == n:
         raise RunError(
-            f"judge {judge} decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); fix the "
-            "judge and run the same again"
+            f"judge {judge} decided none of {n} answers to {what} (the first: {reasons[0] or 'no reason'}); remove "
+            "that cause and run again"
         )
 
 

@@ -11,6 +11,7 @@ target's positions only.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from plot_align.errors import InputError
+from plot_align.inference.chat import not_finite
 from plot_align.redteam.attack import Attacked, OnStep, Request
 from plot_align.redteam.behaviors import Behavior
 from plot_align.redteam.spent import Meter, Spent
@@ -177,7 +179,11 @@ class TargetObjective:
 
     @torch.no_grad()
     def losses(self, suffixes: Tensor) -> Tensor:
-        """Loss of each suffix. suffixes: (B, L) → (B,) float32, nats a token."""
+        """Loss of each suffix. suffixes: (B, L) → (B,) float32, nats a token.
+
+        Raises:
+            RunError: a loss is NaN.
+        """
         shared = self._shared(suffixes)  # (B,) leading tokens that equal the focused suffix's
         order = shared.argsort()
         found = torch.empty(len(suffixes), device=suffixes.device)  # (B,)
@@ -194,6 +200,8 @@ class TargetObjective:
                     torch.cuda.empty_cache()
                 continue
             start += len(rows)
+        if bool(found.isnan().any()):
+            raise not_finite(self.model)
         return found
 
     def _shared(self, suffixes: Tensor) -> Tensor:
@@ -230,17 +238,22 @@ class TargetObjective:
 
         Returns:
             (loss, gradient (L, V) float32).
+
+        Raises:
+            RunError: the loss is NaN.
         """
         table = self.embedding_table
         rows = self.model.get_input_embeddings()(suffix)[None].detach().requires_grad_()  # (1, L, H)
         tail = self.model.get_input_embeddings()(self._tail)[None]  # (1, T_tail, H)
         losses, cache = self._forward(torch.cat([rows, tail], 1), self._before_kv)
+        if math.isnan(loss := float(losses.detach())):
+            raise not_finite(self.model)
         (slope,) = torch.autograd.grad(losses.sum(), rows)  # (1, L, H)
         if cache is not None:
             end = len(self.before) + self.length
             known = [(k[:, :, :end].detach(), v[:, :, :end].detach()) for k, v in cache]
             self._focus = (suffix.clone(), known)
-        return float(losses.detach()), (slope[0] @ table.T).float()
+        return loss, (slope[0] @ table.T).float()
 
     @cached_property
     def embedding_table(self) -> Tensor:
@@ -322,7 +335,7 @@ def best_of_each(
         cases,
         least.tolist(),
         trace,
-        {step: snapshots.get(step, cases) for step in request.snapshots},
+        snapshots,
         spent=cost,
-        spent_by_step={step: spent.get(step, cost) for step in request.snapshots},
+        spent_by_step=spent,
     )

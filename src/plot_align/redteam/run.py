@@ -246,12 +246,12 @@ def complete(
 def spent_on_cases(layout: Layout, behaviors: Iterable[str], step: int | None = None) -> dict[str, list[Spent]]:
     """What the test cases of each behaviour cost to make, in all or until an update step.
 
-    A behaviour attacked before costs were written is left out.
+    A behaviour attacked before costs were written is left out; one that ended before the step has its whole cost.
     """
     found = {}
     for behavior in behaviors:
         content = _costs(layout.behavior_folder(behavior) / "spent.json")
-        costs = content.get("cases") if step is None else content.get("by_step", {}).get(str(step))
+        costs = content.get("by_step", {}).get(str(step), content.get("cases"))
         if costs:
             found[behavior] = list(map(Spent.of, costs))
     return found

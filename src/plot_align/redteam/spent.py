@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field
@@ -73,7 +74,7 @@ class Limit:
         forward_tokens: :attr:`Spent.tokens`. seconds: of wall time; what they suffice for depends on the machine.
 
     Raises:
-        InputError: one of them is not positive.
+        InputError: one of them is not a finite number above 0.
     """
 
     forward_tokens: int | None = None
@@ -81,8 +82,8 @@ class Limit:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
-                raise InputError(f"max_{name} is {value}, expected a positive number; leave it out for no limit")
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"max_{name} is {value}, expected a finite number above 0; leave it out for no limit")
 
     def reached(self, spent: Spent) -> bool:
         return (self.forward_tokens is not None and spent.tokens >= self.forward_tokens) or (

@@ -102,6 +102,9 @@ class Victim:
         Args:
             max_new_tokens: of what follows the prefix.
             temperature: 0 decodes greedily, anything above samples.
+
+        Raises:
+            RunError: as :func:`~plot_align.inference.chat.continue_rows`.
         """
         rows = []
         for part in parts:
@@ -122,7 +125,11 @@ class Victim:
         )
 
     def target_losses(self, test_cases: Sequence[str], targets: Sequence[str], *, batch_size: int = 64) -> list[float]:
-        """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent."""
+        """Mean cross-entropy of each target's tokens in nats after its test case, tokenised as it would be sent.
+
+        Raises:
+            RunError: one is NaN.
+        """
         prompts = prompt_ids(self.tokenizer, test_cases)
         rows = [prompt + self.target_ids(target) for prompt, target in zip(prompts, targets, strict=True)]
         self.forward_tokens += sum(map(len, rows))

@@ -10,6 +10,7 @@ judgezoo's HarmBench judge is not here: its prompt has eight rules where HarmBen
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,8 @@ _PROMPTED = {
     "xstest": ("xstest", "XSTestJudge"),
 }
 _LOADERS = ("AutoModelForCausalLM", "AutoTokenizer", "Llama4ForConditionalGeneration", "AutoProcessor")
+_SILENT = logging.Logger("judgezoo")  # in place of the root logger, to which it writes what our reasons say
+_SILENT.disabled = True
 _OWN_PROMPT = 1024  # tokens left for a judge's own words; the longest of these prompts has some 700
 
 
@@ -78,7 +81,8 @@ class FineTunedJudge:
             device: None spreads it over the accelerators; of several processes, each has its own copy.
 
         Raises:
-            InputError: it cannot be loaded: no network, no access, no memory.
+            InputError: it cannot be loaded: no network, no access, no memory; or its vocabulary lacks the tokens of a
+                verdict. Another model that has them is not told from the judge.
         """
         source = checkpoint or CHECKPOINTS[name]
         return everywhere(lambda: cls._load(name, source, device))
@@ -99,6 +103,7 @@ class FineTunedJudge:
                 f"judge {name} could not be loaded from {source!r} ({first_line(error)}); {advice}, or "
                 f"name a folder that holds it ({name}=FOLDER), on a machine with the memory for it"
             ) from error
+        _require_verdicts(name, scorer, source)
         scorer.classifier.eval()
         return cls(name, scorer, source, model_identity(scorer.classifier, _tokenizer(scorer)))
 
@@ -196,8 +201,9 @@ class PromptedJudge:
 
 
 def _judgezoo(module: str, name: str) -> tuple[Any, Any]:
-    """A module of judgezoo and a class in it."""
-    found = import_module(f"judgezoo.{module}")
+    """A module of judgezoo, from now on silent, and a class in it."""
+    found: Any = import_module(f"judgezoo.{module}")
+    found.logging = _SILENT
     return found, getattr(found, name)
 
 
@@ -222,6 +228,23 @@ def _loading(module: Any, source: str, device: str | None) -> Iterator[None]:
     finally:
         for name, loader in real.items():
             setattr(module, name, loader)
+
+
+def _require_verdicts(name: str, scorer: Any, source: str) -> None:
+    """Check that the tokens of a verdict are in the vocabulary of what was loaded.
+
+    Raises:
+        InputError: they are not.
+    """
+    grades = getattr(scorer, "score_token_ids", None)
+    ids = [scorer.safe_token_id, scorer.unsafe_token_id] if grades is None else grades
+    size = scorer.classifier.get_output_embeddings().weight.size(0)
+    unknown = _tokenizer(scorer).unk_token_id
+    if any(i is None or i == unknown or i >= size for i in ids):
+        raise InputError(
+            f"{source!r} lacks the tokens that judge {name} gives its verdict in, so it is another model; name a "
+            f"folder that holds {CHECKPOINTS[name]} ({name}=FOLDER)"
+        )
 
 
 def _tokenizer(scorer: Any) -> Any:
