@@ -16,7 +16,7 @@ _TEXT_TIMES = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?( ?UTC|\+00:00)?|[\d.,]+ (s|seconds|min|ms)\b|(?<=runtime': )[^,}]*"
 )
 _NOT_COMPARED = re.compile(
-    r"(^|/)(\.[^/]*\.lock|training_args\.bin|log\.txt|optimizer\.pt|README\.md)$|(^|/)\.digests/|-by_seconds-[^/]*$"
+    r"(^|/)(\.[^/]*\.lock|plot_align_digests\.json|training_args\.bin|log\.txt|optimizer\.pt|README\.md)$|(^|/)\.digests/|-by_seconds-[^/]*$"
 )
 
 
