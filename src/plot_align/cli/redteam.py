@@ -241,7 +241,11 @@ def _check_judges(options: Any) -> None:
 
 
 def _check_addresses(options: Any) -> None:
-    """Check that each endpoint is an address and that their package is installed."""
+    """Check endpoints, that their package is installed, and the variables of keys, which the record names."""
+    from plot_align.inference.endpoint import check_key_variable
+
+    for variable in (options.attacker_key, options.judge_key):  # also where nothing is asked
+        check_key_variable(variable)
     if any(_addresses(options).values()):
         require_packages("an endpoint", "openai", extra="redteam")
 
@@ -403,10 +407,10 @@ def _addresses(options: Any) -> dict[str, str | None]:
     from plot_align.inference.endpoint import Endpoint
 
     given = {
-        "attacker_url": (options.attacker_url, options.attacker),
-        "judge_url": (options.judge_url, options.judge_model),
+        "attacker_url": (options.attacker_url, options.attacker, options.attacker_key),
+        "judge_url": (options.judge_url, options.judge_model, options.judge_key),
     }
-    return {name: Endpoint(url, model).label if url and model else None for name, (url, model) in given.items()}
+    return {name: Endpoint(*of).label if all(of) else None for name, of in given.items()}
 
 
 def _source(options: Any) -> str:
