@@ -115,6 +115,20 @@ def test_models_are_compared_by_the_same_rules_only(tmp_path: Path) -> None:
         assert {row.cells["tuned"].reason for row in rows} == {reason}
 
 
+def test_a_record_by_other_judges_takes_the_place_of_the_whole_one(tmp_path: Path) -> None:
+    """What the second judge of the older one says would stand beside a first that it was not compared with."""
+    write(tmp_path / "1", "base", ONE, "refusal,prefixes")
+    alone = {**ONE, "judges": {"attacks": ["harmbench"], "benign": ["xstest"]}, "others": {}}
+    write(tmp_path / "2", "base", alone, "harmbench,xstest")
+    found = collect([tmp_path])
+    assert [o.judged for o in found.observations] == [("by harmbench",), ("by xstest",), ("by xstest",)]
+    assert len(found.replaced) == 3
+    assert found.replaced[0] == (
+        f"redteam Prefill of base: {tmp_path / '1' / 'base.json'} is older than {tmp_path / '2' / 'base.json'}, which "
+        "is shown"
+    )
+
+
 def test_a_record_of_one_judge_says_whose_it_is(tmp_path: Path) -> None:
     """Before there were several, prefixes judged refusals where the judge could not tell them."""
     alone = {name: of for name, of in ONE.items() if name not in ("judges", "others")}
