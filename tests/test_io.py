@@ -183,9 +183,9 @@ def test_what_differs_is_said_with_both_values(tmp_path: Path) -> None:
     for change, said in (
         ({"seed": 1}, "another seed (0 there, 1 now); choose"),
         ({"attack": {**attack, "steps": 4000}}, "another attack.steps (4001 there, 4000 now); choose"),
-        ({"attack": {**attack, "texts": ["y"]}, "victim": "é"}, "another attack.texts and victim (none there, \"é\" now)"),
-        ({"attack": {"name": "PEZ", "steps": 1}}, '(4001 there, 1 now) and attack.texts; choose another output, or'),
-        ({"seed": 1, "victim": 1, "attack": {"name": "", "steps": 0}}, "(4001 there, 0 now) and attack.texts and 2 more;"),
+        ({"attack": {**attack, "texts": ["y"]}, "victim": "é"}, 'attack.texts and victim (none there, "é" now)'),
+        ({"attack": {"name": "PEZ", "steps": 1}}, "(4001 there, 1 now) and attack.texts; choose another output, or"),
+        ({"seed": 1, "victim": 1, "attack": {"name": "", "steps": 0}}, "0 now) and attack.texts and 2 more;"),
     ):  # fmt: skip
         with pytest.raises(InputError) as caught:
             match_or_write(record, content | change, made)

@@ -186,13 +186,18 @@ def test_balance_by_hand() -> None:
         (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
         (["--judge", "prefixes,prefixes"], "names prefixes twice"),
+        *(
+            (["--judge", "likelihood", "--targets", "targets.json", "--attacks", attack], "reads no answer, so")
+            for attack in ("prefill", "direct,best_of_n")
+        ),
         (["--attacks", "prefil"], "unknown attack 'prefil'; did you mean 'prefill'?"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
         (["--attacks", "direct", "--max_forward_tokens", "0"], "max_forward_tokens is 0, expected a positive number"),
     ],
 )
-def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, more: list[str], message: str) -> None:
+def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, monkeypatch, more: list[str], message: str) -> None:
+    monkeypatch.chdir(files["targets.json"].parent)
     assert main(command(tiny_base, files, *more)) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -125,6 +125,11 @@ def _run(options: Any) -> int:
     options.snapshots = _steps(options.snapshots)
     attacks = _attacks(options)
     for attack in attacks:
+        if attack.on_answer and "likelihood" in parse_judges(options.judge):
+            raise InputError(
+                f"judge likelihood reads no answer, so {attack.title} would be a direct request to it; name another "
+                "judge, or leave that attack out"
+            )
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
 
@@ -375,14 +380,15 @@ def _report(
             for what, entry in other["agreement"].items():
                 if what != "helped":  # nearly the same again
                     answers = "benign answers" if what == "refused" else f"answers to {what}"
-                    console.print(f"{model}: {agreement_text(entry, answers)}", soft_wrap=True)
+                    said = agreement_text(entry, answers, harmful=what != "refused")
+                    console.print(f"{model}: {said}", soft_wrap=True)
         for whose, of in (("", result), *((f" by {judge}", of) for judge, of in result["others"].items())):
             for what, entry in of["undecided"].items():
                 if entry["n"]:
+                    verdicts = "1 verdict" if entry["n"] == 1 else f"{entry['n']} verdicts"
                     console.print(
-                        f"{model}: {entry['n']} verdicts on {what} undecided{whose}, counted as no success: "
-                        f"{entry['first']}",
-                    )  # fmt: skip
+                        f"{model}: {verdicts} on {what} undecided{whose}, counted as no success: {entry['first']}"
+                    )
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
                 console.print(f"{model}, {attack}: {behavior} has no test case: {reason}")
@@ -394,7 +400,7 @@ def _report(
         console.print(f"{name}.json is of other options and stays as it is", soft_wrap=True)
     _draw(measured, options.output, "-".join(measured) + _source(options), apart)
     if skipped:
-        console.print(f"{len(skipped)} copyright rows were left out and are not counted")
+        console.print(f"copyright rows left out and not counted: {len(skipped)}")
     record = write_record(
         options.output / f"{name}{apart}.json",
         "redteam",

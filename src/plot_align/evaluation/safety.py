@@ -147,7 +147,7 @@ class OverRefusal(_Judged):
         return found.rows[: self.limit], found.taken
 
     def judges(self) -> dict[str, str | None]:
-        """Those that tell refusals; the defaults where none of the given ones does."""
+        """Those that tell refusals, as :func:`plot_align.redteam.telling_refusals` fills them up."""
         return telling_refusals(super().judges())
 
     def run(self, subject: Subject) -> Found:
