@@ -186,23 +186,28 @@ def test_balance_by_hand() -> None:
         (["--dtype", "floaty"], "--dtype is 'floaty'"),
         (["--judge", "likelihood"], "name their file with --targets"),
         (["--judge", "prefixes,prefixes"], "names prefixes twice"),
-        *(
-            (["--judge", "likelihood", "--targets", "targets.json", "--attacks", attack], "reads no answer, so")
-            for attack in ("prefill", "direct,best_of_n")
-        ),
         (["--attacks", "prefil"], "unknown attack 'prefil'; did you mean 'prefill'?"),
         (["--attacks", "direct,direct"], "each once"),
         (["--batch_size", "0"], "--batch_size is 0"),
         (["--attacks", "direct", "--max_forward_tokens", "0"], "max_forward_tokens is 0, expected a positive number"),
     ],
 )
-def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, monkeypatch, more: list[str], message: str) -> None:
-    monkeypatch.chdir(files["targets.json"].parent)
+def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, more: list[str], message: str) -> None:
     assert main(command(tiny_base, files, *more)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
     assert "hunter2" not in error
+
+
+@pytest.mark.parametrize("attack", ["prefill", "best_of_n"])
+def test_a_judge_that_reads_no_answer_is_refused_before_a_model_is_loaded(files, capsys, attack: str) -> None:
+    judge = ("--judge", "prefixes,likelihood", "--targets", str(files["targets.json"]))
+    assert main(command(Path("no/model"), files, "--attacks", f"direct,{attack}", *judge)) == 2
+    assert "judge likelihood reads no answer, so" in capsys.readouterr().err
+    files["options.yaml"].write_text("prefill: {tokens: 0}")  # which is the direct request
+    assert main(command(Path("no/model"), files, "--attacks", "prefill", *judge)) == 2
+    assert "no/model" in capsys.readouterr().err
 
 
 def test_a_wrong_option_of_an_attack_and_a_tokenizer_without_a_template(
