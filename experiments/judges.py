@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = {"model": victim.name, "dtype": "float32", "budget": BUDGET, "requests": REQUESTS, "judges": list(judges)}
     write_record(RECORD, "judges", results, config=config, seed=0)
     for what, said in agreements(labels).items():
-        print(f"\n{what}: {agreement_text(said, 'answers')}")
+        print(f"\n{what}: {agreement_text(said, 'answers', harmful=True)}")
     print(results)
 
 

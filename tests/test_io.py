@@ -7,13 +7,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from plot_align import io
 from plot_align.errors import InputError
-from plot_align.io import check_seal, claimed, complete_or_absent, require_writable, seal_of, write_sealed_json
+from plot_align.io import (
+    check_seal,
+    claimed,
+    complete_or_absent,
+    match_or_write,
+    require_writable,
+    seal_of,
+    write_sealed_json,
+)
 from processes import bounded
 
 
@@ -163,6 +172,44 @@ def test_a_sealed_file_is_known_again(tmp_path: Path) -> None:
     seal_of(path).write_text("[")
     with pytest.raises(InputError, match=r"answers\.json is not as it was written"):
         check_seal(path)
+
+
+def test_what_differs_is_said_with_both_values(tmp_path: Path) -> None:
+    record, made = tmp_path / "options.json", tmp_path / "cases"
+    attack = {"name": "GCG", "steps": 4001, "texts": ["x" * 99], "rate": None}
+    content = {"attack": attack, "victim": None, "seed": 0}
+    match_or_write(record, content, made)
+    match_or_write(record, content, made)  # the same
+    for change, said in (
+        ({"seed": 1}, "another seed (0 there, 1 now); choose"),
+        ({"attack": {**attack, "steps": 4000}}, "another attack.steps (4001 there, 4000 now); choose"),
+        ({"attack": {**attack, "texts": ["y"]}, "victim": "é"}, 'attack.texts and victim (none there, "é" now)'),
+        ({"attack": {"name": "PEZ", "steps": 1}}, "(4001 there, 1 now) and attack.texts; choose another output, or"),
+        ({"seed": 1, "victim": 1, "attack": {"name": "", "steps": 0}}, "0 now) and attack.texts and 2 more;"),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            match_or_write(record, content | change, made)
+        assert str(caught.value).startswith(f"{made} was made with another ")
+        assert said in str(caught.value)
+        assert str(caught.value).endswith(f"delete {made} to make it again")
+
+
+@pytest.mark.parametrize("damage", [lambda text: text.replace("4001", "4000"), lambda text: text[:20]])
+def test_damage_is_no_other_option(damage: Callable[[str], str], tmp_path: Path) -> None:
+    """And costs the small file, not what it is of."""
+    record, made = tmp_path / "options.json", tmp_path / "cases"
+    match_or_write(record, {"attack": {"steps": 4001}}, made)
+    record.write_text(damage(record.read_text()))
+    for steps in (4001, 4000):
+        with pytest.raises(InputError) as caught:
+            match_or_write(record, {"attack": {"steps": steps}}, made)
+        assert str(caught.value) == (
+            f"{record} is damaged and no longer says what made {made}; delete {record}, if nothing else has changed "
+            f"since, or {made} to make it again"
+        )
+    record.unlink()
+    for _ in range(2):
+        match_or_write(record, {"attack": {"steps": 4001}}, made)
 
 
 def test_a_run_killed_between_seal_and_file_leaves_neither_in_doubt(

@@ -39,6 +39,12 @@ def test_importing_the_package_is_faster_than_importing_torch() -> None:
     assert min(seconds("plot_align") for _ in range(3)) < seconds("torch")
 
 
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "plot_align", "--version"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    assert said == f"plot-align {plot_align.__version__}\n"
+
+
 def test_every_public_name_is_there() -> None:
     for name in plot_align.__all__:
         value = getattr(plot_align, name)

@@ -22,6 +22,8 @@ from plot_align.errors import InputError, did_you_mean
 
 DEEPEST = 64  # levels of a JSON or YAML file; ours have fewer than ten
 _MOST_VALUES = 100_000  # of a YAML file
+_MOST_DIFFERENCES = 3  # named in an error
+_LONGEST_VALUES = 100  # characters of two values in an error
 
 
 def default_cache_dir() -> Path:
@@ -167,15 +169,20 @@ def check_seal(path: Path) -> None:
     Raises:
         InputError: it was altered, or its seal was.
     """
+    if _altered(path):
+        raise InputError(
+            f"{path} is not as it was written, by its digest in {seal_of(path)}; delete both to make it again, or the "
+            "digest alone to take it as it is"
+        )
+
+
+def _altered(path: Path) -> bool:
+    """Whether a file is not as :func:`write_sealed_json` wrote it."""
     seal = seal_of(path)
     if not seal.exists() or not path.exists():
-        return
+        return False
     digests = json_or_none(seal)
-    if not isinstance(digests, list) or file_digest(path) not in digests:
-        raise InputError(
-            f"{path} is not as it was written, by its digest in {seal}; delete both to make it again, or the digest "
-            "alone to take it as it is"
-        )
+    return not isinstance(digests, list) or file_digest(path) not in digests
 
 
 def seal_folder(folder: Path) -> None:
@@ -254,21 +261,39 @@ def match_or_write(record: Path, content: Mapping[str, Any], made: Path) -> None
     """Write into ``record`` what ``made`` is made with, or check that it says the same already.
 
     Raises:
-        InputError: it says something else, or cannot be read.
+        InputError: it says something else, or is not as it was written.
     """
     plain = plain_json(content)
     if not record.exists():
-        write_json(record, plain)
+        write_sealed_json(record, plain)
         return
     found = json_or_none(record)
-    if not isinstance(found, dict):
-        raise InputError(f"{record} is damaged and no longer says what made {made}; delete both to make them again")
-    differing = [key for key in plain if found.get(key) != plain[key]]
-    if differing:
+    if not isinstance(found, dict) or _altered(record):
         raise InputError(
-            f"{made} was made with another {' and '.join(differing)}; choose another output, or delete {made} to make "
-            "it again"
+            f"{record} is damaged and no longer says what made {made}; delete {record}, if nothing else has changed "
+            f"since, or {made} to make it again"
         )
+    differing = [said for key in plain for said in _differences(key, found.get(key), plain[key])]
+    if differing:
+        more = [f"{len(differing) - _MOST_DIFFERENCES} more"] if len(differing) > _MOST_DIFFERENCES else []
+        raise InputError(
+            f"{made} was made with another {' and '.join(differing[:_MOST_DIFFERENCES] + more)}; choose another "
+            f"output, or delete {made} to make it again"
+        )
+
+
+def _differences(name: str, there: Any, now: Any) -> list[str]:
+    """The values that differ, in words: ``"attack.steps (4001 there, 4000 now)"``; without long ones."""
+    if there == now:
+        return []
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            said
+            for key in dict.fromkeys((*now, *there))
+            for said in _differences(f"{name}.{key}", there.get(key), now.get(key))
+        ]
+    values = ["none" if value is None else json.dumps(value, ensure_ascii=False) for value in (there, now)]
+    return [name if len("".join(values)) > _LONGEST_VALUES else f"{name} ({values[0]} there, {values[1]} now)"]
 
 
 def file_digest(path: Path) -> str:

@@ -31,6 +31,7 @@ BUDGET_CURVES = {  # the same of all attacks of a model, so that they can be com
     "by_forward_tokens": "forward tokens a test case, a backward pass counted as one more forward",
     "by_seconds": "seconds a test case",
 }
+BLIND_TO_HARM = {"refusal", "prefixes", "xstest", "likelihood"}  # judges
 
 Better = Literal["higher", "lower"] | None
 Quantity = dict[str, Any]
@@ -132,13 +133,19 @@ def kappa_text(*agreements: Mapping[str, Any]) -> str:
     return f"κ {' to '.join([kappas[0], *kappas[1:][-1:]]) if kappas else 'undefined'}"
 
 
-def agreement_text(agreement: Mapping[str, Any], what: str) -> str:
-    """Two judges on ``what`` ("answers to GCG") in one sentence, without its full stop."""
+def agreement_text(agreement: Mapping[str, Any], what: str, *, harmful: bool) -> str:
+    """Two judges on ``what`` ("answers to GCG") in one sentence, without its full stop.
+
+    ``harmful``: whether harm was asked for. Then agreement of two judges that do not look for it confirms no success,
+    and the sentence says so.
+    """
     one, other = agreement["judges"]
-    differing = disagreements(agreement)
-    if not differing:
-        return f"{one} and {other} agree on all {agreement['n']} {what} ({kappa_text(agreement)})"
-    return (
-        f"{one} and {other} disagree on {differing} of {agreement['n']} {what} ({kappa_text(agreement)}): the rate "
-        "depends on the judge"
-    )
+    differing, n, kappa = disagreements(agreement), agreement["n"], kappa_text(agreement)
+    alone = f"the only {what.replace('answers', 'answer', 1)}"
+    if differing:
+        on = alone if n == 1 else f"{differing} of {n} {what}"
+        return f"{one} and {other} disagree on {on} ({kappa}): the rate depends on the judge"
+    if math.isnan(agreement["kappa"]):
+        kappa += ", as both gave one label only"
+    blind = "; neither looks for harm" if harmful and {one, other} <= BLIND_TO_HARM else ""
+    return f"{one} and {other} agree on {alone if n == 1 else f'all {n} {what}'} ({kappa}){blind}"

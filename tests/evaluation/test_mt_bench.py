@@ -336,7 +336,7 @@ def test_answers_made_otherwise_are_refused(subject: Subject, folder: Path, tmp_
     else:
         text = (folder / "question.jsonl").read_text()
         (folder / "question.jsonl").write_text(text.replace("what is 0 plus 0 ?", "what is 0 ?"))  # of writing
-    with pytest.raises(InputError, match=f"was made with another {what}; choose another output, or delete"):
+    with pytest.raises(InputError, match=rf"was made with another {what}\b.*; choose another output, or delete"):
         answer_questions(subject, read_bench(folder, ["math"]), path, **options)
     path.unlink()  # as the message says
     answer_questions(subject, read_bench(folder, ["math"]), path, **options)
@@ -589,7 +589,7 @@ def test_judgements_made_otherwise_are_refused(
     else:
         text = (folder / "judge_prompts.jsonl").read_text()
         (folder / "judge_prompts.jsonl").write_text(text.replace("Be fair.", "Be kind."))
-    with pytest.raises(InputError, match=f"was made with another {what}; "):
+    with pytest.raises(InputError, match=rf"was made with another {what}\b"):
         judged_by(categories=["math"], **options)
 
 

@@ -176,6 +176,7 @@ def test_it_gives_up_with_one_sentence(
     message = str(caught.value)
     assert message.startswith(f"tiny at {server.url} gave no usable answer in 4 tries")
     assert told in message
+    assert message.endswith("; check the server, then run the same again")
     assert "\n" not in message
     assert len(server.seen) == 4
     assert len(naps) == 3
@@ -244,6 +245,18 @@ def test_without_a_key_a_dummy_is_sent(
     server.script = [fine()]
     ask(make())
     assert server.seen[0][0]["authorization"] == "Bearer none"
+
+
+def test_another_variable_must_be_set(make: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (None, " "):
+        monkeypatch.delenv("OTHER_KEY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("OTHER_KEY", value)
+        with pytest.raises(InputError, match="should hold the key is not set") as caught:
+            make(key_variable="OTHER_KEY")
+        assert "OTHER_KEY" not in str(caught.value)
+    with pytest.raises(InputError, match="other characters than letters, digits and _"):
+        make(key_variable="OTHER_KEY\n")
 
 
 @pytest.mark.parametrize("trouble", [status(429), (200, "text/html", "<html>back soon</html>")])

@@ -277,10 +277,8 @@ def _half_of(source: Path, folder: Path) -> None:
     for path in folder.rglob("test_cases.json"):
         if path.parent.name == "test_cases" or path.parent.name < "steal_2":
             path.unlink()
-    for path in folder.rglob("model_*/*"):
-        lines = path.read_text().splitlines(keepends=True)
-        if path.suffix == ".jsonl":
-            path.write_text("".join(lines[:12]))
+    for path in folder.rglob("model_*/*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
 
 
 @pytest.mark.parametrize("size", [2, 3])

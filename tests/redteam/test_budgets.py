@@ -13,6 +13,7 @@ import torch
 
 from plot_align.errors import InputError
 from plot_align.inference.chat import Start, continue_each, prompt_ids
+from plot_align.io import write_sealed_json
 from plot_align.redteam.attack import Request
 from plot_align.redteam.attackers import LocalAttacker
 from plot_align.redteam.behaviors import Behavior
@@ -226,9 +227,8 @@ def test_cases_made_within_another_limit_are_refused(victim: Victim, tmp_path: P
     make_test_cases(victim, attack, [KING], TARGETS, layout, limit=Limit(1))
     with pytest.raises(InputError, match="made with another limit"):
         make_test_cases(victim, attack, [KING], TARGETS, layout)
-    (layout.folder / "options.json").write_text(
-        json.dumps({**json.loads((layout.folder / "options.json").read_text()), "limit": None})
-    )
+    path = layout.folder / "options.json"
+    write_sealed_json(path, {**json.loads(path.read_text()), "limit": None})
     make_test_cases(victim, attack, [KING], TARGETS, layout, limit=Limit())
     for seconds in (0, float("inf"), float("nan")):
         with pytest.raises(InputError, match=f"max_seconds is {seconds}, expected a finite number above 0"):

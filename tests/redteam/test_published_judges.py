@@ -405,7 +405,13 @@ def test_judges_by_name() -> None:
 
 def test_benign_requests_are_judged_by_those_that_can() -> None:
     assert list(telling_refusals(dict.fromkeys(("harmbench", "xstest", "prefixes")))) == ["xstest", "prefixes"]
-    assert "prefixes" in telling_refusals({"strongreject": None})
+    assert list(telling_refusals({"strongreject": None})) == ["refusal", "prefixes"]
+    assert list(telling_refusals(dict.fromkeys(("strongreject", "refusal")))) == ["refusal", "prefixes"]
+    assert list(telling_refusals(dict.fromkeys(("prefixes", "likelihood")))) == ["prefixes", "refusal"]
+    assert list(telling_refusals(dict.fromkeys(("likelihood", "endpoint")))) == ["endpoint", "refusal"]
+    three = dict.fromkeys(("endpoint", "xstest", "refusal"))
+    assert telling_refusals({"harmbench": None, **three}) == three
+    assert telling_refusals({"endpoint": None}) == {"endpoint": None}
 
 
 @pytest.mark.parametrize("name", ["strongreject", "llama-guard-3", "jailbreakbench"])

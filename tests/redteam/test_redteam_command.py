@@ -127,6 +127,38 @@ def test_attacks_on_the_answer(tiny_base: Path, files, tmp_path: Path, capsys) -
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*/*.json")}
 
 
+def test_a_record_of_other_options_is_not_overwritten(tiny_base: Path, files, tmp_path: Path, capsys) -> None:
+    """Of another judge, or of another file under the same name; the same options, spelt otherwise, are the same."""
+    out = tmp_path / "out"
+    files["options.yaml"].write_text("best_of_n: {n: 2}", encoding="utf-8")
+    plain = command(f"m={tiny_base}", files, "--attacks", "best_of_n", "--output", str(out))
+
+    def left() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.glob("*.*")}
+
+    assert main(plain) == 0
+    first = left()
+    assert "redteam-m-best_of_n.json" in first
+    assert main([*plain, "--judge", "prefixes"]) == 0
+    assert "redteam-m-best_of_n.json is of other options and stays as it is" in capsys.readouterr().out
+    second = left()
+    assert first == {name: second[name] for name in first}
+    assert len(second) == 2 * len(first)
+    (other,) = (name for name in second.keys() - first if name.endswith(".json"))
+    assert other[:-13] == "redteam-m-best_of_n-"
+    assert main([*plain, "--judge", "prefixes", "--batch_size", "1"]) == 0
+    assert left().keys() == second.keys()
+    renamed = files["benign.csv"].rename(tmp_path / "renamed.csv")
+    assert main([*plain, "--benign", str(renamed)]) == 0
+    assert left().keys() == second.keys()
+    renamed.write_text("\n".join(renamed.read_text().splitlines()[:-1]))
+    assert main([*plain, "--benign", str(renamed)]) == 0
+    assert len(list(out.glob("*.json"))) == 3
+    (out / "redteam-m-best_of_n.json").write_text("{")  # damaged: made again
+    assert main([*plain, "--benign", str(renamed)]) == 0
+    assert len(list(out.glob("*.json"))) == 3
+
+
 def test_balance_by_hand() -> None:
     """Refusing all and complying with all give 0; 2 * 0.5 * 1 / 1.5 = 2/3."""
     assert balance(0.0, 0.0) == 0.0
@@ -166,6 +198,16 @@ def test_bad_input_is_one_sentence(tiny_base: Path, files, capsys, more: list[st
     assert message in error
     assert "Traceback" not in error
     assert "hunter2" not in error
+
+
+@pytest.mark.parametrize("attack", ["prefill", "best_of_n"])
+def test_a_judge_that_reads_no_answer_is_refused_before_a_model_is_loaded(files, capsys, attack: str) -> None:
+    judge = ("--judge", "prefixes,likelihood", "--targets", str(files["targets.json"]))
+    assert main(command(Path("no/model"), files, "--attacks", f"direct,{attack}", *judge)) == 2
+    assert "judge likelihood reads no answer, so" in capsys.readouterr().err
+    files["options.yaml"].write_text("prefill: {tokens: 0}")  # which is the direct request
+    assert main(command(Path("no/model"), files, "--attacks", "prefill", *judge)) == 2
+    assert "no/model" in capsys.readouterr().err
 
 
 def test_a_wrong_option_of_an_attack_and_a_tokenizer_without_a_template(

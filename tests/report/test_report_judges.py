@@ -115,6 +115,20 @@ def test_models_are_compared_by_the_same_rules_only(tmp_path: Path) -> None:
         assert {row.cells["tuned"].reason for row in rows} == {reason}
 
 
+def test_a_record_by_other_judges_takes_the_place_of_the_whole_one(tmp_path: Path) -> None:
+    """What the second judge of the older one says would stand beside a first that it was not compared with."""
+    write(tmp_path / "1", "base", ONE, "refusal,prefixes")
+    alone = {**ONE, "judges": {"attacks": ["harmbench"], "benign": ["xstest"]}, "others": {}}
+    write(tmp_path / "2", "base", alone, "harmbench,xstest")
+    found = collect([tmp_path])
+    assert [o.judged for o in found.observations] == [("by harmbench",), ("by xstest",), ("by xstest",)]
+    assert len(found.replaced) == 3
+    assert found.replaced[0] == (
+        f"redteam Prefill of base: {tmp_path / '1' / 'base.json'} is older than {tmp_path / '2' / 'base.json'}, which "
+        "is shown"
+    )
+
+
 def test_a_record_of_one_judge_says_whose_it_is(tmp_path: Path) -> None:
     """Before there were several, prefixes judged refusals where the judge could not tell them."""
     alone = {name: of for name, of in ONE.items() if name not in ("judges", "others")}
@@ -172,10 +186,28 @@ def test_an_evaluation_has_its_judges_too(evaluation: Any, tmp_path: Path) -> No
 def test_agreement_in_words() -> None:
     entry = agreed([[3, 1], [2, 4]], 0.4)
     assert disagreements(entry) == 3
-    assert agreement_text(entry, "answers to GCG") == (
+    assert agreement_text(entry, "answers to GCG", harmful=True) == (
         "refusal and prefixes disagree on 3 of 10 answers to GCG (κ 0.40): the rate depends on the judge"
     )
     same = agreed([[10, 0], [0, 0]], float("nan"))
-    assert agreement_text(same, "answers") == "refusal and prefixes agree on all 10 answers (κ undefined)"
+    said = "refusal and prefixes agree on all 10 answers (κ undefined, as both gave one label only)"
+    assert agreement_text(same, "answers", harmful=False) == said
+    assert agreement_text(same, "answers", harmful=True) == f"{said}; neither looks for harm"
+    one = agreed([[1, 0], [0, 1]], 1.0, "harmbench")
+    assert agreement_text(one, "answers", harmful=True) == "harmbench and prefixes agree on all 2 answers (κ 1.00)"
+
+
+def test_agreement_on_one_answer_in_words() -> None:
+    same, other = agreed([[1, 0], [0, 0]], float("nan")), agreed([[0, 1], [0, 0]], 0.0)
+    assert agreement_text(same, "answers to GCG", harmful=False).startswith(
+        "refusal and prefixes agree on the only answer to GCG (κ undefined, "
+    )
+    assert agreement_text(other, "benign answers", harmful=False).startswith(
+        "refusal and prefixes disagree on the only benign answer (κ 0.00): "
+    )
+
+
+def test_a_range_of_kappas_in_words() -> None:
+    entry, same = agreed([[3, 1], [2, 4]], 0.4), agreed([[10, 0], [0, 0]], float("nan"))
     assert kappa_text(entry) == "κ 0.40"
     assert kappa_text(same, entry, agreed([[1, 0], [0, 1]], -0.5), entry) == "κ -0.50 to 0.40"

@@ -63,6 +63,35 @@ def test_a_run_whose_judge_repeats_the_key(
     assert (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("typed", [KEY, KEY.replace("-", "_"), ""])
+@pytest.mark.parametrize("command", ["asked", "unasked", "attacker", "over_refusal", "mt_bench"])
+def test_a_key_typed_in_place_of_its_variable(
+    typed: str, command: str, requests_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Refused before a model is loaded, and nowhere repeated: also one that could be the name of a variable."""
+    monkeypatch.chdir(tmp_path)
+    suite = tmp_path / "own.yaml"
+    suite.write_text("guards:\n  a: {kind: over_refusal, judge: endpoint}\n  b: {kind: mt_bench, folder: x}\n")
+    endpoint = ["--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "m"]
+    attacks = ["redteam", "no/model", "--behaviors", str(requests_folder / "behaviors.csv"), "--attacks", "direct"]
+    measures = ["evaluate", "no/model", "--suite", str(suite), *endpoint, "--only"]
+    arguments = {
+        "asked": [*attacks, *endpoint, "--judge", "endpoint", "--judge_key"],
+        "unasked": [*attacks, "--judge_key"],
+        "attacker": [*attacks, "--attacker_key"],
+        "over_refusal": [*measures, "a", "--judge_key"],
+        "mt_bench": [*measures, "b", "--judge_key"],
+    }[command]
+    before = everything(tmp_path)
+    assert main(["--debug", *arguments, typed]) == 2
+    shown = capfd.readouterr()
+    assert "pass the name of that" in shown.err
+    if typed:
+        assert "sentinel" not in shown.out + shown.err
+    assert everything(tmp_path) == before
+
+
 def test_help_does_not_read_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -317,14 +317,15 @@ def _show(console: Any, models: dict[str, str], suite: Suite, output: Path) -> N
         for place, key in enumerate(first):
             if place and entry.section != GUARDS and "agreement" not in first[key]:
                 continue
+            kind = key.split("_")[0]
             arrow = {"higher": " ↑", "lower": " ↓"}.get(first[key]["better"], "")
             unit = f", {first[key]['unit']}" if "unit" in first[key] else ""
             cells = [number(found[name][key]) if key in found.get(name, {}) else "-" for name in models]
             table.add_row(f"{first[key]['title']}{unit}{arrow}", *cells)
             said += [
-                f"{name}, {entry.name}: {agreement_text(of[key]['agreement'], 'answers')}"
+                f"{name}, {entry.name}: {agreement_text(of[key]['agreement'], 'answers', harmful=kind != 'refused')}"
                 for name, of in found.items()
-                if key.split("_")[0] != "helped" and "agreement" in of.get(key, {})
+                if kind != "helped" and "agreement" in of.get(key, {})
             ]
     console.print(table)
     for sentence in said:

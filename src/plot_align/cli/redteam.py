@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
-from plot_align.io import file_name, read_yaml
+from plot_align.io import digest, file_name, plain_json, read_yaml
 from plot_align.redteam.names import ATTACKS, DEFAULT_JUDGES, JUDGES, parse_judges, telling_refusals
 from plot_align.text import printable, terminal
 
@@ -24,6 +26,13 @@ if TYPE_CHECKING:
     from plot_align.redteam.behaviors import Behavior
     from plot_align.redteam.spent import Limit
     from plot_align.redteam.victim import Victim
+
+_FILES = ("behaviors", "benign", "targets", "options")  # a record has their digests
+# Options that decide no number of a record, or that other files of the folder hold to one value.
+_DECIDE_NOTHING = (
+    *_FILES, "model", "compare", "output", "batch_size", "device", "dtype", "trust_remote_code", "inspect_logs",
+    "attacker_key", "judge_key",
+)  # fmt: skip
 
 
 def make_parser() -> Parser:
@@ -116,6 +125,11 @@ def _run(options: Any) -> int:
     options.snapshots = _steps(options.snapshots)
     attacks = _attacks(options)
     for attack in attacks:
+        if attack.on_answer and "likelihood" in parse_judges(options.judge):
+            raise InputError(
+                f"judge likelihood reads no answer, so {attack.title} would be a direct request to it; name another "
+                "judge, or leave that attack out"
+            )
         if attack.needs_target and not (options.transfer_from and attack.white_box):
             require_targets(harmful, targets, attack.name)
 
@@ -241,7 +255,11 @@ def _check_judges(options: Any) -> None:
 
 
 def _check_addresses(options: Any) -> None:
-    """Check that each endpoint is an address and that their package is installed."""
+    """Check endpoints, that their package is installed, and the variables of keys, which the record names."""
+    from plot_align.inference.endpoint import check_key_variable
+
+    for variable in (options.attacker_key, options.judge_key):  # also where nothing is asked
+        check_key_variable(variable)
     if any(_addresses(options).values()):
         require_packages("an endpoint", "openai", extra="redteam")
 
@@ -362,22 +380,29 @@ def _report(
             for what, entry in other["agreement"].items():
                 if what != "helped":  # nearly the same again
                     answers = "benign answers" if what == "refused" else f"answers to {what}"
-                    console.print(f"{model}: {agreement_text(entry, answers)}", soft_wrap=True)
+                    said = agreement_text(entry, answers, harmful=what != "refused")
+                    console.print(f"{model}: {said}", soft_wrap=True)
         for whose, of in (("", result), *((f" by {judge}", of) for judge, of in result["others"].items())):
             for what, entry in of["undecided"].items():
                 if entry["n"]:
+                    verdicts = "1 verdict" if entry["n"] == 1 else f"{entry['n']} verdicts"
                     console.print(
-                        f"{model}: {entry['n']} verdicts on {what} undecided{whose}, counted as no success: "
-                        f"{entry['first']}",
-                    )  # fmt: skip
+                        f"{model}: {verdicts} on {what} undecided{whose}, counted as no success: {entry['first']}"
+                    )
         for attack, failed in result["failed"].items():
             for behavior, reason in failed.items():
                 console.print(f"{model}, {attack}: {behavior} has no test case: {reason}")
-    _draw(measured, options.output, "-".join(measured) + _source(options))
+    config = {**vars(options), **_addresses(options), "rules": judge_rules()}
+    config["data"] = {name: digest(Path(config[name])) for name in _FILES if config[name] is not None}
+    name = file_name(f"redteam-{_what(measured, options)}")
+    apart = _apart(options.output / f"{name}.json", config)
+    if apart:
+        console.print(f"{name}.json is of other options and stays as it is", soft_wrap=True)
+    _draw(measured, options.output, "-".join(measured) + _source(options), apart)
     if skipped:
-        console.print(f"{len(skipped)} copyright rows were left out and are not counted")
+        console.print(f"copyright rows left out and not counted: {len(skipped)}")
     record = write_record(
-        options.output / f"{file_name(f'redteam-{_what(measured, options)}')}.json",
+        options.output / f"{name}{apart}.json",
         "redteam",
         {
             "rates": shown,
@@ -387,7 +412,7 @@ def _report(
             "identities": identities,
             "skipped": skipped,
         },
-        config={**vars(options), **_addresses(options), "rules": judge_rules()},
+        config=config,
         seed=options.seed,
     )
     console.print(f"record: {record}", soft_wrap=True)
@@ -403,10 +428,10 @@ def _addresses(options: Any) -> dict[str, str | None]:
     from plot_align.inference.endpoint import Endpoint
 
     given = {
-        "attacker_url": (options.attacker_url, options.attacker),
-        "judge_url": (options.judge_url, options.judge_model),
+        "attacker_url": (options.attacker_url, options.attacker, options.attacker_key),
+        "judge_url": (options.judge_url, options.judge_model, options.judge_key),
     }
-    return {name: Endpoint(url, model).label if url and model else None for name, (url, model) in given.items()}
+    return {name: Endpoint(*of).label if all(of) else None for name, of in given.items()}
 
 
 def _source(options: Any) -> str:
@@ -414,14 +439,28 @@ def _source(options: Any) -> str:
 
 
 def _what(measured: dict[str, dict[str, Any]], options: Any) -> str:
-    """Models, attacks and source of the cases, for file names: runs that differ in them must not overwrite each
-    other."""
+    """Models, attacks and source of the cases, for file names."""
     attacks = "-".join(name.strip() for name in options.attacks.split(","))
     return f"{'-'.join(measured)}-{attacks}{_source(options)}"
 
 
-def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
-    """Draw the curves of each attack that have two points."""
+def _apart(path: Path, config: dict[str, Any]) -> str:
+    """The end of a file's name that tells ``config`` from that of the record in ``path``: by another judge, say. Empty
+    where there is none, or one of the same options."""
+    from plot_align.records import read_record
+
+    deciding = plain_json({key: value for key, value in config.items() if key not in _DECIDE_NOTHING})
+    try:
+        there = read_record(path, "redteam")["config"]
+    except InputError:  # none, or a damaged one
+        return ""
+    if all(there.get(key) == value for key, value in deciding.items()):
+        return ""
+    return f"-{hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str, apart: str) -> None:
+    """Draw the curves of each attack that have two points. ``apart``: the end of the record's name."""
     from plot_align.redteam.curves import draw
     from plot_align.results import ATTACK_CURVES, BUDGET_CURVES
 
@@ -430,7 +469,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
             curves = {model: result[key][attack] for model, result in measured.items()}
             if all(len(curve) > 1 for curve in curves.values()):
                 for ending in ("png", "svg"):
-                    draw(curves, xlabel, output / f"{file_name(f'{attack}-{key}-{name}')}.{ending}")
+                    draw(curves, xlabel, output / f"{file_name(f'{attack}-{key}-{name}')}{apart}.{ending}")
     for key, xlabel in BUDGET_CURVES.items():
         for model, result in measured.items():
             if sum(map(len, result[key].values())) > 1:
@@ -438,7 +477,7 @@ def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str) -> None:
                     draw(
                         result[key],
                         xlabel,
-                        output / f"{file_name('-'.join(result[key]) + f'-{key}-{model}')}.{ending}",
+                        output / f"{file_name('-'.join(result[key]) + f'-{key}-{model}')}{apart}.{ending}",
                         budget=True,
                     )
 

@@ -21,7 +21,7 @@ from typing import Any
 from plot_align.errors import InputError, did_you_mean
 from plot_align.evaluation import data
 from plot_align.evaluation.subject import Found, Subject, require_count
-from plot_align.inference.endpoint import Endpoint
+from plot_align.inference.endpoint import Endpoint, check_key_variable
 from plot_align.redteam import (
     ATTACKS,
     DEFAULT_JUDGES,
@@ -75,8 +75,9 @@ class _Judged:
     def check(self) -> None:
         for name in self.judges():
             require_judge(name, url=self.judge_url, model=self.judge_model)
+        check_key_variable(self.judge_key)
         if self.judge_url is not None and self.judge_model is not None:
-            Endpoint(self.judge_url, self.judge_model)  # refuses what is no address
+            Endpoint(self.judge_url, self.judge_model, self.judge_key)  # refuses what is no address
         require_count("max_new_tokens", self.max_new_tokens)
         require_count("limit", self.limit)
 
@@ -92,7 +93,7 @@ class _Judged:
         rules = {name: digest for name, digest in judge_rules().items() if name in self.judges()}
         plain = {**vars(self), "rules": rules}
         if self.judge_url is not None and self.judge_model is not None:
-            plain["judge_url"] = Endpoint(self.judge_url, self.judge_model).label
+            plain["judge_url"] = Endpoint(self.judge_url, self.judge_model, self.judge_key).label
         return plain
 
     def make_judges(self) -> dict[str, Judge]:
@@ -147,7 +148,7 @@ class OverRefusal(_Judged):
         return found.rows[: self.limit], found.taken
 
     def judges(self) -> dict[str, str | None]:
-        """Those that tell refusals; the defaults where none of the given ones does."""
+        """Those that tell refusals, as :func:`plot_align.redteam.telling_refusals` fills them up."""
         return telling_refusals(super().judges())
 
     def run(self, subject: Subject) -> Found:

@@ -10,6 +10,7 @@ message repeats the key.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from plot_align.text import sendable
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
 
+DEFAULT_KEY = "OPENAI_API_KEY"
 NO_KEY = "none"  # sent to a local server that needs no key
 _PASSING = {408, 409, 429}
 LARGEST = 16 * 2**20  # bytes of a response
@@ -64,21 +66,21 @@ class Endpoint:
         base_url: up to and without ``/chat/completions``.
         model: the model's name as the server knows it.
         key_variable: the environment variable that holds the key. The key comes only from there and is never written
-            or shown. If the variable is unset or empty, ``"none"`` is sent: many local servers need no key, and the
-            others answer 401.
+            or shown. If the default variable is unset or empty, ``"none"`` is sent: many local servers need no key,
+            and the others answer 401.
         timeout: seconds without a sign of life until a request counts as failed. A whole response has five times as
             long, however it drips.
         retries: how often the client tries again. Its waits double from 0.5 s up to 8 s; it respects a ``Retry-After``
             of up to two minutes.
 
     Raises:
-        InputError: an argument is out of range, the key cannot be sent, or the package ``openai`` is missing (on first
-            use).
+        InputError: an argument is out of range, the key cannot be sent, ``key_variable`` is not set
+            (:func:`check_key_variable`), or the package ``openai`` is missing (on first use).
     """
 
     base_url: str = field(repr=False)  # it may hold a password
     model: str
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: str = DEFAULT_KEY
     timeout: float = 60.0
     retries: int = 8  # 40 s of waiting
     usage: Usage = field(default_factory=Usage, init=False)
@@ -96,6 +98,7 @@ class Endpoint:
             raise InputError(f"timeout is {self.timeout}, but must be above zero seconds: pass a longer one.")
         if self.retries < 0:
             raise InputError(f"retries is {self.retries}, but cannot be negative: pass 0 or more.")
+        check_key_variable(self.key_variable)
         key = self._key()
         if not (key.isascii() and key.isprintable()):  # the client would quote it in an error
             raise InputError(
@@ -203,7 +206,7 @@ class Endpoint:
         tries = 1 + int(error.request.headers.get("x-stainless-retry-count", self.retries))
         return EndpointError(
             f"{self.label} gave no usable answer in {tries} {'try' if tries == 1 else 'tries'}, the last was "
-            f"{self._redacted(what)}; check the server, or raise retries or timeout"
+            f"{self._redacted(what)}; check the server, then run the same again"
         )
 
     def _key(self) -> str:
@@ -225,6 +228,27 @@ class Endpoint:
             404: "check base_url (it mostly ends in /v1) and model",
         }.get(status, "change what the server complains of" if status >= 400 else "name the address it redirects to")
         return f"{self.label} refused with status {status} ({self._redacted(message)}); {advice}"
+
+
+def check_key_variable(name: str) -> None:
+    """Check that ``name`` is an environment variable that is set; the default one need not be.
+
+    Only such a name may be shown or written: another one may be the key itself, typed where the name belongs.
+
+    Raises:
+        InputError: it is not; the message does not quote it.
+    """
+    hidden = "what came is not shown, as it may be the key itself"
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise InputError(
+            f"the name of the key's environment variable has other characters than letters, digits and _ ({hidden}): "
+            "put the key into a variable, and pass the name of that."
+        )
+    if name != DEFAULT_KEY and not os.environ.get(name, "").strip():
+        raise InputError(
+            f"the environment variable that should hold the key is not set ({hidden}): put the key into a variable, "
+            "and pass the name of that; leave the option out for a server that needs no key."
+        )
 
 
 def _is_address(url: str) -> bool:

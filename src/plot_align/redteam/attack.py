@@ -141,6 +141,11 @@ class Attack(Protocol):
         return self.name
 
     @property
+    def on_answer(self) -> bool:
+        """Whether it changes how the model answers, and not what it is asked."""
+        return False
+
+    @property
     def by_tokens(self) -> Mapping[int, Attack]:
         """For the curve: number of given answer tokens → the same attack with that many, itself included."""
         return {}

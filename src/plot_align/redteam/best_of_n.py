@@ -54,6 +54,10 @@ class BestOfN(Attack):
         return f"{self.name} (any of {self.n})"
 
     @property
+    def on_answer(self) -> bool:
+        return True
+
+    @property
     def identity(self) -> dict[str, Any]:
         return {"temperature": self.temperature}  # not n: existing answers are the first of any larger number
 

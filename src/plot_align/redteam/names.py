@@ -41,6 +41,9 @@ def parse_judges(text: str, known: tuple[str, ...] = JUDGES) -> dict[str, str | 
 
 
 def telling_refusals(judges: dict[str, str | None]) -> dict[str, str | None]:
-    """Those of ``judges`` that tell refusals of benign requests; without any, the defaults that do."""
+    """Those of ``judges`` that tell refusals of benign requests; where one does not, filled up to two by defaults."""
     telling = {name: checkpoint for name, checkpoint in judges.items() if name in TELL_REFUSALS}
-    return telling or dict.fromkeys(name for name in DEFAULT_JUDGES if name in TELL_REFUSALS)
+    if len(telling) == len(judges):
+        return telling
+    others = [name for name in DEFAULT_JUDGES if name not in telling]
+    return telling | dict.fromkeys(others[: max(2 - len(telling), 0)])

@@ -51,6 +51,10 @@ class Prefill(Attack):
         return f"{self.name} ({self.tokens} token{'' if self.tokens == 1 else 's'})"
 
     @property
+    def on_answer(self) -> bool:
+        return self.tokens > 0
+
+    @property
     def by_tokens(self) -> Mapping[int, Attack]:
         """At 0, at the powers of two below ``tokens``, and at ``tokens``."""
         powers = {1 << i for i in range(self.tokens.bit_length())}

@@ -129,7 +129,7 @@ def _is_attacked(layout: Layout, request: Request) -> bool:
 def _write_attacked(layout: Layout, request: Request, result: Attacked) -> None:
     folder = layout.behavior_folder(request.behavior.id)
     log = {"losses": result.losses, "trace": result.trace, "snapshots": result.snapshots}
-    write_json(folder / "request.json", _request_json(request))
+    write_sealed_json(folder / "request.json", _request_json(request))
     write_sealed_json(folder / "logs.json", log)
     by_step = {step: [cost.plain for cost in costs] for step, costs in result.spent_by_step.items()}
     write_sealed_json(folder / "spent.json", {"cases": [cost.plain for cost in result.spent], "by_step": by_step})

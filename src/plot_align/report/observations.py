@@ -108,7 +108,7 @@ class Collected:
 
     Attributes:
         records: those shown, in the order of the paths; within a folder oldest first, then by path.
-        observations: the newest of each model and quantity.
+        observations: of each model and measure those of the newest record.
         not_shown: records of kinds that the report does not show.
         left_out: one sentence per bad record.
         replaced: one sentence per measure that was measured again.
@@ -162,16 +162,20 @@ def collect(paths: Sequence[str | os.PathLike[str]], *, skip_bad: bool = False) 
         given = ", ".join(map(str, paths)) or "nothing"
         reason = f"; {found.left_out[0]}" if found.left_out else ", expected one or more; name what a command wrote"
         raise InputError(f"{given} holds no record that a report shows{reason}")
-    newest: dict[tuple[str, ...], Observation] = {}
+    observations: dict[tuple[str, ...], list[Observation]] = {}
     for observation in (o for record in found.records for o in _observations(record)):
-        key = (observation.model, *observation.key)
-        old, new = sorted((newest.get(key, observation), observation), key=lambda o: o.record.at)
-        if old is not new and observation.score:
-            found.replaced.append(
-                f"{old.measure} of {old.model}: {old.record.name} is older than {new.record.name}, which is shown"
-            )
-        newest[key] = new
-    found.observations = list(newest.values())
+        place = (observation.model, observation.section, observation.measure)
+        observations.setdefault(place, []).append(observation)
+    for of in observations.values():
+        # All or none of a record's: what two judges of one record say must not stand beside what a third one says.
+        records = list({o.record.name: o.record for o in of}.values())
+        newest = max(reversed(records), key=lambda record: record.at)
+        found.replaced += [
+            f"{of[0].measure} of {of[0].model}: {record.name} is older than {newest.name}, which is shown"
+            for record in records
+            if record is not newest
+        ]
+        found.observations += [o for o in of if o.record is newest]
     found.references = [
         str(record.config["reference"]["name"])
         for record in found.of_kind(EVALUATION)
