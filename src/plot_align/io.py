@@ -21,7 +21,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from plot_align.errors import InputError, did_you_mean
 
 DEEPEST = 64  # levels of a JSON or YAML file; ours have fewer than ten
-_MOST_VALUES = 100_000  # of a YAML file
+_MOST_VALUES = 20_000  # of a YAML file
 _MOST_DIFFERENCES = 3  # named in an error
 _LONGEST_VALUES = 100  # characters of two values in an error
 
