@@ -13,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK ?=
 # A worker that crashes ends the run: the others would wait for it for ever. A test that hangs fails.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 --timeout 1200
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 --timeout 1200 --timeout-method thread
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test test-slow soak compat plugins check docs dist install clean
