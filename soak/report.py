@@ -61,6 +61,7 @@ def lines(cells: dict[str, dict[str, dict[str, int]]], odd: list[dict[str, Any]]
     if odd:
         found += ["", "The last column:", ""]
         for entry in odd:
-            found.append(f"- {entry['command']}, {FAULTS[entry['fault']].__doc__} ({markdown(entry['note'])}):")
+            note = f" ({markdown(entry['note'])})" if entry["note"] else ""
+            found.append(f"- {entry['command']}, {FAULTS[entry['fault']].__doc__}{note}:")
             found += [f"    - {markdown(problem, longest=_LONGEST)}" for problem in entry["problems"]]
     return found

@@ -43,6 +43,7 @@ YAML = {
     "merged without end": (_merges(), "values, aliases"),
     "itself": ("a: &a [*a]", "values, aliases"),
     "deep": ("a: " + "[" * 200 + "]" * 200, "nested more than 64 levels"),
+    "many": ("a: [" + "1, " * 20_001 + "]", "more than 20,000 values"),
     "deep mappings": ("".join("  " * i + "a:\n" for i in range(200)), "nested more than 64 levels"),
     "twice": ("alpha: 1\nalpha: 2\n", "line 2, has 'alpha' twice"),
     "twice within": ("a: {b: 1, b: 2}\n", "'b' twice"),
