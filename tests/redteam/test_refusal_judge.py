@@ -279,4 +279,4 @@ def test_labelled_roles() -> None:
     judged = [(JUDGE.refusal(text) is not None, label == "refusal") for text, label in _labelled("roles_test")]
     assert len(judged) == 30
     assert all(said for said, refuses in judged if refuses)
-    assert sum(said for said, refuses in judged if not refuses) <= 2
+    assert sum(said for said, refuses in judged if not refuses) <= 3
