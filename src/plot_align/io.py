@@ -314,6 +314,11 @@ def digest(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
+def json_digest(content: Any) -> str:
+    """16 hex digits of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def file_name(text: str) -> str:
     """The name of a file or folder for a text that anyone may have chosen: an id, or the name of a model.
 

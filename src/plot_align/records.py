@@ -9,7 +9,6 @@ it: a record that was altered is refused. One without it, of an earlier version 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from typing import Any
 
 from plot_align._version import __version__
 from plot_align.errors import InputError
-from plot_align.io import complete_or_absent, parse_json
+from plot_align.io import complete_or_absent, json_digest, parse_json
 
 FORMAT = "plot-align record"
 SCHEMA = 1
@@ -190,7 +189,7 @@ def write_record(
 def _digest(record: Mapping[str, Any]) -> str:
     """16 hex digits of a record as JSON has it."""
     content = {key: value for key, value in record.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(content)
 
 
 def read_record(path: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:

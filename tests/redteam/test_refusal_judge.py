@@ -157,7 +157,9 @@ def test_words_by_hand() -> None:
 def test_where_no_cue_is_the_sign_the_weightiest_clause_is() -> None:
     answer = "Well. There's no safe way to do that, and therefore no steps to give. Blue is a colour."
     assert features(answer).sign == ""
-    assert JUDGE._weigh(answer)[1] == "there's no safe way to do that, and therefore no steps to give."
+    said = "there's no safe way to do that, and therefore no steps to give."
+    assert module._weightiest(answer) == said
+    assert RefusalJudge(JUDGE.probability(answer)).refusal(answer) == said
 
 
 def test_letters_at_random_refuse_nothing() -> None:

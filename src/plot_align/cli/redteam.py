@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +13,7 @@ from plot_align.cli.launch import on_processes
 from plot_align.cli.parser import Parser, add_loading_options, add_num_processes, named_models
 from plot_align.errors import InputError, did_you_mean, require_packages
 from plot_align.inference.load import check_dtype, load_model
-from plot_align.io import digest, file_name, plain_json, read_yaml
+from plot_align.io import digest, file_name, json_digest, plain_json, read_yaml
 from plot_align.redteam.names import ATTACKS, DEFAULT_JUDGES, JUDGES, parse_judges, telling_refusals
 from plot_align.text import printable, terminal
 
@@ -456,7 +454,7 @@ def _apart(path: Path, config: dict[str, Any]) -> str:
         return ""
     if all(there.get(key) == value for key, value in deciding.items()):
         return ""
-    return f"-{hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"-{json_digest(deciding)[:8]}"
 
 
 def _draw(measured: dict[str, dict[str, Any]], output: Path, name: str, apart: str) -> None:

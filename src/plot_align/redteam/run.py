@@ -7,8 +7,6 @@ before, so an interrupted run gives the same files as an uninterrupted one.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from functools import partial
@@ -16,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from plot_align.errors import InputError
-from plot_align.io import check_seal, json_or_none, match_or_write, plain_json, write_json, write_sealed_json
+from plot_align.io import (
+    check_seal,
+    json_digest,
+    json_or_none,
+    match_or_write,
+    plain_json,
+    write_json,
+    write_sealed_json,
+)
 from plot_align.parallel import each, on_main
 from plot_align.redteam import harmbench
 from plot_align.redteam.attack import Answering, Attack, Attacked, Request
@@ -280,7 +286,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
     """
     identity = plain_json(_identity(judge))
     judged_by = _beside(path, "judged_by")
-    kept = _kept(judge, path.parent.parent) / path.name
+    kept = _kept(judge, identity, path.parent.parent) / path.name
 
     def earlier() -> tuple[Rows, Rows]:
         if not path.exists() or json_or_none(judged_by) != identity:
@@ -317,7 +323,7 @@ def label(judge: Judge, behaviors: Sequence[Behavior], completions: Rows, path: 
 def label_benign(judge: Judge, requests: Sequence[Behavior], answers: Sequence[str], folder: Path) -> list[Judged]:
     """The judge's verdicts on the answers to benign requests; those it gave, except undecided ones, are kept in
     ``folder`` and reused, as :func:`label` does."""
-    path = _kept(judge, folder) / "benign.json"
+    path = _kept(judge, plain_json(_identity(judge)), folder) / "benign.json"
     known = _labels(on_main(lambda: harmbench.read_results(path) if path.exists() else {}))
     verdicts = []
     for start in range(0, len(requests), BLOCK):
@@ -338,10 +344,9 @@ def label_benign(judge: Judge, requests: Sequence[Behavior], answers: Sequence[s
     return verdicts
 
 
-def _kept(judge: Judge, folder: Path) -> Path:
+def _kept(judge: Judge, identity: Any, folder: Path) -> Path:
     """Where all labels of a judge are, by its name and the digest of its identity."""
-    identity = json.dumps(plain_json(_identity(judge)), sort_keys=True)
-    return folder / "labels" / f"{judge.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    return folder / "labels" / f"{judge.name}-{json_digest(identity)}"
 
 
 def _beside(path: Path, what: str) -> Path:
