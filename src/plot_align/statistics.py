@@ -94,6 +94,7 @@ def mean(
             f"mean: values up to {np.abs(found).max():.3g} with weights up to {heavy.max():.3g}, whose sum a float "
             "cannot hold; scale them"
         )
+    heavy = np.ldexp(heavy, -math.frexp(float(heavy.max()))[1])  # exact; products of tiny weights would underflow
     middle = _within(float((heavy * found).sum() / heavy.sum()), float(found.min()), float(found.max()))
     return measure(middle, len(found), interval=_interval(found, heavy, bounds, seed), unit=unit)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plot_align.doctor.data import examine
@@ -30,6 +30,7 @@ from plot_align.statistics import holm, mean, paired_difference, proportion
     st.lists(st.floats(-1e138, 1e138, allow_subnormal=True), min_size=1, max_size=12),
     st.sampled_from([1e-300, 1e-9, 1.0, 1e9]),
 )
+@example([0.0, 1.7389578811211965e-34], 1e-300)
 def test_a_mean_is_the_exact_one(values: list[float], weight: float) -> None:
     """Against fractions; the interval holds finite values and lies within the values."""
     weights = [weight * (1 + i % 3) for i in range(len(values))]
