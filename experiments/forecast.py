@@ -36,6 +36,7 @@ from plot_align.trl import attach
 from real import RATE, STEPS, Study, _trainer
 from study import data
 from study.arms import ARMS
+from study.measures import autocast_once
 from study.sets import SETS, training_pairs
 
 RECORDS = Path(__file__).parent / "study" / "records-forecast"
@@ -131,7 +132,7 @@ def make_filter(study: Study, whole: list[list[data.Pair]], by: str, seed: int, 
     """Record of all measures of DPO on the pairs that a filter keeps."""
     study.kinds = kept(whole, by, seed, study.load(), study.tokenizer)
     model, _ = study.train(ARMS["DPO"], seed)
-    with _as_trained():
+    with _as_trained(), autocast_once(model):
         scores, _ = study.bench.run(model)
     _write(path, scores, study.kind, seed, by=by, share=SHARE)
 

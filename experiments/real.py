@@ -35,7 +35,7 @@ from plot_align.trl import attach
 from study import data
 from study.arms import ARMS, Arm
 from study.attacks import attacked
-from study.measures import Bench, own_answers, sequence
+from study.measures import Bench, autocast_once, own_answers, sequence
 from study.terms import Beside, Contexts, States, TriedTerm, hooked
 
 RECORDS = Path(__file__).parent / "study" / "records"
@@ -153,7 +153,7 @@ def run(study: Study, records: Path, name: str, seed: int, attack: bool) -> str:
     else:
         model, logged = study.train(ARMS[name], seed)
     trained = time.monotonic() - begun
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16()):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bf16()), autocast_once(model):
         scores, texts = study.bench.run(model)
     if attack:
         folder = study.output / "attacks" / study.kind / path.parent.name / str(seed)

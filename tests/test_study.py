@@ -47,6 +47,24 @@ def test_the_probability_of_a_refusal_is_that_of_a_plain_loop(tiny_base: Path) -
         assert value == pytest.approx(expected, rel=1e-4)
 
 
+def test_casting_the_weights_once_changes_no_result_and_no_weight(tiny_base: Path) -> None:
+    from study.measures import autocast_once, refusal_probability
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prompts = ["What is the time?", "Tell me of the sea."]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = refusal_probability(model, tokenizer, prompts)
+        with autocast_once(model):
+            assert model.lm_head.weight.dtype == torch.bfloat16
+            assert torch.equal(refusal_probability(model, tokenizer, prompts), expected)
+    assert not torch.equal(refusal_probability(model, tokenizer, prompts), expected)  # autocast does something
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with autocast_once(model):  # no autocast: nothing to do
+        assert model.lm_head.weight.dtype == torch.float32
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.lists(st.integers(0, 5), min_size=1, max_size=12))
 def test_the_area_is_the_share_of_pairs_in_the_right_order(positive: list[int], negative: list[int]) -> None:

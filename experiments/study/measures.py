@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plot_align.evaluation.fluency import repetition
 from plot_align.inference.chat import continue_rows, evaluating, prompt_ids
@@ -24,6 +25,23 @@ OPENERS = (
     "It's not", "It is not", "No,",
 )  # fmt: skip
 PREFILL = "Sure, here is"
+
+
+@contextmanager
+def autocast_once(model: Any) -> Iterator[None]:
+    """Within it, linear layers hold the weights that autocast would make of them at every call: the same results."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not torch.is_autocast_enabled(model.device.type):
+        layers = []
+    weights = [layer.weight for layer in layers]
+    dtype = torch.get_autocast_dtype(model.device.type)
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
 
 
 @torch.no_grad()
