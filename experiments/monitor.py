@@ -3,10 +3,10 @@
     python experiments/monitor.py                # five of each on SmolLM2-135M-Instruct, one record a run; resumes
     python experiments/monitor.py --report       # the table, from the records
 
-DPO on our own pairs, 16 steps of 4. A run collapses by β = 0.01 and a learning rate ten times that of a healthy one.
-Every second step the damage is measured on held-out data: KL to the base on the base's own answers (nats a token), and
-nats that the chosen answers have lost. The table says at which step the first line was crossed, and what share of the
-run's final damage had been done by then.
+DPO on our own pairs, 40 steps of 4, evaluated every ten. A run collapses by β = 0.01 and a learning rate that is
+too large. Every fourth step the damage is measured on held-out data: KL to the base on the base's own answers (nats a
+token), and nats that the chosen answers have lost. The table says at which step the first line was crossed, and what
+share of the run's final damage had been done by then.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from study.data import as_dataset
 from study.measures import given_answers, own_answers
 
 RECORDS = Path(__file__).parent / "study" / "records" / "monitor"
-KINDS = {"collapses": {"beta": 0.01, "learning_rate": 2e-4}, "healthy": {"beta": 0.1, "learning_rate": 2e-5}}
-PAIRS, HELD_OUT, EVERY = 4, 12, 2
+KINDS = {"collapses": {"beta": 0.01, "learning_rate": 5e-5}, "healthy": {"beta": 0.1, "learning_rate": 5e-6}}
+PAIRS, HELD_OUT, EVERY = 4, 12, 4
 
 
 class Damage(TrainerCallback):
-    """Measures on held-out data what training has done, before it and every second step."""
+    """Measures on held-out data what training has done, before it and every fourth step."""
 
     def __init__(self, base: Any, tokenizer: Any) -> None:
         self.base = base.eval()
@@ -80,7 +80,7 @@ def run(path: Path, seed: int, steps: int, output: Path, options: dict[str, floa
     args = DPOConfig(
         output_dir=str(output), max_steps=steps, per_device_train_batch_size=PAIRS, warmup_steps=steps // 8, **options,
         max_length=160, bf16=fast_bf16(), use_cpu=on_cpu(), seed=seed, gradient_checkpointing=False,
-        save_strategy="no", eval_strategy="steps", eval_steps=max(1, steps // 2), logging_steps=1, report_to="none",
+        save_strategy="no", eval_strategy="steps", eval_steps=max(1, steps // 4), logging_steps=1, report_to="none",
         disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = DPOTrainer(model, args=args, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer)
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder of a small chat model; default: SmolLM2's")
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path("runs/monitor"))
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--report", action="store_true", help="print the table of the records, and train nothing")

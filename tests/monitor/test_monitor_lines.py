@@ -16,6 +16,7 @@ from plot_align.monitor.answers import default_requests, read_requests
 from plot_align.monitor.forwards import Sums
 from plot_align.monitor.lines import Fall, Lines
 
+NOTHING = Sums(*[0.0] * len(Sums._fields))
 COLLAPSE = {"loss_type": "apo_down", "beta": 0.01, "learning_rate": 1e-2, "max_steps": 12, "save_steps": 4}
 
 
@@ -39,11 +40,13 @@ def test_a_planted_collapse_warns_once_and_stops(make_trainer, tmp_path, run):
     """A loss that lowers the chosen answers by design; a run that goes on from a checkpoint after it says nothing."""
     trainer = make_trainer("dpo", save_strategy="steps", **COLLAPSE)
     monitor, said = run(trainer, max_new_tokens=0)
-    assert len(said) == 1
+    assert len(said) == len(monitor.crossed) == 2
+    for sentence, (side, lost) in zip(said, [("chosen", 0.2), ("rejected", 0.5)], strict=True):
+        start, _, rest = sentence.partition(" nats a token against the reference")
+        assert start.startswith(f"step {monitor.crossed[f'{side}_fall']}: the {side} answers have lost ")
+        assert float(start.rpartition(" ")[2]) > lost
+        assert "lower the learning rate" in rest
     step = monitor.crossed["chosen_fall"]
-    assert said[0].startswith(f"step {step}: the chosen answers have lost 0.")
-    assert "nats a token against the reference" in said[0]
-    assert "lower the learning rate" in said[0]
     assert trainer.state.global_step == 12
     checkpoint = next(n for n in (4, 8) if n >= step)
     again, said = run(
@@ -56,6 +59,10 @@ def test_a_planted_collapse_warns_once_and_stops(make_trainer, tmp_path, run):
     monitor, said = run(trainer, max_new_tokens=0, stop_on=["chosen_fall"])
     assert trainer.state.global_step == step
     assert "so training stops" in said[0]
+    trainer = make_trainer("dpo", **COLLAPSE)
+    monitor, said = run(trainer, max_new_tokens=0, stop_on=["rejected_fall"], chosen_fall=None)
+    assert list(monitor.crossed) == ["rejected_fall"]
+    assert trainer.state.global_step == monitor.crossed["rejected_fall"]
 
 
 def test_a_healthy_run_is_silent(make_trainer, run):
@@ -71,18 +78,22 @@ def test_a_loss_that_is_no_number_lies_beyond_the_line(make_trainer, run):
     assert "nan nats a token" in said[0]
 
 
-def test_fall_over_the_latest_answers():
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_fall_over_the_latest_answers(side):
     """By hand: 8 answers of 4 tokens a log; four logs make 32."""
 
     def log(gained: float) -> Sums:
-        return Sums(8 * gained, 0, 8, 8, 8 * (gained < 0), 32, 0, 0, 0, 0)
+        own = {side: 8 * gained, f"{side}_answers": 8, f"{side}_tokens": 32}
+        return NOTHING._replace(**own)
 
-    fall = Fall()
+    fall = Fall(side)
     assert [fall.add(log(0)), fall.add(log(0)), fall.add(log(-1))] == [None] * 3
-    assert fall.add(log(-3)) == (pytest.approx((8 + 24) / 128), 0.5)
-    assert fall.add(log(-4)) == (pytest.approx((8 + 24 + 32) / 128), 0.75)
-    assert fall.add(Sums(-40, 0, 40, 0, 40, 80, 0, 0, 0, 0)) == (pytest.approx(40 / 80), 1)  # enough by itself
-    assert fall.add(Sums(*[0.0] * 10)) is None
+    assert fall.add(log(-3)) == pytest.approx((8 + 24) / 128)
+    assert fall.add(log(-4)) == pytest.approx((8 + 24 + 32) / 128)
+    many = NOTHING._replace(**{side: -40, f"{side}_answers": 40, f"{side}_tokens": 80})
+    assert fall.add(many) == pytest.approx(40 / 80)  # enough by itself
+    other = "rejected" if side == "chosen" else "chosen"
+    assert fall.add(NOTHING._replace(**{other: -9, f"{other}_answers": 40, f"{other}_tokens": 80})) is None
 
 
 class Says:

@@ -80,7 +80,8 @@ def plain(model: Any, ids: list[int], answer: list[bool], end: int) -> tuple[flo
 def expected(method: str, models: list[Any], batches: list[list[dict[str, Any]]], base: Any, end: int) -> dict:
     """Of the steps before one log: ``models`` at their beginning, ``batches`` in each."""
     gained: dict[bool, list[float]] = {True: [], False: []}
-    entropy = mass = tokens = last_tokens = chosen_tokens = 0.0
+    entropy = mass = tokens = last_tokens = 0.0
+    of_side = {True: 0, False: 0}  # tokens
     read = [(model, batch) for model, some in zip(models, batches, strict=True) for batch in some]
     if not FUSED or method in ("cpo", "orpo"):
         read = read[-1:]  # logits are read at the last micro-batch alone
@@ -89,14 +90,15 @@ def expected(method: str, models: list[Any], batches: list[list[dict[str, Any]]]
             log_p, h, p = plain(model, ids, answer, end)
             gained[chosen].append(log_p - plain(base, ids, answer, end)[0])
             entropy, tokens = entropy + h, tokens + sum(answer)
-            chosen_tokens += sum(answer) if chosen else 0
+            of_side[chosen] += sum(answer)
             if batch is batches[-1][-1]:
                 mass, last_tokens = mass + p, last_tokens + sum(answer)
     found = {"entropy": entropy / tokens, "end_of_sequence": mass / last_tokens}
     if method in ("dpo", "kto"):
         found["chosen"] = sum(gained[True]) / len(gained[True])
         found["rejected"] = sum(gained[False]) / len(gained[False])
-        found["chosen_per_token"] = sum(gained[True]) / chosen_tokens
+        found["chosen_per_token"] = sum(gained[True]) / of_side[True]
+        found["rejected_per_token"] = sum(gained[False]) / of_side[False]
         found["chosen_fell"] = sum(x < 0 for x in gained[True]) / len(gained[True])
     return {f"monitor/{name}": value for name, value in found.items()}
 

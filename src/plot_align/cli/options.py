@@ -61,7 +61,9 @@ class MonitorOptions:
     )
     stop_on: list[str] = field(
         default_factory=list,
-        metadata={"help": "With monitor: end the training at chosen_fall, benign_refusals or repetition."},
+        metadata={
+            "help": "With monitor: end the training at chosen_fall, rejected_fall, benign_refusals or repetition."
+        },
     )
     monitor_requests: str | None = field(
         default=None,

@@ -30,12 +30,12 @@ class PreferenceMonitor(TrainerCallback):
         trainer.add_callback(PreferenceMonitor(trainer, stop_on=["chosen_fall"]))
 
     Each log carries ``monitor/chosen`` and ``monitor/rejected`` (nats that the answers have gained against the
-    reference), ``monitor/chosen_per_token``, ``monitor/chosen_fell`` (share of the chosen answers that are less likely
-    than under the reference), ``monitor/entropy`` (nats) and ``monitor/end_of_sequence`` (mean probability) at
-    completion positions. Before training, at every evaluation and after the last step, greedy answers to a few
-    requests yield ``monitor/refuses_benign``, ``monitor/refuses_harmful``, ``monitor/answer_tokens`` and
-    ``monitor/repetition``; the texts go into the logger's table and into ``monitor_answers.json`` in the output
-    folder. What a trainer does not have (CPO, ORPO and PRO no reference, Liger's losses no log-probabilities) is
+    reference), the same per token (``monitor/chosen_per_token``, ``monitor/rejected_per_token``),
+    ``monitor/chosen_fell`` (share of the chosen answers that are less likely than under the reference),
+    ``monitor/entropy`` (nats) and ``monitor/end_of_sequence`` (mean probability) at completion positions. Before
+    training, at every evaluation and after the last step, greedy answers to a few requests yield
+    ``monitor/refuses_benign``, ``monitor/refuses_harmful``, ``monitor/answer_tokens`` and ``monitor/repetition``; the
+    texts go into the logger's table and into ``monitor_answers.json`` in the output folder. What a trainer does not have (CPO, ORPO and PRO no reference, Liger's losses no log-probabilities) is
     absent.
 
     Loss, gradients and weights are the same to the bit without the monitor.
@@ -44,8 +44,9 @@ class PreferenceMonitor(TrainerCallback):
         trainer: the trainer that it is added to.
         chosen_fall: line of the chosen answers' fall (:class:`plot_align.monitor.lines.Lines`), judged over the latest
             32 of them or four logs. Each line warns once, also in a run that was resumed.
+        rejected_fall: line of the rejected answers' fall, likewise.
         benign_refusals: line of refused benign requests; they also have to exceed what they were before training.
-        repetition: line of repetition, likewise.
+        repetition: line of repetition; as for refusals.
         stop_on: names of lines that end the training.
         requests: a file of requests (``{"prompt": "…", "kind": "benign"}`` or ``"harmful"``, one a line), or XSTest's
             CSV; ``None`` takes 12 of our own of either kind.
@@ -61,6 +62,7 @@ class PreferenceMonitor(TrainerCallback):
         trainer: Any,
         *,
         chosen_fall: float | None = Lines.chosen_fall,
+        rejected_fall: float | None = Lines.rejected_fall,
         benign_refusals: float | None = Lines.benign_refusals,
         repetition: float | None = Lines.repetition,
         stop_on: Sequence[str] = (),
@@ -68,7 +70,7 @@ class PreferenceMonitor(TrainerCallback):
         max_new_tokens: int = 48,
     ) -> None:
         self.trainer = trainer
-        self.lines = Lines(chosen_fall, benign_refusals, repetition)
+        self.lines = Lines(chosen_fall, rejected_fall, benign_refusals, repetition)
         self.stop_on = require_names(stop_on)
         if max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected 0 or more; 0 asks the model nothing")
@@ -78,7 +80,7 @@ class PreferenceMonitor(TrainerCallback):
         self.answers: list[Answer] = []
         self._before: dict[str, float] = {}  # the answers' metrics before training
         self._forwards = Forwards(trainer)
-        self._fall = Fall()
+        self._falls = _falls()
         self._runs = self._asks = self._is_blind = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,7 +89,7 @@ class PreferenceMonitor(TrainerCallback):
         saved = (state.stateful_callbacks or {}).get(_KEY) if resumes else None
         self.crossed, self._before = saved or ({}, {})
         self.answers = self._earlier_answers(state.global_step) if resumes else []
-        self._fall = Fall()
+        self._falls = _falls()
         self._forwards.install()
         self._runs = True
         reason = self._why_no_answers() if self.max_new_tokens else None
@@ -126,13 +128,11 @@ class PreferenceMonitor(TrainerCallback):
         if self._forwards.blind is not None and not self._is_blind:
             self._is_blind = True
             self._say(f"the monitor sees no log-probabilities: {self._forwards.blind}.")
-        fall = self._fall.add(sums)
-        if fall is not None:
-            lost, fell = fall
-            what = (
-                f"the chosen answers have lost {lost:.2f} nats a token against the reference, {fell:.0%} have fallen"
-            )
-            self._judge("chosen_fall", lost, state, control, what)
+        for fall in self._falls:
+            lost = fall.add(sums)
+            if lost is not None:
+                what = f"the {fall.side} answers have lost {lost:.2f} nats a token against the reference"
+                self._judge(f"{fall.side}_fall", lost, state, control, what)
 
     def _judge(self, line: str, value: float, state: Any, control: Any, what: str) -> None:
         limit = getattr(self.lines, line)
@@ -219,3 +219,7 @@ class PreferenceMonitor(TrainerCallback):
     def _keep(self, state: Any) -> None:
         """Puts into the state, which every checkpoint saves, what a resumed run has to know."""
         state.stateful_callbacks = {**(state.stateful_callbacks or {}), _KEY: [self.crossed, self._before]}
+
+
+def _falls() -> tuple[Fall, Fall]:
+    return Fall("chosen"), Fall("rejected")

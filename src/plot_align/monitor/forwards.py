@@ -30,6 +30,7 @@ class Sums(NamedTuple):
     rejected_answers: float
     fell: float  # chosen answers less likely than under the reference
     chosen_tokens: float
+    rejected_tokens: float
     entropy: float  # nats, at completion positions
     entropy_tokens: float
     end: float  # probability of end-of-sequence, at completion positions
@@ -42,6 +43,7 @@ class Sums(NamedTuple):
             ("chosen", self.chosen, self.chosen_answers),
             ("rejected", self.rejected, self.rejected_answers),
             ("chosen_per_token", self.chosen, self.chosen_tokens),
+            ("rejected_per_token", self.rejected, self.rejected_tokens),
             ("chosen_fell", self.fell, self.chosen_answers),
             ("entropy", self.entropy, self.entropy_tokens),
             ("end_of_sequence", self.end, self.end_tokens),
@@ -250,15 +252,15 @@ class Forwards:
             for side, own in (("chosen", (roles > 0) & (tokens > 0)), ("rejected", (roles < 0) & (tokens > 0))):
                 found[side] = gained.masked_fill(~own, 0).sum()
                 found[f"{side}_answers"] = own.sum()
+                found[f"{side}_tokens"] = tokens.masked_fill(~own, 0).sum()
                 if side == "chosen":
                     found["fell"] = (own & (gained < 0)).sum()
-                    found["chosen_tokens"] = tokens.masked_fill(~own, 0).sum()
         if self._entropy is not None:
             found["entropy"], found["entropy_tokens"] = self._entropy
         if self._end is not None:
             found["end"], found["end_tokens"] = self._end
         zero = policy.new_zeros(())
-        sums = torch.stack([found.get(name, zero).to(policy) for name in Sums._fields])  # (10,)
+        sums = torch.stack([found.get(name, zero).to(policy) for name in Sums._fields])  # (11,)
         self._sums = sums if self._sums is None else self._sums + sums
 
 

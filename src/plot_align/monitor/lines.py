@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from plot_align.errors import InputError, did_you_mean
 from plot_align.monitor.forwards import Sums
 
-ENOUGH = 32  # chosen answers over which a fall is averaged, so that one odd pair is no fall
+ENOUGH = 32  # answers over which a fall is averaged, so that one odd pair is no fall
 MOST_LOGS = 4  # or so many logs, where each reads one micro-batch
 
 
@@ -21,6 +22,8 @@ class Lines:
         chosen_fall: nats a token that the chosen answers have lost against the reference. At 0.2 their perplexity is
             e^0.2 = 1.22 times what it was. The complaint of trl#800; Razin et al. 2024 (arXiv 2410.08847) tie it to
             over-refusal and to answers nobody wanted.
+        rejected_fall: nats a token that the rejected answers have lost. What is taken from an unlikely token goes to
+            the token that was likeliest anyway (Ren & Sutherland 2024, arXiv 2407.10490), not to the chosen answers.
         benign_refusals: share of the harmless requests that are refused. Of XSTest's safe prompts Llama 2, its example
             of exaggerated safety, refuses 38 %, and GPT-4 next to none (Röttger et al. 2024, arXiv 2308.01263).
         repetition: share of an answer's 4-grams that repeat earlier ones, averaged over answers. People's texts lie
@@ -31,6 +34,7 @@ class Lines:
     """
 
     chosen_fall: float | None = 0.2
+    rejected_fall: float | None = 0.5
     benign_refusals: float | None = 0.25
     repetition: float | None = 0.2
 
@@ -44,6 +48,7 @@ class Lines:
 NAMES = tuple(field.name for field in fields(Lines))
 REMEDIES = {
     "chosen_fall": "lower the learning rate, raise beta, or add an SFT term (loss_type: [sigmoid, sft])",
+    "rejected_fall": "lower the learning rate or raise beta",
     "benign_refusals": "mix in pairs in which help is preferred to a refusal, or stop earlier",
     "repetition": "lower the learning rate, raise beta, or go back to a checkpoint before this step",
 }
@@ -63,21 +68,22 @@ def require_names(stop_on: Sequence[str]) -> tuple[str, ...]:
 
 
 class Fall:
-    """How far the chosen answers have fallen, over the latest answers."""
+    """How far the answers of one side have fallen, over the latest answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: Literal["chosen", "rejected"]) -> None:
+        self.side = side
         self._latest: deque[Sums] = deque(maxlen=MOST_LOGS)
 
-    def add(self, sums: Sums) -> tuple[float, float] | None:
-        """Nats a token that the chosen answers have lost, and the share of them that have fallen; None before there
-        are enough."""
-        if sums.chosen_tokens == 0:
+    def add(self, sums: Sums) -> float | None:
+        """Nats a token that they have lost; None before there are enough."""
+        if self._sum("tokens", [sums]) == 0:
             return None
         self._latest.append(sums)
-        while sum(x.chosen_answers for x in self._latest) - self._latest[0].chosen_answers >= ENOUGH:
+        while self._sum("answers") - self._sum("answers", [self._latest[0]]) >= ENOUGH:
             self._latest.popleft()
-        answers = sum(x.chosen_answers for x in self._latest)
-        if answers < ENOUGH and len(self._latest) < MOST_LOGS:
+        if self._sum("answers") < ENOUGH and len(self._latest) < MOST_LOGS:
             return None
-        lost = -sum(x.chosen for x in self._latest) / sum(x.chosen_tokens for x in self._latest)
-        return lost, sum(x.fell for x in self._latest) / answers
+        return -sum(getattr(x, self.side) for x in self._latest) / self._sum("tokens")
+
+    def _sum(self, what: str, of: Iterable[Sums] | None = None) -> float:
+        return sum(getattr(x, f"{self.side}_{what}") for x in (self._latest if of is None else of))
