@@ -35,8 +35,8 @@ class PreferenceMonitor(TrainerCallback):
     ``monitor/entropy`` (nats) and ``monitor/end_of_sequence`` (mean probability) at completion positions. Before
     training, at every evaluation and after the last step, greedy answers to a few requests yield
     ``monitor/refuses_benign``, ``monitor/refuses_harmful``, ``monitor/answer_tokens`` and ``monitor/repetition``; the
-    texts go into the logger's table and into ``monitor_answers.json`` in the output folder. What a trainer does not have (CPO, ORPO and PRO no reference, Liger's losses no log-probabilities) is
-    absent.
+    texts go into the logger's table and into ``monitor_answers.json`` in the output folder.
+    What a trainer does not have (CPO, ORPO and PRO no reference, Liger's losses no log-probabilities) is absent.
 
     Loss, gradients and weights are the same to the bit without the monitor.
 
