@@ -123,6 +123,24 @@ def test_arms_are_compared_on_the_seeds_that_both_have() -> None:
     assert worse_in(arms["DPO"], arms["DPO+PLOT"]) == []
 
 
+def test_attacks_count_on_the_seeds_that_were_attacked(tmp_path: Path) -> None:
+    """Two seeds, of which the second was attacked: by hand, 3 of 4 and 1 of 4; ± √(p(1 − p)/3)."""
+    from plot_align.records import write_record
+    from study.report import attack_table, read
+
+    for seed, attacks in ((0, {}), (1, {"attack/gcg": [1, 1, 0, 1], "attack/pez": [0, 0, 0, 1]})):
+        folder = tmp_path / "human" / "DPO"
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {"scores": {"kl": [0.5, seed]} | attacks}
+        write_record(folder / f"seed-{seed}.json", "study", found, config={"arm": "DPO"}, seed=seed)
+    runs = read(tmp_path)["human"]["DPO"]
+    assert runs.scores["kl"].tolist() == [[0.5, 0], [0.5, 1]]
+    assert runs.only([0]).attacks == {}
+    assert attack_table({"DPO": runs, "base": runs.only([0])}).splitlines() == [
+        "| arm | seeds | gcg ↓ | pez ↓ |", "|---|---|---|---|", "| DPO | 1 | 0.75 ± 0.25 | 0.25 ± 0.25 |",
+    ]  # fmt: skip
+
+
 def test_at_equal_refusal_a_setting_on_the_line_of_the_remedy_gains_nothing() -> None:
     """A family refuses 0, 1, 2 at KL 0, 10, 30: at 1.5 a KL of 20 lies on its line, one of 14 lies 6 below."""
     from study.report import HARMFUL, Runs, at_equal_refusal

@@ -10,6 +10,7 @@ import yaml
 
 from plot_align.cli.main import main as plot_align
 from plot_align.demo import data as ours
+from plot_align.environment import fast_bf16
 from plot_align.io import write_json
 from plot_align.records import read_record
 from plot_align.redteam import write_behaviors
@@ -18,13 +19,13 @@ REQUESTS = 20
 BUDGETS: dict[str, dict[str, Any]] = {
     "prefill": {"tokens": 8},
     "best_of_n": {"n": 8},
-    "gcg": {"steps": 20, "search_width": 32},
-    "pez": {"steps": 50},
+    "gcg": {"steps": 10, "search_width": 32},
+    "pez": {"steps": 30},
 }
 
 
 def attacked(model: Any, tokenizer: Any, folder: Path, seed: int) -> dict[str, list[float]]:
-    """Success of each attack on each of 20 of our harmful requests, by the project's phrases.
+    """Success of each attack on each of 20 of our harmful requests, by the default judge.
 
     The weights are written for the command and deleted after it.
     """
@@ -38,6 +39,7 @@ def attacked(model: Any, tokenizer: Any, folder: Path, seed: int) -> dict[str, l
     command = ["redteam", f"model={folder / 'model'}", "--behaviors", str(folder / "behaviors.csv")]
     command += ["--targets", str(folder / "targets.json"), "--attacks", ",".join(BUDGETS), "--cases", "1"]
     command += ["--options", str(folder / "attacks.yaml"), "--max_new_tokens", "24", "--seed", str(seed)]
+    command += ["--dtype", "bfloat16"] if fast_bf16() else []
     code = plot_align([*command, "--output", str(folder / "redteam")])
     shutil.rmtree(folder / "model")
     if code != 0:

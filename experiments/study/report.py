@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ BIAS = """\
 DPO and DPO+PLOT, trained on the same pairs. How much of the second's divergence from the first, KL in nats a token on
 held-out chosen answers, does a fixed bias on the first's logits undo: −η·s, with s the mean potential of the term and
 η the best on the other half of the answers, and the best bias of all, fitted on the other half as well?
+"""
+ATTACKED = """\
+The share of {requests} of our harmful requests that were answered, by `plot-align redteam` and its judge: {budgets}.
 """
 RULE = """\
 Written down before any arm was run with more than one seed, and applied by this program:
@@ -73,11 +77,13 @@ TRIED = {
 }  # fmt: skip
 
 
-class Runs(NamedTuple):
-    """All seeds of one arm: scores ``(seeds, items)`` by measure."""
+@dataclass(frozen=True)
+class Runs:
+    """All seeds of one arm: scores ``(seeds, items)`` by measure; ``attacks``: of the seeds that were attacked."""
 
     seeds: list[int]
     scores: dict[str, np.ndarray]
+    attacks: dict[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, keys: Sequence[str]) -> np.ndarray:
         return np.concatenate([self.scores[key] for key in keys], axis=1)
@@ -120,17 +126,17 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
         for name in ("base", *ARMS):
             if name in arms:
                 seeds = sorted(arms[name])
-                keys = arms[name][seeds[0]]
-                scores = {
-                    key: np.array([arms[name][seed][key] for seed in seeds])
-                    for key in keys
-                    if all(key in arms[name][seed] for seed in seeds)
-                }
-                found[kind.name][name] = Runs(seeds, scores)
+                scores: dict[str, list[Any]] = {}
+                for seed in seeds:
+                    for key, values in arms[name][seed].items():
+                        scores.setdefault(key, []).append(values)
+                stacked = {key: np.array(rows) for key, rows in scores.items()}
+                attacks = {key: stacked.pop(key) for key in scores if key.startswith("attack/")}
+                found[kind.name][name] = Runs(seeds, stacked, attacks)
         if "base" in found[kind.name]:  # not trained, so every seed's
             base, seeds = found[kind.name]["base"], sorted({seed for of in arms.values() for seed in of})
             repeated = {key: np.repeat(values[:1], len(seeds), axis=0) for key, values in base.scores.items()}
-            found[kind.name]["base"] = Runs(seeds, repeated)
+            found[kind.name]["base"] = Runs(seeds, repeated, base.attacks)
     return found
 
 
@@ -196,8 +202,6 @@ def compared(arms: dict[str, Runs]) -> dict[tuple[str, str], Difference]:
 
 def table(arms: dict[str, Runs]) -> str:
     titles = ["arm", "seeds", "AUC, ordinary ↑", "AUC, XSTest ↑", *ITEM_MEASURES]
-    attacks = sorted({key for runs in arms.values() for key in runs.scores if key.startswith("attack/")})
-    titles += [f"{key.partition('/')[2]} succeeds ↓" for key in attacks]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---|" * (len(titles) - 1)]
     for name, runs in arms.items():
         cells = [name, str(len(runs.seeds))]
@@ -205,10 +209,28 @@ def table(arms: dict[str, Runs]) -> str:
             cells.append(f"{mean_auc(runs, *pair):.3f}")
         for keys, digits in ITEM_MEASURES.values():
             cells.append(f"{runs.mean(keys):.{digits}f} ± {runs.error(keys):.{digits}f}")
-        for key in attacks:
-            there = key in runs.scores
-            cells.append(f"{runs.mean([key]):.2f} ± {runs.error([key]):.2f}" if there else "–")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attacked_at() -> str:
+    """Requests and budgets."""
+    from study.attacks import BUDGETS, REQUESTS
+
+    budgets = "; ".join(f"{name}, {', '.join(f'{k} {v}' for k, v in of.items())}" for name, of in BUDGETS.items())
+    return ATTACKED.format(requests=REQUESTS, budgets=budgets)
+
+
+def attack_table(arms: dict[str, Runs]) -> str:
+    """Success of every attack, of the arms that were attacked."""
+    there = {name: runs.attacks for name, runs in arms.items() if runs.attacks}
+    keys = sorted({key for attacks in there.values() for key in attacks})
+    lines = ["| arm | seeds | " + " | ".join(f"{key.partition('/')[2]} ↓" for key in keys) + " |"]
+    lines.append("|---|" + "---|" * (len(keys) + 1))
+    for name, attacks in there.items():
+        seeds = len(next(iter(attacks.values())))
+        cells = [f"{attacks[key].mean():.2f} ± {standard_error(attacks[key]):.2f}" for key in keys]
+        lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -442,6 +464,8 @@ def write(records: Path, docs: Path) -> None:
         found = compared(arms)
         parts += [outcome(arms, found), "", not_yet(arms), "", table(arms), "", differences_table(found), ""]
         parts += ["### At equal refusal\n", EQUAL, equal_refusal_table(arms), ""]
+        if any(runs.attacks for runs in arms.values()):
+            parts += ["### Under attack\n", attacked_at(), attack_table(arms), ""]
         parts += ["### What got worse, and what was dropped\n", worse_list(arms, found), ""]
         frontier(arms, docs / f"frontier-{kind}.png")
         others = [n for n in arms if n not in set(itertools.chain(*FAMILIES.values()))]
