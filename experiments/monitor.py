@@ -33,7 +33,7 @@ from study.data import as_dataset
 from study.measures import given_answers, own_answers
 
 RECORDS = Path(__file__).parent / "study" / "records" / "monitor"
-KINDS = {"collapses": {"beta": 0.01, "learning_rate": 5e-5}, "healthy": {"beta": 0.1, "learning_rate": 5e-6}}
+KINDS = {"collapses": {"beta": 0.01, "learning_rate": 5e-5}, "healthy": {"beta": 0.1, "learning_rate": 1e-5}}
 PAIRS, HELD_OUT, EVERY = 4, 12, 4
 
 
