@@ -35,7 +35,7 @@ from plot_align.trl import attach
 from study import data
 from study.arms import ARMS, Arm
 from study.attacks import attacked
-from study.measures import Bench, autocast_once, own_answers, sequence
+from study.measures import OPENERS, Bench, autocast_once, own_answers, sequence
 from study.terms import Beside, Contexts, States, TriedTerm, hooked
 
 RECORDS = Path(__file__).parent / "study" / "records"
@@ -164,7 +164,7 @@ def run(study: Study, records: Path, name: str, seed: int, attack: bool) -> str:
     (folder / f"seed-{seed}.json").write_text(json.dumps(texts, indent=1))
     config = {
         "arm": name, "data": study.kind, "steps": STEPS, "pairs": PAIRS, "learning_rate": RATE,
-        "bf16": fast_bf16(), "plot": None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict(),
+        "bf16": fast_bf16(), "openers": len(OPENERS), "plot": None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict(),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, "study", {"scores": rounded, "logged": logged}, config=config, seed=seed)
