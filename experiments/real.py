@@ -162,9 +162,10 @@ def run(study: Study, records: Path, name: str, seed: int, attack: bool) -> str:
     folder = study.output / "answers" / study.kind / path.parent.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"seed-{seed}.json").write_text(json.dumps(texts, indent=1))
+    plot = None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict()
     config = {
         "arm": name, "data": study.kind, "steps": STEPS, "pairs": PAIRS, "learning_rate": RATE,
-        "bf16": fast_bf16(), "openers": len(OPENERS), "plot": None if name == "base" or ARMS[name].plot is None else ARMS[name].plot.to_dict(),
+        "bf16": fast_bf16(), "openers": len(OPENERS), "plot": plot,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_record(path, "study", {"scores": rounded, "logged": logged}, config=config, seed=seed)
