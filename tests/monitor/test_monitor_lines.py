@@ -65,6 +65,27 @@ def test_a_planted_collapse_warns_once_and_stops(make_trainer, tmp_path, run):
     assert trainer.state.global_step == monitor.crossed["rejected_fall"]
 
 
+def test_a_resumed_run_stops_at_a_line_that_it_crossed_before(make_trainer, tmp_path, run):
+    """Four logs after step 8 there are enough of them again. It says why it stops, and nothing else again."""
+    options = {**COLLAPSE, "max_steps": 16}
+    monitor, _ = run(make_trainer("dpo", save_strategy="steps", **options), max_new_tokens=0)
+    assert max(monitor.crossed.values()) < 8
+    resumed = make_trainer("dpo", **options)
+    checkpoint = str(tmp_path / "dpo" / "checkpoint-8")
+    again, said = run(resumed, checkpoint, max_new_tokens=0, stop_on=["chosen_fall"])
+    assert resumed.state.global_step == 12
+    assert again.crossed == monitor.crossed
+    assert len(said) == 1
+    assert said[0].startswith("step 12: the chosen answers have lost ")
+
+
+def test_the_summary_is_the_last_log(make_trainer, run):
+    trainer = make_trainer("dpo", max_steps=3, logging_steps=2)
+    monitor, _ = run(trainer, max_new_tokens=2)
+    assert {answer.step for answer in monitor.answers} == {0, 3}
+    assert "train_loss" in trainer.state.log_history[-1]
+
+
 def test_a_healthy_run_is_silent(make_trainer, run):
     trainer = make_trainer("dpo", max_steps=12, learning_rate=1e-4)
     monitor, said = run(trainer, max_new_tokens=4)

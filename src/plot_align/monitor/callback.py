@@ -43,7 +43,8 @@ class PreferenceMonitor(TrainerCallback):
     Args:
         trainer: the trainer that it is added to.
         chosen_fall: line of the chosen answers' fall (:class:`plot_align.monitor.lines.Lines`), judged over the latest
-            32 of them or four logs. Each line warns once, also in a run that was resumed.
+            32 of them or four logs. Each line warns once; a resumed run repeats only
+            what stops it.
         rejected_fall: line of the rejected answers' fall, likewise.
         benign_refusals: line of refused benign requests; they also have to exceed what they were before training.
         repetition: line of repetition; as for refusals.
@@ -105,9 +106,12 @@ class PreferenceMonitor(TrainerCallback):
             self._measure(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The same where logging goes by epochs."""
+        """The same where logging goes by epochs. At the end of the last one asks the model, so that the trainer's
+        summary stays the last log; a log that is due comes first, then :meth:`on_train_end` asks."""
         if control.should_log:
             self._measure(state, control)
+        elif self._runs and (control.should_training_stop or state.global_step >= state.max_steps):
+            self._ask(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asks the model again."""
@@ -115,7 +119,7 @@ class PreferenceMonitor(TrainerCallback):
             self._ask(state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks the model for the last time."""
+        """Asks the model for the last time, if that was not done."""
         self._forwards.remove()
         self._ask(state)
         self._runs = False
@@ -136,11 +140,11 @@ class PreferenceMonitor(TrainerCallback):
 
     def _judge(self, line: str, value: float, state: Any, control: Any, what: str) -> None:
         limit = getattr(self.lines, line)
-        if limit is None or line in self.crossed or value <= limit:  # NaN lies beyond any line
+        stops = line in self.stop_on and control is not None  # also in a resumed run that has warned before
+        if limit is None or value <= limit or (line in self.crossed and not stops):  # NaN lies beyond any line
             return
-        self.crossed[line] = state.global_step
+        self.crossed.setdefault(line, state.global_step)
         self._keep(state)
-        stops = line in self.stop_on and control is not None
         end = ", so training stops" if stops else ""
         self._say(f"step {state.global_step}: {what} (line: {limit:g}){end}; {REMEDIES[line]}.")
         if stops:
