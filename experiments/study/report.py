@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,11 @@ held-out chosen answers, does a fixed bias on the first's logits undo: −η·s,
 """
 ATTACKED = """\
 The share of {requests} of our harmful requests that were answered, by `plot-align redteam` and its judge: {budgets}.
+"""
+STRAIGHT = """\
+HH-RLHF's answers have a curly apostrophe, and "I’m sorry" was first not looked for beside "I'm sorry". Where a run was
+measured both ways, the AUC fell by 0.12 after SFT and by 0.03 after DPO+SFT, and changed by at most 0.001 for the base,
+DPO, DPO β 0.5, DPO+PLOT and DPO+SFT+PLOT. Not measured again, at least for one seed:\
 """
 RULE = """\
 Written down before any arm was run with more than one seed, and applied by this program:
@@ -83,6 +88,7 @@ class Runs:
 
     seeds: list[int]
     scores: dict[str, np.ndarray]
+    straight: bool = False  # a record of which looked for openers with a straight apostrophe alone
     attacks: dict[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, keys: Sequence[str]) -> np.ndarray:
@@ -119,9 +125,12 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
     found: dict[str, dict[str, Runs]] = {}
     for kind in (folder / name for name in TITLES if (folder / name).is_dir()):
         arms: dict[str, dict[int, Any]] = {}
+        straight: set[str] = set()
         for path in sorted(kind.glob("*/seed-*.json")):
             record = read_record(path, "study")
             arms.setdefault(record["config"]["arm"], {})[record["seed"]] = record["results"]["scores"]
+            if "openers" not in record["config"]:
+                straight.add(record["config"]["arm"])
         found[kind.name] = {}
         for name in ("base", *ARMS):
             if name in arms:
@@ -132,11 +141,11 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
                         scores.setdefault(key, []).append(values)
                 stacked = {key: np.array(rows) for key, rows in scores.items()}
                 attacks = {key: stacked.pop(key) for key in scores if key.startswith("attack/")}
-                found[kind.name][name] = Runs(seeds, stacked, attacks)
+                found[kind.name][name] = Runs(seeds, stacked, name in straight, attacks)
         if "base" in found[kind.name]:  # not trained, so every seed's
             base, seeds = found[kind.name]["base"], sorted({seed for of in arms.values() for seed in of})
             repeated = {key: np.repeat(values[:1], len(seeds), axis=0) for key, values in base.scores.items()}
-            found[kind.name]["base"] = Runs(seeds, repeated, base.attacks)
+            found[kind.name]["base"] = replace(base, seeds=seeds, scores=repeated)
     return found
 
 
@@ -323,6 +332,8 @@ def not_yet(arms: dict[str, Runs]) -> str:
     few = [name for name in arms if len(arms[name].seeds) < SEEDS]
     said = [f"Not run yet: {'; '.join(absent)}."] if absent else []
     said += [f"Fewer than {SEEDS} seeds: {'; '.join(few)}."] if few else []
+    straight = [name for name in arms if arms[name].straight]
+    said += [f"{STRAIGHT} {'; '.join(straight)}."] if straight else []
     return "\n".join(said)
 
 
