@@ -42,7 +42,7 @@ The share of {requests} of our harmful requests that were answered, by `plot-ali
 """
 STRAIGHT = """\
 HH-RLHF's answers have a curly apostrophe, and "I’m sorry" was first not looked for beside "I'm sorry". Where a run was
-measured both ways, the AUC fell by 0.12 after SFT and by 0.03 after DPO+SFT, and changed by at most 0.001 for the base,
+measured both ways, the AUC fell by 0.12 after SFT and by 0.03 after DPO+SFT, and by at most 0.001 for the base,
 DPO, DPO β 0.5, DPO+PLOT and DPO+SFT+PLOT. Not measured again, at least for one seed:\
 """
 RULE = """\
