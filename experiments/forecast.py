@@ -133,7 +133,7 @@ def make_filter(study: Study, whole: list[list[data.Pair]], by: str, seed: int, 
     study.kinds = kept(whole, by, seed, study.load(), study.tokenizer)
     model, _ = study.train(ARMS["DPO"], seed)
     with _as_trained(), autocast_once(model):
-        scores, _ = study.bench.run(model)
+        scores, _ = study.bench.run(model, probabilities=False)
     _write(path, scores, study.kind, seed, by=by, share=SHARE)
 
 

@@ -170,10 +170,13 @@ class Bench:
         found["talk"], found["talk_tokens"] = of(self.talk)
         return found
 
-    def run(self, model: Any) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-        """Scores by measure, one an item; and the answers that were judged."""
+    def run(self, model: Any, probabilities: bool = True) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+        """Scores by measure, one an item; and the answers that were judged.
+
+        ``probabilities``: that of a refusal as well, of which the AUC is made.
+        """
         scores: dict[str, list[float]] = {}
-        for side in (self.requests.harmful, self.requests.benign):
+        for side in (self.requests.harmful, self.requests.benign) if probabilities else ():
             for name, prompts in side.items():
                 scores[f"refusal/{name}"] = refusal_probability(model, self.tokenizer, prompts).tolist()
         texts: dict[str, list[str]] = {}
