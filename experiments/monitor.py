@@ -6,7 +6,7 @@
 DPO on our own pairs, 40 steps of 4, evaluated every ten. A run collapses by β = 0.01 and a learning rate that is
 too large. Every fourth step the damage is measured on held-out data: KL to the base on the base's own answers (nats a
 token), and nats that the chosen answers have lost. The table says at which step the first line was crossed, and what
-share of the run's final damage had been done by then.
+share of the run's largest KL had been reached by then.
 """
 
 from __future__ import annotations
@@ -100,28 +100,24 @@ def run(path: Path, seed: int, steps: int, output: Path, options: dict[str, floa
     return {"crossed": monitor.crossed, "said": said, "curve": damage.curve, "logs": logs}
 
 
-def share_done(curve: list[dict[str, float]], step: int, name: str) -> float | None:
-    """The damage at the last measurement up to ``step``, as a share of that at the end; None where there is none."""
-    final = curve[-1][name]
-    return [row[name] for row in curve if row["step"] <= step][-1] / final if final > 0 else None
+def share_done(curve: list[dict[str, float]], step: int) -> float:
+    """The KL at the last measurement up to ``step``, as a share of the largest one."""
+    return [row["kl"] for row in curve if row["step"] <= step][-1] / max(row["kl"] for row in curve)
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """One row a run."""
     lines = [
-        "| run | seed | warned at step | line | KL done | chosen nats done | KL at the end | chosen nats lost |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | seed | warned at step | line | KL done by then | KL at the end | chosen nats lost |",
+        "|---|---|---|---|---|---|---|",
     ]
     for record in records:
         config, found = record["config"], record["results"]
         crossed, curve = found["crossed"], found["curve"]
         line = min(crossed, key=crossed.get, default=None)
-        cells = ["never", "", "", ""]
+        cells = ["never", "", ""]
         if line is not None:
-            shares = [share_done(curve, crossed[line], name) for name in ("kl", "chosen nats lost")]
-            cells = [
-                f"{crossed[line]} of {config['steps']}", line, *("none" if x is None else f"{x:.0%}" for x in shares)
-            ]  # fmt: skip
+            cells = [f"{crossed[line]} of {config['steps']}", line, f"{share_done(curve, crossed[line]):.0%}"]
         end = [f"{curve[-1]['kl']:.2f}", f"{curve[-1]['chosen nats lost']:.1f}"]
         lines.append(f"| {' | '.join([config['kind'], str(record['seed']), *cells, *end])} |")
     return "\n".join(lines)
