@@ -31,7 +31,8 @@ def script(monkeypatch):
 def test_table_of_the_experiment(script):
     """By hand: a line crossed at step 5, when the last measurement, of step 4, was a fifth of the largest KL, which is
     not the last one; the chosen answers have gained in the end."""
-    curve = [{"step": n, "kl": kl, "chosen nats lost": lost} for n, kl, lost in ((0, 0, 0), (4, 0.4, 1), (6, 2, 4), (8, 1, -3))]
+    measured = ((0, 0, 0), (4, 0.4, 1), (6, 2, 4), (8, 1, -3))
+    curve = [{"step": n, "kl": kl, "chosen nats lost": lost} for n, kl, lost in measured]
     bad = {"crossed": {"repetition": 8, "chosen_fall": 5}, "curve": curve}
     records = [
         {"config": {"kind": "collapses", "steps": 8}, "seed": 3, "results": bad},
