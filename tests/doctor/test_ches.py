@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from plot_align.doctor import model as doctor
 from plot_align.doctor.forecast import Step
-from plot_align.doctor.model import measure
+from plot_align.doctor.model import context_of, measure
 from plot_align.errors import InputError, RunError
 from plot_align.inference.ches import ches, ches_of_states, pair_batches
 from plot_align.preference.estimation import ScoredSequence, scored_pairs
@@ -90,28 +92,37 @@ def test_longest_pairs_come_first(pairs: list[Any]) -> None:
 
 def test_what_is_summed_up(model: Any, tokenizer: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Accuracy, means and shares against loops over the model's whole logits; the model's own answers are fixed."""
-    own = [-3.0, -1.0, -5.0, -0.5]
-    monkeypatch.setattr(doctor, "_own_log_p", lambda *_: own)
     pairs = [*pairs, (pairs[0][1], pairs[0][1])]  # a tie
-    found = measure(model.float(), tokenizer, pairs, step=SHORT, batch_size=6)
     sides = [[states_and_log_p(model, side) for side in pair] for i, pair in enumerate(pairs) if i != 4]
     sums = [[sum(log_p) for _, log_p in pair] for pair in sides]
     means = [[sum(log_p) / len(log_p) for _, log_p in pair] for pair in sides]
+    ranked = sorted(chosen for chosen, _ in means)
+    own = [ranked[at] + 1e-3 for at in (5, 2, 6, 3)]  # with answers of the data on either side
+    monkeypatch.setattr(doctor, "_own_log_p", lambda *_: own)
+    found = measure(model.float(), tokenizer, pairs, step=SHORT, batch_size=6)
     for accuracy, scores in ((found.accuracy, sums), (found.accuracy_per_token, means)):
         assert accuracy == pytest.approx(sum((a > b) + (a == b) / 2 for a, b in scores) / 9)
     assert 0 < found.accuracy < 1
     assert found.log_p == pytest.approx({side: sum(s[i] for s in sums) / 9 for i, side in enumerate(found.log_p)})
     similarity = [paper(*(states for states, _ in pair))[1] for pair in sides]
     assert found.ches_mean == pytest.approx(sum(similarity) / 9, rel=1e-5)
+    mean = stats.ttest_1samp(similarity, 0).confidence_interval(0.95)
+    assert found.ches_interval == pytest.approx([mean.low, mean.high], rel=1e-4)
     assert found.ches[4] is None
     assert [x for x in found.ches_normalised if x is not None] == pytest.approx(similarity, rel=1e-4, abs=1e-4)
     low, high = found.on_policy["interval"]
     # Of four sorted values the quantile q lies at place 3·q: 0.075 between the first two, 0.075 below the last.
-    assert (low, high) == pytest.approx((-5 + 0.075 * 2, -0.5 - 0.075 * 0.5))
+    first, second, third, last = sorted(own)
+    assert (low, high) == pytest.approx((first + 0.075 * (second - first), last - 0.075 * (last - third)))
     for i, side in enumerate(("chosen", "rejected")):
         assert found.on_policy[side] == pytest.approx(sum(m[i] for m in means) / 9, rel=1e-5)
-        assert found.on_policy[f"{side}_within"] == pytest.approx(sum(low <= m[i] <= high for m in means) / 9)
-    assert found.on_policy["own"] == pytest.approx(-9.5 / 4)
+        for place, there in {
+            "below": lambda x: x < low, "within": lambda x: low <= x <= high, "above": lambda x: x > high,
+        }.items():  # fmt: skip
+            expected = sum(there(m[i]) for m in means) / 9
+            assert found.on_policy[f"{side}_{place}"] == pytest.approx(expected), (side, place)
+    assert min(found.on_policy[f"chosen_{place}"] for place in ("below", "within", "above")) > 0
+    assert found.on_policy["own"] == pytest.approx(sum(own) / 4)
     assert (found.pairs, found.unscored) == (9, 1)
 
 
@@ -206,6 +217,74 @@ def test_an_interrupted_measure_goes_on(
         files = len(list(tmp_path.iterdir()))
         measure(model, tokenizer, pairs, **{**options, **changed})
         assert len(list(tmp_path.iterdir())) == files + 1
+
+
+def test_the_bar_moves_within_the_forecast_and_the_answers(
+    model: Any, tokenizer: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of two pairs and three answers are steps of their own, as are the answers of the model's own."""
+    moved: list[int | str] = []
+    for name in ("forecast", "continue_rows", "_scores"):
+        real = getattr(doctor, name)
+
+        def told(*given: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            found = real(*given, **options)
+            moved.append(name)
+            return found
+
+        monkeypatch.setattr(doctor, name, told)
+    options: dict[str, Any] = {"step": Step(pairs=2, batches=2, answers=3), "answered": 5, "batch_size": 4}
+    measure(model, tokenizer, pairs, bar=lambda *_: moved.append, **options)
+    steps = [one for one in moved if one != 0]
+    assert steps[: steps.index("forecast")] == [2, 2, 1, 1, 1]
+    assert steps[steps.index("forecast") + 1 : steps.index("continue_rows")] == [4, 1]
+    assert sum(one for one in moved if isinstance(one, int)) == 4 + 3 + 5 + 8
+
+
+def short(context: int) -> Any:
+    """A GPT-2 whose positions are learned, so that it cannot read past its context."""
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_positions=context, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def test_the_context_is_the_models_own(tokenizer: Any) -> None:
+    assert context_of(short(64)) == context_of(short(64), tokenizer) == 64
+    assert context_of(None) is None
+    assert context_of(None, SimpleNamespace(model_max_length=int(1e30))) is None  # transformers' "not known"
+    limited = SimpleNamespace(model_max_length=48)
+    assert context_of(None, limited) == 48
+    assert context_of(short(64), limited) == 64
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    assert context_of(SimpleNamespace(config=config), limited) == 48
+
+
+def test_a_prompt_that_leaves_no_room_is_not_answered() -> None:
+    """Of 20 positions 10 are for the answer; without a limit each prompt is answered."""
+    pairs = [(ScoredSequence(np.zeros(20, np.int32), start, 20),) * 2 for start in (10, 11, 3, 19)]
+    assert sorted(map(len, doctor._prompts(pairs, [0, 1, 2, 3], 9, 0, 20))) == [3, 10]
+    assert sorted(map(len, doctor._prompts(pairs, [0, 1, 2, 3], 9, 0))) == [3, 10, 11, 19]
+
+
+def test_answers_stay_within_the_context(tokenizer: Any, pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context that just holds the pairs, and answers of twice as many tokens as were sampled."""
+    some = [pairs[0], pairs[3]]
+    longest = max(len(side.ids) for pair in some for side in pair)
+    assert longest < some[0][0].start + doctor.TOKENS
+    found = measure(short(longest), tokenizer, some, step=SHORT, answered=2)
+    assert found.on_policy["answers"] == 2
+    monkeypatch.setattr(doctor, "continue_rows", lambda *_, **__: ["harm " * 99, "king"])
+    assert measure(short(longest), tokenizer, some, step=SHORT, answered=2).on_policy["answers"] == 2
+
+
+def test_what_a_model_cannot_read_is_refused(model: Any, tokenizer: Any, pairs: list[Any]) -> None:
+    longest = max(len(side.ids) for pair in pairs for side in pair)
+    with pytest.raises(InputError, match=f"has {longest} tokens, expected at most the {longest - 1} that the model"):
+        measure(short(longest - 1), tokenizer, pairs, step=SHORT)
+    highest = max(int(side.ids.max()) for pair in pairs for side in pair)
+    model.resize_token_embeddings(highest)
+    with pytest.raises(InputError, match=f"a token the id {highest}, expected less than {highest}"):
+        measure(model, tokenizer, pairs, step=SHORT)
 
 
 def test_refused(model: Any, tokenizer: Any, pairs: list[Any]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 import plot_align
 from plot_align.cli.main import main
+from plot_align.errors import InputError, RunError
 from plot_align.records import read_record
 
 EVIL = "<script>alert(1)</script>{{ 7*7 }}\u202e & <img src=https://example.com/x onerror=alert(2)>"
@@ -214,15 +215,112 @@ def test_json_and_exit_codes(pairs, clean, tiny_llama, tmp_path, capsys):
     assert {finding["severity"] for finding in found["findings"]} == {"warning", "note"}
     assert main([*base, "--fail_on", "warning"]) == 3
     good = write(clean[20:], tmp_path / "good.jsonl")
-    assert main(["doctor", str(good), "--model", str(tiny_llama), "--fail_on", "warning"]) == 0
+    assert main(["doctor", str(good), "--tokenizer", str(tiny_llama), "--fail_on", "warning"]) == 0
     assert "no check found anything" in capsys.readouterr().out
+
+
+def test_fail_on_reads_the_verdict(clean, tiny_llama, tmp_path, monkeypatch, capsys):
+    """A rule of a model warns where no check of the data does."""
+    from plot_align.doctor import diagnosis
+
+    monkeypatch.setattr(diagnosis, "ruled", lambda model: {"ches_mean": 1.0, "ches_mean_low": 0.5})
+    arguments = ["doctor", str(write(clean[20:], tmp_path / "good.jsonl")), "--model", str(tiny_llama)]
+    assert main([*arguments, "--fail_on", "warning"]) == 3
+    out = capsys.readouterr().out
+    assert "no check found anything" in out
+    assert "- The answers of a pair look alike to the model" in out
+    assert main([*arguments, "--fail_on", "error"]) == 0
+    assert main(arguments) == 0
+
+
+@pytest.fixture
+def short(tiny_llama, tmp_path) -> Path:
+    """A GPT-2 of 64 learned positions: reading past them is an error of an index."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, model_max_length=64)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    return tmp_path / "short"
+
+
+def test_pairs_longer_than_the_models_context(clean, short, tmp_path, capsys):
+    clean[3]["chosen"] *= 9
+    path = write(clean, tmp_path / "long.jsonl")
+    lengths = [len(row["chosen"]) for row in clean]
+    assert max(lengths) > 5 * sorted(lengths)[-2]
+    assert main(["doctor", str(path), "--model", str(short), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["pairs"] > 100
+    (said,) = [advice["sentence"] for advice in found["verdict"] if advice["rule"] == "truncation"]
+    assert "set `max_length: 64`, at which all this was measured" in said
+    assert main(["doctor", str(path), "--tokenizer", str(short), "--max_length", "64", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert found["measures"]["truncated"] == alone["measures"]["truncated"] > 0.05
+    (said,) = [advice["sentence"] for advice in alone["verdict"] if advice["rule"] == "truncation"]
+    assert "would hold 99 % of them, but the model holds only 64 tokens" in said
+
+
+def test_what_was_found_in_the_data_outlives_the_model(pairs, tiny_llama, tmp_path, monkeypatch, capsys):
+    from plot_align.doctor import diagnosis
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RunError("the device is out of memory at the gradients")
+
+    monkeypatch.setattr(diagnosis, "measure", fails)
+    record = tmp_path / "doctor.json"
+    assert main(["doctor", str(pairs), "--model", str(tiny_llama), "--record", str(record)]) == 1
+    out, err = capsys.readouterr()
+    assert "warning  3 of 199 pairs (1.5 %) have two equal answers" in out
+    assert "- Drop what is no pair (0.5 %)" in out
+    assert "out of memory at the gradients" in err
+    assert not record.exists()
+    with pytest.raises(RunError):
+        plot_align.diagnose(pairs, tiny_llama, progress=False)
+
+
+def test_a_model_with_another_tokenizer(chat_pairs_file, tiny_llama, chat_template, tmp_path, capsys):
+    """A base model has no chat template; a tokenizer beside it brings one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = chat_template.replace("<|end|>", "<eos>")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    arguments = ["doctor", str(chat_pairs_file), "--model", str(tiny_llama)]
+    assert main(arguments) == 2
+    assert "chat template" in capsys.readouterr().err
+    assert main([*arguments, "--tokenizer", str(tmp_path / "chat"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokenizer"] == "chat"
+    assert found["model"]["pairs"] == 24
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.config.name_or_path = ""
+    for given in (tokenizer, tmp_path / "chat"):
+        again = plot_align.diagnose(chat_pairs_file, model, tokenizer=given, progress=False)
+        assert again.model["ches"] == found["model"]["ches"]
+    with pytest.raises(InputError, match="pass the tokenizer"):
+        plot_align.diagnose(chat_pairs_file, model, progress=False)
+    with pytest.raises(InputError, match="there is another one in tokenizer"):
+        plot_align.diagnose(chat_pairs_file, tokenizer, tokenizer=tokenizer, progress=False)
+
+
+def test_the_page_shows_a_ches_of_zero():
+    """Equal answers have it; a pair without one, of an answer that was cut away, is left out."""
+    pytest.importorskip("jinja2")
+    from plot_align.doctor.page import _model
+
+    found = {"rows": [7, 8, 9], "ches_normalised": [0.0, None, -1.0], "forecast": {}, "pairs": 2, "accuracy": None}
+    shown = _model({**found, "on_policy": {"chosen_below": None, "chosen_above": None}})
+    assert shown["rows"] == ["7", "9"]
+    assert sum(row[2] for row in shown["ches"].table.rows) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["PAIRS"], "expected one of --model, the model to tune, and --tokenizer"),
-        (["PAIRS", "--model", "TINY", "--tokenizer", "TINY"], "expected one of --model"),
+        (["PAIRS"], "neither --model nor --tokenizer is given, expected the model to tune"),
+        (["PAIRS", "--model", "TINY", "--tokenizer", "no/tokenizer"], "no tokenizer could be loaded from"),
         (["PAIRS", "--model", "TINY", "--sample", "-1"], "sample is -1"),
         (["--strict"], "--strict is for a data set, and PAIRS is missing"),
         (["--model", "m"], "--model is for a data set"),

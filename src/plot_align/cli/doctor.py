@@ -33,7 +33,7 @@ def make_parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     group = parser.add_argument_group("of PAIRS")
     group.add_argument("--model", help="hub id or folder of the model to tune")
-    group.add_argument("--tokenizer", metavar="MODEL", help="in its place: look at the data alone")
+    group.add_argument("--tokenizer", metavar="MODEL", help="another than the model's; alone: look at the data alone")
     group.add_argument(
         "--sample", type=int, default=1000, metavar="N", help="pairs put to the model (%(default)s; 0: none)"
     )
@@ -67,10 +67,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _examine_pairs(options: Any) -> int:
-    """Print what is wrong with the pairs; 3 where a finding is as severe as ``--fail_on``."""
-    if (options.tokenizer is None) == (options.model is None):
+    """Print what is wrong with the pairs; 3 where a finding or the verdict is as severe as ``--fail_on``."""
+    if options.tokenizer is None and options.model is None:
         raise InputError(
-            "expected one of --model, the model to tune, and --tokenizer, to look at the data alone; name one of them"
+            "neither --model nor --tokenizer is given, expected the model to tune, or a tokenizer to look at the data "
+            "alone; name one of them"
         )
     from plot_align.parallel import on_main
 
@@ -89,13 +90,13 @@ def _examine_pairs(options: Any) -> int:
 
 def _diagnose(options: Any) -> int:
     from plot_align.doctor import diagnose
-    from plot_align.doctor.findings import at_least
     from plot_align.parallel import rank
 
     journal = None if options.record is None else options.record.with_suffix(".partial")
     found = diagnose(
         options.pairs,
         options.model or options.tokenizer,
+        tokenizer=options.tokenizer if options.model else None,
         name=options.name,
         split=options.split,
         max_length=options.max_length,
@@ -106,15 +107,16 @@ def _diagnose(options: Any) -> int:
         device=options.device,
         dtype=options.dtype,
         partial=journal,
+        salvage=lambda of_data: _print(of_data, options) if rank() == 0 else None,
     )
     if rank() == 0:
         _show(found, options, journal)
-    return 3 if options.fail_on and at_least(found.examination.findings, options.fail_on) else 0
+    return 3 if options.fail_on and found.reaches(options.fail_on) else 0
 
 
 def _show(found: Any, options: Any, journal: Path | None) -> None:
     """Print what was found; write the record and the page."""
-    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
+    _print(found, options)
     if journal is not None:
         from plot_align.inference.resume import forget_partial
 
@@ -124,6 +126,10 @@ def _show(found: Any, options: Any, journal: Path | None) -> None:
         from plot_align.doctor.page import write
 
         print(printable(f"page: {write(found, options.page)}"), file=sys.stderr)
+
+
+def _print(found: Any, options: Any) -> None:
+    print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if options.json else printable(found.as_text()))
 
 
 def examine() -> dict[str, Any]:

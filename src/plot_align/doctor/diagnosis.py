@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from plot_align import records
 from plot_align.doctor.data import Examination, examine
-from plot_align.doctor.findings import Finding, percent
-from plot_align.doctor.model import measure
+from plot_align.doctor.findings import SEVERITIES, Finding, Severity, at_least, percent
+from plot_align.doctor.model import context_of, measure
 from plot_align.doctor.pairs import Pair, open_data, prompts_of
 from plot_align.doctor.tallies import Sample
 from plot_align.doctor.verdict import Advice, judge
@@ -24,7 +25,6 @@ from plot_align.errors import InputError
 from plot_align.inference.load import load_model, load_tokenizer
 from plot_align.preference.distribution import tokenizer_name
 from plot_align.preference.estimation import progress_bar, window
-from plot_align.records import write_record
 from plot_align.text import readable
 
 KIND = "doctor"  # of the record
@@ -88,15 +88,22 @@ class Diagnosis:
             lines += [f"  {name:<9} {said}" for name, said in forecasts(self.model).items()]
         return "\n".join([*lines, "", *(line for advice in self.verdict for line in _wrapped("- ", advice.sentence))])
 
+    def reaches(self, severity: Severity) -> bool:
+        """Whether a finding or a sentence of the verdict is ``severity`` or worse."""
+        lowest = SEVERITIES.index(severity)
+        said = any(SEVERITIES.index(advice.severity) >= lowest for advice in self.verdict)
+        return said or at_least(self.examination.findings, severity)
+
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the record, a ``.json`` file; returns its path. Errors: :func:`plot_align.records.write_record`."""
-        return write_record(path, KIND, self.to_dict(), config=self.config)
+        return records.write_record(path, KIND, self.to_dict(), config=self.config)
 
 
 def diagnose(
     dataset: Any,
     model_or_tokenizer: Any,
     *,
+    tokenizer: Any = None,
     name: str | None = None,
     split: str = "train",
     max_length: int | None = 1024,
@@ -110,6 +117,7 @@ def diagnose(
     device: str | None = None,
     dtype: str = "auto",
     partial: Path | None = None,
+    salvage: Callable[[Diagnosis], object] | None = None,
 ) -> Diagnosis:
     """Look for what is wrong with a preference data set, and with a model on it, before a run.
 
@@ -119,9 +127,10 @@ def diagnose(
     Args:
         dataset: a ``datasets.Dataset`` or ``IterableDataset`` of pairs, or what :func:`plot_align.load_pairs` opens.
         model_or_tokenizer: a model, its hub id or its folder; or a tokenizer, and no model is measured.
+        tokenizer: beside a model, the one that training is to use: its name, folder or itself; None: the model's own.
         name: configuration of a Hub data set that is opened here.
         split: its split.
-        max_length: as in ``DPOConfig``.
+        max_length: as in ``DPOConfig``; pairs longer than the model's context are cut there, and the verdict says so.
         truncation_mode: as in ``DPOConfig``.
         strict: refuse the first row that is no pair.
         overlap: file of prompts that should not be among those of the data, e.g. a benchmark's.
@@ -132,6 +141,7 @@ def diagnose(
         device: where a model that is loaded here goes.
         dtype: of such a model.
         partial: journal of the model's measures, so that an interrupted run goes on.
+        salvage: called with what was found in the data if the model cannot be measured, before that error is raised.
 
     Raises:
         InputError: ``sample`` below 0; what :func:`plot_align.load_pairs` and :func:`plot_align.estimate` refuse of a
@@ -141,7 +151,11 @@ def diagnose(
     """
     if sample < 0:
         raise InputError(f"sample is {sample}, expected 0 or more; give a number of pairs")
-    model, tokenizer = _opened(model_or_tokenizer, sample > 0, device, dtype, trust_remote_code)
+    model, tokenizer = _opened(model_or_tokenizer, tokenizer, sample > 0, device, dtype, trust_remote_code)
+    context = context_of(model, tokenizer)
+    cut_at = (
+        max_length if model is None or context is None else min(context, context if max_length is None else max_length)
+    )
     kept = Sample(sample)
     if isinstance(dataset, str | os.PathLike):
         source = Path(dataset).name if Path(dataset).exists() else str(dataset)
@@ -154,7 +168,7 @@ def diagnose(
     found = examine(
         data,
         tokenizer,
-        max_length=max_length,
+        max_length=cut_at,
         truncation_mode=truncation_mode,
         strict=strict,
         overlap=() if overlap is None else prompts_of(overlap),
@@ -163,23 +177,33 @@ def diagnose(
         source=source,
         sample=kept,
     )
-    of_model = (
-        None
-        if model is None
-        else _measured_model(model, tokenizer, kept.pairs(), max_length, truncation_mode, progress, partial)
-    )
     config: dict[str, Any] = {
         "data": source,
         "tokenizer": tokenizer_name(tokenizer),
         "name": name,
         "split": split,
         "max_length": max_length,
+        "context": context,
         "truncation_mode": truncation_mode,
         "overlap": None if overlap is None else Path(overlap).name,
-        "sample": sample if of_model is not None else 0,
+        "sample": sample if model is not None else 0,
     }
-    verdict = judge({**measured(found), **(ruled(of_model) if of_model is not None else {})})
-    return Diagnosis(source, config["tokenizer"], config, time.perf_counter() - start, found, verdict, of_model)
+
+    def result(of_model: dict[str, Any] | None) -> Diagnosis:
+        values = {**measured(found), "capped": cut_at != max_length, **({} if of_model is None else ruled(of_model))}
+        verdict = judge(values if context is None else {**values, "context": context})
+        seconds = time.perf_counter() - start
+        return Diagnosis(source, config["tokenizer"], config, seconds, found, verdict, of_model)
+
+    if model is None:
+        return result(None)
+    try:
+        of_model = _measured_model(model, tokenizer, kept.pairs(), cut_at, truncation_mode, progress, partial)
+    except Exception:
+        if salvage is not None:
+            salvage(result(None))
+        raise
+    return result(of_model)
 
 
 def _measured_model(
@@ -210,12 +234,20 @@ def _measured_model(
 
 
 def ruled(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the verdict's rules read of a model's measures."""
+    """What the verdict's rules read of a model's measures, with 95 % intervals: Wilson's of shares."""
+    n, mean, below = model["pairs"], model["ches_mean"], model["on_policy"]["chosen_below"]
+
+    def share(value: float | None) -> dict[str, Any] | None:
+        return None if value is None else records.measure(value, n, interval=records.wilson(value, n))
+
     return {
-        "accuracy": model["accuracy"],
-        "ches_mean": model["ches_mean"],
-        "on_policy": model["on_policy"]["chosen_within"],
+        "accuracy": share(model["accuracy"]),
+        "accuracy_per_token": share(model["accuracy_per_token"]),
+        "ches_mean": None if mean is None else records.measure(mean, n, interval=model["ches_interval"]),
+        "on_policy": None if below is None else share(1 - below),
+        "own_answers": model["on_policy"]["answers"],
         "forecast": {name: value for name, value in model["forecast"].items() if value is not None},
+        "forecast_interval": model["forecast_interval"],
     }
 
 
@@ -227,9 +259,11 @@ def model_sentence(model: Mapping[str, Any]) -> str:
             f"it ranks {percent(model['accuracy'])} rightly, {percent(model['accuracy_per_token'])} per token; "
             f"mean length-normalised CHES {model['ches_mean']:.3g}."
         )
-    within = model["on_policy"]["chosen_within"]
-    if within is not None:
-        said.append(f"{percent(within)} of the chosen answers are as likely as its own.")
+    below, above = (model["on_policy"][f"chosen_{place}"] for place in ("below", "above"))
+    if below is not None:
+        said.append(
+            f"{percent(1 - below)} of the chosen answers are at least as likely as its own, {percent(above)} likelier."
+        )
     if forecasts(model):
         said.append(f"What a first step at a learning rate of {model['step']['learning_rate']:g} does to them:")
     return " ".join(said)
@@ -267,22 +301,34 @@ def preference_sentence(preference: Mapping[str, Any]) -> str:
     )
 
 
-def _opened(given: Any, measured: bool, device: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def _opened(
+    given: Any, tokenizer: Any, measured: bool, device: str | None, dtype: str, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """The model, if it is to be measured, and the tokenizer."""
     from transformers import PreTrainedTokenizerBase
 
     if isinstance(given, PreTrainedTokenizerBase):
+        if tokenizer is not None:
+            raise InputError(
+                "model_or_tokenizer is a tokenizer and there is another one in tokenizer, expected a model beside it; "
+                "leave one of them out"
+            )
         return None, given
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(str(tokenizer), trust_remote_code=trust_remote_code)
     name = getattr(getattr(given, "config", None), "name_or_path", given)  # of a model, where it was loaded from
-    if isinstance(name, str | os.PathLike) and str(name):
-        if measured and name is given:
-            return load_model(str(name), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    named = isinstance(name, str | os.PathLike) and bool(str(name))
+    if not named and (tokenizer is None or not isinstance(given, torch.nn.Module)):
+        raise InputError(
+            f"model_or_tokenizer is a {type(given).__name__}, expected a tokenizer, a model that was loaded by its "
+            "name, a hub id or a folder; pass the tokenizer"
+        )
+    if measured and name is given:
+        model, own = load_model(str(name), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model, own if tokenizer is None else tokenizer
+    if tokenizer is None:
         tokenizer = load_tokenizer(str(name), trust_remote_code=trust_remote_code)
-        return given if measured else None, tokenizer
-    raise InputError(
-        f"model_or_tokenizer is a {type(given).__name__}, expected a tokenizer, a model that was loaded by its name, "
-        "a hub id or a folder; pass the tokenizer"
-    )
+    return given if measured else None, tokenizer
 
 
 def _rows(finding: Finding) -> str:

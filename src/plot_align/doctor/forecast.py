@@ -84,7 +84,13 @@ class Step:
 
 
 def forecast(
-    model: Any, pairs: Sequence[Pair], plot: PlotLoss | None, step: Step | None = None, *, seed: int = 0
+    model: Any,
+    pairs: Sequence[Pair],
+    plot: PlotLoss | None,
+    step: Step | None = None,
+    *,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Forecast change of the log-probability, in nats of a whole answer, by loss and answer.
 
@@ -99,6 +105,7 @@ def forecast(
         plot: the term, made of the model's own embeddings; ``None``: not forecast.
         step: ``None``: TRL's defaults.
         seed: of the sample.
+        advance: called with each number of newly done pairs and answers.
 
     Returns:
         One value per answer of the sample for each loss; no value if no pair is scored.
@@ -112,7 +119,8 @@ def forecast(
     training = model.training
     model.eval()
     try:
-        found = effects(model, answers, directions(model, batches, plot, step), step.learning_rate)
+        steps = directions(model, batches, plot, step, advance=advance)
+        found = effects(model, answers, steps, step.learning_rate, advance=advance)
         return {loss: values for (_, loss), values in found.items()}
     except torch.OutOfMemoryError:
         raise RunError(
@@ -129,10 +137,13 @@ def directions(
     plot: PlotLoss | None,
     step: Step,
     optimizers: Sequence[str] | None = None,
+    *,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[tuple[str, str], list[Tensor]]:
     """u by optimizer and loss: the mean step over the batches, one float32 tensor for each parameter that trains.
 
     ``optimizers``: of steps that differ in nothing else and share the gradients; ``None``: the step's own.
+    ``advance``: called with the number of pairs of each batch that is done.
     """
     trained = _trained(model)
     optimizers = [step.optimizer] if optimizers is None else optimizers
@@ -144,6 +155,7 @@ def directions(
                 for total, gradient in zip(found[optimizer, loss], gradients, strict=True):
                     for part, of_part in _parts(total, gradient):
                         part.sub_(_moved(of_part.float(), optimizer), alpha=1 / len(batches))
+        advance(len(batch))
     return found
 
 
@@ -157,9 +169,17 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def effects(
-    model: Any, answers: Sequence[ScoredSequence], steps: Mapping[Name, list[Tensor]], learning_rate: float
+    model: Any,
+    answers: Sequence[ScoredSequence],
+    steps: Mapping[Name, list[Tensor]],
+    learning_rate: float,
+    *,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> dict[Name, list[float]]:
-    """``η·⟨∇ log p(y), u⟩`` of every answer, by the name of u: one backward pass an answer for all of them."""
+    """``η·⟨∇ log p(y), u⟩`` of every answer, by the name of u: one backward pass an answer for all of them.
+
+    ``advance``: called after each answer, with 1.
+    """
     trained = _trained(model)
     found: dict[Name, list[float]] = {name: [] for name in steps}
     for answer in answers:
@@ -169,6 +189,7 @@ def effects(
         for name, step in steps.items():
             products = [_inner(gradient, u) for gradient, u in zip(gradients, step, strict=True)]
             found[name].append(learning_rate * sum(products))
+        advance(1)
     if not all(math.isfinite(value) for values in found.values() for value in values):
         raise RunError(
             "the forecast is not finite, expected numbers; the model overflows in its dtype: use bfloat16 or float32, "

@@ -72,7 +72,8 @@ def _code(text: str) -> Any:
 
 
 def _model(model: Mapping[str, Any]) -> dict[str, Any]:
-    pairs = [(value, row) for row, value in zip(model["rows"], model["ches_normalised"], strict=True) if value]
+    found = zip(model["ches_normalised"], model["rows"], strict=True)
+    pairs = [(value, row) for value, row in found if value is not None]
     return {
         "says": model_sentence(model),
         "forecast": _forecast(model) if forecasts(model) else None,

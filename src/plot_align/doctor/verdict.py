@@ -6,6 +6,7 @@ a model on them go through the same table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +54,20 @@ def judge(measured: Mapping[str, Any]) -> list[Advice]:
         measured: name → number, or an entry of :func:`plot_align.records.measure`, whose value a rule reads by this
             name and the ends of whose interval as ``NAME_low`` and ``NAME_high``. Of the data: the measures of
             :class:`~plot_align.doctor.data.Examination`, ``content`` (share of the preference on content) and
-            ``largest_kind`` (what most of the rest is). Of a model: ``accuracy`` (share of pairs it ranks rightly
-            before training), ``ches_mean`` (length-normalised CHES, mean over pairs), ``forecast`` (name of a loss →
-            predicted change of the chosen log-probability in a step, nats), ``on_policy`` (share of answers as likely
-            as the model's own).
+            ``largest_kind`` (what most of the rest is). ``context``: how many tokens the model holds; ``capped``:
+            whether the pairs were cut there, as ``max_length`` is more. Of a model, each with its interval:
+            ``accuracy`` and ``accuracy_per_token`` (share of pairs it ranks rightly before training), ``ches_mean``
+            (length-normalised CHES, mean over pairs), ``on_policy`` (share of chosen answers at least as likely as
+            the model's own, of which there are ``own_answers``); ``forecast`` (name of a loss → predicted change of
+            the chosen log-probability in a step, nats) and ``forecast_interval`` (the same → its ends).
     """
-    values = dict(measured)
+    values: dict[str, Any] = {"context": math.inf, "capped": False, **measured}
     for name, entry in measured.items():
         if isinstance(entry, Mapping) and {"value", "n"} <= entry.keys():
             low, high = entry.get("interval") or (None, None)
             values |= {name: entry["value"], f"{name}_low": low, f"{name}_high": high}
+    gap = values.get("refusal_gap_low")
+    values["refusing"] = gap is not None and gap >= warns("refusals")  # then no rule advises SFT on such answers
     advice = []
     for rule in RULES:
         if all(values.get(name) is not None for name in rule.reads):
@@ -92,12 +97,13 @@ CONTENT = 0.5  # share of the preference's mass
 ACCURACY_LOW, ACCURACY_HIGH = 0.5, 0.95
 CHES = 0.0  # length-normalised, mean
 ON_POLICY = 0.5
+OWN_ANSWERS = 20  # of fewer the low end of what is the model's own is not known
 _DROPPED = {
     "no-pair": "no pair",
     "empty": "empty",
     "identical": "identical",
-    "contradictory": "contradictory",
     "duplicate": "repeated",
+    "contradictory": "contradictory",
 }
 _TOKENS = ("template", "eos-missing", "eos-doubled", "border")
 
@@ -107,12 +113,18 @@ def _warning(check: str, value: float) -> bool:
 
 
 def _drop(*shares: float) -> str | None:
-    named = [
-        f"{name} ({percent(share)})"
+    named = {
+        check: f"{name} ({percent(share)})"
         for (check, name), share in zip(_DROPPED.items(), shares, strict=True)
         if _warning(check, share)
-    ]
-    return f"Drop what is {', '.join(named)}: it teaches nothing, or the same twice." if named else None
+    }
+    contradictory = named.pop("contradictory", None)
+    said = []
+    if named:
+        said.append(f"Drop what is {', '.join(named.values())}: it teaches nothing, or the same twice.")
+    if contradictory:
+        said.append(f"Settle what is {contradictory}, or drop both pairs: each unlearns what the other teaches.")
+    return " ".join(said) or None
 
 
 def _tokens(*shares: float) -> str | None:
@@ -120,20 +132,34 @@ def _tokens(*shares: float) -> str | None:
     return f"Mend the tokens before any run. {' '.join(named)}" if named else None
 
 
-def _truncated(share: float, lost: float, longest: float) -> str | None:
+def _truncated(share: float, lost: float, longest: float, context: float, capped: bool) -> str | None:
+    more = f", and {percent(lost)} lose what they differ in" if lost else ""
+    cut = f"{percent(share)} of the pairs are cut{more}"
+    if capped and share > 0:
+        return (
+            f"`max_length` lets pairs through that are longer than the {context:,} tokens the model holds: set "
+            f"`max_length: {context}`, at which all this was measured and {cut}, or take a model that holds more."
+        )
     if not _warning("truncated", share) and not _warning("difference-lost", lost):
         return None
-    more = f", and {percent(lost)} lose what they differ in" if lost else ""
-    return f"{percent(share)} of the pairs are cut{more}: `max_length: {round(longest)}` holds 99 % of them."
+    if longest > context:
+        return (
+            f"{cut}: `max_length: {round(longest)}` would hold 99 % of them, but the model holds only {context:,} "
+            "tokens. Drop the longest pairs, or take a model that holds more."
+        )
+    return f"{cut}: `max_length: {round(longest)}` holds 99 % of them."
 
 
-def _near(share: float) -> str | None:
+_FILTER = "drop the pairs with the largest CHES (`plot-align filter --by ches`)"
+
+
+def _near(share: float, refusing: bool) -> str | None:
     if not _warning("near-identical", share):
         return None
+    term = "" if refusing else "train with the SFT term (`loss_type: [sigmoid, sft]`), or "
     return (
         f"{percent(share)} of the pairs are nearly equal, where DPO lowers the chosen answer with the rejected one: "
-        "train with the SFT term (`loss_type: [sigmoid, sft]`) or with PLOT, or drop the pairs with the largest CHES "
-        "(`plot-align filter --by ches`)."
+        f"{term}{_FILTER}."
     )
 
 
@@ -203,47 +229,65 @@ def _content(content: float, kind: str) -> str | None:
     )
 
 
-def _accuracy(accuracy: float) -> str | None:
-    if accuracy >= ACCURACY_HIGH:
+def _accuracy(
+    accuracy: float, low: float, high: float, token_low: float, token_high: float, refusing: bool
+) -> str | None:
+    if min(low, token_low) >= ACCURACY_HIGH:
         return (
             f"The model ranks {percent(accuracy)} of the pairs rightly before any training: there is little in them "
             "for it to learn. Take harder pairs."
         )
-    if accuracy < ACCURACY_LOW:
+    if max(high, token_high) < ACCURACY_LOW:
+        first = "read some of them, as labels may be wrong" if refusing else "train on the chosen answers first (SFT)"
+        term = "" if refusing else ", or keep the SFT term"
         return (
             f"The model ranks {percent(1 - accuracy)} of the pairs the wrong way round before training, and DPO "
-            "seldom turns a ranking: train on the chosen answers first (SFT), or keep the SFT term."
+            f"seldom turns a ranking: {first}{term}."
         )
     return None
 
 
-def _ches(mean: float) -> str | None:
-    if mean <= CHES:
+def _ches(mean: float, low: float, refusing: bool) -> str | None:
+    if low <= CHES:
         return None
+    term = "" if refusing else ", or train with the SFT term"
     return (
-        "The answers of a pair look alike to the model (mean length-normalised CHES above 0), so the chosen one will "
-        "be pulled down: filter by CHES (`plot-align filter --by ches`), or train with the SFT term or PLOT."
+        f"The answers of a pair look alike to the model (mean length-normalised CHES {mean:.3g}), so the chosen one "
+        f"will be pulled down: {_FILTER}{term}."
     )
 
 
-def _forecast(forecast: Mapping[str, float]) -> str | None:
-    if "DPO" not in forecast:
+def _forecast(forecast: Mapping[str, float], intervals: Mapping[str, Any], refusing: bool) -> str | None:
+    """It speaks where the interval of DPO's forecast lies below 0, and names a loss whose own lies above DPO's."""
+    high = (intervals.get("DPO") or (None, math.inf))[1]
+    if "DPO" not in forecast or high >= 0:
         return None
-    if forecast["DPO"] >= 0:
-        return None
-    best = max(forecast, key=lambda name: forecast[name])
-    said = f"DPO's first step will change the chosen log-probability by {forecast['DPO']:+.2g} nats"
-    if best == "DPO":
-        return f"{said}, and the other losses do no better: raise β to between 0.3 and 1, or train by SFT first."
-    return f"{said}, {best}'s by {forecast[best]:+.2g}: take {best}, or raise β to between 0.3 and 1."
+    better = [
+        name
+        for name in forecast
+        if intervals.get(name) and intervals[name][0] > high and not (refusing and name == "DPO+SFT")
+    ]
+    said = f"DPO's first step is forecast to change the chosen log-probability by {forecast['DPO']:+.2g} nats"
+    if better:
+        best = max(better, key=lambda name: forecast[name])
+        return f"{said}, {best}'s by {forecast[best]:+.2g}: take {best}. {_BETA}"
+    first = _FILTER if refusing else "train on the chosen answers first (SFT)"
+    return f"{said}, and no other loss to do clearly better: {first}. {_BETA}"
 
 
-def _off_policy(share: float) -> str | None:
-    if share >= ON_POLICY:
+_BETA = (
+    "Another β does not change DPO's first step, only those after it: of 0.05, 0.1 and 0.5 the largest kept the "
+    "chosen answers likeliest in our runs."
+)
+
+
+def _off_policy(share: float, high: float, own: int, refusing: bool) -> str | None:
+    if own < OWN_ANSWERS or high >= ON_POLICY:
         return None
+    draw = "Draw" if refusing else "Train by SFT on the chosen answers first, or draw"
     return (
-        f"Only {percent(share)} of the answers are as likely as the model's own: the pairs are off its policy. Train "
-        "by SFT on the chosen answers first, and keep β between 0.1 and 0.5."
+        f"Only {percent(share)} of the chosen answers are as likely as the model's own: the pairs are off its policy. "
+        f"{draw} pairs from the model itself, and keep β between 0.1 and 0.5."
     )
 
 
@@ -258,7 +302,7 @@ RULES = (
     Rule(
         "drop",
         "; ".join(f"{name}: {_from(check)}" for check, name in _DROPPED.items()),
-        "drop them",
+        "drop them; settle what contradicts",
         tuple(_DROPPED),
         _drop,
         "the checks of the same names",
@@ -273,17 +317,18 @@ RULES = (
     ),
     Rule(
         "truncation",
-        f"pairs cut at `max_length`: {_from('truncated')}; that lose what they differ in: {_from('difference-lost')}",
-        "the `max_length` that holds 99 %",
-        ("truncated", "difference-lost", "longest_99"),
+        f"pairs cut at `max_length`: {_from('truncated')}, any where it is more than the model holds; that lose what "
+        f"they differ in: {_from('difference-lost')}",
+        "the `max_length` that holds 99 %, or that the model holds",
+        ("truncated", "difference-lost", "longest_99", "context", "capped"),
         _truncated,
         "TRL's tokenisation",
     ),
     Rule(
         "near-identical",
         f"nearly equal pairs: {_from('near-identical')}",
-        "SFT term, PLOT or a filter by CHES",
-        ("near-identical",),
+        "SFT term or a filter by CHES",
+        ("near-identical", "refusing"),
         _near,
         "Pal et al. 2024 (arXiv 2402.13228); Razin et al. 2024 (arXiv 2410.08847)",
     ),
@@ -293,7 +338,7 @@ RULES = (
         "`loss_type: robust`",
         ("contradictory",),
         _noise,
-        f"Chowdhury et al. 2024 (arXiv 2403.00409); {_SANDBOX}",
+        f"Chowdhury et al. 2024 (arXiv 2403.00409), TRL's `robust`; of PLOT, {_SANDBOX}",
     ),
     Rule(
         "length",
@@ -316,7 +361,8 @@ RULES = (
         "refusals",
         "chosen answers refuse more often than rejected ones, or the reverse, the nearer end of the 95 % interval: by "
         f"{_from('refusals')}",
-        "answered harmless requests, β from 0.1 to 0.5, or PLOT; or a measure of harmful requests",
+        "answered harmless requests, β from 0.1 to 0.5, or PLOT, and no other rule advises SFT; or a measure of "
+        "harmful requests",
         ("refusals_chosen", "refusals_rejected", "refusal_gap_low", "refusal_gap_high"),
         _refusals,
         f"Röttger et al. 2023 (arXiv 2308.01263); {_OURS}",
@@ -347,33 +393,42 @@ RULES = (
     ),
     Rule(
         "accuracy",
-        f"the model's accuracy before training: {ACCURACY_HIGH} or more, or below {ACCURACY_LOW}",
+        "the model's accuracy before training, of sums and per token, the nearer ends of both 95 % intervals: "
+        f"{ACCURACY_HIGH} or more, or below {ACCURACY_LOW}",
         "harder pairs; or SFT first",
-        ("accuracy",),
+        (
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "accuracy_per_token_low",
+            "accuracy_per_token_high",
+            "refusing",
+        ),
         _accuracy,
         "Chen et al. 2024 (arXiv 2405.19534): preference learning seldom turns a ranking",
     ),
     Rule(
         "ches",
-        f"mean length-normalised CHES above {CHES:g}",
-        "filter by CHES, the SFT term or PLOT",
-        ("ches_mean",),
+        f"mean length-normalised CHES, the low end of its 95 % interval: above {CHES:g}",
+        "filter by CHES, or the SFT term",
+        ("ches_mean", "ches_mean_low", "refusing"),
         _ches,
         "Razin et al. 2024 (arXiv 2410.08847)",
     ),
     Rule(
         "forecast",
-        "DPO's first step is forecast to lower the chosen log-probability",
-        "the loss with the best forecast; β from 0.3 to 1",
-        ("forecast",),
+        "DPO's first step is forecast to lower the chosen log-probability, the high end of its 95 % interval: below 0",
+        "the best of the losses whose interval lies above DPO's; else SFT first",
+        ("forecast", "forecast_interval", "refusing"),
         _forecast,
-        f"first order, by one real gradient; {_OURS}",
+        f"first order, by one real gradient; of β, {_OURS}",
     ),
     Rule(
         "off-policy",
-        f"less than {percent(ON_POLICY)} of the answers are as likely as the model's own",
-        "SFT first; β from 0.1 to 0.5",
-        ("on_policy",),
+        f"chosen answers that are no less likely than {OWN_ANSWERS} or more answers of the model's own (above their "
+        f"2.5 % quantile), the high end of the 95 % interval: below {percent(ON_POLICY)}",
+        "SFT first, or pairs of the model's own; β from 0.1 to 0.5",
+        ("on_policy", "on_policy_high", "own_answers", "refusing"),
         _off_policy,
         "Tajwar et al. 2024 (arXiv 2404.14367)",
     ),
