@@ -316,6 +316,16 @@ def test_one_pair_is_enough(tokenizer):
     assert "1 pair of" in diagnosis.as_text()
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_few_pairs_that_all_go_one_way_are_silent(clean, tokenizer, number, side):
+    """One side is longer, begins alike and refuses, in each of them."""
+    rows = clean[:number]
+    for row in rows:
+        row[side] = " I cannot" + row[side] + row[side]
+    assert found(rows, tokenizer) == {}
+
+
 # --- what PLOT would train ------------------------------------------------------------------------------------------
 
 
