@@ -160,6 +160,82 @@ def test_a_pair_that_trl_drops_for_its_prompt_is_found(clean, tokenizer):
     assert findings["difference-lost"].rows == [40, 41, 42, 43, 44]
 
 
+# --- answers of several messages, and calls of tools ----------------------------------------------------------------
+
+
+def _turns(row: dict[str, Any]) -> None:
+    """Answers that go on: the user says something more, and is answered again."""
+    for side in ("chosen", "rejected"):
+        first = row[side][0]["content"]
+        words = first.split()
+        row[side] += [{"role": "user", "content": words[3]}, {"role": "assistant", "content": " ".join(words[::-1])}]
+
+
+def test_answers_of_several_turns_are_silent(chat, chat_tokenizer):
+    for row in chat:
+        _turns(row)
+    assert found(chat, chat_tokenizer) == {}
+
+
+@pytest.mark.parametrize(
+    "content", ["(message['content'] if loop.index != 3 else '')", "(message['content'] if loop.last else '')"]
+)
+def test_a_template_that_loses_a_turn_of_the_answer_is_found(chat, chat_tokenizer, content):
+    for row in chat:
+        _turns(row)
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("message['content']", content)
+    assert found(chat, chat_tokenizer)["template"].count == 200
+
+
+def test_a_clean_set_of_tool_calls_is_silent(calling, calling_tokenizer):
+    assert found(calling, calling_tokenizer) == {}
+
+
+def test_a_call_against_a_text_is_silent(calling, calling_tokenizer):
+    """In either order; and in Russian, of which the JSON of a call is no part."""
+    for number, row in enumerate(calling):
+        text = {"prompt": str(number)}
+        _russian("answer")(text)
+        row[("chosen", "rejected")[number % 2]] = [{"role": "assistant", "content": text["answer"]}]
+    findings = found(calling, calling_tokenizer)
+    assert not {"empty", "identical", "near-identical", "template", "scripts", "languages"} & set(findings)
+
+
+def test_a_template_that_drops_the_calls_is_found(calling, chat, chat_tokenizer):
+    """Where both answers are calls, nothing is left of either; where one is, the other is."""
+    for row, said in zip(calling[:100], chat, strict=False):
+        row["rejected"] = said["rejected"]
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "message['content']", "(message['content'] or '')"
+    )
+    assert found(calling, chat_tokenizer)["template"].count == 200
+
+
+def test_equal_calls_are_found(calling, calling_tokenizer):
+    """Whatever their ids, which the template does not write."""
+    for row in PLANTED:
+        (message,) = calling[row]["chosen"]
+        calling[row]["rejected"] = [dict(message, tool_calls=[dict(message["tool_calls"][0], id="another")])]
+    findings = found(calling, calling_tokenizer)
+    assert set(findings) == {"identical"}
+    assert (findings["identical"].count, findings["identical"].rows) == (10, [40, 41, 42, 43, 44])
+
+
+def test_calls_are_repeated_only_with_the_same_tools(calling, calling_tokenizer):
+    for row in PLANTED:
+        calling[row + 100] = dict(calling[row])
+    for row in range(140, 145):
+        calling[row]["tools"] = calling[row]["tools"][:2]
+    assert found(calling, calling_tokenizer)["duplicate"].rows == [145, 146, 147, 148, 149]
+
+
+def test_answers_that_differ_in_their_reasoning_alone_are_not_identical(chat, calling_tokenizer):
+    for row in PLANTED:
+        reasoned = [{**chat[row]["chosen"][0], "reasoning": text} for text in ("red blue.", "house tree.")]
+        chat[row].update(chosen=reasoned[:1], rejected=reasoned[1:])
+    assert found(chat, calling_tokenizer) == {}
+
+
 # --- many pairs together --------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from plot_align.doctor.pairs import Pair
 from plot_align.preference.completions import Rules
 
 NEAR = 0.9  # of the words in common
-_READ_BACK = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
+_DECODED = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
 _SCRIPT_OF = 500  # characters of an answer
 
 
@@ -21,8 +21,22 @@ def empty(pair: Pair, rules: Rules) -> bool:
 
 
 def identical(pair: Pair, rules: Rules) -> bool:
-    """Whether the answers are equal but for white space."""
+    """Whether the answers are equal but for white space, and so is what a chat template makes of them.
+
+    A message may have more than its text and its calls, such as a reasoning: only the tokens tell.
+    """
+    if not _alike(pair):
+        return False
+    return pair.ids[0] == pair.ids[1] or _read_back(pair, 0, rules) == _read_back(pair, 1, rules)
+
+
+def _alike(pair: Pair) -> bool:
     return pair.chosen.split() == pair.rejected.split()
+
+
+def _read_back(pair: Pair, side: int, rules: Rules) -> str:
+    """An answer as its tokens have it, without white space."""
+    return "".join(rules.tokenizer.decode(pair.ids[side][pair.border :]).split())
 
 
 def similarity(pair: Pair) -> float:
@@ -36,7 +50,7 @@ def near_identical(pair: Pair, rules: Rules) -> bool:
     # A bag cannot be nine tenths of another that is a quarter longer: most pairs need no counting.
     short, long = sorted(map(len, (pair.chosen.split(), pair.rejected.split())))
     possible = long and 2 * short / (short + long) >= NEAR
-    return bool(possible) and similarity(pair) >= NEAR and not identical(pair, rules)
+    return bool(possible) and similarity(pair) >= NEAR and not _alike(pair)
 
 
 def truncated(pair: Pair, rules: Rules) -> bool:
@@ -91,12 +105,20 @@ def template(pair: Pair, rules: Rules) -> bool:
         return False
     if pair.ids[0] == pair.ids[1]:
         return pair.chosen.strip() != pair.rejected.strip()
-    if pair.row >= _READ_BACK:
+    if pair.row >= _DECODED:
         return False
-    return not all(
-        "".join(answer.split()) in "".join(rules.tokenizer.decode(ids[pair.border :]).split())
-        for answer, ids in zip(pair.answers, pair.ids, strict=True)
-    )
+    return not all(_kept(pair, side, rules) for side in range(2))
+
+
+def _kept(pair: Pair, side: int, rules: Rules) -> bool:
+    """Whether the texts of the answer's messages are in its tokens, one after the other, and the names it calls."""
+    rest = written = _read_back(pair, side, rules)
+    contents = pair.contents[side] if pair.contents else ()
+    for text in filter(None, ("".join(content.split()) for content in contents)):
+        _, found, rest = rest.partition(text)
+        if not found:
+            return False
+    return all("".join(name.split()) in written for name in pair.called[side])
 
 
 def border(pair: Pair, rules: Rules) -> bool:
@@ -109,7 +131,7 @@ def raw_dialogue(pair: Pair, rules: Rules) -> bool:
 
 
 def scripts(pair: Pair, rules: Rules) -> bool:
-    chosen, rejected = map(script, pair.answers)
+    chosen, rejected = map(script, pair.spoken)
     return chosen != rejected and "" not in (chosen, rejected)
 
 

@@ -88,10 +88,10 @@ class Repeats:
     def add(self, pair: Pair) -> None:
         if pair.chosen.split() == pair.rejected.split():
             return  # identical sides contradict themselves
-        key = _digest(pair.prompt, pair.chosen, pair.rejected)
+        key = _digest(pair.tools, pair.prompt, pair.chosen, pair.rejected)
         if key in self._seen:
             self.duplicates.add(pair.row)
-        elif _digest(pair.prompt, pair.rejected, pair.chosen) in self._seen:
+        elif _digest(pair.tools, pair.prompt, pair.rejected, pair.chosen) in self._seen:
             self.contradictory.add(pair.row)
         self._seen.add(key)
 
@@ -295,7 +295,7 @@ class Scripts:
         self.counts: Counter[str] = Counter()
 
     def add(self, pair: Pair) -> None:
-        self.counts.update(filter(None, map(script, pair.answers)))
+        self.counts.update(filter(None, map(script, pair.spoken)))
 
     def findings(self) -> list[Finding]:
         """That of the check languages, over answers."""
