@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from plot_align.doctor.faults import near_identical, script, similarity
+from plot_align.doctor.faults import SHORT_HAN, near_identical, script, scripts, similarity
 from plot_align.doctor.pairs import Pair
-from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, _quantile, exact
+from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, Scripts, _quantile, exact
 
 
 def pair(chosen: str = "a", rejected: str = "b", *, row: int = 0, prompt: str = "", tokens=(1, 1)) -> Pair:
@@ -235,8 +235,14 @@ def test_twenty_pairs_that_all_go_one_way_do():
         ("Hello — world", "Latin"),
         ("naïve café", "Latin"),
         ("Привет, world", "Cyrillic"),
-        ("你好,世界 hi", "Han"),
-        ("ひらがな カタカナ", "Kana"),
+        ("你好,世界 hi", SHORT_HAN),
+        ("你好,世界 hi" * 8, "Han"),
+        ("ひらがな カタカナ", "Japanese"),
+        ("日本国憲法施行令の改正", "Japanese"),
+        ("ﾃﾞｰﾀ転送装置 ＵＳＢ", "Japanese"),
+        ("人々" * 15, "Han"),
+        ("我今天在优の良品买了很多好吃的东西，然后和朋友一起坐地铁慢慢地回家了。", "Han"),
+        ("Ｈｅｌｌｏ 世界", "Latin"),
         ("안녕하세요", "Hangul"),
         ("مرحبا", "Arabic"),
         ("1 + 1 = 2 🙂", ""),
@@ -245,6 +251,44 @@ def test_twenty_pairs_that_all_go_one_way_do():
 )
 def test_script(text, expected):
     assert script(text) == expected
+
+
+MOST_KANA = "東京はとても大きな街で、たくさんの人がここに住んでいます。"
+MOST_HAN = "東京都庁舎の展望室は年末年始を除き毎日入場可能です。"
+NAMES = "東京都、大阪府、京都府"
+CHINESE = "东京是日本的首都，也是世界上人口最多的城市之一，每年都有很多游客来到这里参观游览。"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        (MOST_KANA, MOST_HAN, False),
+        (MOST_KANA, NAMES, False),  # an answer without Kana may be Japanese, if it is short
+        (NAMES, CHINESE, False),
+        (MOST_HAN, CHINESE, True),
+        (MOST_KANA, CHINESE, True),
+        (NAMES, "Tokyo, Osaka, Kyoto", True),
+        (NAMES, "서울특별시, 부산광역시", True),
+    ],
+)
+def test_japanese_is_han_and_kana(one, other, differ):
+    assert scripts(pair(one, other), None) == scripts(pair(other, one), None) == differ
+
+
+@pytest.mark.parametrize(("long", "others"), [(MOST_KANA, 0), (CHINESE, 0), ("Tokyo is a large city.", 50)])
+def test_short_answers_in_han_are_in_the_language_of_the_others(long, others):
+    tally = Scripts()
+    for row in range(50):
+        tally.add(pair(NAMES if row < 25 else long, NAMES if row < 25 else long, row=row))
+    assert sum(finding.count for finding in tally.findings()) == others
+
+
+def test_chinese_among_japanese_is_seen():
+    tally = Scripts()
+    for row in range(50):
+        tally.add(pair(MOST_KANA, CHINESE if row < 10 else MOST_HAN, row=row))
+    (finding,) = tally.findings()
+    assert finding.sentence == "The answers' scripts: Japanese 90.0 %, Han 10.0 %."
 
 
 @pytest.mark.parametrize(("shared", "count"), [(12, 0), (13, 1), (14, 1)])

@@ -14,6 +14,9 @@ from plot_align.preference.completions import Rules
 NEAR = 0.9  # of the words in common
 _DECODED = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
 _SCRIPT_OF = 500  # characters of an answer
+_KANA = 0.05  # of Kana and Han, from which a text is Japanese: Chinese has a の in a name, and no more
+_SHORT = 30  # Han letters of which Japanese may consist as well, such as a list of names
+SHORT_HAN = "short Han"
 
 
 def empty(pair: Pair, rules: Rules) -> bool:
@@ -132,22 +135,32 @@ def raw_dialogue(pair: Pair, rules: Rules) -> bool:
 
 def scripts(pair: Pair, rules: Rules) -> bool:
     chosen, rejected = map(script, pair.spoken)
+    if SHORT_HAN in (chosen, rejected) and {chosen, rejected} <= {SHORT_HAN, "Han", "Japanese"}:
+        return False
     return chosen != rejected and "" not in (chosen, rejected)
 
 
 def script(text: str) -> str:
-    """The script of most letters of the text's beginning, e.g. ``"Latin"``, ``"Han"``; empty without a letter."""
+    """The script of most letters of the text's beginning, e.g. ``"Latin"``, ``"Han"``; empty without a letter.
+
+    Han and Kana together are ``"Japanese"``; a few Han letters alone are :data:`SHORT_HAN`, Chinese or Japanese.
+    """
     beginning = text[:_SCRIPT_OF]
     if beginning.isascii():
         return "Latin" if any(map(str.isalpha, beginning)) else ""
     found = Counter(_script_of(character) for character in beginning if character.isalpha())
-    return found.most_common(1)[0][0] if found else ""
+    han, kana = found["Han"], found.pop("Kana", 0)
+    if kana and kana >= _KANA * (han + kana):
+        found["Japanese"] = found.pop("Han", 0) + kana
+    most = found.most_common(1)[0][0] if found else ""
+    return SHORT_HAN if most == "Han" and han < _SHORT else most
 
 
 @lru_cache(maxsize=65536)
 def _script_of(letter: str) -> str:
-    name = unicodedata.name(letter, "OTHER").split()[0].split("-")[0].capitalize()
-    return {"Cjk": "Han", "Hiragana": "Kana", "Katakana": "Kana"}.get(name, name)
+    name = unicodedata.name(letter, "OTHER").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
+    first = name.split()[0].split("-")[0].capitalize()
+    return {"Cjk": "Han", "Ideographic": "Han", "Hiragana": "Kana", "Katakana": "Kana"}.get(first, first)
 
 
 FAULTS: dict[str, Callable[[Pair, Rules], bool]] = {

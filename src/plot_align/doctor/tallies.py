@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from scipy.special import betaincinv
 
-from plot_align.doctor.faults import script
+from plot_align.doctor.faults import SHORT_HAN, script
 from plot_align.doctor.findings import CHECKS, EXAMPLES, Finding, percent
 from plot_align.doctor.pairs import Pair
 from plot_align.records import NORMAL_95, measure, wilson
@@ -298,12 +298,14 @@ class Scripts:
         self.counts.update(filter(None, map(script, pair.spoken)))
 
     def findings(self) -> list[Finding]:
-        """That of the check languages, over answers."""
-        total = self.counts.total()
+        """That of the check languages, over answers; short ones in Han are in whichever language of it is commoner."""
+        counts = Counter(self.counts)
+        counts[max("Han", "Japanese", key=lambda name: counts[name])] += counts.pop(SHORT_HAN, 0)
+        total = counts.total()
         if not total:
             return []
-        others = total - self.counts.most_common(1)[0][1]
-        listed = ", ".join(f"{name} {percent(count / total)}" for name, count in self.counts.most_common(5))
+        others = total - counts.most_common(1)[0][1]
+        listed = ", ".join(f"{name} {percent(count / total)}" for name, count in counts.most_common(5) if count)
         return CHECKS["languages"].finding(others, total, sentence=f"The answers' scripts: {listed}.")
 
 
