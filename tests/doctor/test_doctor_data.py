@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -371,6 +372,62 @@ def test_a_damaged_first_line_is_named_too(clean, tokenizer, tmp_path):
     path.write_bytes(good + b'\n{"prompt": "a", "chosen": "b\xff", "rejected": "c"}\n')
     (refused,) = diagnose(path, tokenizer, progress=False).examination.refused
     assert refused == "row 200: line 201 is no UTF-8"
+
+
+def test_a_byte_order_mark_is_no_damage(clean, tokenizer, tmp_path):
+    """Alone, and before lines of which the last is rubbish."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in clean), encoding="utf-8")
+    assert diagnose(path, tokenizer, progress=False).examination.refused == []
+    path.write_text(path.read_text(encoding="utf-8") + "\n{rubbish\n", encoding="utf-8")
+    examined = diagnose(path, tokenizer, progress=False).examination
+    assert [text.partition(" is")[0] for text in examined.refused] == ["row 200: line 201"]
+    assert examined.pairs == 200
+
+
+@pytest.mark.parametrize("content", ["cut off", "no gzip", "empty"])
+def test_a_file_without_a_damaged_line_is_refused_as_everywhere(content, clean, tokenizer, tmp_path):
+    """Reading it line by line would hide what is wrong, or end in the midst of it."""
+    path = tmp_path / "pairs.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in clean).encode())
+    path.write_bytes(
+        {"cut off": whole[: len(whole) // 2], "no gzip": b"no gzip", "empty": gzip.compress(b"")}[content]
+    )
+    with pytest.raises(InputError) as expected:
+        load_pairs(path)
+    with pytest.raises(InputError) as refused:
+        diagnose(path, tokenizer, progress=False)
+    assert str(refused.value) == str(expected.value)
+    assert "streaming" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("column", "refused"), [("chosen", ["row 200"]), ("score", None)])
+def test_a_value_of_another_type_is_damage_in_an_answer_alone(
+    column, refused, clean, tokenizer, tmp_path, monkeypatch
+):
+    """Some versions of Arrow's reader stop at one."""
+
+    def stops(source: Any, **options: Any) -> Any:
+        raise InputError("a column changed from string to number")
+
+    monkeypatch.setattr("plot_align.doctor.pairs.load_pairs", stops)
+    rows = [{**row, "score": "high"} for row in clean]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {**rows[0], column: 5}]))
+    if refused is None:
+        with pytest.raises(InputError, match="changed from string to number"):
+            diagnose(path, tokenizer, progress=False)
+    else:
+        found_there = diagnose(path, tokenizer, progress=False).examination.refused
+        assert [text.partition(":")[0] for text in found_there] == refused
+
+
+def test_a_configuration_of_a_file_is_refused(clean, tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in clean))
+    for local in (path, tmp_path):
+        with pytest.raises(InputError, match=r"^name is 'nonsense', but .* only data sets of the Hub have"):
+            diagnose(local, tokenizer, name="nonsense", progress=False)
 
 
 def test_what_is_no_set_of_pairs_is_refused(tokenizer):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +96,22 @@ class Batch:
 def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
     """:func:`plot_align.load_pairs`; of a JSON-lines file with damaged lines a stream, in which each says what it is.
 
-    Args and errors: see :func:`plot_align.load_pairs`.
+    Args: see :func:`plot_align.load_pairs`.
+
+    Raises:
+        InputError: see there; or a ``name`` for what is not on the Hub.
     """
+    path = Path(source)
+    if options.get("name") is not None and path.exists():
+        raise InputError(
+            f"name is {options['name']!r}, but {path} is on this machine, and only data sets of the Hub have "
+            "configurations; leave it out"
+        )
     try:
         return load_pairs(source, **options)
     except InputError:
-        path = Path(source)
         lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-        if not path.is_file() or not lines or options.get("split", "train") != "train":
+        if not path.is_file() or not lines or options.get("split", "train") != "train" or not _has_damage(path):
             raise
         from datasets import IterableDataset
 
@@ -110,10 +120,26 @@ def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
         return data
 
 
+def _has_damage(path: Path) -> bool:
+    """Whether lines are what is wrong: one is no row, or has an answer of another type than those before it, at
+    which Arrow's reader may stop. A file that cannot be read to its end would not be read line by line either."""
+    types: dict[str, type] = {}
+    try:
+        for row in _lines(path):
+            known = {name: type(row[name]) for name in PAIRED if row.get(name) is not None}
+            if _DAMAGED in row or any(types.setdefault(name, found) is not found for name, found in known.items()):
+                return True
+    except (OSError, EOFError, zlib.error):
+        pass
+    return False
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
                     text = line.decode()
