@@ -48,3 +48,31 @@ def chat_tokenizer(tiny_base: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_base)
+
+
+@pytest.fixture
+def calling(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same prompts, answered by a call alone: one of four functions, with numbers drawn at random."""
+    rng = random.Random(1)
+    names = ["add", "multiply", "divide", "compare"]
+
+    def call() -> list[dict[str, Any]]:
+        function = {"name": rng.choice(names), "arguments": {name: rng.randint(10, 99) for name in "ab"}}
+        made = {"id": f"call_{rng.random()}", "type": "function", "function": function}
+        return [{"role": "assistant", "content": None, "tool_calls": [made]}]
+
+    tools = [{"type": "function", "function": {"name": name, "description": f"To {name}."}} for name in names]
+    return [{"prompt": row["prompt"], "chosen": call(), "rejected": call(), "tools": tools} for row in chat]
+
+
+@pytest.fixture
+def calling_tokenizer(chat_tokenizer: Any) -> Any:
+    """Its template writes reasoning, content and calls."""
+    writes = (
+        "(message['reasoning'] or '') + (message['content'] or '') + '<|end|>' -}}"
+        "{%- for call in message['tool_calls'] or [] -%}"
+        "{{- call['function'] | tojson + '<|end|>' -}}"
+        "{%- endfor -%}{{- ''"
+    )
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("message['content'] + '<|end|>'", writes)
+    return chat_tokenizer

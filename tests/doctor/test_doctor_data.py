@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -160,6 +161,82 @@ def test_a_pair_that_trl_drops_for_its_prompt_is_found(clean, tokenizer):
     assert findings["difference-lost"].rows == [40, 41, 42, 43, 44]
 
 
+# --- answers of several messages, and calls of tools ----------------------------------------------------------------
+
+
+def _turns(row: dict[str, Any]) -> None:
+    """Answers that go on: the user says something more, and is answered again."""
+    for side in ("chosen", "rejected"):
+        first = row[side][0]["content"]
+        words = first.split()
+        row[side] += [{"role": "user", "content": words[3]}, {"role": "assistant", "content": " ".join(words[::-1])}]
+
+
+def test_answers_of_several_turns_are_silent(chat, chat_tokenizer):
+    for row in chat:
+        _turns(row)
+    assert found(chat, chat_tokenizer) == {}
+
+
+@pytest.mark.parametrize(
+    "content", ["(message['content'] if loop.index != 3 else '')", "(message['content'] if loop.last else '')"]
+)
+def test_a_template_that_loses_a_turn_of_the_answer_is_found(chat, chat_tokenizer, content):
+    for row in chat:
+        _turns(row)
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("message['content']", content)
+    assert found(chat, chat_tokenizer)["template"].count == 200
+
+
+def test_a_clean_set_of_tool_calls_is_silent(calling, calling_tokenizer):
+    assert found(calling, calling_tokenizer) == {}
+
+
+def test_a_call_against_a_text_is_silent(calling, calling_tokenizer):
+    """In either order; and in Russian, of which the JSON of a call is no part."""
+    for number, row in enumerate(calling):
+        text = {"prompt": str(number)}
+        _russian("answer")(text)
+        row[("chosen", "rejected")[number % 2]] = [{"role": "assistant", "content": text["answer"]}]
+    findings = found(calling, calling_tokenizer)
+    assert not {"empty", "identical", "near-identical", "template", "scripts", "languages"} & set(findings)
+
+
+def test_a_template_that_drops_the_calls_is_found(calling, chat, chat_tokenizer):
+    """Where both answers are calls, nothing is left of either; where one is, the other is."""
+    for row, said in zip(calling[:100], chat, strict=False):
+        row["rejected"] = said["rejected"]
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "message['content']", "(message['content'] or '')"
+    )
+    assert found(calling, chat_tokenizer)["template"].count == 200
+
+
+def test_equal_calls_are_found(calling, calling_tokenizer):
+    """Whatever their ids, which the template does not write."""
+    for row in PLANTED:
+        (message,) = calling[row]["chosen"]
+        calling[row]["rejected"] = [dict(message, tool_calls=[dict(message["tool_calls"][0], id="another")])]
+    findings = found(calling, calling_tokenizer)
+    assert set(findings) == {"identical"}
+    assert (findings["identical"].count, findings["identical"].rows) == (10, [40, 41, 42, 43, 44])
+
+
+def test_calls_are_repeated_only_with_the_same_tools(calling, calling_tokenizer):
+    for row in PLANTED:
+        calling[row + 100] = dict(calling[row])
+    for row in range(140, 145):
+        calling[row]["tools"] = calling[row]["tools"][:2]
+    assert found(calling, calling_tokenizer)["duplicate"].rows == [145, 146, 147, 148, 149]
+
+
+def test_answers_that_differ_in_their_reasoning_alone_are_not_identical(chat, calling_tokenizer):
+    for row in PLANTED:
+        reasoned = [{**chat[row]["chosen"][0], "reasoning": text} for text in ("red blue.", "house tree.")]
+        chat[row].update(chosen=reasoned[:1], rejected=reasoned[1:])
+    assert found(chat, calling_tokenizer) == {}
+
+
 # --- many pairs together --------------------------------------------------------------------------------------------
 
 
@@ -297,6 +374,62 @@ def test_a_damaged_first_line_is_named_too(clean, tokenizer, tmp_path):
     assert refused == "row 200: line 201 is no UTF-8"
 
 
+def test_a_byte_order_mark_is_no_damage(clean, tokenizer, tmp_path):
+    """Alone, and before lines of which the last is rubbish."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in clean), encoding="utf-8")
+    assert diagnose(path, tokenizer, progress=False).examination.refused == []
+    path.write_text(path.read_text(encoding="utf-8") + "\n{rubbish\n", encoding="utf-8")
+    examined = diagnose(path, tokenizer, progress=False).examination
+    assert [text.partition(" is")[0] for text in examined.refused] == ["row 200: line 201"]
+    assert examined.pairs == 200
+
+
+@pytest.mark.parametrize("content", ["cut off", "no gzip", "empty"])
+def test_a_file_without_a_damaged_line_is_refused_as_everywhere(content, clean, tokenizer, tmp_path):
+    """Reading it line by line would hide what is wrong, or end in the midst of it."""
+    path = tmp_path / "pairs.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in clean).encode())
+    path.write_bytes(
+        {"cut off": whole[: len(whole) // 2], "no gzip": b"no gzip", "empty": gzip.compress(b"")}[content]
+    )
+    with pytest.raises(InputError) as expected:
+        load_pairs(path)
+    with pytest.raises(InputError) as refused:
+        diagnose(path, tokenizer, progress=False)
+    assert str(refused.value) == str(expected.value)
+    assert "streaming" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("column", "refused"), [("chosen", ["row 200"]), ("score", None)])
+def test_a_value_of_another_type_is_damage_in_an_answer_alone(
+    column, refused, clean, tokenizer, tmp_path, monkeypatch
+):
+    """Some versions of Arrow's reader stop at one."""
+
+    def stops(source: Any, **options: Any) -> Any:
+        raise InputError("a column changed from string to number")
+
+    monkeypatch.setattr("plot_align.doctor.pairs.load_pairs", stops)
+    rows = [{**row, "score": "high"} for row in clean]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {**rows[0], column: 5}]))
+    if refused is None:
+        with pytest.raises(InputError, match="changed from string to number"):
+            diagnose(path, tokenizer, progress=False)
+    else:
+        found_there = diagnose(path, tokenizer, progress=False).examination.refused
+        assert [text.partition(":")[0] for text in found_there] == refused
+
+
+def test_a_configuration_of_a_file_is_refused(clean, tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in clean))
+    for local in (path, tmp_path):
+        with pytest.raises(InputError, match=r"^name is 'nonsense', but .* only data sets of the Hub have"):
+            diagnose(local, tokenizer, name="nonsense", progress=False)
+
+
 def test_what_is_no_set_of_pairs_is_refused(tokenizer):
     with pytest.raises(InputError, match="no column 'chosen' and no column 'rejected'"):
         found([{"a": "x"}], tokenizer)
@@ -314,6 +447,16 @@ def test_one_pair_is_enough(tokenizer):
     )
     assert json.loads(json.dumps(diagnosis.to_dict(), allow_nan=False))["pairs"] == 1
     assert "1 pair of" in diagnosis.as_text()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_few_pairs_that_all_go_one_way_are_silent(clean, tokenizer, number, side):
+    """One side is longer, begins alike and refuses, in each of them."""
+    rows = clean[:number]
+    for row in rows:
+        row[side] = " I cannot" + row[side] + row[side]
+    assert found(rows, tokenizer) == {}
 
 
 # --- what PLOT would train ------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from plot_align.doctor.faults import near_identical, script, similarity
+from plot_align.doctor.faults import SHORT_HAN, near_identical, script, scripts, similarity
 from plot_align.doctor.pairs import Pair
-from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, _quantile
+from plot_align.doctor.tallies import FirstWords, Lengths, Overlap, Refusals, Scripts, _quantile, exact
 
 
 def pair(chosen: str = "a", rejected: str = "b", *, row: int = 0, prompt: str = "", tokens=(1, 1)) -> Pair:
@@ -63,13 +63,29 @@ def test_auc_of_length_within_pairs():
     found = lengths_of(tokens).measures()
     scores = np.array([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in tokens])
     gaps = np.array([a - b for a, b in tokens])
-    for name, values in (("length_auc", scores), ("length_difference", gaps)):
-        assert found[name]["value"] == pytest.approx(values.mean())
-        assert found[name]["error"] == pytest.approx(values.std(ddof=1) / math.sqrt(300))
-        assert found[name]["interval"][1] == pytest.approx(values.mean() + 1.959964 * found[name]["error"])
+    assert found["length_auc"]["value"] == pytest.approx(scores.mean())
+    near = binomtest(round(scores.sum()), 300).proportion_ci()  # ties may make it half a win more or less
+    assert found["length_auc"]["interval"] == pytest.approx(list(near), abs=2e-3)
+    difference = found["length_difference"]
+    assert difference["value"] == pytest.approx(gaps.mean())
+    assert difference["error"] == pytest.approx(gaps.std(ddof=1) / math.sqrt(300))
+    assert difference["interval"][1] == pytest.approx(gaps.mean() + 1.959964 * difference["error"])
     chosen, rejected = zip(*tokens, strict=True)
     alone = mannwhitneyu(chosen, rejected).statistic / 300**2
     assert found["length_auc"]["value"] == pytest.approx(alone, abs=0.03)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.975])
+@pytest.mark.parametrize("n", [1, 2, 17, 1000])
+def test_the_exact_interval_is_scipy_s(n, confidence):
+    for count in {0, 1, n // 3, n - 1, n}:
+        expected = binomtest(count, n).proportion_ci(confidence, method="exact")
+        assert exact(count, n, confidence) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_equal_differences_have_no_interval_of_no_width():
+    difference = lengths_of([(9, 3)] * 40).measures()["length_difference"]
+    assert difference == {"value": 6.0, "n": 40, "unit": "tokens"}
 
 
 def test_shorter_answers_that_win_are_a_bias_too():
@@ -156,18 +172,61 @@ def test_table_of_first_words():
 # --- refusals, scripts, overlap -------------------------------------------------------------------------------------
 
 
-def test_refusals_by_hand():
-    """30 of 100: only the chosen refuses; 10: only the rejected; 5: both. The gap is 0.2 with s² = 0.4 − 0.04."""
+NO, YES = "I’m sorry, but no.", "Here you are."
+
+
+def refusals_of(*counted: tuple[str, str, int]) -> Refusals:
     refusals = Refusals()
-    no, yes = "I’m sorry, but no.", "Here you are."
-    for chosen, rejected, count in ((no, yes, 30), (yes, no, 10), (no, no, 5), (yes, yes, 55)):
+    for chosen, rejected, count in counted:
         for _ in range(count):
             refusals.add(pair(chosen, rejected))
+    return refusals
+
+
+def test_refusals_by_hand():
+    """30 of 100: only the chosen refuses; 10: only the rejected; 5: both. The gap is 0.2, of two exact intervals."""
+    refusals = refusals_of((NO, YES, 30), (YES, NO, 10), (NO, NO, 5), (YES, YES, 55))
     found = refusals.measures()
     assert (found["refusals_chosen"]["value"], found["refusals_rejected"]["value"]) == (0.35, 0.15)
-    half = 1.959964 * math.sqrt((0.4 - 0.04) / 100)
-    assert found["refusal_gap"]["interval"] == pytest.approx([0.2 - half, 0.2 + half])
-    assert refusals.findings(found) == []  # 0.08 at the low end
+    assert found["refusal_gap"]["value"] == pytest.approx(0.2)
+    own, other = (binomtest(count, 100).proportion_ci(0.975) for count in (30, 10))
+    assert found["refusal_gap"]["interval"] == pytest.approx([own.low - other.high, own.high - other.low])
+    assert refusals.findings(found) == []  # 0.01 at the low end
+
+
+@pytest.mark.parametrize(("own", "other"), [(0.5, 0.0), (0.3, 0.1), (0.02, 0.02), (0.9, 0.05)])
+@pytest.mark.parametrize("n", [1, 4, 30, 300])
+def test_the_interval_of_the_refusals_holds_the_gap(own, other, n):
+    """In 95 % of 300 draws at least, less four standard errors: however small n is, and where all pairs are alike."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for one, two, _ in rng.multinomial(n, [own, other, 1 - own - other], size=300):
+        refusals = Refusals()
+        refusals.counts = [[n - one - two, two], [one, 0]]
+        low, high = refusals.measures()["refusal_gap"]["interval"]
+        held += low <= own - other <= high
+    assert held / 300 >= 0.95 - 4 * math.sqrt(0.95 * 0.05 / 300)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_a_few_pairs_that_all_go_one_way_prove_nothing(n):
+    """Five of five come up one time in sixteen by chance, which is no 95 %."""
+    for tokens in ((9, 3), (3, 9)):
+        lengths = lengths_of([tokens] * n)
+        assert lengths.findings(lengths.measures()) == []
+    for sides in ((NO, YES), (YES, NO)):
+        refusals = refusals_of((*sides, n))
+        assert refusals.findings(refusals.measures()) == []
+
+
+def test_twenty_pairs_that_all_go_one_way_do():
+    lengths, refusals = lengths_of([(9, 3)] * 20), refusals_of((NO, YES, 20))
+    for tally in (lengths, refusals):
+        (finding,) = tally.findings(tally.measures())
+        assert finding.severity == "warning"
+    assert (
+        "in 100.0 % of the pairs (95 % interval 83.2 % to 100.0 %)" in lengths.findings(lengths.measures())[0].sentence
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,8 +235,14 @@ def test_refusals_by_hand():
         ("Hello — world", "Latin"),
         ("naïve café", "Latin"),
         ("Привет, world", "Cyrillic"),
-        ("你好,世界 hi", "Han"),
-        ("ひらがな カタカナ", "Kana"),
+        ("你好,世界 hi", SHORT_HAN),
+        ("你好,世界 hi" * 8, "Han"),
+        ("ひらがな カタカナ", "Japanese"),
+        ("日本国憲法施行令の改正", "Japanese"),
+        ("ﾃﾞｰﾀ転送装置 ＵＳＢ", "Japanese"),
+        ("人々" * 15, "Han"),
+        ("我今天在优の良品买了很多好吃的东西，然后和朋友一起坐地铁慢慢地回家了。", "Han"),
+        ("Ｈｅｌｌｏ 世界", "Latin"),
         ("안녕하세요", "Hangul"),
         ("مرحبا", "Arabic"),
         ("1 + 1 = 2 🙂", ""),
@@ -186,6 +251,44 @@ def test_refusals_by_hand():
 )
 def test_script(text, expected):
     assert script(text) == expected
+
+
+MOST_KANA = "東京はとても大きな街で、たくさんの人がここに住んでいます。"
+MOST_HAN = "東京都庁舎の展望室は年末年始を除き毎日入場可能です。"
+NAMES = "東京都、大阪府、京都府"
+CHINESE = "东京是日本的首都，也是世界上人口最多的城市之一，每年都有很多游客来到这里参观游览。"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        (MOST_KANA, MOST_HAN, False),
+        (MOST_KANA, NAMES, False),  # an answer without Kana may be Japanese, if it is short
+        (NAMES, CHINESE, False),
+        (MOST_HAN, CHINESE, True),
+        (MOST_KANA, CHINESE, True),
+        (NAMES, "Tokyo, Osaka, Kyoto", True),
+        (NAMES, "서울특별시, 부산광역시", True),
+    ],
+)
+def test_japanese_is_han_and_kana(one, other, differ):
+    assert scripts(pair(one, other), None) == scripts(pair(other, one), None) == differ
+
+
+@pytest.mark.parametrize(("long", "others"), [(MOST_KANA, 0), (CHINESE, 0), ("Tokyo is a large city.", 50)])
+def test_short_answers_in_han_are_in_the_language_of_the_others(long, others):
+    tally = Scripts()
+    for row in range(50):
+        tally.add(pair(NAMES if row < 25 else long, NAMES if row < 25 else long, row=row))
+    assert sum(finding.count for finding in tally.findings()) == others
+
+
+def test_chinese_among_japanese_is_seen():
+    tally = Scripts()
+    for row in range(50):
+        tally.add(pair(MOST_KANA, CHINESE if row < 10 else MOST_HAN, row=row))
+    (finding,) = tally.findings()
+    assert finding.sentence == "The answers' scripts: Japanese 90.0 %, Han 10.0 %."
 
 
 @pytest.mark.parametrize(("shared", "count"), [(12, 0), (13, 1), (14, 1)])

@@ -12,8 +12,11 @@ from plot_align.doctor.pairs import Pair
 from plot_align.preference.completions import Rules
 
 NEAR = 0.9  # of the words in common
-_READ_BACK = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
+_DECODED = 200  # pairs whose tokens are decoded again; of the others only equal tokens are looked at
 _SCRIPT_OF = 500  # characters of an answer
+_KANA = 0.05  # of Kana and Han, from which a text is Japanese: Chinese has a の in a name, and no more
+_SHORT = 30  # Han letters of which Japanese may consist as well, such as a list of names
+SHORT_HAN = "short Han"
 
 
 def empty(pair: Pair, rules: Rules) -> bool:
@@ -21,8 +24,22 @@ def empty(pair: Pair, rules: Rules) -> bool:
 
 
 def identical(pair: Pair, rules: Rules) -> bool:
-    """Whether the answers are equal but for white space."""
+    """Whether the answers are equal but for white space, and so is what a chat template makes of them.
+
+    A message may have more than its text and its calls, such as a reasoning: only the tokens tell.
+    """
+    if not _alike(pair):
+        return False
+    return pair.ids[0] == pair.ids[1] or _read_back(pair, 0, rules) == _read_back(pair, 1, rules)
+
+
+def _alike(pair: Pair) -> bool:
     return pair.chosen.split() == pair.rejected.split()
+
+
+def _read_back(pair: Pair, side: int, rules: Rules) -> str:
+    """An answer as its tokens have it, without white space."""
+    return "".join(rules.tokenizer.decode(pair.ids[side][pair.border :]).split())
 
 
 def similarity(pair: Pair) -> float:
@@ -36,7 +53,7 @@ def near_identical(pair: Pair, rules: Rules) -> bool:
     # A bag cannot be nine tenths of another that is a quarter longer: most pairs need no counting.
     short, long = sorted(map(len, (pair.chosen.split(), pair.rejected.split())))
     possible = long and 2 * short / (short + long) >= NEAR
-    return bool(possible) and similarity(pair) >= NEAR and not identical(pair, rules)
+    return bool(possible) and similarity(pair) >= NEAR and not _alike(pair)
 
 
 def truncated(pair: Pair, rules: Rules) -> bool:
@@ -91,12 +108,20 @@ def template(pair: Pair, rules: Rules) -> bool:
         return False
     if pair.ids[0] == pair.ids[1]:
         return pair.chosen.strip() != pair.rejected.strip()
-    if pair.row >= _READ_BACK:
+    if pair.row >= _DECODED:
         return False
-    return not all(
-        "".join(answer.split()) in "".join(rules.tokenizer.decode(ids[pair.border :]).split())
-        for answer, ids in zip(pair.answers, pair.ids, strict=True)
-    )
+    return not all(_kept(pair, side, rules) for side in range(2))
+
+
+def _kept(pair: Pair, side: int, rules: Rules) -> bool:
+    """Whether the texts of the answer's messages are in its tokens, one after the other, and the names it calls."""
+    rest = written = _read_back(pair, side, rules)
+    contents = pair.contents[side] if pair.contents else ()
+    for text in filter(None, ("".join(content.split()) for content in contents)):
+        _, found, rest = rest.partition(text)
+        if not found:
+            return False
+    return all("".join(name.split()) in written for name in pair.called[side])
 
 
 def border(pair: Pair, rules: Rules) -> bool:
@@ -109,23 +134,33 @@ def raw_dialogue(pair: Pair, rules: Rules) -> bool:
 
 
 def scripts(pair: Pair, rules: Rules) -> bool:
-    chosen, rejected = map(script, pair.answers)
+    chosen, rejected = map(script, pair.spoken)
+    if SHORT_HAN in (chosen, rejected) and {chosen, rejected} <= {SHORT_HAN, "Han", "Japanese"}:
+        return False
     return chosen != rejected and "" not in (chosen, rejected)
 
 
 def script(text: str) -> str:
-    """The script of most letters of the text's beginning, e.g. ``"Latin"``, ``"Han"``; empty without a letter."""
+    """The script of most letters of the text's beginning, e.g. ``"Latin"``, ``"Han"``; empty without a letter.
+
+    Han and Kana together are ``"Japanese"``; a few Han letters alone are :data:`SHORT_HAN`, Chinese or Japanese.
+    """
     beginning = text[:_SCRIPT_OF]
     if beginning.isascii():
         return "Latin" if any(map(str.isalpha, beginning)) else ""
     found = Counter(_script_of(character) for character in beginning if character.isalpha())
-    return found.most_common(1)[0][0] if found else ""
+    han, kana = found["Han"], found.pop("Kana", 0)
+    if kana and kana >= _KANA * (han + kana):
+        found["Japanese"] = found.pop("Han", 0) + kana
+    most = found.most_common(1)[0][0] if found else ""
+    return SHORT_HAN if most == "Han" and han < _SHORT else most
 
 
 @lru_cache(maxsize=65536)
 def _script_of(letter: str) -> str:
-    name = unicodedata.name(letter, "OTHER").split()[0].split("-")[0].capitalize()
-    return {"Cjk": "Han", "Hiragana": "Kana", "Katakana": "Kana"}.get(name, name)
+    name = unicodedata.name(letter, "OTHER").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ")
+    first = name.split()[0].split("-")[0].capitalize()
+    return {"Cjk": "Han", "Ideographic": "Han", "Hiragana": "Kana", "Katakana": "Kana"}.get(first, first)
 
 
 FAULTS: dict[str, Callable[[Pair, Rules], bool]] = {

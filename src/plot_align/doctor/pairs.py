@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import itertools
+import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,10 +41,13 @@ class Pair:
 
     Attributes:
         row: index in the data set. requests: the texts of the user's turns (of a plain prompt, the prompt).
-        prompt, chosen, rejected: texts. Of a raw dialogue (:mod:`plot_align.preference.dialogues`) the last answers.
+        prompt, chosen, rejected: texts, the tools they call among them as JSON. Of a raw dialogue
+            (:mod:`plot_align.preference.dialogues`) the last answers.
         raw: whether it is such a dialogue, which TRL reads as plain text.
         prompt_ids: of the prompt alone. border: where TRL lets the answers begin in the ids of prompt + answer.
         ids: of prompt + chosen and of prompt + rejected. scored: of both, start and stop of the tokens scored.
+        contents, called: of both, if they are messages: their texts in order, and the names of the functions called.
+        tools: those that the row offers, as JSON.
     """
 
     row: int
@@ -54,11 +60,22 @@ class Pair:
     border: int
     ids: tuple[list[int], list[int]]
     scored: tuple[tuple[int, int], tuple[int, int]]
+    contents: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    called: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    tools: str = ""
 
     @property
     def answers(self) -> tuple[str, str]:
         """Chosen and rejected."""
         return self.chosen, self.rejected
+
+    @property
+    def spoken(self) -> tuple[str, str]:
+        """The same without the tools called, whose JSON is in no language."""
+        if self.contents is None:
+            return self.answers
+        chosen, rejected = map("\n".join, self.contents)
+        return chosen, rejected
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -79,14 +96,22 @@ class Batch:
 def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
     """:func:`plot_align.load_pairs`; of a JSON-lines file with damaged lines a stream, in which each says what it is.
 
-    Args and errors: see :func:`plot_align.load_pairs`.
+    Args: see :func:`plot_align.load_pairs`.
+
+    Raises:
+        InputError: see there; or a ``name`` for what is not on the Hub.
     """
+    path = Path(source)
+    if options.get("name") is not None and path.exists():
+        raise InputError(
+            f"name is {options['name']!r}, but {path} is on this machine, and only data sets of the Hub have "
+            "configurations; leave it out"
+        )
     try:
         return load_pairs(source, **options)
     except InputError:
-        path = Path(source)
         lines = path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-        if not path.is_file() or not lines or options.get("split", "train") != "train":
+        if not path.is_file() or not lines or options.get("split", "train") != "train" or not _has_damage(path):
             raise
         from datasets import IterableDataset
 
@@ -95,10 +120,26 @@ def open_data(source: str | os.PathLike[str], **options: Any) -> Any:
         return data
 
 
+def _has_damage(path: Path) -> bool:
+    """Whether lines are what is wrong: one is no row, or has an answer of another type than those before it, at
+    which Arrow's reader may stop. A file that cannot be read to its end would not be read line by line either."""
+    types: dict[str, type] = {}
+    try:
+        for row in _lines(path):
+            known = {name: type(row[name]) for name in PAIRED if row.get(name) is not None}
+            if _DAMAGED in row or any(types.setdefault(name, found) is not found for name, found in known.items()):
+                return True
+    except (OSError, EOFError, zlib.error):
+        pass
+    return False
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 try:
                     text = line.decode()
@@ -156,7 +197,7 @@ def batches(rows: Any, rules: Rules, batch_size: int, start: int = 0) -> Iterato
 def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Iterator[Batch]:
     """The rows as one batch; where one of them is no pair, halved until it stands alone."""
     try:
-        yield _batch(read_batch(columns, numbers[0], rules), numbers, rules)
+        yield _batch(read_batch(columns, numbers[0], rules), columns.get("tools"), numbers, rules)
     except RowError as error:
         if len(numbers) == 1:
             damage = columns.get(_DAMAGED, [None])[0]
@@ -169,18 +210,19 @@ def _batches(columns: dict[str, list[Any]], numbers: range, rules: Rules) -> Ite
             yield from _batches({name: column[part] for name, column in columns.items()}, numbers[part], rules)
 
 
-def _batch(read: ReadBatch, numbers: range, rules: Rules) -> Batch:
+def _batch(read: ReadBatch, tools: list[Any] | None, numbers: range, rules: Rules) -> Batch:
     sides = scored_ranges(read, rules)
     text = _conversation if rules.conversational else _plain(rules.tokenizer.eos_token)
     pairs = []
     ranges = [list(zip(begin.tolist(), end.tolist(), strict=True)) for _, _, begin, end in sides]
     for at, number in enumerate(numbers):
-        requests, prompt, chosen, rejected, raw = text(read.prompts[at], read.answers[0][at], read.answers[1][at])
+        said = text(read.prompts[at], read.answers[0][at], read.answers[1][at])
         pairs.append(
             Pair(
-                number, requests, prompt, chosen, rejected, raw,
+                number, said.requests, said.prompt, said.chosen, said.rejected, said.raw,
                 read.ids[0][at], int(read.border[at]),
                 (read.ids[1][at], read.ids[2][at]), (ranges[0][at], ranges[1][at]),
+                said.contents, said.called, _json(tools[at]) if tools and tools[at] else "",
             )
         )  # fmt: skip
     return Batch(pairs, read.border, sides)
@@ -188,32 +230,89 @@ def _batch(read: ReadBatch, numbers: range, rules: Rules) -> Batch:
 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
-_Text = tuple[tuple[str, ...], str, str, str, bool]  # requests, prompt, chosen, rejected, raw
+
+class _Said(NamedTuple):
+    """The texts of a row, as in :class:`Pair`."""
+
+    requests: tuple[str, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    raw: bool = False
+    contents: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    called: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
-def _conversation(prompt: Any, chosen: Any, rejected: Any) -> _Text:
-    requests = tuple(_content(message) for message in prompt if message["role"] == "user")
-    said = "\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
-    return requests, said, "\n".join(map(_content, chosen)), "\n".join(map(_content, rejected)), False
+def _conversation(prompt: Any, chosen: Any, rejected: Any) -> _Said:
+    return _Said(
+        tuple(_content(message) for message in prompt if message["role"] == "user"),
+        "\n".join(f"{message['role']}: {_text(message)}" for message in prompt),
+        "\n".join(map(_text, chosen)),
+        "\n".join(map(_text, rejected)),
+        contents=(_each(_parts, chosen), _each(_parts, rejected)),
+        called=(_each(_names, chosen), _each(_names, rejected)),
+    )
+
+
+def _each(of: Callable[[dict[str, Any]], list[str]], messages: list[dict[str, Any]]) -> tuple[str, ...]:
+    return tuple(itertools.chain.from_iterable(map(of, messages)))
+
+
+def _text(message: dict[str, Any]) -> str:
+    """What a message says, and what it calls: an answer may be a call alone."""
+    return "\n".join(filter(None, (_content(message), *map(_json, _calls(message)))))
 
 
 def _content(message: dict[str, Any]) -> str:
+    return " ".join(_parts(message))
+
+
+def _parts(message: dict[str, Any]) -> list[str]:
+    """The content, or of one in parts those with a text."""
     content = message.get("content")
-    if isinstance(content, list):  # parts, of which those with a text count
-        return " ".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    return str(content or "")
+    if isinstance(content, list):
+        return [str(part.get("text") or "") for part in content if isinstance(part, dict)]
+    return [str(content or "")]
 
 
-def _plain(eos: str) -> Callable[[str, str, str], _Text]:
-    def text(prompt: str, chosen: str, rejected: str) -> _Text:
+def _names(message: dict[str, Any]) -> list[str]:
+    return [str(call["name"] or "") for call in _calls(message)]
+
+
+def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name and arguments of each tool called; without its id, which is another one in every call."""
+    calls = message.get("tool_calls")
+    found = []
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, dict):
+            function = call["function"] if isinstance(call.get("function"), dict) else call
+            found.append({name: function.get(name) for name in ("name", "arguments")})
+    return found
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, str):  # as a column of tools may be
+        return value
+    return json.dumps(_without_nulls(value), ensure_ascii=False, default=str)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives each object the keys of all others, with null for a value."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _plain(eos: str) -> Callable[[str, str, str], _Said]:
+    def text(prompt: str, chosen: str, rejected: str) -> _Said:
         if is_dialogue(prompt):
             try:
                 row = convert(*(prompt + answer.removesuffix(eos) for answer in (chosen, rejected)))
             except Malformed:
                 pass
             else:
-                return (*_conversation(row["prompt"], row["chosen"], row["rejected"])[:4], True)
-        return (prompt,), prompt, chosen.removesuffix(eos), rejected.removesuffix(eos), False
+                return _conversation(row["prompt"], row["chosen"], row["rejected"])._replace(raw=True)
+        return _Said((prompt,), prompt, chosen.removesuffix(eos), rejected.removesuffix(eos))
 
     return text
 

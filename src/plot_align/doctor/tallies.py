@@ -14,8 +14,9 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+from scipy.special import betaincinv
 
-from plot_align.doctor.faults import script
+from plot_align.doctor.faults import SHORT_HAN, script
 from plot_align.doctor.findings import CHECKS, EXAMPLES, Finding, percent
 from plot_align.doctor.pairs import Pair
 from plot_align.records import NORMAL_95, measure, wilson
@@ -62,6 +63,21 @@ def _digest(*texts: str) -> int:
     return int.from_bytes(found.digest(), "little")
 
 
+def exact(count: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Clopper-Pearson interval (low, high) of a proportion: too wide rather than too narrow, however small n is.
+
+    Source: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
+
+    Args:
+        count: successes among ``n`` cases, 1 or more; a tie counts one half, which spreads less than a case of 0 or 1.
+        confidence: e.g. 0.95.
+    """
+    tail = (1 - confidence) / 2
+    low = float(betaincinv(count, n - count + 1, tail)) if count > 0 else 0.0
+    high = float(betaincinv(count + 1, n - count, 1 - tail)) if count < n else 1.0
+    return low, high
+
+
 class Repeats:
     """Pairs seen before, the same way round or the other."""
 
@@ -72,10 +88,10 @@ class Repeats:
     def add(self, pair: Pair) -> None:
         if pair.chosen.split() == pair.rejected.split():
             return  # identical sides contradict themselves
-        key = _digest(pair.prompt, pair.chosen, pair.rejected)
+        key = _digest(pair.tools, pair.prompt, pair.chosen, pair.rejected)
         if key in self._seen:
             self.duplicates.add(pair.row)
-        elif _digest(pair.prompt, pair.rejected, pair.chosen) in self._seen:
+        elif _digest(pair.tools, pair.prompt, pair.rejected, pair.chosen) in self._seen:
             self.contradictory.add(pair.row)
         self._seen.add(key)
 
@@ -91,7 +107,7 @@ class Lengths:
     """How much longer the chosen answer is, in tokens, and how well length alone tells the label.
 
     The AUC is that within pairs, the probability that the longer of the two answers is the chosen one, ties one half.
-    A pair is one draw, so its standard error is that of a mean of n values of 1, ½ and 0.
+    A pair is one draw. The interval is :func:`exact`, since few pairs can all go one way by chance.
     """
 
     def __init__(self) -> None:
@@ -108,30 +124,30 @@ class Lengths:
         n = self.differences.total()
         values = np.array(sorted(self.differences), dtype=float)
         counts = np.array([self.differences[int(value)] for value in values])
-        scores = (np.sign(values) + 1) / 2
-        found = {}
-        for name, x, unit in (("length_auc", scores, None), ("length_difference", values, "tokens")):
-            mean = float(x @ counts / n)
-            error = math.sqrt(float((x - mean) ** 2 @ counts) / (n - 1) / n) if n > 1 else None
-            interval = None if error is None else (mean - NORMAL_95 * error, mean + NORMAL_95 * error)
-            found[name] = measure(mean, n, interval=interval, error=error, unit=unit)
-        found["longest_99"] = measure(_quantile(self.totals, 0.99), n, unit="tokens")
-        return found
+        wins = float((np.sign(values) + 1) @ counts / 2)
+        mean = float(values @ counts / n)
+        error = math.sqrt(float((values - mean) ** 2 @ counts) / (n - 1) / n) if n > 1 else 0.0
+        # Of equal differences alone, no spread can be told.
+        interval = (mean - NORMAL_95 * error, mean + NORMAL_95 * error) if error else None
+        return {
+            "length_auc": measure(wins / n, n, interval=exact(wins, n)),
+            "length_difference": measure(mean, n, interval=interval, error=error or None, unit="tokens"),
+            "longest_99": measure(_quantile(self.totals, 0.99), n, unit="tokens"),
+        }
 
     def findings(self, measures: dict[str, Any]) -> list[Finding]:
         """That of the check length, held to the lower end of the AUC's 95 % interval."""
         auc, mean = measures["length_auc"], measures["length_difference"]
-        if auc["n"] < 2:
-            return []
         longer = sum(count for value, count in self.differences.items() if value > 0)
         strength = abs(auc["value"] - 0.5)
         low, high = auc["interval"]
-        certain = low if auc["value"] >= 0.5 else 1 - high
+        certain, most = (low, high) if auc["value"] >= 0.5 else (1 - high, 1 - low)
         word = "longer" if auc["value"] >= 0.5 else "shorter"
         sentence = (
-            f"Length alone tells the label in {percent(0.5 + strength)} of the pairs (standard error "
-            f"{percent(auc['error'])}): the chosen answer is longer in {longer:,} of {auc['n']:,}, and on average "
-            f"{abs(mean['value']):.1f} tokens {'longer' if mean['value'] >= 0 else 'shorter'}; the {word} one wins."
+            f"Length alone tells the label in {percent(0.5 + strength)} of the pairs (95 % interval "
+            f"{percent(certain)} to {percent(most)}): the chosen answer is longer in {longer:,} of {auc['n']:,}, and "
+            f"on average {abs(mean['value']):.1f} tokens {'longer' if mean['value'] >= 0 else 'shorter'}; the {word} "
+            "one wins."
         )
         return CHECKS["length"].finding(longer, auc["n"], value=certain, share=auc["value"], sentence=sentence)
 
@@ -237,16 +253,22 @@ class Refusals:
         return chosen, rejected
 
     def measures(self) -> dict[str, Any]:
-        """``refusals_chosen``, ``refusals_rejected``: shares; ``refusal_gap``: the first less the second, paired."""
+        """``refusals_chosen``, ``refusals_rejected``: shares; ``refusal_gap``: the first less the second, paired.
+
+        The gap is the share of pairs in which the chosen answer alone refuses, less that of the rejected one alone.
+        Each has an exact interval of 97.5 %, so both hold in 95 % at least (Bonferroni), and with them the gap's.
+        """
         (neither, other), (own, both) = self.counts
         n = neither + other + own + both
         found = {}
         for name, count in (("refusals_chosen", own + both), ("refusals_rejected", other + both)):
             share = count / n if n else math.nan
             found[name] = measure(share, n, interval=wilson(share, n))
-        gap = (own - other) / n if n else math.nan
-        half = NORMAL_95 * math.sqrt(max((own + other) / n - gap**2, 0) / n) if n else math.nan
-        found["refusal_gap"] = measure(gap, n, interval=(gap - half, gap + half))
+        if not n:
+            return {**found, "refusal_gap": measure(math.nan, 0, interval=(-1.0, 1.0))}
+        (own_low, own_high), (other_low, other_high) = (exact(count, n, 0.975) for count in (own, other))
+        interval = own_low - other_high, own_high - other_low
+        found["refusal_gap"] = measure((own - other) / n, n, interval=interval)
         return found
 
     def findings(self, measures: dict[str, Any]) -> list[Finding]:
@@ -273,15 +295,17 @@ class Scripts:
         self.counts: Counter[str] = Counter()
 
     def add(self, pair: Pair) -> None:
-        self.counts.update(filter(None, map(script, pair.answers)))
+        self.counts.update(filter(None, map(script, pair.spoken)))
 
     def findings(self) -> list[Finding]:
-        """That of the check languages, over answers."""
-        total = self.counts.total()
+        """That of the check languages, over answers; short ones in Han are in whichever language of it is commoner."""
+        counts = Counter(self.counts)
+        counts[max("Han", "Japanese", key=lambda name: counts[name])] += counts.pop(SHORT_HAN, 0)
+        total = counts.total()
         if not total:
             return []
-        others = total - self.counts.most_common(1)[0][1]
-        listed = ", ".join(f"{name} {percent(count / total)}" for name, count in self.counts.most_common(5))
+        others = total - counts.most_common(1)[0][1]
+        listed = ", ".join(f"{name} {percent(count / total)}" for name, count in counts.most_common(5) if count)
         return CHECKS["languages"].finding(others, total, sentence=f"The answers' scripts: {listed}.")
 
 
