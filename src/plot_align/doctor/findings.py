@@ -131,7 +131,7 @@ CHECKS = {
             "near-identical",
             "have two nearly equal answers (words in common: 90 % or more)",
             (0.01, 0.05, None),
-            "Lowering the rejected answer lowers the chosen one: add the SFT term or PLOT, or drop these pairs.",
+            "Lowering the rejected answer lowers the chosen one: add the SFT term, or drop these pairs.",
             "Pal et al. 2024 (arXiv 2402.13228): DPO lowers the chosen answer where the edit distance is small",
         ),
         Check(
