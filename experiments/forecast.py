@@ -200,7 +200,7 @@ def filters(options: Any, source: Path) -> None:
     jobs = [job for job in jobs if not job[2].exists()]
     if not jobs:
         return
-    study = Study(source, "mixed", options.data, options.output, options.requests)
+    study = Study(source, "human", options.data, options.output, options.requests)
     whole = study.kinds
     for by, seed, path in jobs:
         begun = time.monotonic()
