@@ -43,7 +43,7 @@ RECORDS = Path(__file__).parent / "study" / "records-forecast"
 FORECAST, FILTERS = "forecast", "filters"  # folders of the records; runs lie in that of their loss
 PAIRS = 4  # of a step: half of those of real.py, for eight times as many runs
 BATCHES = 8  # of training pairs, of which the forecast is made
-BY, SHARE = ("ches", "length", "random"), 0.5
+BY, SHARE = ("ches", "length", "random"), 0.6
 
 
 class Set:
