@@ -66,9 +66,17 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 
 def draw(kinds: list[list[Pair]], number: int, batch: int, seed: int, tokenizer: Any) -> list[Pair]:
-    """``number`` training pairs, as many of each kind, in batches of similar length and random order."""
+    """``number`` training pairs, as many of each kind, in batches of similar length and random order.
+
+    A kind that has too few is gone through again.
+    """
     source = random.Random(seed)
-    rows = [row for pairs in kinds for row in source.sample(pairs, number // len(kinds))]
+    rows: list[Pair] = []
+    for pairs in kinds:
+        each = number // len(kinds)
+        while each > 0:
+            rows += source.sample(pairs, min(each, len(pairs)))
+            each -= len(pairs)
     rows.sort(key=lambda row: _length(row, tokenizer))
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     source.shuffle(batches)
