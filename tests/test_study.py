@@ -74,6 +74,49 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order(positive: list[int], 
     assert auc(np.array(positive, float), np.array(negative, float)) == pytest.approx(np.mean(pairs))
 
 
+def test_a_draws_area_is_that_of_the_items_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    from study import report
+
+    monkeypatch.setattr(report, "RESAMPLES", 50)
+    generator = np.random.default_rng(3)
+    positive, negative = generator.integers(0, 6, 9).astype(float), generator.integers(0, 6, 7).astype(float)  # ties
+    drawn = report.resamples(9, 7)
+    assert [side.sum(1).tolist() for side in drawn] == [[9.0] * 50, [7.0] * 50]
+    taken = [[np.repeat(v, count.astype(int)) for v, count in zip((positive, negative), counts, strict=True)]
+             for counts in zip(*drawn, strict=True)]  # fmt: skip
+    expected = [report.auc(*sides) for sides in taken]
+    assert len(set(expected)) > 10
+    np.testing.assert_allclose(report.resampled_auc(positive, negative, drawn), expected, atol=1e-12)
+
+
+def test_so_many_draws_that_a_clear_difference_passes_holm() -> None:
+    """The least p-value of a draw times as many tests as the study has lies well below 0.05."""
+    from study.arms import ARMS
+    from study.report import compared
+
+    found = compared({"DPO": runs(0.0, 0.1), "DPO+PLOT": runs(2.0, 0.1)})
+    assert found["DPO+PLOT", "DPO"].p * 2 * len(ARMS) < 0.05
+
+
+def test_pairs_of_a_small_kind_come_again() -> None:
+    """Ten of each kind: of the three all come three times, and one a fourth time; of the twenty each once at most."""
+    from study.data import draw
+
+    class Tokenizer:
+        def apply_chat_template(self, sides: list[Any], **_: Any) -> list[list[int]]:
+            return [[0] * len(side[-1]["content"]) for side in sides]
+
+    def row(text: str) -> Any:
+        side = [{"role": "assistant", "content": text}]
+        return {"prompt": [{"role": "user", "content": "Why?"}], "chosen": side, "rejected": side}
+
+    kinds = [[row("a" * i) for i in range(20)], [row("b" * i) for i in (1, 2, 3)]]
+    drawn = [r["chosen"][0]["content"] for r in draw(kinds, 20, 4, 0, Tokenizer())]
+    few = sorted(drawn.count("b" * i) for i in (1, 2, 3))
+    assert few == [3, 3, 4]
+    assert len({text for text in drawn if "b" not in text}) == 10
+
+
 def runs(harmful: float, spread: float, **means: float) -> Any:
     """One arm of two seeds and 40 items: the refusal probability of harmful requests lies ``harmful`` above that of
     benign ones, other scores are at their means."""

@@ -1,4 +1,4 @@
-"""``docs/forecast.md``: forecast against measured, and what filters did, from the records alone."""
+"""``docs/forecast.md``: forecast against measured; and what filters did, from the records alone."""
 
 from __future__ import annotations
 
@@ -96,9 +96,6 @@ def write(folder: Path, page: Path) -> None:
     if points:
         parts.append(INTRO.format(steps=config["steps"], pairs=config["pairs"], rate=config["learning_rate"]))
         parts += [table(points), "", correlations(points), ""]
-    filtered = sorted((folder / "filters").glob("*/seed-*.json"))
-    if filtered:
-        parts += ["## Training on filtered pairs\n", filters(filtered), ""]
     page.write_text("\n".join(parts), encoding="utf-8")
 
 

@@ -14,11 +14,12 @@ from scipy.stats import rankdata
 from plot_align.records import read_record
 from plot_align.statistics import holm
 from study.arms import ARMS
+from study.forecasts import filters
 
 TITLES = {"human": "Human pairs alone", "mixed": "Half human pairs, half pairs that prefer help"}
 HARMFUL = ("StrongREJECT", "ours")
 ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
-RESAMPLES = 2000
+RESAMPLES = 20_000  # the least p-value is 2 in so many, and Holm multiplies it by the number of tests, some sixty
 SEEDS = 5  # of a final table
 INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page.
@@ -156,19 +157,27 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def mean_auc(runs: Runs, harmful: Sequence[str], benign: Sequence[str], items: Any = None) -> float:
-    """AUC of the refusal probability, averaged over the seeds; ``items``: indices of a resample of either side."""
-    sides = [runs.of([f"refusal/{name}" for name in names]) for names in (harmful, benign)]
-    if items is not None:
-        sides = [side[:, index] for side, index in zip(sides, items, strict=True)]
-    return float(np.mean([auc(a, b) for a, b in zip(*sides, strict=True)]))
+def refusals(runs: Runs, harmful: Sequence[str], benign: Sequence[str]) -> list[np.ndarray]:
+    """The probability of a refusal of either side, ``(seeds, items)`` each."""
+    return [runs.of([f"refusal/{name}" for name in names]) for names in (harmful, benign)]
 
 
-def resamples(runs: Runs, harmful: Sequence[str], benign: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The same draws of items for every arm, so that differences are paired."""
+def mean_auc(runs: Runs, harmful: Sequence[str], benign: Sequence[str]) -> float:
+    """AUC of the refusal probability, averaged over the seeds."""
+    return float(np.mean([auc(a, b) for a, b in zip(*refusals(runs, harmful, benign), strict=True)]))
+
+
+def resamples(harmful: int, benign: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each draw takes each item, ``(draws, items)``: the same draws for every arm, so that differences are
+    paired."""
     generator = np.random.default_rng(0)
-    sizes = [runs.of([f"refusal/{name}" for name in names]).shape[1] for names in (harmful, benign)]
-    return [tuple(generator.integers(size, size=size) for size in sizes) for _ in range(RESAMPLES)]
+    return tuple(generator.multinomial(n, [1 / n] * n, size=RESAMPLES).astype(float) for n in (harmful, benign))
+
+
+def resampled_auc(positive: np.ndarray, negative: np.ndarray, drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """:func:`auc` of every draw: the share of pairs in the right order, each counted as often as it was drawn."""
+    above = np.sign(positive[:, None] - negative) / 2 + 0.5
+    return ((drawn[0] @ above) * drawn[1]).sum(1) / above.size
 
 
 class Difference(NamedTuple):
@@ -189,13 +198,11 @@ def difference(values: Sequence[float], whole: float) -> Difference:
 def compared(arms: dict[str, Runs]) -> dict[tuple[str, str], Difference]:
     """Difference of AUC by ``(arm, other)``: each arm and the one it changes a thing of, each PLOT setting and its
     method without PLOT; p-values corrected after Holm."""
-    draws = resamples(next(iter(arms.values())), HARMFUL, ORDINARY)
+    drawn = resamples(*(side.shape[1] for side in refusals(next(iter(arms.values())), HARMFUL, ORDINARY)))
     values: dict[tuple[str, int], tuple[np.ndarray, float]] = {}  # by arm and seed: of every draw, and of all items
     for name, runs in arms.items():
-        for seed in runs.seeds:
-            one = runs.only([seed])
-            of_draws = np.array([mean_auc(one, HARMFUL, ORDINARY, items) for items in draws])
-            values[name, seed] = of_draws, mean_auc(one, HARMFUL, ORDINARY)
+        for seed, *sides in zip(runs.seeds, *refusals(runs, HARMFUL, ORDINARY), strict=True):
+            values[name, seed] = resampled_auc(*sides, drawn), auc(*sides)
 
     def less(name: str, other: str) -> Difference:
         seeds = [seed for seed in arms[name].seeds if seed in arms[other].seeds]
@@ -283,7 +290,7 @@ def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) ->
         return None
     generator = np.random.default_rng(0)
     sizes = len(x[0]), len(y[0])
-    draws = [value(*(generator.integers(size, size=size) for size in sizes)) for _ in range(RESAMPLES)]
+    draws = [value(*(generator.integers(size, size=size) for size in sizes)) for _ in range(2000)]
     return difference(draws, value(slice(None), slice(None)))
 
 
@@ -352,7 +359,7 @@ def worse_list(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) 
         won = [n for n in won if found[n, ARMS[n].compare].p < 0.05]
         said = f"raised the AUC: {', '.join(won)}" if won else "dropped, no interval of its AUC lies above zero"
         if there:
-            lines.append(f"- {hypothesis} ({len(there)} settings): {said}.")
+            lines.append(f"- {hypothesis} ({'; '.join(there)}): {said}.")
     return "\n".join(lines)
 
 
@@ -382,7 +389,7 @@ def outcome(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> 
     best = min(kept, key=lambda name: arms[name].mean(chosen))
     said = "No setting raises the AUC"
     if raised:
-        said = f"{len(raised)} settings raise the AUC, and each is worse elsewhere"
+        said = f"Rule 3: what raises the AUC is worse elsewhere ({'; '.join(raised)})"
     return (
         f"{said}. Rule 4: **{best}** keeps most of the chosen answers' likelihood among the {len(kept)} settings that "
         f"refuse as many harmful requests as the same method without PLOT: NLL {arms[best].mean(chosen):.2f} against "
@@ -468,6 +475,13 @@ def alpha_figure(arms: dict[str, Runs], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+FILTERED = """\
+DPO, 20 steps of 8, on the same number of human pairs: the 60 % that `plot-align filter` keeps, by CHES or by length,
+or as many at random. `experiments/forecast.py --filters`. A value is the mean of the seeds (the smallest to the
+largest).
+"""
+
+
 def write(records: Path, docs: Path) -> None:
     parts = ["# Where the term pays: results on a real model\n", INTRO, "## The rule for the default\n", RULE]
     for kind, arms in read(records).items():
@@ -487,4 +501,7 @@ def write(records: Path, docs: Path) -> None:
             parts.append(f"![What the weight does](weight-{kind}.png)\n")
     if list(records.glob("unigram/*/seed-*.json")):
         parts += ["## Is it a bias of token frequencies?\n", BIAS, bias_table(records), ""]
+    filtered = sorted((records.parent / "records-forecast" / "filters").glob("*/seed-*.json"))
+    if filtered:
+        parts += ["## Training on filtered pairs\n", FILTERED, filters(filtered), ""]
     (docs / "results.md").write_text("\n".join(parts), encoding="utf-8")
