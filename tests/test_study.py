@@ -151,7 +151,8 @@ def test_the_rule_falls_back_on_the_likelihood_at_equal_refusal() -> None:
         "DPO+PLOT ρ 1": runs(0.5, 0.05, refuses=0.2, nll=1.0),  # keeps more, by refusing less
     }
     said = outcome(arms, compared(arms))
-    assert "No setting raises the AUC. Rule 4: **DPO+PLOT** " in said
+    assert said.startswith("No setting raises the AUC. Rule 4: ")
+    assert said.endswith("(1), **DPO+PLOT** keeps most of the chosen answers' likelihood: NLL 1.51, and 2.01 without.")
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have() -> None:

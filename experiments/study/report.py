@@ -22,10 +22,10 @@ ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
 RESAMPLES = 20_000  # the least p-value is 2 in so many, and Holm multiplies it by the number of tests, some sixty
 SEEDS = 5  # of a final table
 INTRO = """\
-`python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page.
-SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for all arms of a seed. A value is a mean over items and
-seeds ± its standard error (of items alone where there is one seed); two arms are compared item by item, over the seeds
-that both have. AUC: how well the probability that an answer
+`python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page;
+[how to choose](choosing.md) says what follows from it. SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for
+all arms of a seed. A value is a mean over items and seeds ± its standard error (of items alone where there is one
+seed); two arms are compared item by item, over the seeds that both have. AUC: how well the probability that an answer
 begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
 """
 EQUAL = """\
@@ -391,9 +391,9 @@ def outcome(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) -> 
     if raised:
         said = f"Rule 3: what raises the AUC is worse elsewhere ({'; '.join(raised)})"
     return (
-        f"{said}. Rule 4: **{best}** keeps most of the chosen answers' likelihood among the {len(kept)} settings that "
-        f"refuse as many harmful requests as the same method without PLOT: NLL {arms[best].mean(chosen):.2f} against "
-        f"{arms[plain[best]].mean(chosen):.2f}."
+        f"{said}. Rule 4: of the settings that refuse as many harmful requests as the same method without PLOT "
+        f"({len(kept)}), **{best}** keeps most of the chosen answers' likelihood: NLL {arms[best].mean(chosen):.2f}, "
+        f"and {arms[plain[best]].mean(chosen):.2f} without."
     )
 
 
@@ -423,55 +423,76 @@ FAMILIES = {
 }
 
 
-def frontier(arms: dict[str, Runs], path: Path) -> None:
-    """Attack success against over-refusal and against KL; one curve a family, one point an arm."""
+def by_seeds(arms: dict[str, Runs]) -> dict[int, dict[str, Runs]]:
+    """The arms that have the first 1, 3 and 5 seeds, each on those seeds alone: what stands side by side was trained
+    on the same pairs."""
+    found = {}
+    for number in (1, 3, SEEDS):
+        seeds = list(range(number))
+        there = {name: runs.only(seeds) for name, runs in arms.items() if set(seeds) <= set(runs.seeds)}
+        if set(there) - {"base"}:
+            found[number] = there
+    return found
+
+
+def named(seeds: int) -> str:
+    return "Seed 0" if seeds == 1 else f"Seeds 0 to {seeds - 1}"
+
+
+def frontier(arms: dict[str, Runs], path: Path) -> dict[str, int]:
+    """Attack success against over-refusal and against KL, a row of axes for the arms of one seed and one for those of
+    three; one curve a family, one point an arm. The numbers of the arms that are crosses."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    rows = {number: of for number, of in by_seeds(arms).items() if number < SEEDS}
+    figure = Figure(figsize=(11, 0.4 + 4.2 * len(rows)), layout="constrained")
+    all_axes = figure.subplots(len(rows), 2, sharey=True, sharex="col", squeeze=False)
     success = ITEM_MEASURES["refuses harmful ↑"][0]
     sides = {"refuses ordinary requests and twins": ("refuses/benign", "refuses/ordinary"), "KL to the base": ("kl",)}
-    in_family = {name for family in FAMILIES.values() for name in family}
-    for ax, (title, keys) in zip(axes, sides.items(), strict=True):
-        for (label, family), marker in zip(FAMILIES.items(), "osD^v", strict=True):
-            there = [arms[name] for name in family if name in arms]
-            if there:
-                x, y = [r.mean(keys) for r in there], [1 - r.mean(success) for r in there]
-                spread = [r.error(keys) for r in there], [r.error(success) for r in there]
-                ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
-        for number, runs in enumerate((runs for name, runs in arms.items() if name not in in_family), 1):
-            ax.plot(runs.mean(keys), 1 - runs.mean(success), "x", color="0.5")
-            ax.annotate(str(number), (runs.mean(keys), 1 - runs.mean(success)), fontsize=7, color="0.4")
-        ax.set_xlabel(title)
-    axes[1].set_xscale("symlog", linthresh=0.01)
-    axes[0].set_ylabel("harmful requests complied with")
-    axes[0].legend(fontsize=8)
+    in_family = set(itertools.chain(*FAMILIES.values()))
+    crosses = {name: i for i, name in enumerate((name for name in arms if name not in in_family), 1)}
+    for axes, (number, there) in zip(all_axes, rows.items(), strict=True):
+        for ax, (title, keys) in zip(axes, sides.items(), strict=True):
+            for (label, names), marker in zip(FAMILIES.items(), "osD^v", strict=True):
+                family = [there[name] for name in names if name in there]
+                if len(family) > 1:
+                    x, y = [r.mean(keys) for r in family], [1 - r.mean(success) for r in family]
+                    spread = [r.error(keys) for r in family], [r.error(success) for r in family]
+                    ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
+            for name in crosses.keys() & there.keys():
+                x, y = there[name].mean(keys), 1 - there[name].mean(success)
+                ax.plot(x, y, "x", color="0.5")
+                said = name if number > 1 else str(crosses[name])  # there is room where there are few
+                ax.annotate(said, (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.3")
+            ax.set_xlabel(title)
+        axes[0].set_title(named(number), fontsize=10, loc="left")
+        axes[1].set_xscale("symlog", linthresh=0.01)
+        axes[0].set_ylabel("harmful requests complied with")
+    all_axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=150)
+    return crosses
 
 
-def alpha_figure(arms: dict[str, Runs], path: Path) -> None:
-    """What the weight does over three decades, beside DEFT: the paper's figure on this model."""
+def weight_figure(arms: dict[str, Runs], path: Path) -> None:
+    """What the weight does over three decades, beside DEFT: the paper's figure on this model. Seed 0."""
     from matplotlib.figure import Figure
 
+    arms = by_seeds(arms)[1]
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    shown = ("refuses harmful ↑", "refuses twins ↓", "NLL chosen ↓")
+    shown = ("refuses harmful ↑", "refuses twins ↓", "KL ↓")
     for ax, title in zip(figure.subplots(1, len(shown)), shown, strict=True):
         keys, _ = ITEM_MEASURES[title]
         for label in ("the paper's, by α", "DEFT, by ω"):
             there = [name for name in FAMILIES[label] if name in arms]
             x = [float(name.split()[-1]) for name in there]
-            ax.errorbar(
-                x,
-                [arms[n].mean(keys) for n in there],
-                yerr=[arms[n].error(keys) for n in there],
-                marker="o",
-                label=label,
-            )
+            y, spread = [arms[n].mean(keys) for n in there], [arms[n].error(keys) for n in there]
+            ax.errorbar(x, y, yerr=spread, marker="o", label=label)
         if "DPO" in arms:
-            ax.axhline(arms["DPO"].mean(keys), color="0.6", lw=1, ls="--")
+            ax.axhline(arms["DPO"].mean(keys), color="0.6", lw=1, ls="--", label="DPO")
         ax.set_xscale("log")
+        ax.set_xlabel("weight")
         ax.set_title(title.rstrip(" ↑↓"), fontsize=9)
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=150)
 
 
@@ -487,17 +508,19 @@ def write(records: Path, docs: Path) -> None:
     for kind, arms in read(records).items():
         parts.append(f"\n## {TITLES[kind]}\n")
         found = compared(arms)
-        parts += [outcome(arms, found), "", not_yet(arms), "", table(arms), "", differences_table(found), ""]
+        parts += [outcome(arms, found), "", not_yet(arms), ""]
+        for number, there in reversed(by_seeds(arms).items()):
+            parts += [f"### {named(number)}\n", table(there), ""]
+        parts += ["### The AUC, arm against arm\n", differences_table(found), ""]
         parts += ["### At equal refusal\n", EQUAL, equal_refusal_table(arms), ""]
         if any(runs.attacks for runs in arms.values()):
             parts += ["### Under attack\n", attacked_at(), attack_table(arms), ""]
         parts += ["### What got worse, and what was dropped\n", worse_list(arms, found), ""]
-        frontier(arms, docs / f"frontier-{kind}.png")
-        others = [n for n in arms if n not in set(itertools.chain(*FAMILIES.values()))]
-        numbered = ", ".join(f"{i} {name}" for i, name in enumerate(others, 1))
+        crosses = frontier(arms, docs / f"frontier-{kind}.png")
+        numbered = ", ".join(f"{i} {name}" for name, i in crosses.items())
         parts.append(f"![Attack success against over-refusal and KL](frontier-{kind}.png)\n\nCrosses: {numbered}.\n")
         if any(name in arms for name in FAMILIES["the paper's, by α"]):
-            alpha_figure(arms, docs / f"weight-{kind}.png")
+            weight_figure(arms, docs / f"weight-{kind}.png")
             parts.append(f"![What the weight does](weight-{kind}.png)\n")
     if list(records.glob("unigram/*/seed-*.json")):
         parts += ["## Is it a bias of token frequencies?\n", BIAS, bias_table(records), ""]
