@@ -88,6 +88,7 @@ ARMS: dict[str, Arm] = {
     # ablations of the default
     "0-1 cost": Arm(plot=PlotConfig.from_options(divergence="tv"), compare="DPO+PLOT"),
     "JS": Arm(plot=PlotConfig.from_options(divergence="js"), compare="DPO+PLOT"),
+    "JS on DPO+SFT": Arm(options=SFT, plot=PlotConfig.from_options(divergence="js"), compare="DPO+SFT+PLOT"),
     "KL": Arm(plot=PlotConfig.from_options(divergence="kl", target_strength=0.0), compare="DPO+PLOT"),
     "no embeddings": Arm(plot=PlotConfig.from_options(geometry="vocabulary"), compare="DPO+PLOT"),
     "norm": Arm(plot=PlotConfig.from_options(geometry="norm"), compare="DPO+PLOT"),
