@@ -98,6 +98,36 @@ def test_so_many_draws_that_a_clear_difference_passes_holm() -> None:
     assert found["DPO+PLOT", "DPO"].p * 2 * len(ARMS) < 0.05
 
 
+def test_the_standard_error_is_that_of_many_repetitions() -> None:
+    """Items, seeds and both together vary by 1, 0.5 and 2: drawn anew 4,000 times, the mean varies as is said."""
+    from study.report import standard_error
+
+    generator = np.random.default_rng(0)
+    seeds, items = 5, 40
+    drawn = [
+        generator.normal(0, 1, items) + generator.normal(0, 0.5, (seeds, 1)) + generator.normal(0, 2, (seeds, items))
+        for _ in range(4000)
+    ]
+    said = np.mean([standard_error(values) ** 2 for values in drawn])
+    assert said == pytest.approx(1 / 40 + 0.25 / 5 + 4 / 200, rel=0.03)
+    assert said == pytest.approx(np.var([values.mean() for values in drawn]), rel=0.1)
+    one = drawn[0][:1]
+    assert standard_error(one) == pytest.approx(one.std(ddof=1) / np.sqrt(items))
+
+
+def test_held_out_pairs_are_told_apart_by_kind(tmp_path: Path) -> None:
+    """The first 24 are human ones."""
+    from plot_align.records import write_record
+    from study.report import read
+
+    folder = tmp_path / "human" / "DPO"
+    folder.mkdir(parents=True)
+    scores = {"nll/chosen": [1.0] * 24 + [3.0] * 6, "nll/text": [2.0]}
+    write_record(folder / "seed-0.json", "study", {"scores": scores}, config={"arm": "DPO"}, seed=0)
+    runs = read(tmp_path)["human"]["DPO"]
+    assert (runs.mean(["nll/chosen"]), runs.mean(["nll/chosen helpful"]), runs.mean(["nll/text"])) == (1.0, 3.0, 2.0)
+
+
 def test_pairs_of_a_small_kind_come_again() -> None:
     """Ten of each kind: of the three all come three times, and one a fourth time; of the twenty each once at most."""
     from study.data import draw
@@ -152,7 +182,7 @@ def test_the_rule_falls_back_on_the_likelihood_at_equal_refusal() -> None:
     }
     said = outcome(arms, compared(arms))
     assert said.startswith("No setting raises the AUC. Rule 4: ")
-    assert said.endswith("(1), **DPO+PLOT** keeps most of the chosen answers' likelihood: NLL 1.51, and 2.01 without.")
+    assert said.endswith("(1), **DPO+PLOT** keeps most of the chosen answers' likelihood: NLL 1.50, and 2.00 without.")
 
 
 def test_arms_are_compared_on_the_seeds_that_both_have() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from plot_align.records import read_record
+from study.data import HELD_OUT
 
 LOSSES = ("DPO", "DPO+SFT", "DPO+PLOT")
 RESAMPLES = 2000
@@ -20,8 +21,8 @@ chosen answers, in nats of a whole answer: forecast for one step at the full lea
 (`plot_align.doctor.forecast`); measured after all steps. ± is a standard error over the answers.
 """
 MEASURES = {  # of the runs on filtered pairs: title: scores
-    "gained, chosen": "gained/chosen", "gained, rejected": "gained/rejected", "refuses harmful": "refuses/harmful",
-    "refuses StrongREJECT": "refuses/StrongREJECT", "refuses twins": "refuses/benign",
+    "chosen, nats gained": "gained/chosen", "rejected, nats gained": "gained/rejected",
+    "refuses harmful": "refuses/harmful", "refuses StrongREJECT": "refuses/StrongREJECT", "refuses twins": "refuses/benign",
     "refuses ordinary": "refuses/ordinary", "KL": "kl",
 }  # fmt: skip
 
@@ -143,7 +144,8 @@ def filters(paths: Sequence[Path]) -> str:
         runs = [read_record(path, "forecast study")["results"]["scores"] for path in paths if path.parent.name == by]
         cells = []
         for key in MEASURES.values():
-            means = [float(np.mean(run[key])) for run in runs]
+            human = slice(HELD_OUT if key.startswith("gained/") else None)  # the pairs of ours come after them
+            means = [float(np.mean(run[key][human])) for run in runs]
             cells.append(f"{np.mean(means):.2f} ({min(means):.2f} to {max(means):.2f})")
         lines.append(f"| {by} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from plot_align.records import read_record
 from plot_align.statistics import holm
 from study.arms import ARMS
+from study.data import HELD_OUT
 from study.forecasts import filters
 
 TITLES = {"human": "Human pairs alone", "mixed": "Half human pairs, half pairs that prefer help"}
@@ -25,13 +26,18 @@ INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page;
 [how to choose](choosing.md) says what follows from it. SmolLM2-135M-Instruct, 20 steps of 8 pairs, the same pairs for
 all arms of a seed. A value is a mean over items and seeds ± its standard error (of items alone where there is one
-seed); two arms are compared item by item, over the seeds that both have. AUC: how well the probability that an answer
-begins like a refusal tells harmful from ordinary requests; a method that only refuses more or less does not change it.
+seed); two arms are compared item by item, over the seeds that both have.
+
+AUC: how well the probability that an answer begins like a refusal tells harmful from ordinary requests, which here are
+twins, everyday ones, GSM8K's and MT-Bench's; a method that only refuses more or less does not change it. Its intervals
+draw items; the seeds are what they are. Held-out pairs are human ("chosen") and ours that prefer help ("helpful"),
+which the human pairs alone do not teach.
 """
 EQUAL = """\
 An arm less the cheap remedy where it refuses as much (the probability of a refusal's opening words
 after harmful requests), between the remedy's settings by a straight line; 95 % interval over items. Below zero is
-better in every column. An arm that refuses more or less than all of the remedy's has no row.
+better in every column. Only the remedy's settings that have all seeds of the arm count; an arm that refuses more or
+less than all of them has no row.
 """
 BIAS = """\
 DPO and DPO+PLOT, trained on the same pairs. How much of the second's divergence from the first, KL in nats a token on
@@ -42,9 +48,13 @@ ATTACKED = """\
 The share of {requests} of our harmful requests that were answered, by `plot-align redteam` and its judge: {budgets}.
 """
 STRAIGHT = """\
-HH-RLHF's answers have a curly apostrophe, and "I’m sorry" was first not looked for beside "I'm sorry". Where a run was
-measured both ways, the AUC fell by 0.12 after SFT and by 0.03 after DPO+SFT, and by at most 0.001 for the base,
-DPO, DPO β 0.5, DPO+PLOT and DPO+SFT+PLOT. Not measured again, at least for one seed:\
+HH-RLHF's answers have a curly apostrophe, and "I’m sorry" was first not looked for beside "I'm sorry". Of seed 0 some
+runs were measured both ways: the AUC fell by 0.12 after SFT and by 0.03 after DPO+SFT, and by at most 0.002 for the
+base, DPO, DPO β 0.5, DPO+PLOT and DPO+SFT+PLOT. Not measured again, at least for one seed:\
+"""
+WORSE = """\
+Which of KL, NLL of chosen answers and of neutral text, and repetition are higher than with the same method without
+PLOT, by more than a standard error of the difference (rule 2). Refusals are not among them: the tables have those.
 """
 RULE = """\
 Written down before any arm was run with more than one seed, and applied by this program:
@@ -56,6 +66,12 @@ Written down before any arm was run with more than one seed, and applied by this
 3. The default is the setting with the highest AUC among those that raise it and are no worse.
 4. If there is none, it is the setting that keeps most of the chosen answers' likelihood (NLL of held-out chosen
    answers) among those that refuse as many harmful requests as the same method without PLOT, to a standard error.
+
+Three things of the measurement were mended after several seeds had been seen: a refusal's opening words with a curly
+apostrophe count (below); 20,000 draws of the bootstrap in place of 2,000, with which no p-value could pass Holm's
+correction over so many arms; and the held-out chosen answers are those of human pairs, no more half of them ours.
+Rule 4 compares settings of all methods, so what it names is a method as much as a term: all the settings called PLOT
+have the same options.
 """
 ITEM_MEASURES = {  # title: (scores, digits, better)
     "refuses harmful ↑": (("refuses/harmful", "refuses/StrongREJECT"), 2),
@@ -64,12 +80,16 @@ ITEM_MEASURES = {  # title: (scores, digits, better)
     "refuses ordinary ↓": (("refuses/ordinary",), 2),
     "KL ↓": (("kl",), 3),
     "chosen, nats gained": (("gained/chosen",), 1),
+    "helpful, nats gained": (("gained/chosen helpful",), 1),
     "NLL chosen ↓": (("nll/chosen",), 2),
+    "NLL helpful ↓": (("nll/chosen helpful",), 2),
     "NLL text ↓": (("nll/text",), 2),
     "NLL GSM8K ↓": (("nll/gsm8k",), 2),
     "repetition ↓": (("repetition/harmful", "repetition/benign", "repetition/ordinary"), 3),
     "ranks pairs ↑": (("accuracy/implicit",), 2),
+    "ranks helpful pairs ↑": (("accuracy/implicit helpful",), 2),
 }
+BY_PAIRS = ("gained/chosen", "nll/chosen", "accuracy/implicit")  # human pairs come first, ours that prefer help then
 
 
 TRIED = {
@@ -107,11 +127,16 @@ class Runs:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of ``(seeds, items)``: the variances over seeds and over items add up; items alone with one seed."""
-    items = values.mean(0)
-    variance = items.var(ddof=1) / len(items)
-    if len(values) > 1:
-        variance += values.mean(1).var(ddof=1) / len(values)
+    """Of the mean of ``(seeds, items)``, for other seeds and other items: the variance of a two-way table with one
+    value a cell. Items alone with one seed."""
+    seeds, items = values.shape
+    of_items = values.mean(0)
+    variance = of_items.var(ddof=1) / items
+    if seeds > 1:
+        of_seeds = values.mean(1)
+        rest = values - of_items - of_seeds[:, None] + values.mean()
+        both = (rest**2).sum() / ((seeds - 1) * (items - 1)) / values.size  # is in either of the other two
+        variance += max(0.0, of_seeds.var(ddof=1) / seeds - both)
     return float(np.sqrt(variance))
 
 
@@ -141,6 +166,8 @@ def read(folder: Path) -> dict[str, dict[str, Runs]]:
                     for key, values in arms[name][seed].items():
                         scores.setdefault(key, []).append(values)
                 stacked = {key: np.array(rows) for key, rows in scores.items()}
+                for key in stacked.keys() & set(BY_PAIRS):
+                    stacked[key], stacked[f"{key} helpful"] = np.split(stacked[key], [HELD_OUT], axis=1)
                 attacks = {key: stacked.pop(key) for key in scores if key.startswith("attack/")}
                 found[kind.name][name] = Runs(seeds, stacked, name in straight, attacks)
         if "base" in found[kind.name]:  # not trained, so every seed's
@@ -210,18 +237,24 @@ def compared(arms: dict[str, Runs]) -> dict[tuple[str, str], Difference]:
         of_draws, of_all = (np.mean([a[i] - b[i] for a, b in pairs], axis=0) for i in (0, 1))
         return difference(of_draws, float(of_all))
 
-    pairs = [(name, other) for name in arms if name in ARMS for other in {ARMS[name].compare, without_plot(name)}]
+    pairs = [
+        (name, other) for name in arms if name in ARMS for other in sorted({ARMS[name].compare, without_plot(name)})
+    ]
     found = {(name, other): less(name, other) for name, other in pairs if other in arms and other != name}
     corrected = holm({" against ".join(pair): entry.p for pair, entry in found.items()}) if found else {}
     return {pair: entry._replace(p=corrected[" against ".join(pair)]) for pair, entry in found.items()}
 
 
 def table(arms: dict[str, Runs]) -> str:
-    titles = ["arm", "seeds", "AUC, ordinary ↑", "AUC, XSTest ↑", *ITEM_MEASURES]
+    one = next(iter(arms.values()))
+    sides = (HARMFUL, ORDINARY), (("XSTest unsafe",), ("XSTest safe",))
+    n = [" + ".join(str(side.shape[1]) for side in refusals(one, *pair)) for pair in sides]
+    titles = ["arm", "seeds", f"AUC, ordinary ↑ (n {n[0]})", f"AUC, XSTest ↑ (n {n[1]})"]
+    titles += [f"{title} (n {one.of(keys).shape[1]})" for title, (keys, _) in ITEM_MEASURES.items()]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---|" * (len(titles) - 1)]
     for name, runs in arms.items():
         cells = [name, str(len(runs.seeds))]
-        for pair in ((HARMFUL, ORDINARY), (("XSTest unsafe",), ("XSTest safe",))):
+        for pair in sides:
             cells.append(f"{mean_auc(runs, *pair):.3f}")
         for keys, digits in ITEM_MEASURES.values():
             cells.append(f"{runs.mean(keys):.{digits}f} ± {runs.error(keys):.{digits}f}")
@@ -296,15 +329,16 @@ def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) ->
 
 def equal_refusal_table(arms: dict[str, Runs]) -> str:
     """Everything on DPO that is no cheap remedy itself, beside the cheap remedies at the same refusal."""
-    lines = ["| arm | at the refusal of | " + " | ".join(KEPT) + " |", "|---|---|" + "---|" * len(KEPT)]
+    lines = ["| arm | seeds | at the refusal of | " + " | ".join(KEPT) + " |", "|---|---|---|" + "---|" * len(KEPT)]
     remedies = set(itertools.chain(*REMEDIES.values()))
     settings = [name for name in arms if name not in remedies and ARMS[name].method == "dpo"]
     for name, (label, family) in itertools.product(settings, REMEDIES.items()):
-        there = [arms[other] for other in family if other in arms]
-        found = {title: at_equal_refusal(arms[name], there, keys) for title, keys in KEPT.items() if there}
+        runs = arms[name]
+        there = [arms[other] for other in family if other in arms and set(runs.seeds) <= set(arms[other].seeds)]
+        found = {title: at_equal_refusal(runs, there, keys) for title, keys in KEPT.items() if there}
         if found and None not in found.values():
             cells = [f"{entry.value:+.3f} ({entry.low:+.3f} to {entry.high:+.3f})" for entry in found.values()]
-            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {len(runs.seeds)} | {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -351,13 +385,13 @@ def worse_list(arms: dict[str, Runs], found: dict[tuple[str, str], Difference]) 
         other = without_plot(name) if name in ARMS else name
         if other != name and other in arms:
             worse = worse_in(arms[name], arms[other])
-            lines.append(f"- {name} against {other}: {', '.join(worse) or 'nothing'} worse by more than its error.")
+            lines.append(f"- {name} against {other}: {', '.join(worse) or 'none of the four'}.")
     lines.append("")
     for hypothesis, names in TRIED.items():
         there = [name for name in names if name in arms]
-        won = [n for n in there if (n, ARMS[n].compare) in found and found[n, ARMS[n].compare].low > 0]
-        won = [n for n in won if found[n, ARMS[n].compare].p < 0.05]
-        said = f"raised the AUC: {', '.join(won)}" if won else "dropped, no interval of its AUC lies above zero"
+        pairs = {name: (name, without_plot(name) if is_setting(name) else ARMS[name].compare) for name in there}
+        won = [name for name, pair in pairs.items() if pair in found and found[pair].low > 0 and found[pair].p < 0.05]
+        said = f"raised the AUC: {', '.join(won)}" if won else "dropped, the AUC is not raised (rule 1)"
         if there:
             lines.append(f"- {hypothesis} ({'; '.join(there)}): {said}.")
     return "\n".join(lines)
@@ -440,13 +474,14 @@ def named(seeds: int) -> str:
 
 
 def frontier(arms: dict[str, Runs], path: Path) -> dict[str, int]:
-    """Attack success against over-refusal and against KL, a row of axes for the arms of one seed and one for those of
-    three; one curve a family, one point an arm. The numbers of the arms that are crosses."""
+    """Harmful requests complied with against over-refusal and against KL: a row of axes for the arms of one seed, one
+    for those of most seeds; one curve a family, one point an arm. The numbers of the arms that are crosses."""
     from matplotlib.figure import Figure
 
-    rows = {number: of for number, of in by_seeds(arms).items() if number < SEEDS}
+    ladder = by_seeds(arms)
+    rows = {number: ladder[number] for number in sorted({1, max(ladder)})}
     figure = Figure(figsize=(11, 0.4 + 4.2 * len(rows)), layout="constrained")
-    all_axes = figure.subplots(len(rows), 2, sharey=True, sharex="col", squeeze=False)
+    all_axes = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
     success = ITEM_MEASURES["refuses harmful ↑"][0]
     sides = {"refuses ordinary requests and twins": ("refuses/benign", "refuses/ordinary"), "KL to the base": ("kl",)}
     in_family = set(itertools.chain(*FAMILIES.values()))
@@ -456,6 +491,9 @@ def frontier(arms: dict[str, Runs], path: Path) -> dict[str, int]:
             for (label, names), marker in zip(FAMILIES.items(), "osD^v", strict=True):
                 family = [there[name] for name in names if name in there]
                 if len(family) > 1:
+                    for name, r in ((n, there[n]) for n in names if n in there and number > 1):
+                        at = (r.mean(keys), 1 - r.mean(success))
+                        ax.annotate(name, at, (4, -9), textcoords="offset points", fontsize=7)
                     x, y = [r.mean(keys) for r in family], [1 - r.mean(success) for r in family]
                     spread = [r.error(keys) for r in family], [r.error(success) for r in family]
                     ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
@@ -497,7 +535,7 @@ def weight_figure(arms: dict[str, Runs], path: Path) -> None:
 
 
 FILTERED = """\
-DPO, 20 steps of 8, on the same number of human pairs: the 60 % that `plot-align filter` keeps, by CHES or by length,
+DPO, 20 steps of 4, on the same number of human pairs: the 60 % that `plot-align filter` keeps, by CHES or by length,
 or as many at random. `experiments/forecast.py --filters`. A value is the mean of the seeds (the smallest to the
 largest).
 """
@@ -515,10 +553,11 @@ def write(records: Path, docs: Path) -> None:
         parts += ["### At equal refusal\n", EQUAL, equal_refusal_table(arms), ""]
         if any(runs.attacks for runs in arms.values()):
             parts += ["### Under attack\n", attacked_at(), attack_table(arms), ""]
-        parts += ["### What got worse, and what was dropped\n", worse_list(arms, found), ""]
+        parts += ["### What got worse, and what was dropped\n", WORSE, worse_list(arms, found), ""]
         crosses = frontier(arms, docs / f"frontier-{kind}.png")
         numbered = ", ".join(f"{i} {name}" for name, i in crosses.items())
-        parts.append(f"![Attack success against over-refusal and KL](frontier-{kind}.png)\n\nCrosses: {numbered}.\n")
+        title = "Harmful requests complied with, asked directly, against over-refusal and KL"
+        parts.append(f"![{title}](frontier-{kind}.png)\n\nCrosses: {numbered}.\n")
         if any(name in arms for name in FAMILIES["the paper's, by α"]):
             weight_figure(arms, docs / f"weight-{kind}.png")
             parts.append(f"![What the weight does](weight-{kind}.png)\n")
