@@ -22,8 +22,8 @@ chosen answers, in nats of a whole answer: forecast for one step at the full lea
 """
 MEASURES = {  # of the runs on filtered pairs: title: scores
     "chosen, nats gained": "gained/chosen", "rejected, nats gained": "gained/rejected",
-    "refuses harmful": "refuses/harmful", "refuses StrongREJECT": "refuses/StrongREJECT", "refuses twins": "refuses/benign",
-    "refuses ordinary": "refuses/ordinary", "KL": "kl",
+    "refuses harmful": "refuses/harmful", "refuses StrongREJECT": "refuses/StrongREJECT",
+    "refuses twins": "refuses/benign", "refuses ordinary": "refuses/ordinary", "KL": "kl",
 }  # fmt: skip
 
 
