@@ -491,9 +491,10 @@ def frontier(arms: dict[str, Runs], path: Path) -> dict[str, int]:
             for (label, names), marker in zip(FAMILIES.items(), "osD^v", strict=True):
                 family = [there[name] for name in names if name in there]
                 if len(family) > 1:
-                    for name, r in ((n, there[n]) for n in names if n in there and number > 1):
-                        at = (r.mean(keys), 1 - r.mean(success))
-                        ax.annotate(name, at, (4, -9), textcoords="offset points", fontsize=7)
+                    for name in (n for n in names if n in there and number > 1):
+                        at = there[name].mean(keys), 1 - there[name].mean(success)
+                        below = marker != "D"  # DPO+PLOT lies on DPO's curve
+                        ax.annotate(name, at, (5, -9 if below else 5), textcoords="offset points", fontsize=7)
                     x, y = [r.mean(keys) for r in family], [1 - r.mean(success) for r in family]
                     spread = [r.error(keys) for r in family], [r.error(success) for r in family]
                     ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
