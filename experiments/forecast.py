@@ -4,6 +4,8 @@
     python experiments/forecast.py --data path/to/data --filters --seeds 0 1 2  # by CHES, by length, at random
     python experiments/forecast.py --report                                     # docs/forecast.md from the records
 
+What the filters did is on docs/results.md (`real.py --report`).
+
 SmolLM2-135M-Instruct, 20 steps of four pairs at the learning rate of real.py. The forecast is made of 32 of the
 training pairs before any training, for chosen answers that are held out; measured is what happens to these very
 answers. Each forecast and each run leaves one record under experiments/study/records-forecast, and is not made again

@@ -215,6 +215,44 @@ def test_attacks_count_on_the_seeds_that_were_attacked(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_attacks_are_run_by_the_command_and_leave_no_weights(tiny_base: Path, tmp_path: Path) -> None:
+    from study.attacks import REQUESTS, attacked
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
+    found = attacked(model, tokenizer, tmp_path, 0)
+    assert sorted(found) == ["attack/BestOfN", "attack/GCG", "attack/PEZ", "attack/Prefill"]
+    assert all(len(values) == REQUESTS and set(values) <= {0, 1} for values in found.values())
+    assert not (tmp_path / "model").exists()
+
+
+def test_at_equal_refusal_only_remedies_with_all_seeds_of_the_arm_count() -> None:
+    """Without the second seed DPO β 0.05 is no rival of an arm of two, and is one of an arm of one."""
+    from study.report import equal_refusal_table
+
+    arms = {
+        "DPO β 0.05": runs(0.9, 0.1, kl=8.0).only([0]), "DPO": runs(0.5, 0.1, kl=3.0), "base": runs(0.0, 0.1, kl=1.0),
+        "DPO+PLOT": runs(0.25, 0.1, kl=3.0), "JS": runs(0.7, 0.1, kl=3.0), "norm": runs(0.7, 0.1, kl=3.0).only([0]),
+    }  # fmt: skip
+    rows = [line.split(" | ")[:4] for line in equal_refusal_table(arms).splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["| DPO+PLOT", "2", "DPO by β"], ["| norm", "1", "DPO by β"]]
+    assert [float(row[3].split()[0]) for row in rows] == pytest.approx([1.0, -2.5], abs=0.3)  # 3 − 2; 3 − 5.5
+
+
+def test_tables_put_the_same_seeds_side_by_side() -> None:
+    from study.report import Runs, by_seeds
+
+    def of(*seeds: int) -> Any:
+        return Runs(list(seeds), {"kl": np.array([[float(seed)] for seed in seeds])})
+
+    found = by_seeds({"base": of(0, 1, 2, 3, 4), "DPO": of(0, 1, 2, 4), "JS": of(0), "norm": of(1, 2)})
+    assert {number: {name: r.seeds for name, r in there.items()} for number, there in found.items()} == {
+        1: {"base": [0], "DPO": [0], "JS": [0]},
+        3: {"base": [0, 1, 2], "DPO": [0, 1, 2]},  # five seeds has the base alone
+    }
+    assert found[3]["DPO"].scores["kl"].tolist() == [[0.0], [1.0], [2.0]]
+
+
 def test_at_equal_refusal_a_setting_on_the_line_of_the_remedy_gains_nothing() -> None:
     """A family refuses 0, 1, 2 at KL 0, 10, 30: at 1.5 a KL of 20 lies on its line, one of 14 lies 6 below."""
     from study.report import HARMFUL, Runs, at_equal_refusal

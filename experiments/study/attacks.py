@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from plot_align.cli.main import main as plot_align
 from plot_align.demo import data as ours
 from plot_align.environment import fast_bf16
 from plot_align.io import write_json
@@ -40,10 +41,13 @@ def attacked(model: Any, tokenizer: Any, folder: Path, seed: int) -> dict[str, l
     command += ["--targets", str(folder / "targets.json"), "--attacks", ",".join(BUDGETS), "--cases", "1"]
     command += ["--options", str(folder / "attacks.yaml"), "--max_new_tokens", "24", "--seed", str(seed)]
     command += ["--dtype", "bfloat16"] if fast_bf16() else []
-    code = plot_align([*command, "--output", str(folder / "redteam")])
+    # In a process of its own: what the attacks held of memory is free again before the next arm trains.
+    code = subprocess.run(
+        [sys.executable, "-m", "plot_align", *command, "--output", str(folder / "redteam")]
+    ).returncode
     shutil.rmtree(folder / "model")
     if code != 0:
-        raise SystemExit(f"the attacks on {folder} failed")
+        raise SystemExit(f"the attacks on {folder} failed; mend what is said above, and run the same command again")
     (record,) = (path for path in (folder / "redteam").rglob("*.json") if _is_record(path))
     (of_model,) = read_record(record, "redteam")["results"]["models"].values()
     found = {name: [of[b.id] for b in behaviors] for name, of in of_model["attacks"].items()}

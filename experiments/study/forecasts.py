@@ -1,4 +1,4 @@
-"""``docs/forecast.md``: forecast against measured; and what filters did, from the records alone."""
+"""``docs/forecast.md``, forecast against measured, and what filters did, for ``docs/results.md``: from the records."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ INTRO = """\
 {steps} steps of {pairs} pairs at {rate:g}. Forecast and measured are the change of the log-probability of held-out
 chosen answers, in nats of a whole answer: forecast for one step at the full learning rate, before any training
 (`plot_align.doctor.forecast`); measured after all steps. ± is a standard error over the answers.
+"""
+FILTERED = """\
+DPO, {steps} steps of {pairs}, on the same number of human pairs: the {share:.0%} that `plot-align filter` keeps, by
+CHES or by length, or as many at random. `experiments/forecast.py --filters`. A value is the mean of the seeds (the
+smallest to the largest).
 """
 MEASURES = {  # of the runs on filtered pairs: title: scores
     "chosen, nats gained": "gained/chosen", "rejected, nats gained": "gained/rejected",
@@ -139,7 +144,11 @@ def correlations(points: Sequence[Point]) -> str:
 
 def filters(paths: Sequence[Path]) -> str:
     """The mean of each measure over items and seeds, with the smallest and largest seed."""
-    lines = [f"| kept by | seeds | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 2) + "|"]
+    lines = [
+        FILTERED.format(**read_record(paths[0], "forecast study")["config"]),
+        f"| kept by | seeds | {' | '.join(MEASURES)} |",
+        "|---" * (len(MEASURES) + 2) + "|",
+    ]
     for by in sorted({path.parent.name for path in paths}):
         runs = [read_record(path, "forecast study")["results"]["scores"] for path in paths if path.parent.name == by]
         cells = []

@@ -21,6 +21,7 @@ TITLES = {"human": "Human pairs alone", "mixed": "Half human pairs, half pairs t
 HARMFUL = ("StrongREJECT", "ours")
 ORDINARY = ("twins", "everyday", "GSM8K", "MT-Bench")
 RESAMPLES = 20_000  # the least p-value is 2 in so many, and Holm multiplies it by the number of tests, some sixty
+INTERVAL_RESAMPLES = 2000  # enough where only the interval is shown
 SEEDS = 5  # of a final table
 INTRO = """\
 `python experiments/real.py --data FOLDER` makes the records, `python experiments/real.py --report` this page;
@@ -323,7 +324,7 @@ def at_equal_refusal(runs: Runs, family: Sequence[Runs], keys: Sequence[str]) ->
         return None
     generator = np.random.default_rng(0)
     sizes = len(x[0]), len(y[0])
-    draws = [value(*(generator.integers(size, size=size) for size in sizes)) for _ in range(2000)]
+    draws = [value(*(generator.integers(size, size=size) for size in sizes)) for _ in range(INTERVAL_RESAMPLES)]
     return difference(draws, value(slice(None), slice(None)))
 
 
@@ -489,20 +490,21 @@ def frontier(arms: dict[str, Runs], path: Path) -> dict[str, int]:
     for axes, (number, there) in zip(all_axes, rows.items(), strict=True):
         for ax, (title, keys) in zip(axes, sides.items(), strict=True):
             for (label, names), marker in zip(FAMILIES.items(), "osD^v", strict=True):
-                family = [there[name] for name in names if name in there]
-                if len(family) > 1:
-                    for name in (n for n in names if n in there and number > 1):
-                        at = there[name].mean(keys), 1 - there[name].mean(success)
-                        below = marker != "D"  # DPO+PLOT lies on DPO's curve
-                        ax.annotate(name, at, (5, -9 if below else 5), textcoords="offset points", fontsize=7)
-                    x, y = [r.mean(keys) for r in family], [1 - r.mean(success) for r in family]
-                    spread = [r.error(keys) for r in family], [r.error(success) for r in family]
-                    ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
-            for name in crosses.keys() & there.keys():
-                x, y = there[name].mean(keys), 1 - there[name].mean(success)
-                ax.plot(x, y, "x", color="0.5")
-                said = name if number > 1 else str(crosses[name])  # there is room where there are few
-                ax.annotate(said, (x, y), (3, 3), textcoords="offset points", fontsize=7, color="0.3")
+                family = {name: there[name] for name in names if name in there}
+                if len(family) < 2:
+                    continue
+                x, y = [r.mean(keys) for r in family.values()], [1 - r.mean(success) for r in family.values()]
+                spread = [r.error(keys) for r in family.values()], [r.error(success) for r in family.values()]
+                ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], marker=marker, label=label, elinewidth=0.5, lw=1)
+                if number > 1:  # there is room for names where there are few
+                    offset = (5, 5 if marker == "D" else -9)  # DPO+PLOT lies on DPO's curve
+                    for name, *at in zip(family, x, y, strict=True):
+                        ax.annotate(name, at, offset, textcoords="offset points", fontsize=7)
+            for name in (name for name in crosses if name in there):
+                at = there[name].mean(keys), 1 - there[name].mean(success)
+                ax.plot(*at, "x", color="0.5")
+                said = name if number > 1 else str(crosses[name])
+                ax.annotate(said, at, (3, 3), textcoords="offset points", fontsize=7, color="0.3")
             ax.set_xlabel(title)
         axes[0].set_title(named(number), fontsize=10, loc="left")
         axes[1].set_xscale("symlog", linthresh=0.01)
@@ -535,13 +537,6 @@ def weight_figure(arms: dict[str, Runs], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-FILTERED = """\
-DPO, 20 steps of 4, on the same number of human pairs: the 60 % that `plot-align filter` keeps, by CHES or by length,
-or as many at random. `experiments/forecast.py --filters`. A value is the mean of the seeds (the smallest to the
-largest).
-"""
-
-
 def write(records: Path, docs: Path) -> None:
     parts = ["# Where the term pays: results on a real model\n", INTRO, "## The rule for the default\n", RULE]
     for kind, arms in read(records).items():
@@ -566,5 +561,5 @@ def write(records: Path, docs: Path) -> None:
         parts += ["## Is it a bias of token frequencies?\n", BIAS, bias_table(records), ""]
     filtered = sorted((records.parent / "records-forecast" / "filters").glob("*/seed-*.json"))
     if filtered:
-        parts += ["## Training on filtered pairs\n", FILTERED, filters(filtered), ""]
+        parts += ["## Training on filtered pairs\n", filters(filtered), ""]
     (docs / "results.md").write_text("\n".join(parts), encoding="utf-8")
